@@ -1,0 +1,53 @@
+# Every target sets up what it needs from a fresh clone: only python3 (3.11 or newer), its venv module, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format docs peer clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offline
+	$(BIN)/holdfast demo
+
+test: $(VENV)/test.stamp  ## run every test that needs nothing but this package
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/dev.stamp  ## format check, lint, types, fast tests, docs build
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -n 2 -m "not slow and not peer"
+	$(BIN)/mkdocs build --strict --quiet
+
+format: $(VENV)/dev.stamp  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/dev.stamp  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+peer: $(VENV)/peer.stamp  ## compare numbers with another trainer
+	$(BIN)/python -m pytest -n 2 -m peer
+
+clean:  ## remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "holdfast needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first, and alone, so that a platform's own build of it is found before anything else can ask for one.
+$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+	@touch $@
+
+# test.stamp, dev.stamp, peer.stamp: the package with that extra; redone when what it depends on changes.
+$(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,40 @@
+"""holdfast: Direct Preference Optimization with the reference model as a first-class part.
+
+Nothing heavy is imported until a name is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DPOTrainer": "holdfast.trainer",
+    "DPOConfig": "holdfast.config",
+    "DataCollatorForPreference": "holdfast.data.layouts",
+    "Reference": "holdfast.reference.base",
+    "ModelReference": "holdfast.reference.model",
+    "AdapterReference": "holdfast.reference.adapter",
+    "PrecomputedReference": "holdfast.reference.precomputed",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from holdfast.config import DPOConfig as DPOConfig
+    from holdfast.data.layouts import DataCollatorForPreference as DataCollatorForPreference
+    from holdfast.reference.adapter import AdapterReference as AdapterReference
+    from holdfast.reference.base import Reference as Reference
+    from holdfast.reference.model import ModelReference as ModelReference
+    from holdfast.reference.precomputed import PrecomputedReference as PrecomputedReference
+    from holdfast.trainer import DPOTrainer as DPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}; it has {sorted(_HOMES)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

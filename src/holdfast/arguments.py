@@ -1,0 +1,82 @@
+"""The trainer's arguments, checked against each other before anything is loaded."""
+
+import copy
+import os
+import tempfile
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from holdfast.config import DPOConfig
+from holdfast.models import default_output_dir
+
+
+def checked_arguments(
+    args: DPOConfig | None, model: str | nn.Module, ref_model: str | nn.Module | None, train_dataset: Any
+) -> DPOConfig:
+    """The options of the run: `args`, or the defaults where it is None; a copy where something must be set.
+
+    Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
+    """
+    if args is None:
+        args = DPOConfig(output_dir=default_output_dir(model))
+    if not isinstance(args, DPOConfig):
+        raise TypeError(
+            f"`args` is a {type(args).__name__}; pass a `holdfast.DPOConfig`, which takes the same arguments and more."
+        )
+    if train_dataset is None:
+        raise ValueError("No `train_dataset` was given. Pass a `datasets.Dataset` of preference pairs.")
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__}; pass a `datasets.Dataset` or `IterableDataset`: "
+            'one split (`dataset["train"]`), or `Dataset.from_list(rows)`.'
+        )
+    if ref_model is not None and ref_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
+            "`ref_model` out: by default the reference is the policy as it starts to train."
+        )
+    if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
+        # Dispatching splits a batch along its first dimension, which pairs, sequences and tokens do not share.
+        args = copy.copy(args)
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False
+    _check_writable(args.output_dir)
+    return args
+
+
+def _check_writable(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder!r} was asked for, and cannot be written: {error}. Choose a folder with write access "
+            "and room."
+        ) from error
+
+
+def check_devices(args: DPOConfig) -> None:
+    """ValueError where one process sees several GPUs: `nn.DataParallel` would score with stale replicas."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs, for which transformers would use `nn.DataParallel`. Launch with "
+            "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def router_aux_loss_coef(causal_lm: nn.Module, args: DPOConfig) -> float:
+    """Weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts."""
+    config = causal_lm.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if args.router_aux_loss_coef and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef} was asked for, but {type(causal_lm).__name__} is not a "
+            "Mixture-of-Experts model that returns router logits. Drop the option."
+        )
+    if not has_router:
+        return 0.0
+    own = getattr(config, "router_aux_loss_coef", 0.0)
+    return float(own if args.router_aux_loss_coef is None else args.router_aux_loss_coef)

@@ -1,0 +1,92 @@
+"""The two records that everything else is written against: a batch of pairs, and the log-probs of its completions.
+
+A layout (padded today; packed and prefix-shared look the same from here) decides where the N completion tokens of a
+batch sit; `PairBatch` says it in three vectors, so that losses, references, stores and metrics never ask. A completion
+that belongs to several pairs of one prompt is one sequence, scored once. Given up: the familiar `[2P, T]` halves
+"chosen first, rejected second"; who needs them can index by `chosen` and `rejected`.
+
+Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N completion tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairBatch:
+    """A batch of preference pairs, laid out for one forward pass.
+
+    `inputs` are the model's keyword arguments (`input_ids [R T]`, `attention_mask`, ...). Completion token n is the
+    token `target[n]`, predicted by the hidden state at the flat position `source[n]` (row * T + column), and belongs to
+    sequence `sequence[n]`; `sequence` never decreases, and within a sequence tokens stand in reading order. `chosen[p]`
+    and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s (see
+    `data.tokenize.content_id`).
+    """
+
+    inputs: dict[str, Tensor]
+    source: Int[Tensor, "N"]
+    target: Int[Tensor, "N"]
+    sequence: Int[Tensor, "N"]
+    chosen: Int[Tensor, "P"]
+    rejected: Int[Tensor, "P"]
+    content: Int[Tensor, "S 2"]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.chosen.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.content.shape[0]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
+        names = {field.name for field in fields(cls)} - {"inputs"}
+        missing = sorted(names - tensors.keys())
+        if missing:
+            raise ValueError(
+                f"a batch of preference pairs needs the tensors {sorted(names)}; "
+                f"{missing} are missing from {sorted(tensors)}. Use `holdfast.data.layouts.PaddedLayout` as the data "
+                "collator, or return the keys of `DataCollatorForPreference`."
+            )
+        inputs = {name: tensor for name, tensor in tensors.items() if name not in names}
+        return cls(inputs=inputs, **{name: tensors[name] for name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceLogps:
+    """Log-probs (nats, fp32) of the N completion tokens of a batch, and which of its S sequences each belongs to."""
+
+    per_token: Float[Tensor, "N"]
+    sequence: Int[Tensor, "N"]
+    num_sequences: int
+
+    def sums(self) -> Float[Tensor, "S"]:
+        """`log pi(y|x)` per sequence, nats: the sum over its tokens."""
+        return self.segment_sum(self.per_token)
+
+    def lengths(self) -> Int[Tensor, "S"]:
+        """Number of scored completion tokens per sequence."""
+        ones = torch.ones_like(self.sequence)
+        return ones.new_zeros(self.num_sequences).index_add(0, self.sequence, ones)
+
+    def ranks(self) -> Int[Tensor, "N"]:
+        """0-based place of each token within its completion."""
+        lengths = self.lengths()
+        starts = lengths.cumsum(0) - lengths
+        return torch.arange(len(self.sequence), device=self.sequence.device) - starts[self.sequence]
+
+    def segment_sum(self, values: Float[Tensor, "N"]) -> Float[Tensor, "S"]:
+        """Sum of one value per token over the tokens of each sequence."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+
+    def in_sequences(self, sequences: Int[Tensor, "K"]) -> Bool[Tensor, "N"]:
+        """True where a token belongs to one of the given sequences."""
+        member = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.sequence.device)
+        return member.index_fill(0, sequences, True)[self.sequence]

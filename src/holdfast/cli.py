@@ -1,0 +1,212 @@
+"""The commands: `holdfast train`, `holdfast demo`. Thin: they read, call, print, and turn our errors into messages.
+
+An error that a user can mend is one message without a traceback (`--debug` shows it): anything the run file is refused
+for, what the operating system says (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this
+package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's
+value shows its traceback too; what can be foreseen is checked by us first.
+
+Works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`: only the first process prints,
+but an error is printed by every process that has it, since it may be the only one.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from holdfast.document import RunFileError, dumped
+from holdfast.runfile import RunFile, Source, read_run_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+    from holdfast.config import DPOConfig
+
+_rank = int(os.environ.get("RANK", "0"))
+_output = Console(quiet=_rank != 0)
+_errors = Console(stderr=True)
+
+app = typer.Typer(
+    name="holdfast",
+    help="Direct Preference Optimization with a first-class reference model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from holdfast import __version__
+
+        typer.echo(f"holdfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Direct Preference Optimization with a first-class reference model."""
+
+
+@app.command()
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file; docs/cli.md describes it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.beta=0.2")
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Train a model on preference pairs, as a run file says."""
+    with _messages(debug):
+        run = read_run_file(run_file, overrides or [])
+        arguments = run.training_arguments()
+        _check_writable(Path(arguments.output_dir))
+        _train(run, arguments)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the table and the plot.")] = Path("holdfast-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the source, the pairs and the training.")] = 0,
+    debug: _Debug = False,
+) -> None:
+    """Run the DPO paper's controlled experiment in miniature: offline, with an exact answer to compare with."""
+    with _messages(debug):
+        _check_writable(output)
+        from holdfast.demo import run_demo
+
+        result = run_demo(output, seed=seed)
+    raise typer.Exit(result.exit_code)
+
+
+def _train(run: RunFile, arguments: "DPOConfig") -> None:
+    from holdfast import DPOTrainer
+
+    peft_config = run.peft_config()
+    tokenizer = _tokenizer(run.tokenizer, arguments.trust_remote_code)
+    trainer = DPOTrainer(
+        model=run.model.path,
+        ref_model=None if run.ref_model is None else run.ref_model.path,
+        args=arguments,
+        train_dataset=_dataset(run, "data.train", run.train),
+        eval_dataset=_evaluation_datasets(run),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    metrics = dict(result.metrics)
+    if run.evaluation is not None:
+        evaluation = trainer.evaluate()
+        trainer.save_metrics("eval", evaluation)
+        metrics |= evaluation
+    folder = Path(arguments.output_dir)
+    if trainer.is_world_process_zero():
+        (folder / "run.yaml").write_text(dumped(run.document.values), encoding="utf-8")
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    _report(folder, metrics)
+
+
+def _tokenizer(source: Source, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer was to be loaded from {source.path!r}, which failed: {error}\n"
+            "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
+        ) from error
+
+
+def _dataset(run: RunFile, where: str, source: Source) -> "Dataset | IterableDataset":
+    from holdfast.data.load import load_preferences
+
+    dataset = load_preferences(source.path, **source.options)
+    if isinstance(dataset, dict):
+        raise run.document.error(
+            where,
+            f"`{where}` must be one dataset; found the splits {', '.join(dataset)} in {source.path!r}. "
+            f"Choose one of them: {{path: {source.path}, split: {next(iter(dataset))}}}.",
+        )
+    return dataset
+
+
+def _evaluation_datasets(run: RunFile) -> Any:
+    if isinstance(run.evaluation, dict):
+        return {name: _dataset(run, f"data.eval.{name}", source) for name, source in run.evaluation.items()}
+    return None if run.evaluation is None else _dataset(run, "data.eval", run.evaluation)
+
+
+def _check_writable(folder: Path) -> None:
+    """A folder that exists and can be written to; `ValueError` if that cannot be had, before anything is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the output folder is to be {str(folder)!r}, which cannot be written to ({error.strerror or error}). "
+            "Choose another folder, or change its permissions."
+        ) from error
+
+
+def _report(folder: Path, metrics: dict[str, Any]) -> None:
+    table = Table("metric", "value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    _output.print(table)
+    _output.print(f"model, tokenizer and run.yaml: {escape(str(folder))}", soft_wrap=True)
+    _output.print(f"logged numbers: {escape(str(folder / 'trainer_state.json'))}", soft_wrap=True)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _messages(debug: bool) -> Iterator[None]:
+    """Ends the command with a message where a user can mend the error: exit code 2 for the run file's, else 1."""
+    try:
+        yield
+    except Exception as error:
+        if debug or not _is_for_user(error):
+            raise
+        prefix = f"[rank {_rank}] " if _rank else ""
+        _errors.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+
+
+def _is_for_user(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return True
+    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
+
+
+def _raised_in(traceback: TracebackType | None) -> str:
+    """The name of the module whose code raised."""
+    name = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return "holdfast.cli" if name == "__main__" else name
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,211 @@
+"""`DPOConfig`: every option of a run, documented once, checked when it is made.
+
+A subclass of `transformers.TrainingArguments`, with the names that users of the common DPO trainer know. Options that
+contradict each other are refused here, before any model is loaded; none is accepted and ignored.
+"""
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, get_args
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from holdfast.losses import LOSSES, LossOptions, check_losses
+from holdfast.reference.choice import Way
+
+WAYS: tuple[str, ...] = ("auto", *get_args(Way))
+
+
+def _option(help: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": help}, **kwargs)
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Options of `DPOTrainer`. What is not listed here is `transformers.TrainingArguments`'.
+
+    Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
+    checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU).
+
+    Raises ValueError on values out of range and on combinations without a meaning; each message names the way out.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "ref_model_init_kwargs",
+    ]
+
+    learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
+    logging_steps: float = _option("Log every so many optimizer steps; a fraction below 1 is of the run.", default=10)
+    gradient_checkpointing: bool | None = _option(
+        "Recompute activations in the backward pass. Default: on.", default=None
+    )
+    bf16: bool | None = _option("bf16 autocast. Default: on where the accelerator supports it.", default=None)
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        "Keyword arguments of `from_pretrained` for a `model` given by name or path.", default=None
+    )
+    ref_model_init_kwargs: dict[str, Any] | str | None = _option(
+        "The same for a `ref_model` given by name or path. Default: `model_init_kwargs`.", default=None
+    )
+    trust_remote_code: bool = _option("Run code that ships with a model or tokenizer. Off unless asked.", default=False)
+    disable_dropout: bool = _option(
+        "Switch off dropout of every kind in the policy. The reference never has any.", default=True
+    )
+    router_aux_loss_coef: float | None = _option(
+        "Weight of a Mixture-of-Experts model's load-balancing loss. Default: the model's own; 0 switches it off.",
+        default=None,
+    )
+    activation_offloading: bool = _option(
+        "Keep activations in host memory between forward and backward.", default=False
+    )
+
+    # The data
+    dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
+    max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
+    truncation_mode: str = _option(
+        "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
+        default="keep_start",
+    )
+    padding_free: bool = _option("Rows without padding. Refused: the layout is padded.", default=False)
+    pad_to_multiple_of: int | str | None = _option("Pad rows to a multiple of this many tokens.", default=None)
+    pad_token: str | None = _option("Padding token. Default: the tokenizer's, else its end-of-sequence.", default=None)
+
+    # The loss
+    loss_type: list[str] | str = _option(f"One or several of: {', '.join(LOSSES)}.", default="sigmoid")
+    loss_weights: list[float] | None = _option("One weight per loss. Default: 1 each.", default=None)
+    beta: float = _option("Strength of the pull to the reference; IPO's tau, ORPO's lambda.", default=0.1)
+    label_smoothing: float = _option(
+        "Probability that a label is flipped (sigmoid, robust, aot, aot_unpaired); EXO's epsilon.", default=0.0
+    )
+    f_divergence_type: str = _option(
+        "Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence.",
+        default="reverse_kl",
+    )
+    f_alpha_divergence_coef: float = _option("alpha of the alpha-divergence.", default=0.5)
+    ld_alpha: float | None = _option("LD-DPO's alpha in [0, 1]: weight of tokens past the shared length.", default=None)
+    use_weighting: bool = _option("Weight pairs by the policy's own likelihood of them (WPO).", default=False)
+    discopop_tau: float = _option("Temperature of the DiscoPOP loss.", default=0.05)
+    simpo_gamma: float = _option("Target margin of the SimPO loss.", default=0.5)
+    cpo_alpha: float = _option("Weight of the likelihood term in the CPO loss.", default=1.0)
+
+    # The reference
+    reference: str = _option(
+        f"How the reference is held: {', '.join(WAYS)}. `auto` goes by the kind of model and the flags below.",
+        default="auto",
+    )
+    reference_audit: bool = _option(
+        "Check before the first step that a fresh reference gives the policy's own log-probs.", default=True
+    )
+    precompute_ref_log_probs: bool = _option(
+        "Score the datasets with the reference before training, and let go of it.", default=False
+    )
+    precompute_ref_batch_size: int | None = _option(
+        "Pairs per device while doing so. Default: the training or evaluation batch size.", default=None
+    )
+    sync_ref_model: bool = _option("Move the reference towards the policy while training (TR-DPO).", default=False)
+    ref_model_mixup_alpha: float = _option("alpha: ref <- alpha * policy + (1 - alpha) * ref.", default=0.6)
+    ref_model_sync_steps: int = _option("tau: optimizer steps between two such moves.", default=512)
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # The same option under its name in newer versions of transformers, which wins where it is set.
+        if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
+            self.gradient_checkpointing = True
+        with warnings.catch_warnings():
+            # `gradient_checkpointing` is the name that scripts use; transformers is about to rename it.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if isinstance(self.pad_to_multiple_of, str):  # "auto" and "none" are values of the common trainer's
+            self.pad_to_multiple_of = (
+                None if self.pad_to_multiple_of.lower() in ("auto", "none") else int(self.pad_to_multiple_of)
+            )
+        self._check_ranges()
+        self._check_losses()
+        self._check_reference()
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The losses by name; `loss_type` as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The numbers that the losses read."""
+        return LossOptions(**{f.name: getattr(self, f.name) for f in fields(LossOptions)})
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses compares with a reference."""
+        return any(LOSSES[name].needs_reference for name in self.loss_types)
+
+    def _check_ranges(self) -> None:
+        if self.padding_free:
+            raise ValueError(
+                "padding_free=True was asked for, and the layout here is padded: the option would have no effect. "
+                "Set padding_free=False."
+            )
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(
+                f"truncation_mode={self.truncation_mode!r} was asked for; it is 'keep_start' or 'keep_end'. "
+                "Choose one of them."
+            )
+        for name, lowest in (
+            ("max_length", 2), ("pad_to_multiple_of", 1), ("dataset_num_proc", 1), ("precompute_ref_batch_size", 1),
+            ("ref_model_sync_steps", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
+
+    def _check_losses(self) -> None:
+        check_losses(
+            self.loss_types,
+            self.loss_weights if self.loss_weights is not None else [1.0] * len(self.loss_types),
+            self.loss_options,
+            ld_alpha=self.ld_alpha,
+            use_weighting=self.use_weighting,
+        )
+
+    def _check_reference(self) -> None:
+        if self.reference not in WAYS:
+            raise ValueError(
+                f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAYS)}. "
+                "Choose one of them."
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
+                "reference would never move. Use sync_ref_model=False for a fixed one."
+            )
+        if self.reference == "none" and self.needs_reference:
+            needy = [name for name in self.loss_types if LOSSES[name].needs_reference]
+            raise ValueError(
+                f"reference='none' was asked for, but loss_type {needy} compares with a reference. Use a loss that "
+                "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
+                "or leave `reference` at 'auto'."
+            )
+        ahead = self.precompute_ref_log_probs or self.reference == "precomputed"
+        if (self.reference == "none" or not self.needs_reference) and (ahead or self.sync_ref_model):
+            flag = "sync_ref_model" if self.sync_ref_model else "precompute_ref_log_probs"
+            raise ValueError(
+                f"{flag} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
+                f"reference to apply it to. Drop it, or add a loss that compares with a reference."
+            )
+        if self.sync_ref_model and ahead:
+            raise ValueError(
+                "sync_ref_model=True moves the reference during training, but its log-probs were to be computed once "
+                "before it (precompute_ref_log_probs, reference='precomputed'): they would be stale after the first "
+                "sync. Use reference='model' to keep a reference that can move, or a fixed reference to precompute."
+            )
+        if self.sync_ref_model and self.reference == "adapter":
+            raise ValueError(
+                "sync_ref_model=True moves the reference, but reference='adapter' is the policy's frozen base or a "
+                "frozen copy of its adapter. Use reference='model', whose weights move in effective (merged) space."
+            )

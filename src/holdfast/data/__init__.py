@@ -1,0 +1,1 @@
+"""From files and rows to batches: load, read, tokenize, prepare, lay out. Each module does one of these."""

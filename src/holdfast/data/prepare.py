@@ -1,0 +1,343 @@
+"""A dataset of preferences -> the same dataset with token ids, less the rows that nothing can be learned from.
+
+Two passes over a map-style dataset. The first tokenizes and depends only on the rows and the tokenizer, so its cache
+(that of `datasets`) survives a change of `max_length`; the second reads token ids only, writes one short column, and
+judges each row. Rows are dropped by the second pass and always with a report: how many, why, and which. A stream goes
+through the same row functions lazily; it is read up to its first usable row before training begins, so that a
+stream without one is an error before the first step and not an empty training. Given up: batched tokenization, which
+would make a malformed row harder to name; use `num_proc`.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, final
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from holdfast.data.formats import TOKENIZED_COLUMNS, check_columns, read_preference
+from holdfast.data.tokenize import (
+    PROMPT_FILLS,
+    TokenizedPair,
+    TruncationMode,
+    check_tokenizer,
+    check_truncation,
+    tokenize,
+    unusable_reason,
+)
+
+logger = logging.getLogger(__name__)
+
+TOKENIZATION_RULES = 1
+"""Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
+
+_CUT, _REASON = "holdfast_cut", "holdfast_unusable"
+_IDS_TYPE = List(Value("int32"))
+_NUM_ROWS_NAMED = 5
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    num_proc: int | None = None,
+    vocab_size: int | None = None,
+    name: str = "train",
+    main_process_first: AbstractContextManager[Any] | None = None,
+) -> Dataset | IterableDataset:
+    """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
+
+    The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
+    (see `holdfast.data.tokenize.unusable_reason`). The others are left out, and counted by reason in one logged
+    warning; of a stream, the 1st, 10th, 100th, ... such row of a reason is. Rows that already have the three columns
+    are checked and kept as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
+    `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
+    cache.
+
+    Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing
+    columns, and a malformed row (by its number, counted from 0); a stream raises the latter when it gets there.
+    """
+    check_truncation(max_length, truncation_mode)
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
+            'Choose a split (`dataset["train"]`), or make one with `Dataset.from_list(rows)`.'
+        )
+    dataset = _unformatted(dataset)
+    _check_first_row(dataset, processing_class, name)
+    judge = partial(_judge, max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
+    if isinstance(dataset, IterableDataset):
+        return _prepare_stream(dataset, partial(_add_ids, processing_class=processing_class, name=name), judge, name)
+    with main_process_first or nullcontext():
+        dataset = _tokenized(dataset, processing_class, num_proc, name)
+        return _usable(dataset, judge, num_proc, name)
+
+
+def prepare_eval(
+    dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None,
+    processing_class: PreTrainedTokenizerBase,
+    **options: Any,
+) -> Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None:
+    """What `prepare_dataset` gives for an evaluation dataset, or for each one of a dict of them under its key.
+
+    `options` are those of `prepare_dataset`, less `name`. None stays None. Raises `ValueError` for an empty dict.
+    """
+    if dataset is None:
+        return None
+    if not isinstance(dataset, Mapping | DatasetDict | IterableDatasetDict):
+        return prepare_dataset(dataset, processing_class, name="eval", **options)
+    if not dataset:
+        raise ValueError(
+            "eval_dataset is a dict of evaluation datasets; found an empty one. Give it at least one dataset, or pass "
+            "`eval_dataset=None`."
+        )
+    return {
+        key: prepare_dataset(part, processing_class, name=f"eval {key!r}", **options) for key, part in dataset.items()
+    }
+
+
+def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows as plain Python values; a user's own transform stays, since it makes the columns."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        return dataset.with_format(None)
+    return dataset
+
+
+def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str) -> None:
+    """Nothing; raises what would be wrong with every row, before a progress bar is shown."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(
+            f"the {name} dataset has no rows; at least one pair is needed. Check the file or the split it comes from."
+        )
+    try:
+        kind = check_columns(first)
+    except ValueError as error:
+        raise ValueError(f"{name} dataset: {error}") from error
+    if kind != "tokenized":
+        check_tokenizer(processing_class, is_conversational=isinstance(first["chosen"], list))
+
+
+def _add_ids(
+    row: dict[str, Any],
+    index: int,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    name: str,
+    rules: int = TOKENIZATION_RULES,
+) -> dict[str, Any]:
+    """The token ids of a row, and the prompt ids that were cut; of a tokenized row, its own."""
+    try:
+        if check_columns(row) == "tokenized":
+            return {**{column: row[column] for column in TOKENIZED_COLUMNS}, _CUT: []}
+        pair = tokenize(read_preference(row), processing_class)
+    except ValueError as error:
+        raise ValueError(f"{name} dataset, row {index}: {error}") from error
+    ids = {column: getattr(pair, column) for column in TOKENIZED_COLUMNS}
+    return {**ids, _CUT: pair.cut_ids}
+
+
+def _judge(
+    row: Mapping[str, Any],
+    index: int,
+    *,
+    max_length: int | None,
+    truncation_mode: TruncationMode,
+    vocab_size: int | None,
+    name: str,
+) -> dict[str, str | None]:
+    """Why a tokenized row cannot be used, or None; raises `ValueError` for ids that are none."""
+    ids = {column: _checked_ids(row[column], column, index, vocab_size, name) for column in TOKENIZED_COLUMNS}
+    return {_REASON: unusable_reason(TokenizedPair(**ids, cut_ids=[]), max_length, truncation_mode)}
+
+
+def _checked_ids(value: Any, column: str, index: int, vocab_size: int | None, name: str) -> Any:
+    ids = np.asarray([] if value is None else value)
+    if value is None or ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
+        found = "None" if value is None else f"{type(value).__name__} {str(value)[:60]}"
+        raise ValueError(
+            f"{name} dataset, row {index}: the column {column!r} must hold a list of token ids; found {found}. "
+            "Correct the row or drop it."
+        )
+    if ids.size > 0 and (ids.min() < 0 or (vocab_size is not None and ids.max() >= vocab_size)):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        limit = "at least 0" if vocab_size is None else f"in 0..{vocab_size - 1}, the model's vocabulary"
+        raise ValueError(
+            f"{name} dataset, row {index}: the token ids in the column {column!r} must be {limit}; found {wrong}. "
+            "Tokenize with the tokenizer of the model, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+    return ids
+
+
+def _tokenized(dataset: Dataset, processing_class: PreTrainedTokenizerBase, num_proc: int | None, name: str) -> Dataset:
+    """The dataset with token ids; says once, with numbers, if the prompt was not always a prefix of the full text."""
+    if set(TOKENIZED_COLUMNS) <= set(dataset.column_names) and dataset.format["type"] is None:
+        return dataset
+    features = None  # unknown under a user's own transform; else given, since a first batch may have only empty prompts
+    if dataset.format["type"] is None:
+        features = Features({**dataset.features, **dict.fromkeys((*TOKENIZED_COLUMNS, _CUT), _IDS_TYPE)})
+    dataset = dataset.map(
+        partial(_add_ids, processing_class=processing_class, name=name, rules=TOKENIZATION_RULES),
+        with_indices=True,
+        features=features,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    ).with_format(None)
+    cut_rows = [index for index, cut in enumerate(dataset[_CUT][:]) if cut]
+    if cut_rows:
+        _warn_of_cut(
+            f"in {_share(len(cut_rows), len(dataset))} of the {name} dataset",
+            str(processing_class.decode(dataset[cut_rows[0]][_CUT])),
+            f"row {cut_rows[0]}",
+        )
+    return dataset.remove_columns(_CUT)
+
+
+def _usable(dataset: Dataset, judge: partial[dict[str, str | None]], num_proc: int | None, name: str) -> Dataset:
+    """The usable rows; reports the others by reason, and raises `ValueError` if there are no usable ones."""
+    verdicts = dataset.select_columns(list(TOKENIZED_COLUMNS)).map(
+        judge,
+        with_indices=True,
+        remove_columns=list(TOKENIZED_COLUMNS),
+        features=Features({_REASON: Value("string")}),
+        num_proc=num_proc,
+        desc=f"Checking {name} dataset",
+    )
+    reasons = verdicts[_REASON][:]
+    unusable: dict[str, list[int]] = {}
+    for index, reason in enumerate(reasons):
+        if reason is not None:
+            unusable.setdefault(reason, []).append(index)
+    if not unusable:
+        return dataset
+    counts = {reason: len(rows) for reason, rows in unusable.items()}
+    options = judge.keywords
+    if sum(counts.values()) == len(dataset):
+        raise ValueError(_nothing_usable(counts, options, name))
+    named = "; ".join(f"{reason}: {len(rows)} ({_first_rows(rows)})" for reason, rows in sorted(unusable.items()))
+    _warn(
+        f"{_share(sum(counts.values()), len(dataset))} of the {name} dataset cannot be used and are left out. "
+        f"{named}. {_remedy(counts, options)}"
+    )
+    return dataset.select([index for index, reason in enumerate(reasons) if reason is None])
+
+
+def _prepare_stream(
+    dataset: IterableDataset,
+    add_ids: partial[dict[str, Any]],
+    judge: partial[dict[str, str | None]],
+    name: str,
+) -> IterableDataset:
+    """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
+    rows = _judged_rows(dataset, add_ids, judge)
+    counts: Counter[str] = Counter()
+    for reason in rows:
+        if reason is None:
+            break
+        counts[reason] += 1
+    else:
+        raise ValueError(_nothing_usable(counts, judge.keywords, name))
+    report = _StreamReport(add_ids.keywords["processing_class"], judge.keywords, name)
+    row_function = partial(_add_ids_and_verdict, add_ids=add_ids, judge=judge)
+    return (
+        dataset.map(row_function, with_indices=True).filter(report, with_indices=True).remove_columns([_CUT, _REASON])
+    )
+
+
+def _judged_rows(
+    dataset: IterableDataset, add_ids: partial[dict[str, Any]], judge: partial[dict[str, str | None]]
+) -> Iterator[str | None]:
+    for index, row in enumerate(dataset):
+        yield _add_ids_and_verdict(row, index, add_ids=add_ids, judge=judge)[_REASON]
+
+
+def _add_ids_and_verdict(
+    row: dict[str, Any], index: int, *, add_ids: partial[dict[str, Any]], judge: partial[dict[str, str | None]]
+) -> dict[str, Any]:
+    ids = add_ids(row, index)
+    return {**ids, **judge(ids, index)}
+
+
+@final
+class _StreamReport:
+    """True for a usable row of a stream; counts and reports the others. Each data loader worker has its own counts."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any], name: str) -> None:
+        self._processing_class = processing_class
+        self._options = options
+        self._name = name
+        self._counts: Counter[str] = Counter()
+        self._said_cut = False
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> bool:
+        if len(row[_CUT]) > 0 and not self._said_cut:
+            self._said_cut = True
+            _warn_of_cut(
+                f"in at least one row of the {self._name} dataset",
+                str(self._processing_class.decode(row[_CUT])),
+                f"row {index}",
+            )
+        reason = row[_REASON]
+        if reason is None:
+            return True
+        self._counts[reason] += 1
+        count = self._counts[reason]
+        if set(str(count)[1:]) <= {"0"} and str(count)[0] == "1":
+            _warn(
+                f"{count} row(s) of the {self._name} dataset could not be used so far and were left out "
+                f"({reason}; the latest: row {index}). Said at the 1st, 10th, 100th, ... such row of this process. "
+                f"{_remedy({reason: count}, self._options)}"
+            )
+        return False
+
+
+def _nothing_usable(counts: Mapping[str, int], options: Mapping[str, Any], name: str) -> str:
+    by_reason = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+    return (
+        f"the {name} dataset must have at least one usable row; found none in {sum(counts.values())} ({by_reason}; "
+        f"max_length={options['max_length']}, truncation_mode={options['truncation_mode']!r}). "
+        f"{_remedy(counts, options)}"
+    )
+
+
+def _remedy(counts: Mapping[str, int], options: Mapping[str, Any]) -> str:
+    if PROMPT_FILLS in counts:
+        return (
+            f"Raise `max_length` (now {options['max_length']}), or set `truncation_mode='keep_end'`, to use the rows "
+            "whose prompt fills it."
+        )
+    if options["max_length"] is not None:
+        return f"Correct these rows, or raise `max_length` (now {options['max_length']}), to use them."
+    return "Correct these rows to use them."
+
+
+def _warn_of_cut(where: str, cut_text: str, row: str) -> None:
+    _warn(
+        f"The tokenized prompt is not a prefix of the tokenized prompt and completion {where}: the chat template "
+        "renders a prompt alone in another way, or tokens merge across the boundary. Completions begin where they "
+        f"part, and the rest of the prompt is left out: {cut_text!r} in {row}. At inference the model is shown that "
+        "rest. To avoid it, use a chat template that renders a prompt alike with and without a completion, or move "
+        "white space from the prompt's end to the completions."
+    )
+
+
+def _warn(message: str) -> None:
+    """Logged by the first process only: every process sees the same rows of a map-style dataset."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} rows ({100 * count / total:.1f} %)"
+
+
+def _first_rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:_NUM_ROWS_NAMED]))
+    return f"row(s) {shown}, ..." if len(rows) > _NUM_ROWS_NAMED else f"row(s) {shown}"

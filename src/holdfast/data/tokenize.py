@@ -1,0 +1,220 @@
+"""A `Preference` -> token ids, and what is decided from token ids alone: truncation, usability, the content id.
+
+The prompt and both full texts are tokenized, three calls a row, because tokens may merge and templates may differ
+across the boundary: the completion begins where the full text leaves the tokenized prompt, so what is trained on is
+always the tokenization of the whole text. Given up: tokenizing the parts apart, which would be faster and wrong.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from holdfast.data.formats import Message, Preference
+
+TruncationMode = Literal["keep_start", "keep_end"]
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
+PROMPT_FILLS = "prompt fills max_length"
+EMPTY_COMPLETION = "empty completion"
+EQUAL_COMPLETIONS = "chosen equals rejected"
+NOTHING_TO_PREDICT = "no token to predict"
+UNUSABLE_REASONS = (PROMPT_FILLS, EMPTY_COMPLETION, EQUAL_COMPLETIONS, NOTHING_TO_PREDICT)
+
+_PLACEHOLDER_TOKENS = ("image_token", "audio_token", "video_token")
+_Ids = TypeVar("_Ids", list[int], np.ndarray)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPair:
+    """Token ids of a prompt and its two completions, not truncated.
+
+    `cut_ids` is the end of the tokenized prompt that neither full text goes on with, and that was left out: empty when
+    the prompt is a prefix of both, as it should be.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    cut_ids: list[int]
+
+    @property
+    def prompt_is_prefix(self) -> bool:
+        return not self.cut_ids
+
+
+def tokenize(preference: Preference, processing_class: PreTrainedTokenizerBase) -> TokenizedPair:
+    """The token ids of a preference.
+
+    Text completions get the tokenizer's eos token unless they end with it; messages go through the chat template, which
+    ends them itself, the prompt with the generation prompt. Where the tokenized prompt is not a prefix of both full
+    texts, the completions begin where one of them leaves it, and the rest of the prompt is returned as `cut_ids`.
+
+    Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see
+    `check_tokenizer`), and when the chat template refuses the messages.
+    """
+    check_tokenizer(processing_class, is_conversational=preference.is_conversational)
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    if isinstance(prompt, str):
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        eos_token = str(processing_class.eos_token)
+        texts = [prompt, prompt + _with_eos(chosen, eos_token), prompt + _with_eos(rejected, eos_token)]
+        ids = [list(processing_class(text)["input_ids"]) for text in texts]
+    else:
+        assert isinstance(chosen, list)
+        assert isinstance(rejected, list)
+        ids = [
+            _render(preference, prompt, processing_class, add_generation_prompt=True),
+            _render(preference, prompt + chosen, processing_class),
+            _render(preference, prompt + rejected, processing_class),
+        ]
+    prompt_ids, chosen_ids, rejected_ids = ids
+    length = min(_common_prefix_length(prompt_ids, chosen_ids), _common_prefix_length(prompt_ids, rejected_ids))
+    return TokenizedPair(
+        prompt_ids=prompt_ids[:length],
+        chosen_ids=chosen_ids[length:],
+        rejected_ids=rejected_ids[length:],
+        cut_ids=prompt_ids[length:],
+    )
+
+
+def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversational: bool) -> None:
+    """Nothing; raises `ValueError` or `TypeError` if the tokenizer cannot tokenize such preferences."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"the processing class must be a tokenizer; found {type(processing_class).__name__}. Pass the tokenizer of "
+            "the model (of a processor: `processor.tokenizer`); only text is supported."
+        )
+    if is_conversational and not processing_class.chat_template:
+        raise ValueError(
+            "the rows hold messages, which need a chat template; the tokenizer has none. "
+            "Set `tokenizer.chat_template`, or take the tokenizer of the "
+            "instruction-tuned model, or give `prompt`, `chosen` and `rejected` as text."
+        )
+    if not is_conversational and processing_class.eos_token is None:
+        raise ValueError(
+            "the rows hold text, whose completions end with the eos token; the tokenizer has none. "
+            "Set `tokenizer.eos_token`."
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Nothing; raises `ValueError` if the tokenizer can produce token ids that the model has no embedding for.
+
+    Placeholders for images, audio and video do not count: text-only versions of some models leave out their rows.
+    """
+    if len(tokenizer) <= vocab_size:
+        return
+    placeholders = {getattr(tokenizer, name, None) for name in _PLACEHOLDER_TOKENS}
+    beyond = {
+        token: token_id
+        for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token_id >= vocab_size and token not in placeholders
+    }
+    if beyond:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {vocab_size}: "
+            f"{len(beyond)} token(s) have none, such as {dict(list(beyond.items())[:3])}. Call "
+            "`model.resize_token_embeddings(len(tokenizer))`, or use the tokenizer that belongs to the model."
+        )
+
+
+def check_truncation(max_length: int | None, mode: str) -> None:
+    """Nothing; raises `ValueError` for an unknown truncation mode or a length without room for two tokens."""
+    if mode not in TRUNCATION_MODES:
+        raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}; found {mode!r}. Choose one of them.")
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length must leave room for a token and its predecessor, or be None for no truncation; found "
+            f"{max_length}. Give at least 2."
+        )
+
+
+def truncate(prompt_ids: _Ids, completion_ids: _Ids, max_length: int | None, mode: TruncationMode) -> tuple[_Ids, _Ids]:
+    """Prompt and completion cut to `max_length` tokens together: their end is cut (`keep_start`) or their start."""
+    excess = 0 if max_length is None else max(0, len(prompt_ids) + len(completion_ids) - max_length)
+    if mode == "keep_start":
+        from_completion = min(excess, len(completion_ids))
+        kept = len(prompt_ids) - (excess - from_completion)
+        return prompt_ids[:kept], completion_ids[: len(completion_ids) - from_completion]
+    from_prompt = min(excess, len(prompt_ids))
+    return prompt_ids[from_prompt:], completion_ids[excess - from_prompt :]
+
+
+def unusable_reason(pair: TokenizedPair, max_length: int | None, mode: TruncationMode) -> str | None:
+    """Why nothing can be learned from a pair after truncation, one of `UNUSABLE_REASONS`; None if something can.
+
+    The first token of a sequence has no predecessor, so without a prompt a completion of one token predicts nothing.
+    """
+    if len(pair.chosen_ids) == 0 or len(pair.rejected_ids) == 0:
+        return EMPTY_COMPLETION
+    prompts, completions = zip(
+        truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode),
+        truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode),
+        strict=True,
+    )
+    if any(len(completion) == 0 for completion in completions):
+        return PROMPT_FILLS
+    if np.array_equal(*completions):
+        return EQUAL_COMPLETIONS
+    if any(len(prompt) + len(completion) < 2 for prompt, completion in zip(prompts, completions, strict=True)):
+        return NOTHING_TO_PREDICT
+    return None
+
+
+def content_id(
+    prompt_ids: Sequence[int] | np.ndarray,
+    completion_ids: Sequence[int] | np.ndarray,
+    scored: Sequence[int] | np.ndarray | None = None,
+) -> tuple[int, int]:
+    """The 128-bit name of what a model is shown and asked: a prompt and a completion, after truncation.
+
+    BLAKE2b (RFC 7693) over both, each as int64 little-endian with its length in front, so that moving the boundary
+    changes the id; as two signed int64, to fit a tensor. `scored` marks the completion tokens that count (0 or 1 each);
+    leave it out when all do.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(np.asarray(part, dtype="<i8").tobytes())
+    raw = digest.digest()
+    return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
+
+
+def _render(
+    preference: Preference,
+    messages: list[Message],
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    try:
+        rendered: Any = processing_class.apply_chat_template(
+            messages,
+            **{"tools": preference.tools, **preference.chat_template_kwargs},
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
+            f"{error}. Correct the row, or use another chat template."
+        ) from error
+    return rendered["input_ids"]
+
+
+def _with_eos(completion: str, eos_token: str) -> str:
+    return completion if completion.endswith(eos_token) else completion + eos_token
+
+
+def _common_prefix_length(ids: list[int], others: list[int]) -> int:
+    for position, (token, other) in enumerate(zip(ids, others, strict=False)):
+        if token != other:
+            return position
+    return min(len(ids), len(others))

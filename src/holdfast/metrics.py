@@ -1,0 +1,121 @@
+"""Metrics of a run: `{name: (sum, count)}` on the device, reduced once per log.
+
+Every metric is a mean over examples (pairs, sequences or tokens), whatever the batches and processes they came in; a
+copy that a distributed sampler adds to fill the last batch counts for nothing. Nothing here waits for the device until
+`Tally.reset`. Given up: running values between logs.
+
+Names and meanings are those of the common DPO trainer, plus `reference/kl_*`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from holdfast.batch import PairBatch
+from holdfast.logprobs import Scores
+from holdfast.losses import PairLogps
+
+SumAndCount = tuple[Tensor, Tensor]
+
+
+def batch_metrics(
+    batch: PairBatch,
+    is_real: Bool[Tensor, "P"],
+    losses: Float[Tensor, "P"],
+    rewards: tuple[Float[Tensor, "P"], Float[Tensor, "P"]],
+    policy: PairLogps,
+    scores: Scores,
+) -> dict[str, SumAndCount]:
+    """Of one batch, each as (sum, count); means over pairs unless said otherwise.
+
+    `loss`; `rewards/chosen|rejected|margins` (beta * nats) and `rewards/accuracies` (share of pairs whose chosen reward
+    is the higher); `logps/*` log pi_theta(y|x), nats; with statistics also, over completion tokens, `entropy` (nats),
+    `logits/*` (mean over tokens and vocabulary) and `mean_token_accuracy` (share of chosen tokens that are top-1).
+    Pairs where `is_real` is false are left out.
+    """
+    weight = is_real.to(losses.dtype)
+
+    def over_pairs(values: Tensor) -> SumAndCount:
+        return (values.detach() * weight).sum(), weight.sum()
+
+    chosen, rejected = rewards
+    metrics = {
+        "loss": over_pairs(losses),
+        "rewards/chosen": over_pairs(chosen),
+        "rewards/rejected": over_pairs(rejected),
+        "rewards/accuracies": over_pairs((chosen > rejected).to(weight.dtype)),
+        "rewards/margins": over_pairs(chosen - rejected),
+        "logps/chosen": over_pairs(policy.chosen),
+        "logps/rejected": over_pairs(policy.rejected),
+    }
+    if scores.aux_loss is not None:
+        metrics["aux_loss"] = over_pairs(scores.aux_loss.expand_as(losses))
+    if scores.statistics is not None:
+        metrics |= _token_metrics(batch, weight, scores)
+    return metrics
+
+
+def _token_metrics(batch: PairBatch, weight: Float[Tensor, "P"], scores: Scores) -> dict[str, SumAndCount]:
+    statistics = scores.statistics
+    assert statistics is not None
+
+    def over_tokens(values: Tensor, sequences: tuple[Tensor, ...]) -> SumAndCount:
+        # A sequence counts once, however many real pairs it is in.
+        counted = weight.new_zeros(batch.num_sequences)
+        for of_pair in sequences:
+            counted = counted.index_add(0, of_pair, weight)
+        token_weight = counted.clamp(max=1)[batch.sequence]
+        return (values * token_weight).sum(), token_weight.sum()
+
+    return {
+        "entropy": over_tokens(statistics.entropy, (batch.chosen, batch.rejected)),
+        "logits/chosen": over_tokens(statistics.mean_logit, (batch.chosen,)),
+        "logits/rejected": over_tokens(statistics.mean_logit, (batch.rejected,)),
+        "mean_token_accuracy": over_tokens(statistics.is_top1, (batch.chosen,)),
+    }
+
+
+def reference_metrics(is_real: Bool[Tensor, "P"], policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
+    """`reference/kl_chosen|rejected`: mean of log pi_theta(y|x) - log pi_ref(y|x) per sequence, nats: on completions of
+    the policy itself its expectation is KL(pi_theta || pi_ref)."""
+    weight = is_real.to(policy.chosen.dtype)
+
+    def over_pairs(values: Tensor) -> SumAndCount:
+        return (values.detach() * weight).sum(), weight.sum()
+
+    return {
+        "reference/kl_chosen": over_pairs(policy.chosen - reference.chosen),
+        "reference/kl_rejected": over_pairs(policy.rejected - reference.rejected),
+    }
+
+
+@final
+class Tally:
+    """Sums and counts since the last log."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, SumAndCount]) -> None:
+        """Count one batch in; stays on the device."""
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([total.detach().float(), count.detach().float().to(total.device)])
+            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+
+    def reset(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each metric over all processes (`reduce_sum` adds a tensor up over them), and a clean slate.
+        The one synchronisation with the device."""
+        if not self._totals:
+            return {}
+        totals = reduce_sum(torch.stack(list(self._totals.values()))).tolist()
+        reduced = {name: (total, count) for name, (total, count) in zip(self._totals, totals, strict=True)}
+        self._totals = {}
+        return reduced
+
+
+def means(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Sum over count of each metric; 0 where nothing was counted."""
+    return {name: total / count if count else 0.0 for name, (total, count) in totals.items()}

@@ -1,0 +1,168 @@
+"""From what users hand in to a policy that can train: loading, adapters, tokenizer, dropout.
+
+Weights are read with `from_pretrained` (safetensors), code of other people's only when asked. A path with an
+`adapter_config.json` is loaded as a PEFT model.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file
+
+from holdfast.config import DPOConfig
+from holdfast.reference.sync import is_adapted
+
+
+def load_model(
+    path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: DPOConfig, is_trainable: bool
+) -> nn.Module:
+    """The causal language model at a local folder or of a hub id; fp32 unless `dtype` says otherwise."""
+    if isinstance(init_kwargs, str):
+        raise ValueError(
+            f"Keyword arguments for loading {path!r} were given as the string {init_kwargs!r}. Pass a mapping, or JSON."
+        )
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"dtype={kwargs['dtype']!r} was asked for in loading {path!r}; use 'auto', 'float32', 'bfloat16' or "
+                "'float16'."
+            )
+        kwargs["dtype"] = dtype
+    if _is_adapter(path, kwargs):
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
+    location = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
+    found = cached_file(
+        path, ADAPTER_CONFIG_NAME, **location,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    return found is not None
+
+
+def load_policy(model: str | nn.Module, args: DPOConfig, quantization_config: Any) -> nn.Module:
+    """The policy: `model` itself, or loaded from the path or hub id that it names."""
+    if not isinstance(model, str):
+        for option, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"`{option}` says how to load a model, but `model` is a {type(model).__name__} that is loaded "
+                    f"already, so it would be ignored. Pass the model's path, or drop `{option}`."
+                )
+        return model
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError(
+                "`quantization_config` is set both as an argument of the trainer and in `model_init_kwargs`. "
+                "Keep one of them."
+            )
+        kwargs["quantization_config"] = quantization_config
+    return load_model(model, kwargs, args=args, is_trainable=True)
+
+
+def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Module | None:
+    """The reference module that a user chose: itself, loaded from a path or hub id, or None."""
+    if not isinstance(ref_model, str):
+        if args.ref_model_init_kwargs is not None:
+            raise ValueError(
+                f"`ref_model_init_kwargs` says how to load a reference, but `ref_model` is {type(ref_model).__name__}, "
+                "not a path, so it would be ignored. Pass a path, or drop it."
+            )
+        return ref_model
+    init_kwargs = args.ref_model_init_kwargs if args.ref_model_init_kwargs is not None else args.model_init_kwargs
+    return load_model(ref_model, init_kwargs, args=args, is_trainable=False)
+
+
+def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
+    """`policy` with a fresh adapter where a `peft_config` was given. ValueError if it carries one already, or if
+    nothing of it would train."""
+    if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig`, such as `peft.LoraConfig`."
+            )
+        if is_adapted(policy):
+            raise ValueError(
+                f"A `peft_config` was given, but `model` already carries the adapters {sorted(policy.peft_config)}. "
+                "Drop `peft_config` to train the active one, or pass `model.merge_and_unload()` to train a fresh one."
+            )
+        policy = get_peft_model(policy, peft_config)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            f"Nothing of the policy ({type(policy).__name__}) would train: no parameter requires gradients. For a PEFT "
+            "model load it with `is_trainable=True`; else set `requires_grad` on what should train."
+        )
+    return policy
+
+
+def load_tokenizer(processing_class: Any, policy: nn.Module, args: DPOConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The processing class as handed in or loaded from the policy's own path, and its tokenizer."""
+    if processing_class is None:
+        path = getattr(policy.config, "_name_or_path", "") or ""
+        if not path:
+            raise ValueError(
+                "No `processing_class` was given, and the model was not loaded from a path where its tokenizer could "
+                "be. Pass the tokenizer as `processing_class`."
+            )
+        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        location = {key: init_kwargs[key] for key in ("revision", "subfolder") if key in init_kwargs}
+        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **location)
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; pass a tokenizer or a processor with one."
+        )
+    return processing_class, tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int:
+    """The id that fills rows up: of `pad_token`, else the tokenizer's padding, else its end-of-sequence token. It is
+    never attended to and never scored."""
+    token = pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if token is None:
+        raise ValueError(
+            "Rows are padded, but the tokenizer has neither a padding nor an end-of-sequence token. "
+            "Set `tokenizer.pad_token`, or `pad_token` in DPOConfig."
+        )
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"pad_token={token!r} was asked for, but the tokenizer ({type(tokenizer).__name__}) has no such token. "
+            "Name one of its tokens, or add it and resize the model's embeddings."
+        )
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def disable_dropout(policy: nn.Module) -> None:
+    """Every dropout of the policy to zero: modules, and the probabilities that attention functions read."""
+    for part in policy.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or name == "layerdrop"):
+                setattr(part, name, 0.0)
+
+
+def default_output_dir(model: str | nn.Module) -> str:
+    """`<model name>-DPO`, for a run without a config."""
+    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"

@@ -1,0 +1,1 @@
+"""Where the reference is held, when it is asked, and whether it moves: one way per file."""

@@ -1,0 +1,137 @@
+"""The implicit reference: inside a PEFT policy, in no second module.
+
+What the policy was when it was handed in differs from what it becomes only in the tensors that train. So:
+a fresh LoRA that adds nothing yet *is* the base with its adapters off, at no memory; in every other case (a trained
+adapter, PiSSA, biases, unfrozen norms, prompt tuning, ...) the trainable tensors' first values are kept and put in
+place to score. The policy gets no second adapter, and no parameter's `requires_grad` is touched.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Self, final
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.reference.base import Autocast, Reference, frozen_logps
+
+
+@final
+class AdapterReference(Reference):
+    """The policy with its adapters off, or with `frozen` values in place of its trainable tensors."""
+
+    def __init__(self, policy: nn.Module, autocast: Autocast, frozen: Mapping[str, Tensor]) -> None:
+        self.version = 0
+        self._policy = policy
+        self._autocast = autocast
+        self._frozen = dict(frozen)
+
+    @classmethod
+    def capture(cls, policy: nn.Module, autocast: Autocast) -> Self:
+        """A reference that is the PEFT model `policy` as it is now."""
+        if adds_nothing(policy):
+            return cls(policy, autocast, {})
+        trainable = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+        return cls(policy, autocast, trainable)
+
+    @contextlib.contextmanager
+    def null_ref_context(self) -> Iterator[None]:
+        """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
+        with _holding(self._policy, self._frozen) if self._frozen else _adapters_off(self._policy):
+            yield
+
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """See `Reference.logps`."""
+        with self.null_ref_context():
+            return frozen_logps(self._policy, batch, self._autocast)
+
+    def sync(self, mixup_alpha: float) -> None:
+        """ValueError: this reference is fixed."""
+        raise ValueError(
+            f"A sync (alpha {mixup_alpha}) was asked of a reference that is the policy's frozen base or a frozen copy "
+            "of its adapter. Use reference='model'."
+        )
+
+    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+        """Nothing to do: it is asked per batch."""
+
+    def release(self) -> None:
+        """Nothing to do: training does not change it."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The kept values of the trainable tensors; none where adapters are switched off."""
+        yield from self._frozen.items()
+
+    def describe(self) -> str:
+        """See `Reference.describe`."""
+        how = f"a frozen copy of its {len(self._frozen)} trainable tensors put in place" if self._frozen else "off"
+        return f"the policy as it was handed in: adapters {how}, inside the policy, asked per batch, fixed"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """None: the module is the policy's."""
+        return None
+
+
+def adds_nothing(policy: nn.Module) -> bool:
+    """Whether the PEFT model `policy` computes exactly what it would with its adapters off, and trains only them.
+
+    True only for plain LoRA factors of which one is all zero; everything unknown counts as adding something.
+    """
+    inert: set[int] = set()
+    for layer in policy.modules():
+        if isinstance(layer, LoraLayer):
+            if any(layer.use_dora.get(name, False) for name in layer.active_adapters):
+                return False
+            for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
+                for name in set(layer.active_adapters) & set(down.keys()):
+                    factors = [f.weight if isinstance(f, nn.Module) else f for f in (down[name], up[name])]
+                    if all(bool(factor.detach().any()) for factor in factors):
+                        return False
+                    inert.update(id(factor) for factor in factors)
+        elif isinstance(layer, BaseTunerLayer):
+            return False
+    return all(id(parameter) in inert for parameter in policy.parameters() if parameter.requires_grad)
+
+
+@contextlib.contextmanager
+def _adapters_off(policy: nn.Module) -> Iterator[None]:
+    """All tuner layers of `policy` off.
+
+    peft's own `disable_adapter()` sets `requires_grad` of every factor on leaving, also of those a user had frozen, and
+    inspects the whole model on each call; the flag it ends in is all that is needed.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextlib.contextmanager
+def _holding(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The named parameters of `policy` with other values. Storage is exchanged, not copied: graphs that were built
+    before keep their parameters, which hold their own values again before any backward pass."""
+    parameters = {name: policy.get_parameter(name) for name in values}
+    current = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = current[name]
+
+
+@contextlib.contextmanager
+def null_ref_context(reference: Reference | None) -> Iterator[None]:
+    """The context in which a PEFT policy computes as its reference; does nothing where the reference is another."""
+    context = reference.null_ref_context() if isinstance(reference, AdapterReference) else contextlib.nullcontext()
+    with context, torch.no_grad():
+        yield

@@ -1,0 +1,115 @@
+"""The step-0 audit (law L1): a fresh reference gives the policy's own log-probs, in every run.
+
+The error that a wrong reference makes is silent: training goes on, towards another optimum. So the two are compared
+on the first batch, and a difference is an error that names the tensor. A user may choose a different reference; then
+the measured gap is reported once. Also here: the pass over the policy's weights that finds NaN before anything runs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.reference.base import Reference
+
+TOLERANCE_NATS = 1e-3
+"""Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
+
+TOLERANCE_NATS_HALF = 0.05
+"""Largest mean gap per token under bf16 or fp16, where another batch shape alone moves single tokens by 0.1."""
+
+Checksums = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """How far two models' log-probs of the same tokens are apart, nats per token."""
+
+    mean: float
+    largest: float
+
+    @classmethod
+    def between(cls, policy: SequenceLogps, reference: SequenceLogps) -> "Gap":
+        """The gap on one batch."""
+        difference = (policy.per_token.detach() - reference.per_token).abs()
+        return cls(mean=float(difference.mean()), largest=float(difference.max()))
+
+    def is_zero(self, *, is_half_precision: bool) -> bool:
+        """Whether it is what rounding alone can make. NaN is not."""
+        return self.mean <= TOLERANCE_NATS_HALF if is_half_precision else self.largest <= TOLERANCE_NATS
+
+
+def checksums(policy: nn.Module) -> Checksums:
+    """Two sums over each parameter, to tell later which one changed; raises ValueError on NaN or infinity, naming the
+    first parameter that has one."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.is_meta or parameter.numel() == 0 or not parameter.is_floating_point():
+            continue
+        values = parameter.detach().float()
+        sums[name] = (float(values.sum()), float(values.norm()))
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"The policy has NaN or infinite weights, in `{name}` first. Load it again, or look at how it was "
+                "trained: in fp16, a loss scale that overflows leaves such weights behind."
+            )
+    return sums
+
+
+def audit(
+    policy_logps: SequenceLogps,
+    reference: Reference,
+    batch: PairBatch,
+    policy: nn.Module,
+    captured: Checksums,
+    *,
+    is_users_choice: bool,
+    is_half_precision: bool,
+) -> str:
+    """What was measured on `batch`, in one line. ValueError when a captured reference is not the policy, naming what
+    differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
+    gap = Gap.between(policy_logps, reference.logps(batch))
+    if math.isnan(gap.mean):
+        raise ValueError(
+            "Policy and reference were compared on the first batch, and a log-prob is NaN. Check the weights and dtype "
+            f"of both. Reference: {reference.describe()}."
+        )
+    if is_users_choice:
+        return (
+            f"Reference: {reference.describe()}. It differs from the policy by {gap.mean:.3g} nats per token on the "
+            f"first batch ({gap.largest:.3g} at most)."
+        )
+    if not gap.is_zero(is_half_precision=is_half_precision):
+        raise ValueError(
+            "The reference is the policy as it starts to train, so at the first step both must give the same "
+            f"log-probs; found a gap of {gap.largest:.3g} nats in one token, {gap.mean:.3g} on average. Reference: "
+            f"{reference.describe()}. {_culprit(reference, policy, captured)} If another reference is what you want, "
+            "name it with `ref_model`; reference_audit=False switches this check off."
+        )
+    return f"Reference audit: largest gap {gap.largest:.3g} nats in one token of the first batch."
+
+
+def _culprit(reference: Reference, policy: nn.Module, captured: Checksums) -> str:
+    moved = [name for name, sums in checksums(policy).items() if name in captured and sums != captured[name]]
+    if moved:
+        return (
+            f"The policy's `{moved[0]}` is not what it was when the trainer was made ({len(moved)} tensors changed "
+            "since): make the trainer after the last change to the model."
+        )
+    own = dict(policy.named_parameters())
+    for name, tensor in reference.tensors():
+        if name in own and not torch.equal(own[name].detach().float(), tensor.detach().float().to(own[name].device)):
+            return f"The reference's `{name}` differs from the policy's by up to {_distance(own[name], tensor):.3g}."
+    return (
+        "All weights agree, so a setting differs: look for a forward pass that is random or keeps state in eval mode, "
+        "a numerics setting changed since the reference was scored, or an adapter that was switched."
+    )
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float((ours.detach().float() - theirs.detach().float().to(ours.device)).abs().max())

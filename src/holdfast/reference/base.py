@@ -1,0 +1,96 @@
+"""The reference interface: where `log pi_ref(y|x)` comes from.
+
+Everything that differs between the ways to hold a reference is behind these methods; nothing else in the package asks
+which way it is. Implementations are final: to vary one, wrap it (as `PrecomputedReference` does).
+"""
+
+import abc
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.logprobs import score
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Makes the context under which the policy's forward pass runs; a reference must be scored under the same."""
+
+
+class Reference(abc.ABC):
+    """pi_ref: the anchor that the policy is compared with.
+
+    Laws: a fresh one captured from the policy gives the policy's own log-probs (L1); a fixed one never changes (L2);
+    however it is held, its log-probs agree to 1e-5 per token in fp32 (L3); a sync is exactly
+    `alpha * policy + (1 - alpha) * reference` in effective weights, accumulated in fp32 (L4).
+    """
+
+    version: int
+    """Number of syncs so far: 0 for a reference that never moved."""
+
+    @abc.abstractmethod
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """`log pi_ref` (nats, fp32) of the batch's completion tokens; no gradients, eval mode, no dropout."""
+
+    @abc.abstractmethod
+    def sync(self, mixup_alpha: float) -> None:
+        """Move to `mixup_alpha * policy + (1 - mixup_alpha) * reference` (TR-DPO, Gorbatovski et al. 2024, Eq. 3,
+        arXiv:2404.09656) and count `version` up. ValueError where the reference cannot move."""
+
+    @abc.abstractmethod
+    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+        """Called with every dataset (name -> its batches, made lazily) that will be asked about. Whoever scores ahead
+        does it here; the others leave the batches unread."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Called when training is about to change the policy: the last moment to read it as the reference."""
+
+    @abc.abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors it holds on top of the policy, under the policy's names for them where it has any."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What it is, where it is held, and when it is asked, in one line."""
+
+    @property
+    @abc.abstractmethod
+    def module(self) -> nn.Module | None:
+        """The reference's own module where it has one, else None."""
+
+
+def num_bytes(reference: Reference) -> int:
+    """Bytes that a reference holds on top of the policy."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """BLAKE2b over names, dtypes, shapes and bytes: equal for equal tensors, on whatever device (law L2)."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:
+    """`module`'s log-probs as a reference gives them: no gradients, eval mode, the policy's own numerics."""
+    with torch.no_grad(), evaluating(module), autocast():
+        return score(module, batch).logps
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All of `module` in eval mode, each part put back as it was: a policy and its parts may be in different modes."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

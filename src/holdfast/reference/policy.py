@@ -1,0 +1,60 @@
+"""The policy itself, for as long as it has not trained: the captured reference at no cost.
+
+Only good for scoring ahead. Once training has changed the policy this is no reference any more, and it says so.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import final
+
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.reference.base import Autocast, Reference, frozen_logps
+
+
+@final
+class PolicyReference(Reference):
+    """The untrained policy as its own reference: the same module, asked only before the first step."""
+
+    def __init__(self, policy: nn.Module, autocast: Autocast) -> None:
+        self.version = 0
+        self._policy = policy
+        self._autocast = autocast
+        self._is_over = False
+
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """See `Reference.logps`. ValueError once training has begun."""
+        if self._is_over:
+            raise ValueError(
+                "Reference log-probs were asked for after training began, but the reference was the policy as it "
+                "started, which is no longer in memory. Hand the dataset to the trainer as `eval_dataset`, so that it "
+                "is scored before training, or use reference='model' to keep the reference."
+            )
+        return frozen_logps(self._policy, batch, self._autocast)
+
+    def sync(self, mixup_alpha: float) -> None:
+        """ValueError: the policy cannot move towards itself."""
+        raise ValueError(
+            f"A sync (alpha {mixup_alpha}) was asked of a reference that is only the policy before training. "
+            "Use reference='model'."
+        )
+
+    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+        """Nothing to do."""
+
+    def release(self) -> None:
+        """From here on `logps` refuses."""
+        self._is_over = True
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """None beyond the policy's own."""
+        return iter(())
+
+    def describe(self) -> str:
+        """See `Reference.describe`."""
+        return "the policy as it starts to train, asked before training only"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """None: the module is the policy's."""
+        return None

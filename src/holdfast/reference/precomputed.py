@@ -1,0 +1,112 @@
+"""Log-probs computed ahead: the datasets are scored before training, and the reference need not be in memory after.
+
+Wraps the reference that does the scoring. Values are kept per completion, by content (token ids of prompt and
+completion after truncation), per token: a completion of many pairs is scored once, and every loss and modifier can
+be computed from what is kept. Costs host memory: 4 bytes per completion token.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.reference.base import Reference
+
+ContentId = tuple[int, int]
+
+
+@final
+class PrecomputedReference(Reference):
+    """The log-probs of `inner`, kept.
+
+    `gather` turns this process's list of (content id, log-probs) into that of all processes; the identity where there
+    is one process. `is_quiet` hides the progress bar.
+    """
+
+    def __init__(
+        self, inner: Reference, *, gather: Callable[[list[Any]], list[Any]] = list, is_quiet: bool = False
+    ) -> None:
+        self.version = 0
+        self._inner: Reference | None = inner
+        self._source = inner.describe()
+        self._gather = gather
+        self._is_quiet = is_quiet
+        self._kept: dict[ContentId, Tensor] = {}
+
+    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+        """Score every completion of the datasets that is not kept yet, and let go of an inner reference that has a
+        module of its own. ValueError where the log-probs are not finite."""
+        for name, batches in datasets.items():
+            scored: dict[ContentId, Tensor] = {}
+            for batch in tqdm(batches, desc=f"Reference log-probs ({name})", unit="batch", disable=self._is_quiet):
+                scored |= self._score(batch, scored)
+            for shard in self._gather([scored]):
+                self._kept |= shard
+        if self._inner is not None and self._inner.module is not None:
+            self._inner = None
+
+    def _score(self, batch: PairBatch, scored: Mapping[ContentId, Tensor]) -> dict[ContentId, Tensor]:
+        ids = content_ids(batch)
+        if all(key in self._kept or key in scored for key in ids):
+            return {}
+        if self._inner is None:
+            raise ValueError(
+                "Log-probs of completions that were not precomputed were asked for, and the reference "
+                f"({self._source}) is no longer in memory. Hand every dataset to the trainer when it is made "
+                "(`eval_dataset` may be a dict of several), or use reference='model'."
+            )
+        logps = self._inner.logps(batch)
+        per_token = logps.per_token.cpu()
+        if not bool(per_token.isfinite().all()):
+            row = int(batch.sequence[int((~per_token.isfinite()).nonzero()[0])])
+            raise ValueError(
+                f"The reference ({self._source}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
+                f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
+            )
+        return dict(zip(ids, per_token.split(logps.lengths().tolist()), strict=True))
+
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """See `Reference.logps`; looked up. A batch that was not prepared is scored by the inner reference where that
+        is still there, else ValueError."""
+        self._kept |= self._score(batch, {})
+        kept = [self._kept[key] for key in content_ids(batch)]
+        per_token = torch.cat(kept) if kept else torch.zeros(0)
+        return SequenceLogps(
+            per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
+        )
+
+    def sync(self, mixup_alpha: float) -> None:
+        """ValueError: what was computed ahead would be stale."""
+        raise ValueError(
+            f"A sync (alpha {mixup_alpha}) was asked of a reference whose log-probs were computed ahead: they would be "
+            "stale. Use reference='model'."
+        )
+
+    def release(self) -> None:
+        """Tells the inner reference, where it is still there."""
+        if self._inner is not None:
+            self._inner.release()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The kept log-probs, and what an inner reference without a module of its own still holds."""
+        for (high, low), logps in self._kept.items():
+            yield f"{high:x}.{low:x}", logps
+        if self._inner is not None:
+            yield from self._inner.tensors()
+
+    def describe(self) -> str:
+        """See `Reference.describe`."""
+        return f"{self._source}; its log-probs of {len(self._kept)} completions kept in host memory"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """None: no module is kept."""
+        return None
+
+
+def content_ids(batch: PairBatch) -> list[ContentId]:
+    """The content id of each of the batch's sequences."""
+    return [(high, low) for high, low in batch.content.tolist()]

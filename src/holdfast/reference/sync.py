@@ -1,0 +1,93 @@
+"""Moving a reference: `pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref`, in effective weights, in fp32.
+
+TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). In bf16 an update of alpha = 0.001 rounds to nothing, so a
+reference in a smaller dtype keeps an fp32 state beside its weights. For a LoRA policy the *products* are mixed: the mix
+of the factors A and B apart is a different model. The price: a sync under PEFT makes a merged copy for a moment.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from holdfast.reference.base import Reference
+
+
+def is_adapted(policy: nn.Module) -> bool:
+    """Whether `policy` is a PEFT model."""
+    return hasattr(policy, "peft_config") and hasattr(policy, "get_base_model")
+
+
+def effective_copy(policy: nn.Module) -> nn.Module:
+    """A copy of a PEFT policy with its active adapters merged into the weights; the policy itself is not touched."""
+    unmerged = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
+    if unmerged:
+        raise ValueError(
+            f"sync_ref_model=True was asked for with the prompt-learning adapter {unmerged[0]!r}, which cannot be "
+            "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
+        )
+    return copy.deepcopy(policy).merge_and_unload()
+
+
+def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
+    """The policy's parameters by name, adapters merged in."""
+    module = effective_copy(policy) if is_adapted(policy) else policy
+    return dict(module.named_parameters())
+
+
+@final
+class Mixture:
+    """The fp32 state of a moving reference: empty until the first move, and for weights that are fp32 themselves."""
+
+    def __init__(self) -> None:
+        self._fp32: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> None:
+        """`reference <- alpha * policy + (1 - alpha) * reference`, in place, accumulated in fp32."""
+        differing = [
+            name for name in reference.keys() | policy.keys()
+            if name not in reference or name not in policy or reference[name].shape != policy[name].shape
+        ]  # fmt: skip
+        if differing:
+            raise ValueError(
+                "A sync mixes the weights of reference and policy, but they are different models: "
+                f"`{sorted(differing)[0]}` is in one only or has another shape ({len(differing)} such tensors). Use a "
+                "`ref_model` of the policy's architecture, or sync_ref_model=False."
+            )
+        for name, tensor in reference.items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"A sync mixes weights, but `{name}` is {tensor.dtype}: quantised weights have no exact mix. Use "
+                    "an unquantised reference, or sync_ref_model=False."
+                )
+            state = tensor
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                state = self._fp32.setdefault(name, tensor.float())
+            target = policy[name].to(device=state.device, dtype=state.dtype)
+            state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
+            if state is not tensor:
+                tensor.copy_(state)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The state, under `<parameter>.fp32`."""
+        for name, tensor in self._fp32.items():
+            yield f"{name}.fp32", tensor
+
+
+@final
+class SyncCallback(TrainerCallback):
+    """Syncs `reference` after every `steps`-th optimizer step."""
+
+    def __init__(self, reference: Reference, mixup_alpha: float, steps: int) -> None:
+        self._reference = reference
+        self._mixup_alpha = mixup_alpha
+        self._steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if state.global_step % self._steps == 0:
+            self._reference.sync(self._mixup_alpha)

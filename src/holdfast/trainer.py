@@ -1,0 +1,370 @@
+"""`DPOTrainer`: the glue between `transformers.Trainer` and the rooms of this house.
+
+The only subclass of a concrete class here. A batch's way through it is `compute_loss`; what a script may read is the
+attributes of `transformers.Trainer` plus `reference`, `ref_model` and `null_ref_context`.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+
+import holdfast
+from holdfast.arguments import check_devices, checked_arguments, router_aux_loss_coef
+from holdfast.batch import PairBatch
+from holdfast.card import TAGS, model_card
+from holdfast.config import DPOConfig
+from holdfast.data.layouts import PaddedLayout, with_positions
+from holdfast.data.lazy import LazyBatches, by_name
+from holdfast.data.prepare import prepare_dataset, prepare_eval
+from holdfast.data.tokenize import check_vocabulary
+from holdfast.logprobs import Scores, score, unwrap, vocabulary_size
+from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.metrics import Tally, batch_metrics, means, reference_metrics
+from holdfast.models import disable_dropout, load_policy, load_ref_model, load_tokenizer, padding_id, with_adapter
+from holdfast.reference.adapter import null_ref_context
+from holdfast.reference.audit import audit, checksums
+from holdfast.reference.base import Reference, frozen_logps, num_bytes
+from holdfast.reference.choice import Wish, choose_reference
+from holdfast.reference.sync import SyncCallback, is_adapted
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class DPOTrainer(Trainer):
+    """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+    `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
+    None for the policy as it starts to train, which is captured from memory. `args`: `DPOConfig`. `train_dataset`,
+    `eval_dataset`: `datasets` of rows with `prompt`, `chosen` and `rejected` (text or messages), with `chosen` and
+    `rejected` that both begin with the prompt, or with token ids; for evaluation also a dict of them. `processing_class`: the tokenizer (or a processor
+    with one). `peft_config`: trains a fresh adapter. The other arguments are those of `transformers.Trainer`.
+
+    Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = checked_arguments(args, model, ref_model, train_dataset)
+        set_seed(args.seed)  # a fresh adapter draws its weights
+        policy = load_policy(model, args, quantization_config)
+        processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
+        check_vocabulary(tokenizer, vocabulary_size(unwrap(policy)))
+        pad_token_id = padding_id(tokenizer, args.pad_token)
+        policy = with_adapter(policy, peft_config)
+        if is_adapted(policy) and args.gradient_checkpointing:
+            policy.enable_input_require_grads()
+        if args.disable_dropout:
+            disable_dropout(policy)
+        self._captured = checksums(policy)
+
+        self._prepare_options: dict[str, Any] = {
+            "processing_class": tokenizer,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+            "num_proc": args.dataset_num_proc,
+            "vocab_size": vocabulary_size(unwrap(policy)),
+        }
+        with args.main_process_first(desc="preparing the datasets"):
+            train_dataset = prepare_dataset(train_dataset, name="train", **self._prepare_options)
+            eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or PaddedLayout(
+                pad_token_id=pad_token_id,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )  # fmt: skip
+        check_devices(args)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
+        self._tallies = {"train": Tally(), "eval": Tally()}
+        self._is_audited = not args.reference_audit
+        self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
+        self._is_reference_chosen = ref_model is not None
+        self.reference = self._make_reference(load_ref_model(ref_model, args))
+        if args.sync_ref_model:
+            self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+        if hasattr(unwrap(policy), "add_model_tags"):
+            unwrap(policy).add_model_tags(list(TAGS))
+
+    # --- the reference ------------------------------------------------------------------------------------------------
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's own module where one is held, else None."""
+        return self.reference.module if self.reference is not None else None
+
+    def null_ref_context(self) -> AbstractContextManager[None]:
+        """A context in which an implicit reference's policy computes as that reference."""
+        return null_ref_context(self.reference)
+
+    def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
+        wish = Wish(
+            way=self.args.reference if self.args.needs_reference else "none",
+            is_ahead=self.args.precompute_ref_log_probs,
+            moves=self.args.sync_ref_model,
+        )
+        if ref_model is not None and wish.way != "none":
+            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        reference = choose_reference(
+            wish,
+            self.model,
+            ref_model,
+            self.accelerator.autocast,
+            gather=gather_object,
+            is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
+        )
+        if reference is not None:
+            is_ahead = wish.is_ahead or wish.way == "precomputed"
+            datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+            reference.prepare({name: self._batches(part, name, is_ahead) for name, part in datasets.items()})
+            logger.info("Reference: %s; %d bytes held.", reference.describe(), num_bytes(reference))
+        return reference
+
+    def _batches(self, dataset: Any, name: str, is_ahead: bool = False) -> "LazyBatches":
+        if is_ahead and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"Log-probs were to be computed ahead, but the {name} dataset is a stream (IterableDataset), which may "
+                "have no end. Use reference='model' or 'adapter', or a map-style Dataset."
+            )
+        size = self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
+        return LazyBatches(dataset, self.args.precompute_ref_batch_size or size, self._collated, self.accelerator)
+
+    def _audit(self, batch: PairBatch) -> None:
+        self._is_audited = True
+        if self.reference is not None:
+            dtype = next(self.model.parameters()).dtype
+            is_half = self.accelerator.mixed_precision in ("bf16", "fp16") or dtype != torch.float32
+            policy = frozen_logps(self.model, batch, self.accelerator.autocast)
+            found = audit(
+                policy, self.reference, batch, self.model, self._captured,
+                is_users_choice=self._is_reference_chosen, is_half_precision=is_half,
+            )  # fmt: skip
+            logger.warning(found) if self._is_reference_chosen else logger.info(found)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Audit the reference, then train; see `transformers.Trainer.train`."""
+        if resume_from_checkpoint and self.args.sync_ref_model:
+            raise ValueError(
+                f"Resuming from {resume_from_checkpoint!r} was asked for with sync_ref_model=True, but the checkpoint "
+                "does not hold the moved reference, so the run would go on against the initial one. Start afresh, or "
+                "pass the reference to go on with as `ref_model` and a checkpoint's model as `model`."
+            )
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self._is_audited and not is_sharded:
+            rows = islice(iter(self.train_dataset), self.args.per_device_train_batch_size)
+            self._audit(self._collated(list(rows)))
+        if self.reference is not None:
+            self.reference.release()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
+        return self._pair_batch(self.data_collator([{name: row[name] for name in COLUMNS} for row in rows]))
+
+    # --- one batch ----------------------------------------------------------------------------------------------------
+
+    def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
+        return PairBatch.from_tensors(self._prepare_inputs(with_positions(dict(tensors))))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a batch, with the model's logits where `return_outputs` asks for them."""
+        batch = self._pair_batch(inputs)
+        if not self._is_audited and self.model.training and self.state.global_step == 0:
+            self._audit(batch)
+        with self.accelerator.autocast():
+            scores = score(model, batch, statistics=True, router_logits=self._router_aux_loss_coef != 0)
+        options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
+        policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
+        reference = None
+        if self.reference is not None:
+            reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+        losses = preference_loss(
+            policy,
+            reference,
+            loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
+            weights=self._pair_weights(scores, batch),
+            **options,
+        )
+        if scores.aux_loss is not None:
+            losses = losses + self._router_aux_loss_coef * scores.aux_loss
+        self._count(batch, losses, implicit_rewards(policy, reference, **options), policy, reference, scores)
+        loss = losses.mean()
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**batch.inputs, use_cache=False)
+
+    def _pair_weights(self, scores: Scores, batch: PairBatch) -> Tensor | None:
+        if not self.args.use_weighting:
+            return None
+        assert scores.statistics is not None
+        return wpo_weights(scores.logps, scores.statistics.log_sum_sq_probs, batch)
+
+    def _count(
+        self, batch: PairBatch, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps,
+        reference: PairLogps | None, scores: Scores,
+    ) -> None:  # fmt: skip
+        is_training = self.model.training
+        is_real = self._is_real(batch)
+        metrics = batch_metrics(batch, is_real, losses, rewards, policy, scores)
+        if reference is not None:
+            metrics |= reference_metrics(is_real, policy, reference)
+        if is_training:
+            mask = batch.inputs.get("attention_mask")
+            num_tokens = mask.sum() if mask is not None else losses.new_tensor(batch.inputs["input_ids"].numel())
+            metrics["num_tokens"] = (num_tokens, torch.zeros_like(num_tokens))
+        self._tallies["train" if is_training else "eval"].add(metrics)
+
+    def _is_real(self, batch: PairBatch) -> Tensor:
+        """False for pairs that were repeated to fill the last batch of several processes."""
+        place = torch.arange(batch.num_pairs, device=batch.chosen.device)
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return place >= 0
+        return place + self.accelerator.process_index * batch.num_pairs < state.remainder
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with offload if self.args.activation_offloading else contextlib.nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    # --- evaluation and logs ------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
+            if self.reference is not None:
+                parts = by_name(eval_dataset)
+                self.reference.prepare({name: self._batches(part, name) for name, part in parts.items()})
+            if isinstance(eval_dataset, dict):
+                metrics: dict[str, float] = {}
+                for name, part in eval_dataset.items():
+                    metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                return metrics
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
+        test_dataset = prepare_dataset(test_dataset, name="test", **self._prepare_options)
+        if self.reference is not None:
+            self.reference.prepare({"test": self._batches(test_dataset, "test")})
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
+        self._tallies["eval"] = Tally()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = means(self._tallies["eval"].reset(self._sum_over_processes)) | {"num_tokens": self._tokens_logged()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """(loss, logits, input ids); the latter two only where `compute_metrics` asks for them."""
+        with torch.no_grad():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            return loss, outputs.logits, inputs["input_ids"].to(loss.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `transformers.Trainer.log`; a log of training carries the metrics since the one before."""
+        if "loss" in logs or "train_loss" in logs:
+            totals = self._tallies["train"].reset(self._sum_over_processes)
+            num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
+            metrics = means(totals)
+            if "loss" in logs and math.isnan(metrics.pop("loss", 0.0)):
+                raise ValueError(
+                    f"The loss is NaN at step {self.state.global_step}. Lower the learning rate, or train in bf16 or "
+                    "fp32 rather than fp16; the last checkpoint is from before."
+                )
+            metrics.pop("loss", None)
+            logs = {**logs, **metrics} | ({"num_tokens": self._tokens_logged() + num_tokens} if metrics else {})
+        super().log(logs, *args, **kwargs)
+
+    def _tokens_logged(self) -> float:
+        """Training tokens up to the last log, that of a resumed run included."""
+        counts = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
+        return next(counts, 0.0)
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(COLUMNS)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, ...)."""
+        if not self.is_world_process_zero():
+            return
+        card = model_card(
+            title=model_name or Path(self.args.output_dir).name,
+            base_model=getattr(unwrap(self.model).config, "_name_or_path", "") or None,
+            dataset=metadata.pop("dataset", None) or dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            loss=", ".join(self.args.loss_types),
+            beta=self.args.beta,
+            reference=self.reference.describe() if self.reference is not None else "none",
+            versions=f"holdfast {holdfast.__version__}, transformers {transformers.__version__}, "
+            f"torch {torch.__version__}, peft {peft.__version__}",
+            metadata=metadata,
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
+        super()._save_checkpoint(model, trial)

@@ -1,0 +1,37 @@
+"""How every test runs: offline, one thread, caches in a folder of its own, and tensor shapes checked at every call.
+
+The environment is set before anything is imported that reads it once, at import.
+"""
+
+import os
+import shutil
+import tempfile
+
+_caches = tempfile.mkdtemp(prefix="holdfast-tests-")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HOME": _caches,
+    "HF_DATASETS_CACHE": os.path.join(_caches, "datasets"),
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+from jaxtyping import install_import_hook  # noqa: E402  # after the environment
+
+install_import_hook(["holdfast.batch", "holdfast.logprobs", "holdfast.losses"], "shapes.checked")
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Two workers on two cores; and sums of floats do not depend on the number of threads.
+torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine.
+settings.register_profile("holdfast", deadline=None, derandomize=True)
+settings.load_profile("holdfast")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the caches."""
+    shutil.rmtree(_caches, ignore_errors=True)

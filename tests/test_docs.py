@@ -1,0 +1,122 @@
+"""The documentation says what the code does: tables that name code are compared with it, examples are run."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import tiny
+from holdfast.cli import app
+from holdfast.config import WAYS, DPOConfig
+from holdfast.data.formats import TOKENIZED_COLUMNS
+from holdfast.data.tokenize import UNUSABLE_REASONS
+from holdfast.losses import LOSSES, LossOptions
+from holdfast.runfile import SECTIONS, read_run_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table whose first column has that heading, without Markdown's backticks."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" |")])
+    return rows
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_table_of_losses_is_the_one_in_the_code():
+    written = {
+        names(name)[0]: (source, set(names(options)), reference == "yes")
+        for name, _, source, options, reference in table("losses.md", "loss")
+    }
+    assert written == {name: (loss.paper, set(loss.reads), loss.needs_reference) for name, loss in LOSSES.items()}
+
+
+def test_every_option_of_the_losses_is_documented():
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    missing = {name for name in LossOptions.__slots__ if f"`{name}`" not in page and f" {name}" not in page}
+    assert missing == set()
+
+
+def test_the_ways_to_hold_a_reference():
+    page = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
+    found = set(re.findall(r'`reference="(\w+)"`', page))
+    assert found == set(WAYS)
+
+
+def test_options_named_on_the_reference_page_exist():
+    page = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)=(?:True|False)`", page)) | {"ref_model_sync_steps", "ref_model_mixup_alpha"}
+    assert named - set(DPOConfig.__dataclass_fields__) == set()
+
+
+def test_the_sections_of_a_run_file():
+    assert [names(row[0])[0] for row in table("cli.md", "section")] == list(SECTIONS)
+
+
+def test_the_reasons_for_which_a_row_is_left_out():
+    assert tuple(row[0] for row in table("data.md", "reason")) == UNUSABLE_REASONS
+
+
+def test_the_columns_of_token_ids():
+    assert tuple(names(table("data.md", "columns")[-1][0])) == TOKENIZED_COLUMNS
+
+
+def test_the_run_file_of_the_documentation_is_one(tmp_path):
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    path = tmp_path / "run.yaml"
+    path.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8")
+    run = read_run_file(path, ["training.use_cpu=true"])
+    assert run.training_arguments().learning_rate == 1e-6
+    assert run.peft_config().r == 16
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A current folder with a model and pairs in it."""
+    tokenizer = tiny.tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = "\n".join(json.dumps(row) for row in tiny.preference_rows(8))
+    (tmp_path / "pairs.jsonl").write_text(rows, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_two_examples_are_the_same_run(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "model", "pairs.jsonl", "by-python"])
+    runpy.run_path(str(ROOT / "examples" / "dpo.py"))
+    overrides = ["--set", "model=model", "--set", "training.output_dir=by-file"]
+    result = CliRunner().invoke(app, ["train", str(ROOT / "examples" / "run.yaml"), *overrides, "--debug"])
+    assert result.exit_code == 0, result.output
+    files = [workplace / folder / "adapter_model.safetensors" for folder in ("by-python", "by-file")]
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert max(one[name].abs().max() for name in one if "lora_B" in name) > 0

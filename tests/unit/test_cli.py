@@ -1,0 +1,174 @@
+"""The commands, apart from training itself (`tests/end_to_end/test_cli_train.py`): arguments, messages, exit codes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import holdfast
+import holdfast.demo
+from holdfast import cli
+
+runner = CliRunner()
+SMALLEST = "model: nowhere/policy\ndata: {train: pairs.jsonl}\ntraining: {use_cpu: true, output_dir: OUTPUT}\n"
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALLEST.replace("OUTPUT", str(tmp_path / "out")), encoding="utf-8")
+    return path
+
+
+def invoke(*arguments: object):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"holdfast {holdfast.__version__}\n")
+
+
+def test_a_mistyped_key_is_a_message_with_exit_code_2(run_file):
+    result = invoke("train", run_file, "--set", "training.btea=0.2")
+    assert result.exit_code == 2
+    assert one_line(result.stderr) == (
+        "error: --set training.btea: `training.btea` is not a key of the section `training`. Did you mean `beta`?"
+    )
+    assert "Traceback" not in result.output
+
+
+def test_debug_keeps_the_traceback(run_file):
+    result = invoke("train", run_file, "--set", "training.btea=0.2", "--debug")
+    assert isinstance(result.exception, cli.RunFileError)
+    assert "error:" not in result.output
+
+
+def test_a_missing_run_file(tmp_path):
+    result = invoke("train", tmp_path / "nowhere.yaml")
+    assert result.exit_code == 2
+    assert "nowhere.yaml: no such run file." in one_line(result.stderr)
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_an_output_folder_that_cannot_be_written_to_is_found_before_anything_is_loaded(run_file, tmp_path, command):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "out"
+    more = (run_file, "--set", f"training.output_dir={folder}") if command == "train" else ("--output", folder)
+    result = invoke(command, *more)
+    assert result.exit_code == 1
+    assert f"error: the output folder is to be '{folder}', which cannot be written to (" in one_line(result.stderr)
+    assert "Choose another folder, or change its permissions." in one_line(result.stderr)
+
+
+def test_a_model_that_is_nowhere(run_file):
+    result = invoke("train", run_file)
+    assert result.exit_code == 1
+    assert "error: the tokenizer was to be loaded from 'nowhere/policy', which failed:" in one_line(result.stderr)
+    assert "as `tokenizer:` (default: the model's)." in one_line(result.stderr)
+
+
+def raising(error: Exception, module: str):
+    """A function that raises from the code of a module of that name."""
+    namespace: dict[str, object] = {"__name__": module, "error": error}
+    exec("def fail(*arguments, **options):\n    raise error", namespace)
+    return namespace["fail"]
+
+
+@pytest.mark.parametrize(
+    ("error", "module", "is_message"),
+    [
+        (ValueError("ours"), "holdfast.data.load", True),
+        (TypeError("ours"), "holdfast.trainer", True),
+        (FileNotFoundError(2, "No such file", "pairs.jsonl"), "datasets.load", True),
+        (ValueError("shapes do not match"), "torch.nn", False),
+        (KeyError("ours"), "holdfast.trainer", False),
+        (ValueError("a plug-in"), "holdfast_plugin", False),
+    ],
+)
+def test_which_errors_are_messages(monkeypatch, run_file, error, module, is_message):
+    monkeypatch.setattr(cli, "_train", raising(error, module))
+    result = invoke("train", run_file)
+    assert result.exit_code == 1
+    assert ("error: " in result.stderr) is is_message
+    assert isinstance(result.exception, SystemExit if is_message else type(error))
+
+
+def test_brackets_in_an_error_are_not_markup(monkeypatch, run_file):
+    monkeypatch.setattr(cli, "_train", raising(ValueError("found [red] in ['a', 'b']"), "holdfast.trainer"))
+    assert one_line(invoke("train", run_file).stderr) == "error: found [red] in ['a', 'b']"
+
+
+def test_a_later_process_says_which_one_it_is(monkeypatch, run_file):
+    monkeypatch.setattr(cli, "_rank", 3)
+    monkeypatch.setattr(cli, "_train", raising(ValueError("out of reach"), "holdfast.trainer"))
+    assert one_line(invoke("train", run_file).stderr) == "error: [rank 3] out of reach"
+
+
+def test_the_report_has_the_numbers_and_the_places(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "_output", Console(width=200))
+    cli._report(tmp_path, {"train_loss": 0.69314718, "epoch": 1.0})
+    printed = capsys.readouterr().out
+    assert "0.693147" in printed
+    assert f"model, tokenizer and run.yaml: {tmp_path}\n" in printed
+    assert f"logged numbers: {tmp_path / 'trainer_state.json'}\n" in printed
+
+
+@dataclass
+class Result:
+    exit_code: int
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_demo_passes_on_its_options_and_fails_if_its_checks_do(monkeypatch, tmp_path, exit_code):
+    calls = []
+    result = Result(exit_code)
+    monkeypatch.setattr(holdfast.demo, "run_demo", lambda *args, **kwargs: calls.append((args, kwargs)) or result)
+    assert invoke("demo", "--output", tmp_path / "demo", "--seed", 7).exit_code == exit_code
+    assert calls == [((tmp_path / "demo",), {"seed": 7})]
+
+
+def test_help_names_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert {"train", "demo"} <= set(result.output.split())
+
+
+def test_the_module_runs_as_a_program_and_stays_light():
+    code = "import sys, holdfast.cli; print({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    command = [sys.executable, "-m", "holdfast.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"holdfast {holdfast.__version__}\n"
+
+
+def test_only_the_first_process_prints():
+    code = "from holdfast import cli; cli._report(__import__('pathlib').Path('out'), {'loss': 1.0})"
+    printed = {
+        rank: subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank}
+        ).stdout
+        for rank in ("0", "1")
+    }
+    assert "loss" in printed["0"]
+    assert printed["1"] == ""
+
+
+def test_no_command_prints_the_help():
+    result = invoke()
+    assert "Usage:" in result.output
+    assert result.exit_code == 2
+
+
+def test_app_is_the_entry_point():
+    assert isinstance(cli.app, typer.Typer)
