@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% if 'tool_calls' in message %}{{ message['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML with tools and one keyword, `style`; a `tool_calls` key counts when it is there, even if its value is None."""
+"""ChatML with tools, tool calls and one variable of its own, `style`."""
 
 
 def tokenizer(

@@ -4,6 +4,7 @@ Weights are read with `from_pretrained` (safetensors), code of other people's on
 `adapter_config.json` is loaded as a PEFT model.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from transformers.utils import cached_file
 
 from holdfast.config import DPOConfig
 from holdfast.reference.sync import is_adapted
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -94,8 +97,11 @@ def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Mod
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
-    """`policy` with a fresh adapter where a `peft_config` was given. ValueError if it carries one already, or if
-    nothing of it would train."""
+    """`policy` with a fresh adapter where a `peft_config` was given.
+
+    A plain model of which every weight is frozen trains whole, and a line says so. ValueError if `policy` carries an
+    adapter already, or if nothing of its adapters would train.
+    """
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(
@@ -108,10 +114,15 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module
             )
         policy = get_peft_model(policy, peft_config)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise ValueError(
-            f"Nothing of the policy ({type(policy).__name__}) would train: no parameter requires gradients. For a PEFT "
-            "model load it with `is_trainable=True`; else set `requires_grad` on what should train."
-        )
+        if is_adapted(policy):
+            raise ValueError(
+                f"Nothing of the policy would train: no parameter of its adapters {sorted(policy.peft_config)} requires "
+                "gradients. Load it with `PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config` "
+                "and `model.merge_and_unload()`."
+            )
+        logger.warning("No parameter of the model requires gradients, as after `merge_and_unload()`: all of it trains.")
+        for parameter in policy.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     return policy
 
 
@@ -133,6 +144,12 @@ def load_tokenizer(processing_class: Any, policy: nn.Module, args: DPOConfig) ->
             f"`processing_class` is a {type(processing_class).__name__}; pass a tokenizer or a processor with one."
         )
     return processing_class, tokenizer
+
+
+def placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` on `device`, unless it has places of its own (`device_map`) or is quantised, which fixes its place."""
+    is_quantised = getattr(module, "is_quantized", False)
+    return module if is_quantised or getattr(module, "hf_device_map", None) else module.to(device)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int:

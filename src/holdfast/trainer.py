@@ -35,7 +35,15 @@ from holdfast.data.tokenize import check_vocabulary
 from holdfast.logprobs import Scores, score, unwrap, vocabulary_size
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, means, reference_metrics
-from holdfast.models import disable_dropout, load_policy, load_ref_model, load_tokenizer, padding_id, with_adapter
+from holdfast.models import (
+    disable_dropout,
+    load_policy,
+    load_ref_model,
+    load_tokenizer,
+    padding_id,
+    placed,
+    with_adapter,
+)
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums
 from holdfast.reference.base import Reference, frozen_logps, num_bytes
@@ -144,7 +152,7 @@ class DPOTrainer(Trainer):
             moves=self.args.sync_ref_model,
         )
         if ref_model is not None and wish.way != "none":
-            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            ref_model = placed(ref_model, self.accelerator.device)
         reference = choose_reference(
             wish,
             self.model,

@@ -152,7 +152,7 @@ def test_prompt_tuning_keeps_the_places_of_real_tokens() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     assert_same(model.train(), oracle_model=plain)
 

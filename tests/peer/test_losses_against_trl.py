@@ -1,11 +1,13 @@
 """The losses against TRL 1.16: the first batch's loss, its gradient, and the logged rewards. Opt in with `-m peer`.
 
-Each case builds TRL's own trainer with a policy and another, differently initialised, reference (so that no margin is
-zero), lets it compute the loss of one batch, and computes the same from the naive oracle's log-probs on untouched copies of
-the two models. Where holdfast differs on purpose, the test says so and shows the difference:
+Each case builds TRL's own trainer with a policy and another, differently initialised, reference (so no margin is 0),
+lets it compute the loss of one batch, and computes the same from the naive oracle's log-probs on untouched copies of the
+two models. Where holdfast differs on purpose, a test says so and shows the difference:
 
 - `label_smoothing` under `sigmoid`: TRL ignores it; here it is conservative DPO.
 - `orpo`: TRL's likelihood term counts the prompt's tokens too; here, as in the paper, it is the completion's alone.
+- `use_weighting` with `sft` or `hinge`: TRL multiplies in place and fails, in the forward or the backward pass.
+- `discopop` at a large negative margin: NaN there, the limit here.
 - An option that no loss of the run reads: TRL accepts it, `check_losses` does not (see `tests/unit/test_losses.py`).
 """
 
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 NUM_PAIRS = 4
 WITH_REFERENCE = [name for name, loss in LOSSES.items() if loss.needs_reference]
 TAKES_DIVERGENCE = [name for name, loss in LOSSES.items() if "f_divergence_type" in loss.reads]
+FAILS_WHEN_WEIGHTED = {"sft": "more than one element of the written-to tensor", "hinge": "modified by an inplace"}
 TAKES_SMOOTHING = ["exo_pair", "robust", "aot", "aot_unpaired"]  # there; here `sigmoid` does as well
 
 Completion = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -179,18 +182,26 @@ def cases():
         yield pytest.param(plain | {"beta": 0.05}, id=f"{name}-beta")
         if name != "sft":
             yield pytest.param(plain | {"ld_alpha": 0.4}, id=f"{name}-ld_alpha")
-        if not LOSSES[name].sorts_batch:
+        if not LOSSES[name].sorts_batch and name not in FAILS_WHEN_WEIGHTED:
             yield pytest.param(plain | {"use_weighting": True}, id=f"{name}-use_weighting")
         if name in TAKES_DIVERGENCE:
             for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
-                yield pytest.param(plain | {"f_divergence_type": divergence}, id=f"{name}-{divergence}")
+                # A beta small enough that TRL's exponential loss stays finite; see the test below.
+                near = {"beta": 0.002} if name == "discopop" else {}
+                yield pytest.param(plain | near | {"f_divergence_type": divergence}, id=f"{name}-{divergence}")
     alpha = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8}
     yield pytest.param({"loss_type": ["sigmoid"], **alpha}, id="sigmoid-alpha0.8")
     yield pytest.param({"loss_type": ["sigmoid"], **alpha, "f_alpha_divergence_coef": 1.0}, id="sigmoid-alpha1")
     yield pytest.param({"loss_type": ["discopop"], "discopop_tau": 0.5}, id="discopop-tau")
     mixed = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     yield pytest.param(mixed, id="mixed")
-    yield pytest.param(mixed | {"ld_alpha": 0.0, "use_weighting": True}, id="mixed-ld_alpha-use_weighting")
+    weighed = {
+        "loss_type": ["sigmoid", "apo_down"],
+        "loss_weights": [0.8, -0.2],
+        "ld_alpha": 0.0,
+        "use_weighting": True,
+    }
+    yield pytest.param(weighed, id="mixed-ld_alpha-use_weighting")
     yield pytest.param({"loss_type": ["hinge", "sft"], **alpha, "ld_alpha": 0.7}, id="hinge-sft-alpha0.8-ld_alpha")
 
 
@@ -235,6 +246,44 @@ def test_sigmoid_ignores_label_smoothing_there_and_not_here(models, trl_loss):
     chosen, rejected = implicit_rewards(of_policy, of_reference, ["sigmoid"], LossOptions())
     assert theirs.item() == pytest.approx(plain.item(), rel=2e-5)
     assert smoothed.item() - theirs.item() == pytest.approx(0.2 * (chosen - rejected).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "message"), FAILS_WHEN_WEIGHTED.items())
+def test_weighting_that_fails_there(name, message, models, trl_loss):
+    """On purpose: here every loss that belongs to a pair can be weighted, these two as well."""
+
+    def step() -> None:
+        _, _, loss = trl_loss(loss_type=[name], use_weighting=True)
+        loss.backward()
+
+    with pytest.raises(RuntimeError, match=message):
+        step()
+    _, batch, plain = trl_loss(loss_type=[name])
+    weighted, *_ = our_loss(*models, completions_of(batch), [name], use_weighting=True)
+    assert gradient(weighted, models[0]).isfinite().all()
+    assert weighted.item() != pytest.approx(plain.item(), rel=1e-3)
+
+
+def discopop_in_doubles(margin: float, tau: float = 0.05) -> float:
+    """-(1 - s) log sigma(m) + s exp(-m), or -m where s is 0 in double precision."""
+    if margin < -50.0:
+        return -margin
+    mix = 1 / (1 + math.exp(-margin / tau))
+    return (1 - mix) * math.log1p(math.exp(-margin)) + mix * math.exp(-margin)
+
+
+def test_discopop_far_below_zero(models, trl_loss):
+    """On purpose: 0 * infinity there. Here the limit: far below zero the loss is -m, as the logistic one's."""
+    beta = 0.3
+    _, batch, theirs = trl_loss(loss_type=["discopop"], f_divergence_type="forward_kl", beta=beta)
+    options = {"f_divergence_type": "forward_kl", "beta": beta}
+    ours, of_policy, of_reference = our_loss(*models, completions_of(batch), ["discopop"], **options)
+    scores_w = 1 - torch.exp(of_reference.chosen - of_policy.chosen)
+    scores_l = 1 - torch.exp(of_reference.rejected - of_policy.rejected)
+    margins = (beta * (scores_w - scores_l)).tolist()
+    assert min(margins) < -90.0  # e^90 is infinite in fp32
+    assert theirs.isnan()
+    assert ours.item() == pytest.approx(sum(map(discopop_in_doubles, margins)) / NUM_PAIRS, rel=1e-5)
 
 
 def completions_of_cpo(batch: dict[str, Any]) -> list[Completion]:

@@ -75,8 +75,7 @@ def test_none_keys_that_arrow_adds_are_dropped_at_every_depth() -> None:
             "chat_template_kwargs": {"enable_thinking": False, "style": None},
         }
     )
-    # The None content of a tool call is meant: templates ask `content is none`.
-    assert read.prompt == [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    assert read.prompt == [USER, {"role": "assistant", "tool_calls": [CALL]}]
     assert read.chosen == [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
     assert read.tools == [{"function": {"name": "tides", "parameters": {"day": {"type": "string"}}}}]
     assert read.chat_template_kwargs == {"enable_thinking": False}

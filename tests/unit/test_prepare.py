@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, disable_progress_bars, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
 from torch.utils.data import DataLoader
 
 import tiny
@@ -16,8 +16,6 @@ from holdfast.data.formats import TOKENIZED_COLUMNS, read_preference
 from holdfast.data.load import load_preferences
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.tokenize import tokenize
-
-disable_progress_bars()
 
 TOKENIZER = tiny.tokenizer()
 ROWS = tiny.preference_rows(12)
@@ -338,11 +336,15 @@ def test_real_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         pytest.skip("no real pairs: set HOLDFAST_REAL_PAIRS")
     caplog.set_level(logging.WARNING)
     pairs = load_preferences(path, cache_dir=str(tmp_path))
-    prepared = prepare_dataset(pairs, TOKENIZER, max_length=1024, vocab_size=512)
-    left_out = sum(len(tokenize(read_preference(row), TOKENIZER).prompt_ids) >= 1024 for row in pairs)
-    assert (len(pairs), len(prepared)) == (300, 300 - left_out)
-    assert f"{left_out} of 300 rows" in caplog.text
-    for row in prepared:
-        assert TOKENIZER.decode(row["chosen_ids"]) == row["chosen"][0]["content"] + "<|im_end|>\n"
-        assert TOKENIZER.decode(row["rejected_ids"]) == row["rejected"][0]["content"] + "<|im_end|>\n"
-        assert all(message["content"] in TOKENIZER.decode(row["prompt_ids"]) for message in row["prompt"])
+    everything = prepare_dataset(pairs, TOKENIZER, vocab_size=512)
+    assert len(everything) == len(pairs) == 300
+    assert caplog.messages == []
+    prepared = prepare_dataset(pairs, TOKENIZER, max_length=1024)
+    fitting = [row for row in everything if len(row["prompt_ids"]) < 1024]
+    assert list(prepared) == fitting
+    assert f"prompt fills max_length: {300 - len(fitting)} (row(s)" in caplog.text
+    for row in everything.select(range(50)):
+        prompt = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in row["prompt"])
+        assert TOKENIZER.decode(row["prompt_ids"]) == prompt + "<|im_start|>assistant\n"
+        for side in ("chosen", "rejected"):
+            assert TOKENIZER.decode(row[f"{side}_ids"]) == row[side][0]["content"] + "<|im_end|>\n"

@@ -2,7 +2,7 @@
 
 Every row is looked at by itself, so a dataset that changes its format halfway is read right or refused, never
 tokenized as if it were what its first row was. Arrow gives every message of a column the same keys and fills in None;
-such keys are dropped here, because chat templates ask whether a key exists. Given up: images, and guessing what a row
+such keys are dropped here at every depth, because chat templates ask whether a key exists, or print it. Given up: images, and guessing what a row
 of mixed text and messages might have meant.
 """
 
@@ -163,10 +163,7 @@ def _read_message(message: Any, place: str) -> Message:
             f"{place} must have text, or a list of parts of type 'text', as its 'content'; found {_show(content)}. "
             "Correct the row or drop it; only text is supported."
         )
-    read = _without_none(message)
-    if is_tool_call and "content" in message:
-        read["content"] = None  # some templates know a tool call by `content is none`
-    return read
+    return _without_none(message)
 
 
 def _is_text_parts(content: Any) -> bool:

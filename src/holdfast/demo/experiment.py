@@ -118,7 +118,7 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
     world = make_world(seed=seed)
     all_arms = arms(scale)
     learning, bounding, *training = stages = _stages(scale, all_arms)
-    with StageProgress(console, stages) as progress:
+    with _one_thread(), StageProgress(console, stages) as progress:
         policy = make_policy(world, seed=seed)
         pretrain(
             policy, world, num_steps=scale.num_pretrain_steps, generator=generator, on_step=progress.advancing(learning)
@@ -253,6 +253,17 @@ def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> d
         "seed": seed,
         **arm.settings,
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, and wait for it where another program has the core."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

@@ -1,0 +1,425 @@
+"""Every way to hold a reference, for every kind of policy, against a naive loop that keeps a second fp32 model.
+
+The naive loop scores one unpadded row at a time with the oracle, forms the DPO loss by its equation and takes plain
+gradient steps; a trainer run on the same batches must follow it to 1e-5. Cells without a meaning are refused, and the
+refusal is the test.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from families import tiny_model
+from peft import LoraConfig, PeftModel
+from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
+from torch import Tensor, nn
+
+from holdfast.data.layouts import PaddedLayout
+from holdfast.reference.adapter import AdapterReference, adds_nothing
+from holdfast.reference.base import digest
+from holdfast.reference.model import ModelReference
+
+WAYS: dict[str, dict[str, Any]] = {
+    "model": {"reference": "model"},
+    "adapter": {"reference": "adapter"},
+    "precomputed": {"reference": "precomputed"},
+    "precompute_flag": {"precompute_ref_log_probs": True},
+    "precomputed_model": {"reference": "model", "precompute_ref_log_probs": True},
+    "auto": {},
+}
+BETA, LEARNING_RATE, NUM_STEPS = 0.2, 0.5, 4
+
+
+class Recording:
+    """A data collator that keeps the rows of every training batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[dict[str, list[int]]]] = []
+
+    def __call__(self, features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        self.batches.append(features)
+        return PaddedLayout(pad_token_id=0)(features)
+
+
+def logp(model: nn.Module, row: dict[str, list[int]], side: str) -> Tensor:
+    """log pi(y|x) of one completion, from one unpadded row; virtual tokens of a tuned prompt stand before it."""
+    ids = row["prompt_ids"] + row[side]
+    logits = model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits[0]
+    target = torch.tensor(row[side])
+    return logits[-len(target) - 1 : -1].log_softmax(-1).gather(-1, target[:, None]).sum()
+
+
+def naive_run(policy: nn.Module, batches: list[Any], alpha: float = 0.0, every: int = 1) -> tuple[list[float], nn.Module]:
+    """Losses per step and the reference at the end, of DPO with a second model that moves by `alpha`."""
+    policy.eval()
+    reference = copy.deepcopy(policy)
+    losses = []
+    for step, batch in enumerate(batches, start=1):
+        margins = []
+        for row in batch:
+            with torch.no_grad():
+                ref_margin = logp(reference, row, "chosen_ids") - logp(reference, row, "rejected_ids")
+            margins.append(logp(policy, row, "chosen_ids") - logp(policy, row, "rejected_ids") - ref_margin)
+        loss = -nn.functional.logsigmoid(BETA * torch.stack(margins)).mean()
+        losses.append(loss.item())
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        for p, gradient in zip(trainable, torch.autograd.grad(loss, trainable, allow_unused=True), strict=True):
+            if gradient is not None:
+                p.data -= LEARNING_RATE * gradient
+        if alpha and step % every == 0:
+            for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
+                ours.data = alpha * theirs.data + (1 - alpha) * ours.data
+    return losses, reference
+
+
+def assert_same_run(kind: str, folder: Path, **options: Any) -> None:
+    recording = Recording()
+    ours = trainer(POLICIES[kind](), config(folder, **options), data_collator=recording)
+    recording.batches.clear()  # those that were scored ahead
+    ours.train()
+    batches = recording.batches[-NUM_STEPS:]  # the audit's batch goes before
+    theirs = POLICIES[kind]()
+    losses, _ = naive_run(theirs, batches)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(ours) == pytest.approx(losses, abs=1e-5)
+    assert max(losses) - min(losses) > 1e-3, "the run must move for the comparison to mean anything"
+    for (name, found), expected in zip(ours.model.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_follows_the_naive_run(kind: str, way: str, tmp_path: Path) -> None:
+    if way == "adapter" and kind in ("full", "partly_frozen"):
+        with pytest.raises(ValueError, match=r"reference='adapter'.*without a PEFT adapter.*use reference='model'"):
+            trainer(POLICIES[kind](), config(tmp_path, **WAYS[way]))
+        return
+    assert_same_run(kind, tmp_path, **WAYS[way])
+
+
+def test_inert_adapters_are_told_from_the_others() -> None:
+    """Only plain factors of which one is zero, with nothing else trainable, are the base with adapters off."""
+    inert = {kind for kind, make in POLICIES.items() if isinstance(make(), PeftModel) and adds_nothing(make())}
+    assert inert == {"lora_fresh", "lora_fresh_over_sft", "lora_frozen_factor", "rslora"}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft", "pissa", "prompt_tuning"])
+@pytest.mark.parametrize("way", ["model", "auto", "precomputed"])
+def test_making_the_reference_changes_nothing_of_the_policy(kind: str, way: str, tmp_path: Path) -> None:
+    """Same logits, same `requires_grad`, same names before and after."""
+    policy, untouched = POLICIES[kind](), POLICIES[kind]()
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    ours = trainer(policy, config(tmp_path, **WAYS[way]))
+    ours.model.eval()
+    assert torch.equal(ours.model(**ids).logits, untouched.eval()(**ids).logits)
+    assert {n: p.requires_grad for n, p in policy.named_parameters()} == {
+        n: p.requires_grad for n, p in untouched.named_parameters()
+    }
+
+
+def test_hand_frozen_factors_stay_frozen(tmp_path: Path) -> None:
+    ours = trainer(POLICIES["lora_frozen_factor"](), config(tmp_path))
+    ours.train()
+    assert not any(p.requires_grad for name, p in ours.model.named_parameters() if "lora_A" in name)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_sft"])
+def test_a_fixed_reference_never_changes(kind: str, tmp_path: Path) -> None:
+    """L2: the digest of all it holds, before and after; and it has no gradients and no dropout."""
+    ours = trainer(POLICIES[kind](), config(tmp_path))
+    before = digest(ours.reference.tensors())
+    ours.train()
+    assert digest(ours.reference.tensors()) == before
+    assert all(not tensor.requires_grad and tensor.grad is None for _, tensor in ours.reference.tensors())
+
+
+def test_the_reference_has_no_dropout_while_the_policy_keeps_its_own(tmp_path: Path) -> None:
+    """Functional attention dropout as well: two evaluations of one batch are equal, whatever mode it was left in."""
+    policy = tiny_model("llama", attention_dropout=0.5)
+    ours = trainer(policy, config(tmp_path, disable_dropout=False, reference="model"))
+    ours.ref_model.train()
+    batch = ours._collated(rows().to_list()[:3])
+    first, second = ours.reference.logps(batch), ours.reference.logps(batch)
+    assert torch.equal(first.per_token, second.per_token)
+    assert policy.model.layers[0].self_attn.attention_dropout == 0.5
+
+
+def test_disable_dropout_reaches_functional_dropout(tmp_path: Path) -> None:
+    policy = tiny_model("llama", attention_dropout=0.5)
+    trainer(policy, config(tmp_path))
+    assert policy.model.layers[0].self_attn.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_a_moving_reference_follows_the_naive_run(alpha: float, tmp_path: Path) -> None:
+    """TR-DPO, full fine-tuning: ref <- alpha * policy + (1 - alpha) * ref after every second step."""
+    recording = Recording()
+    options = {"sync_ref_model": True, "ref_model_mixup_alpha": alpha, "ref_model_sync_steps": 2}
+    ours = trainer(POLICIES["full"](), config(tmp_path, **options), data_collator=recording)
+    ours.train()
+    losses, reference = naive_run(POLICIES["full"](), recording.batches[-NUM_STEPS:], alpha=alpha, every=2)
+    assert logged(ours) == pytest.approx(losses, abs=1e-5)
+    assert ours.reference.version == 2
+    for (name, found), expected in zip(ours.ref_model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["lora_fresh", "lora_sft", "dora", "pissa", "lora_modules_to_save"])
+def test_a_moving_reference_of_an_adapter_moves_in_effective_weights(kind: str, tmp_path: Path) -> None:
+    """W_ref <- alpha (W + scale B A) + (1 - alpha) W_ref, with the products formed apart from the trainer."""
+    policy = POLICIES[kind]()
+    ours = trainer(policy, config(tmp_path, sync_ref_model=True, ref_model_mixup_alpha=0.3, ref_model_sync_steps=4))
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def effective() -> Tensor:
+        layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+        return layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
+
+    def with_magnitude(weight: Tensor) -> Tensor:
+        layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach()
+        return weight * (magnitude / weight.norm(dim=1))[:, None]
+
+    whole = with_magnitude if kind == "dora" else (lambda weight: weight)
+    before = whole(effective())
+    torch.testing.assert_close(ours.ref_model.get_parameter(name), before, rtol=0, atol=1e-5)
+    ours.train()
+    expected = 0.3 * whole(effective()) + 0.7 * before
+    torch.testing.assert_close(ours.ref_model.get_parameter(name), expected, rtol=0, atol=1e-5)
+    assert logged(ours)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_bf16_references_accumulate_in_fp32() -> None:
+    """L4: 500 syncs of alpha = 0.001 towards a policy one away: 1 - 0.999^500 = 0.3936 of the way, which bf16 alone
+    never leaves for (0.001 is below half its spacing)."""
+    policy = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(policy.weight, 2.0)
+    held = copy.deepcopy(policy)
+    nn.init.constant_(held.weight, 1.0)
+    reference = ModelReference(held, torch.no_grad, origin="a test", policy=policy)
+    for _ in range(500):
+        reference.sync(0.001)
+    state = dict(reference.tensors())["weight.fp32"]
+    exact = 1 + (1 - 0.999**500)
+    assert float((state - exact).abs().max()) <= 1e-3 * (exact - 1)
+    torch.testing.assert_close(held.weight, torch.full_like(held.weight, exact))
+
+
+def test_memory_held() -> None:
+    """An inert adapter holds nothing; a trained one its own few tensors."""
+    from holdfast.reference.base import num_bytes
+
+    fresh = AdapterReference.capture(POLICIES["lora_fresh"](), torch.no_grad)
+    assert num_bytes(fresh) == 0
+    sft = POLICIES["lora_sft"]()
+    expected = sum(4 * p.numel() for p in sft.parameters() if p.requires_grad)
+    assert num_bytes(AdapterReference.capture(sft, torch.no_grad)) == expected > 0
+
+
+def test_null_ref_context_is_the_policy_before_training(tmp_path: Path) -> None:
+    for kind in ("lora_fresh", "lora_sft"):
+        ours = trainer(POLICIES[kind](), config(tmp_path))
+        ids = torch.tensor([[5, 6, 7, 8]])
+        before = ours.model.eval()(ids).logits.detach()
+        ours.train()
+        ours.model.eval()
+        after = ours.model(ids).logits
+        with ours.null_ref_context():
+            inside = ours.model(ids).logits
+        assert torch.equal(inside, before)
+        assert not torch.allclose(after, before, atol=1e-4)
+        assert torch.equal(ours.model(ids).logits, after)
+
+
+def test_null_ref_context_is_undone_by_an_exception(tmp_path: Path) -> None:
+    ours = trainer(POLICIES["lora_sft"](), config(tmp_path))
+    ours.train()
+    values = digest(ours.model.named_parameters())
+    with pytest.raises(RuntimeError, match="stop"), ours.null_ref_context():
+        assert digest(ours.model.named_parameters()) != values
+        raise RuntimeError("stop")
+    assert digest(ours.model.named_parameters()) == values
+
+
+def test_explicit_references(tmp_path: Path) -> None:
+    """Another module, a PeftModel and a path are scored as themselves: first rewards are beta times the oracle's gap."""
+    other = tiny_model(seed=5)
+    other.save_pretrained(tmp_path / "other")
+    adapted = POLICIES["lora_sft"]()
+    for given, module in ((other, other), (str(tmp_path / "other"), other), (adapted, adapted)):
+        ours = trainer(tiny_model(), config(tmp_path / "out"), ref_model=given)
+        batch = rows().to_list()[:3]
+        found = ours.reference.logps(ours._collated(batch)).sums()
+        expected = torch.stack([logp(module.eval(), row, side) for side in ("chosen_ids", "rejected_ids") for row in batch])
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
+        assert ours.ref_model is not None
+        assert not any(p.requires_grad for p in ours.ref_model.parameters())
+
+
+def test_precomputing_lets_go_of_the_reference(tmp_path: Path) -> None:
+    """Nothing refers to a given reference module any more, and a completion of two pairs was scored once."""
+    import gc
+    import weakref
+
+    other = tiny_model(seed=5)
+    seen = weakref.ref(other)
+    ours = trainer(tiny_model(), config(tmp_path, precompute_ref_log_probs=True), ref_model=other)
+    del other
+    gc.collect()
+    assert seen() is None
+    assert ours.ref_model is None
+    assert len(list(ours.reference.tensors())) == 2 * len(rows()) - 1
+    ours.train()
+
+
+def test_evaluating_after_precomputing(tmp_path: Path) -> None:
+    """What was handed over is known; another dataset is scored while the reference is there, and refused after."""
+    held_out = rows(5, seed=3)
+    live = trainer(tiny_model(), config(tmp_path, reference="model"), eval_dataset=held_out)
+    ahead = trainer(tiny_model(), config(tmp_path, precompute_ref_log_probs=True), eval_dataset=held_out)
+    other = rows(4, seed=4)
+    assert ahead.evaluate(other)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    live.train()
+    ahead.train()
+    assert ahead.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], abs=1e-5)
+    assert ahead.evaluate(other)["eval_loss"] == pytest.approx(live.evaluate(other)["eval_loss"], abs=1e-5)
+    with pytest.raises(ValueError, match=r"after training began.*`eval_dataset`"):
+        ahead.evaluate(rows(4, seed=9))
+
+
+def test_lora_evaluates_new_data_at_any_time_after_precomputing(tmp_path: Path) -> None:
+    live = trainer(POLICIES["lora_sft"](), config(tmp_path, reference="model"))
+    ahead = trainer(POLICIES["lora_sft"](), config(tmp_path, reference="precomputed"))
+    live.train()
+    ahead.train()
+    found, expected = ahead.evaluate(rows(4, seed=9)), live.evaluate(rows(4, seed=9))
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert abs(expected["eval_loss"] - math.log(2)) > 1e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_itself_is_no_ref_model(tmp_path: Path) -> None:
+    policy = tiny_model()
+    with pytest.raises(ValueError, match=r"`ref_model` is the same object as `model`.*Leave"):
+        trainer(policy, config(tmp_path), ref_model=policy)
+
+
+def test_a_ref_model_that_shares_trainable_weights_is_refused(tmp_path: Path) -> None:
+    policy = POLICIES["lora_fresh"]()
+    with pytest.raises(ValueError, match=r"shares \d+ trainable tensors with `model`, '.*lora_A"):
+        trainer(policy, config(tmp_path), ref_model=policy.get_base_model())
+
+
+def test_a_ref_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary of 101 tokens and `model` one of 97"):
+        trainer(tiny_model(), config(tmp_path), ref_model=tiny_model(vocab_size=101))
+
+
+def test_an_adapter_reference_beside_a_ref_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reference='adapter' was asked for together with a `ref_model`"):
+        trainer(POLICIES["lora_fresh"](), config(tmp_path, reference="adapter"), ref_model=tiny_model())
+
+
+def test_a_ref_model_for_losses_without_a_reference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`ref_model` was given, but.*no reference"):
+        trainer(tiny_model(), config(tmp_path, loss_type="simpo"), ref_model=tiny_model(seed=1))
+
+
+def test_syncing_towards_another_architecture_is_refused(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, sync_ref_model=True), ref_model=tiny_model("qwen2"))
+    with pytest.raises(ValueError, match=r"different models: `.*bias` is in one only"):
+        ours.reference.sync(0.5)
+
+
+def test_a_patched_forward_that_a_copy_would_share_is_refused(tmp_path: Path) -> None:
+    policy = tiny_model()
+    original = policy.lm_head.forward
+    policy.lm_head.forward = lambda hidden: original(hidden)
+    with pytest.raises(ValueError, match=r"`lm_head.forward` was replaced by a function.*original's weights"):
+        trainer(policy, config(tmp_path, reference="model"))
+
+
+@pytest.mark.parametrize("way", ["model", "precomputed"])
+def test_the_audit_names_the_tensor_that_changed(way: str, tmp_path: Path) -> None:
+    policy = tiny_model()
+    ours = trainer(policy, config(tmp_path, reference=way))
+    with torch.no_grad():
+        policy.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"found a gap of .* nats.*`model.layers.1.mlp.up_proj.weight` is not what it was"):
+        ours.train()
+
+
+def test_the_audit_names_a_changed_reference(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, reference="model"))
+    with torch.no_grad():
+        ours.ref_model.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"The reference's `lm_head.weight` differs from the policy's by up to"):
+        ours.train()
+
+
+def test_the_audit_can_be_switched_off(tmp_path: Path) -> None:
+    policy = tiny_model()
+    ours = trainer(policy, config(tmp_path, reference="model", reference_audit=False))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)
+    ours.train()
+    assert abs(logged(ours)[0] - math.log(2)) > 1e-2
+
+
+def test_a_chosen_reference_is_measured_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tiny_model(), config(tmp_path), ref_model=tiny_model(seed=3)).train()
+    (line,) = [r.getMessage() for r in caplog.records if "differs from the policy by" in r.getMessage()]
+    assert "the given ref_model" in line
+
+
+def test_resuming_a_moved_reference_is_refused(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, sync_ref_model=True, ref_model_sync_steps=2))
+    with pytest.raises(ValueError, match=r"sync_ref_model=True, but the checkpoint does not hold the moved reference"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("start", ["tuned", "merged", "from_config", "resized", "revision"])
+def test_the_reference_is_captured_not_reloaded(start: str, tmp_path: Path) -> None:
+    """Each starts at exactly ln 2, though the path in its config holds other weights or nothing at all."""
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model: Any = type(base).from_pretrained(tmp_path / "base")
+    if start == "tuned":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    elif start == "merged":
+        config_ = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        from peft import get_peft_model
+
+        model = get_peft_model(model, config_).merge_and_unload()
+    elif start == "from_config":
+        model = tiny_model(seed=4)
+    elif start == "resized":
+        model.resize_token_embeddings(103, mean_resizing=False)
+    else:
+        tiny_model(seed=6).save_pretrained(tmp_path / "repo" / "branch")
+        model = type(base).from_pretrained(tmp_path / "repo", subfolder="branch")
+    for way in ("auto", "precomputed"):
+        ours = trainer(model, config(tmp_path / "out", reference=way, max_steps=1))
+        ours.train()
+        assert logged(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_tokenizer_is_needed_for_a_model_without_a_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"No `processing_class` was given, and the model was not loaded from a path"):
+        trainer(tiny_model(), config(tmp_path), processing_class=None)
+
+
+def test_oracle_and_naive_run_agree() -> None:
+    """The two ways in which tests score a completion are one."""
+    model, row = tiny_model(), rows().to_list()[0]
+    expected = oracle.sequence_logps(model, row["prompt_ids"], row["chosen_ids"]).sum()
+    torch.testing.assert_close(logp(model, row, "chosen_ids"), expected)
+    assert tiny_tokenizer().pad_token_id == 0
