@@ -74,8 +74,10 @@ def train(
     with _messages(debug):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
-        _check_writable(Path(arguments.output_dir))
-        _train(run, arguments)
+        assert arguments.output_dir is not None  # it has a default
+        folder = Path(arguments.output_dir)
+        _check_writable(folder)
+        _report(folder, _train(run, arguments, folder))
 
 
 @app.command()
@@ -93,7 +95,8 @@ def demo(
     raise typer.Exit(result.exit_code)
 
 
-def _train(run: RunFile, arguments: "DPOConfig") -> None:
+def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
+    """Trains, saves and evaluates into `folder`; the metrics."""
     from holdfast import DPOTrainer
 
     peft_config = run.peft_config()
@@ -116,12 +119,11 @@ def _train(run: RunFile, arguments: "DPOConfig") -> None:
         evaluation = trainer.evaluate()
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
-    folder = Path(arguments.output_dir)
     if trainer.is_world_process_zero():
         (folder / "run.yaml").write_text(dumped(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
         trainer.push_to_hub()
-    _report(folder, metrics)
+    return metrics
 
 
 def _tokenizer(source: Source, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -143,7 +145,7 @@ def _dataset(run: RunFile, where: str, source: Source) -> "Dataset | IterableDat
     if isinstance(dataset, dict):
         raise run.document.error(
             where,
-            f"`{where}` must be one dataset; found the splits {', '.join(dataset)} in {source.path!r}. "
+            f"`{where}` must be one dataset; found the splits {', '.join(map(str, dataset))} in {source.path!r}. "
             f"Choose one of them: {{path: {source.path}, split: {next(iter(dataset))}}}.",
         )
     return dataset
@@ -168,7 +170,7 @@ def _check_writable(folder: Path) -> None:
         ) from error
 
 
-def _report(folder: Path, metrics: dict[str, Any]) -> None:
+def _report(folder: Path, metrics: dict[str, float]) -> None:
     table = Table("metric", "value")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))

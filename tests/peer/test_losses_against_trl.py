@@ -1,7 +1,7 @@
 """The losses against TRL 1.16: the first batch's loss, its gradient, and the logged rewards. Opt in with `-m peer`.
 
 Each case builds TRL's own trainer with a policy and another, differently initialised, reference (so no margin is 0),
-lets it compute the loss of one batch, and computes the same from the naive oracle's log-probs on untouched copies of the
+lets it compute the loss of one batch, and computes the same from the oracle's log-probs on untouched copies of the
 two models. Where holdfast differs on purpose, a test says so and shows the difference:
 
 - `label_smoothing` under `sigmoid`: TRL ignores it; here it is conservative DPO.

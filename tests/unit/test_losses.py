@@ -416,7 +416,7 @@ def test_robust_and_sigmoid_agree_where_labels_are_right(ratio_w, ratio_l):
 
 @given(ratio=numbers, smoothing=smoothings)
 def test_robust_is_unbiased(ratio, smoothing):
-    """(1 - eps) * loss(pair) + eps * loss(flipped pair) is the loss of the clean label: Chowdhury et al., Lemma 3.1."""
+    """(1 - eps) * loss(pair) + eps * loss(flipped pair) is the loss of the clean label."""
     right = value("robust", *at_log_ratios(ratio, 0.0), label_smoothing=smoothing)[0]
     flipped = value("robust", *at_log_ratios(0.0, ratio), label_smoothing=smoothing)[0]
     clean = value("sigmoid", *at_log_ratios(ratio, 0.0))[0]

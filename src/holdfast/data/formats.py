@@ -2,8 +2,8 @@
 
 Every row is looked at by itself, so a dataset that changes its format halfway is read right or refused, never
 tokenized as if it were what its first row was. Arrow gives every message of a column the same keys and fills in None;
-such keys are dropped here at every depth, because chat templates ask whether a key exists, or print it. Given up: images, and guessing what a row
-of mixed text and messages might have meant.
+such keys are dropped here at every depth, because chat templates ask whether a key exists, or print it. Given up:
+images, and guessing what a row of mixed text and messages might have meant.
 """
 
 import json

@@ -18,6 +18,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and a byte order mark
+
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -56,46 +58,56 @@ def check_json(path: Path, *, encoding: str = "utf-8-sig") -> None:
 
     A file that is one object (on several lines, or of one row) passes, too.
     """
-    raw = path.read_bytes()
-    if not raw.strip():
-        raise ValueError(f"{path} must hold at least one row; found an empty file. Check how it was written.")
-    starts_array = raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    lines = [raw] if starts_array else raw.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode(encoding if number == 1 else encoding.removesuffix("-sig")))
-        except UnicodeDecodeError as error:
-            number += line[: error.start].count(b"\n")
-            raise ValueError(
-                f"{path}, line {number}: the text must be in {encoding}; found "
-                f"{error}. Convert the file, or pass `encoding=`."
-            ) from error
-        except json.JSONDecodeError as error:
-            if number == 1 and not starts_array and _is_one_object(raw, encoding):
-                return
-            raise ValueError(_malformed(path, number + error.lineno - 1, error)) from error
-        _check_objects(value, path, number, starts_array)
+    with path.open("rb") as file:
+        numbered = ((number, line) for number, line in enumerate(file, start=1) if line.strip(_BLANK))
+        number, line = next(numbered, (0, b""))
+        if number == 0:
+            raise ValueError(f"{path} must hold at least one row; found an empty file. Check how it was written.")
+        if line.lstrip(_BLANK).startswith(b"["):
+            rows = _parsed(line + file.read(), path, number, encoding)
+            if not rows:
+                raise ValueError(f"{path} must hold at least one row; found an empty array. Check how it was written.")
+            for index, row in enumerate(rows):
+                _check_object(row, f"{path}, element {index} of the array")
+            return
+        if _is_one_object(path, line, encoding):
+            return
+        _check_object(_parsed(line, path, number, encoding), f"{path}, line {number}")
+        for number, line in numbered:
+            _check_object(_parsed(line, path, number, encoding.removesuffix("-sig")), f"{path}, line {number}")
 
 
-def _check_objects(value: Any, path: Path, number: int, is_array: bool) -> None:
-    for index, item in enumerate(value if is_array else [value]):
-        if not isinstance(item, dict):
-            place = f"element {index} of the array" if is_array else f"line {number}"
-            raise ValueError(
-                f'{path}, {place}: a row must be a JSON object such as {{"prompt": ..., "chosen": ..., "rejected": '
-                f"...}}; found {type(item).__name__} {str(item)[:60]}. Correct or remove it."
-            )
-    if is_array and not value:
-        raise ValueError(f"{path} must hold at least one row; found an empty array. Check how it was written.")
-
-
-def _is_one_object(raw: bytes, encoding: str) -> bool:
+def _parsed(text: bytes, path: Path, number: int, encoding: str) -> Any:
+    """The value in `text`, which begins at line `number` of the file."""
     try:
-        return isinstance(json.loads(raw.decode(encoding)), dict)
+        return json.loads(text.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number + text[: error.start].count(10)}: the text must be in {encoding}; found {error}. "
+            "Convert the file, or pass `encoding=`."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(_malformed(path, number + error.lineno - 1, error)) from error
+
+
+def _check_object(value: Any, place: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'{place}: a row must be a JSON object such as {{"prompt": ..., "chosen": ..., "rejected": ...}}; found '
+            f"{type(value).__name__} {str(value)[:60]}. Correct or remove it."
+        )
+
+
+def _is_one_object(path: Path, first_line: bytes, encoding: str) -> bool:
+    """Whether the file is one object on several lines, which its first line alone is not."""
+    try:
+        json.loads(first_line.decode(encoding))
     except ValueError:
-        return False
+        try:
+            return isinstance(json.loads(path.read_text(encoding)), dict)
+        except ValueError:
+            return False
+    return False
 
 
 def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> str:

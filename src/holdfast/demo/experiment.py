@@ -67,10 +67,10 @@ class Scale:
 
 
 FULL = Scale(
-    num_pretrain_steps=300,
-    num_train_steps=300,
+    num_pretrain_steps=240,
+    num_train_steps=200,
     num_pairs_per_step=64,
-    num_sync_steps=75,
+    num_sync_steps=50,
     num_held_out_pairs=4000,
     num_measured_texts=4000,
     num_frontier_texts=4000,
@@ -156,9 +156,13 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
 
 
 def sample_pairs(policy: nn.Module, world: World, num_pairs: int, generator: torch.Generator) -> Pairs:
-    """Pairs of texts that the policy wrote, labelled by the world's reward."""
-    texts = sample_texts(policy, num_texts=2 * num_pairs, length=world.source.length, generator=generator)
-    return world.labelled(*texts.chunk(2), generator)
+    """Pairs of different texts that the policy wrote, labelled by the world's reward."""
+    num_drawn = num_pairs + num_pairs // 20 + 20  # a few pairs are of one text twice
+    texts = sample_texts(policy, num_texts=2 * num_drawn, length=world.source.length, generator=generator)
+    first, second = texts.chunk(2)
+    differs = (first != second).any(1).nonzero()[:num_pairs, 0]
+    assert len(differs) == num_pairs, f"{num_drawn} draws gave {len(differs)} pairs of different texts"
+    return world.labelled(first[differs], second[differs], generator)
 
 
 def train_arm(
@@ -292,7 +296,7 @@ def _optima(
 def _stages(scale: Scale, all_arms: tuple[Arm, ...]) -> tuple[Stage, ...]:
     """What the progress bars show; the weights are typical seconds."""
     return (
-        Stage(name="the start policy learns the source", num_steps=scale.num_pretrain_steps, weight=12),
-        Stage(name="the frontier of optimal policies", num_steps=len(scale.betas) + 1, weight=5),
-        *(Stage(name=f"DPO against {arm.label}", num_steps=scale.num_train_steps, weight=16) for arm in all_arms),
+        Stage(name="the start policy learns the source", num_steps=scale.num_pretrain_steps, weight=10),
+        Stage(name="the frontier of optimal policies", num_steps=len(scale.betas) + 1, weight=4),
+        *(Stage(name=f"DPO against {arm.label}", num_steps=scale.num_train_steps, weight=10) for arm in all_arms),
     )
