@@ -40,7 +40,7 @@ clean:  ## remove the virtual environment and everything that was built
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "holdfast needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch goes first, and alone, so that a platform's own build of it is found before anything else can ask for one.
 $(VENV)/torch.stamp: constraints.txt | $(BIN)/python

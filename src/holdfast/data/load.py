@@ -59,12 +59,12 @@ def check_json(path: Path, *, encoding: str = "utf-8-sig") -> None:
     A file that is one object (on several lines, or of one row) passes, too.
     """
     with path.open("rb") as file:
-        numbered = ((number, line) for number, line in enumerate(file, start=1) if line.strip(_BLANK))
+        numbered = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, start=1) if line.strip(_BLANK))
         number, line = next(numbered, (0, b""))
         if number == 0:
             raise ValueError(f"{path} must hold at least one row; found an empty file. Check how it was written.")
         if line.lstrip(_BLANK).startswith(b"["):
-            rows = _parsed(line + file.read(), path, number, encoding)
+            rows = _parsed(line + b"\n" + file.read(), path, number, encoding)
             if not rows:
                 raise ValueError(f"{path} must hold at least one row; found an empty array. Check how it was written.")
             for index, row in enumerate(rows):
@@ -111,7 +111,7 @@ def _is_one_object(path: Path, first_line: bytes, encoding: str) -> bool:
 
 
 def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> str:
-    text = error.doc.splitlines()[error.lineno - 1] if error.doc else ""
+    text = error.doc.split("\n")[error.lineno - 1]
     start = max(0, error.colno - 31)
     return (
         f"{path}, line {line}, column {error.colno}: malformed JSON, {error.msg[0].lower() + error.msg[1:]}; found "
@@ -220,7 +220,7 @@ def _not_found(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no such file, and no folder {folder}. Check the path."
-    names = sorted(item.name for item in folder.iterdir())
+    names = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f"near names in {folder}: {near}" if near else f"{folder} holds {names[:5] or 'nothing'}"
     return f"there is no such file or folder; {hint}. Check the path."
