@@ -89,7 +89,8 @@ def score(
         inputs["output_router_logits"] = True
     with _CompletionHead(causal_lm, batch, statistics, chunk_tokens).installed():
         outputs = model(**inputs)
-    columns = outputs["columns"]
+    # A model that is split over devices ends on another one than it began on.
+    columns = tuple(column.to(batch.sequence.device) for column in outputs["columns"])
     logps = SequenceLogps(per_token=columns[0], sequence=batch.sequence, num_sequences=batch.num_sequences)
     return Scores(
         logps=logps,
