@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
 from holdfast.models import default_output_dir
@@ -37,12 +38,13 @@ def checked_arguments(
             "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
             "`ref_model` out: by default the reference is the policy as it starts to train."
         )
-    if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is not False:
+    dispatching: Any = args.accelerator_config
+    if isinstance(train_dataset, IterableDataset) and dispatching.dispatch_batches is not False:
         # Dispatching splits a batch along its first dimension, which pairs, sequences and tokens do not share.
         args = copy.copy(args)
-        args.accelerator_config = copy.copy(args.accelerator_config)
-        args.accelerator_config.dispatch_batches = False
-    _check_writable(args.output_dir)
+        args.accelerator_config = dispatching = copy.copy(dispatching)
+        dispatching.dispatch_batches = False
+    _check_writable(str(args.output_dir))
     return args
 
 
@@ -67,7 +69,7 @@ def check_devices(args: DPOConfig) -> None:
         )
 
 
-def router_aux_loss_coef(causal_lm: nn.Module, args: DPOConfig) -> float:
+def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
     """Weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts."""
     config = causal_lm.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")

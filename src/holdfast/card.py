@@ -52,7 +52,7 @@ def model_card(
         base_model=base_model if on_hub else None,
         library_name="transformers",
         model_name=title,
-        datasets=[dataset] if isinstance(dataset, str) else dataset,
+        datasets=[dataset] if isinstance(dataset, str) else list(dataset or []) or None,
         tags=sorted({*TAGS, *tags}),
         **metadata,
     )

@@ -39,9 +39,7 @@ class DPOConfig(TrainingArguments):
 
     learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
     logging_steps: float = _option("Log every so many optimizer steps; a fraction below 1 is of the run.", default=10)
-    gradient_checkpointing: bool | None = _option(
-        "Recompute activations in the backward pass. Default: on.", default=None
-    )
+    gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", default=True)
     bf16: bool | None = _option("bf16 autocast. Default: on where the accelerator supports it.", default=None)
 
     # The model
@@ -75,7 +73,10 @@ class DPOConfig(TrainingArguments):
     pad_token: str | None = _option("Padding token. Default: the tokenizer's, else its end-of-sequence.", default=None)
 
     # The loss
-    loss_type: list[str] | str = _option(f"One or several of: {', '.join(LOSSES)}.", default="sigmoid")
+    # A factory, since `HfArgumentParser` reads no other default of a list.
+    loss_type: list[str] | str = _option(
+        f"One or several of: {', '.join(LOSSES)}.", default_factory=lambda: ["sigmoid"]
+    )
     loss_weights: list[float] | None = _option("One weight per loss. Default: 1 each.", default=None)
     beta: float = _option("Strength of the pull to the reference; IPO's tau, ORPO's lambda.", default=0.1)
     label_smoothing: float = _option(
@@ -113,18 +114,16 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        # The same option under its name in newer versions of transformers, which wins where it is set.
-        if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
-            self.gradient_checkpointing = True
         with warnings.catch_warnings():
-            # `gradient_checkpointing` is the name that scripts use; transformers is about to rename it.
+            # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which wins
+            # where it is set.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.pad_to_multiple_of, str):  # "auto" and "none" are values of the common trainer's
             self.pad_to_multiple_of = (
-                None if self.pad_to_multiple_of.lower() in ("auto", "none") else int(self.pad_to_multiple_of)
+                None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
             )
         self._check_ranges()
         self._check_losses()
@@ -144,6 +143,11 @@ class DPOConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
+
+    @property
+    def layout_options(self) -> dict[str, Any]:
+        """How sequences are cut and rows filled up."""
+        return {name: getattr(self, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
     def _check_ranges(self) -> None:
         if self.padding_free:

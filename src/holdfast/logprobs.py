@@ -15,13 +15,15 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, cast, final
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from holdfast.batch import PairBatch, SequenceLogps
 
@@ -99,11 +101,10 @@ def score(
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `model`: without DDP, FSDP, DeepSpeed, `torch.compile` and PEFT around it."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if get_base_model is not None else model
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
 
 
 def _statistics(columns: tuple[Tensor, ...]) -> TokenStatistics:
@@ -135,7 +136,9 @@ class _CompletionHead:
     The columns travel as the model's own output, because wrappers such as FSDP hook the tensors a forward returns.
     """
 
-    def __init__(self, causal_lm: nn.Module, batch: PairBatch, with_statistics: bool, chunk_tokens: int | None) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, batch: PairBatch, with_statistics: bool, chunk_tokens: int | None
+    ) -> None:
         self.causal_lm = causal_lm
         self.batch = batch
         self.with_statistics = with_statistics
@@ -222,7 +225,7 @@ def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = previous
 
 
-def output_embeddings(causal_lm: nn.Module) -> nn.Module:
+def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:
     """The language-model head. Raises ValueError when the model has none."""
     head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     if head is None:
@@ -233,11 +236,11 @@ def output_embeddings(causal_lm: nn.Module) -> nn.Module:
     return head
 
 
-def vocabulary_size(causal_lm: nn.Module) -> int:
+def vocabulary_size(causal_lm: PreTrainedModel) -> int:
     """Number of logits per token, after any resizing of the embeddings."""
     head = output_embeddings(causal_lm)
     size = getattr(head, "out_features", None)
-    return int(size if isinstance(size, int) else head.weight.shape[0])
+    return size if isinstance(size, int) else len(cast(Tensor, head.weight))
 
 
 # --- what the model does after the head ------------------------------------------------------------------------------
@@ -251,13 +254,13 @@ SCALE_NAMES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_mu
 """Configuration names under which model families multiply or divide their logits (Cohere, Granite, Falcon-H1, ...)."""
 
 
-def _configured(causal_lm: nn.Module) -> tuple[float | None, ...]:
+def _configured(causal_lm: PreTrainedModel) -> tuple[float | None, ...]:
     config = causal_lm.config.get_text_config()
     return (getattr(config, "final_logit_softcapping", None), *(getattr(config, name, None) for name in SCALE_NAMES))
 
 
-def _known_transform(causal_lm: nn.Module) -> "ReadTransform":
-    configured, transform = _READ.get(causal_lm, (None, None))
+def _known_transform(causal_lm: PreTrainedModel) -> "ReadTransform":
+    configured, transform = _READ.get(causal_lm, (None, "unread"))
     return transform if configured == _configured(causal_lm) else "unread"
 
 
@@ -266,7 +269,7 @@ def _probe(vocabulary: int, device: torch.device) -> Float[Tensor, "1 1 V"]:
     return torch.linspace(-60.0, 60.0, vocabulary, device=device)[None, None]
 
 
-def _read_transform(causal_lm: nn.Module, answer: Tensor) -> "ReadTransform":
+def _read_transform(causal_lm: PreTrainedModel, answer: Tensor) -> "ReadTransform":
     """Which transform turned `_probe` into `answer`; remembered for the model."""
     configured = _configured(causal_lm)
     cap, *multipliers = configured

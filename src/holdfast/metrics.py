@@ -115,6 +115,10 @@ class Tally:
         self._totals = {}
         return reduced
 
+    def total(self, name: str, reduce_sum: Callable[[Tensor], Tensor]) -> float:
+        """The sum of one metric since the last log over all processes, which stays counted; 0 where there is none."""
+        return float(reduce_sum(self._totals.get(name, torch.zeros(2)))[0])
+
 
 def means(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Sum over count of each metric; 0 where nothing was counted."""

@@ -7,7 +7,7 @@ Weights are read with `from_pretrained` (safetensors), code of other people's on
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
@@ -16,12 +16,14 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.utils import cached_file
 
 from holdfast.config import DPOConfig
+from holdfast.logprobs import unwrap
 from holdfast.reference.sync import is_adapted
 
 logger = logging.getLogger(__name__)
@@ -31,11 +33,7 @@ def load_model(
     path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: DPOConfig, is_trainable: bool
 ) -> nn.Module:
     """The causal language model at a local folder or of a hub id; fp32 unless `dtype` says otherwise."""
-    if isinstance(init_kwargs, str):
-        raise ValueError(
-            f"Keyword arguments for loading {path!r} were given as the string {init_kwargs!r}. Pass a mapping, or JSON."
-        )
-    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(init_kwargs or {})}
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_mapping(init_kwargs, path)}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
@@ -47,6 +45,14 @@ def load_model(
     if _is_adapter(path, kwargs):
         return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def _mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
+    if isinstance(init_kwargs, str):
+        raise ValueError(
+            f"Keyword arguments for loading {path!r} were given as the string {init_kwargs!r}. Pass a mapping, or JSON."
+        )
+    return init_kwargs or {}
 
 
 def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
@@ -72,7 +78,7 @@ def load_policy(model: str | nn.Module, args: DPOConfig, quantization_config: An
                     f"already, so it would be ignored. Pass the model's path, or drop `{option}`."
                 )
         return model
-    kwargs = dict(args.model_init_kwargs or {})
+    kwargs: dict[str, Any] = dict(_mapping(args.model_init_kwargs, model))
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError(
@@ -81,6 +87,18 @@ def load_policy(model: str | nn.Module, args: DPOConfig, quantization_config: An
             )
         kwargs["quantization_config"] = quantization_config
     return load_model(model, kwargs, args=args, is_trainable=True)
+
+
+def make_policy(
+    model: str | nn.Module, args: DPOConfig, quantization_config: Any, peft_config: PeftConfig | None
+) -> nn.Module:
+    """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
+    policy = with_adapter(load_policy(model, args, quantization_config), peft_config)
+    if is_adapted(policy) and args.gradient_checkpointing:
+        unwrap(policy).enable_input_require_grads()
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy
 
 
 def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Module | None:
@@ -112,15 +130,15 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module
                 f"A `peft_config` was given, but `model` already carries the adapters {sorted(policy.peft_config)}. "
                 "Drop `peft_config` to train the active one, or pass `model.merge_and_unload()` to train a fresh one."
             )
-        policy = get_peft_model(policy, peft_config)
+        policy = get_peft_model(cast(PreTrainedModel, policy), peft_config)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         if is_adapted(policy):
             raise ValueError(
-                f"Nothing of the policy would train: no parameter of its adapters {sorted(policy.peft_config)} requires "
-                "gradients. Load it with `PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config` "
-                "and `model.merge_and_unload()`."
+                f"Nothing of the policy would train: no parameter of its adapters {sorted(policy.peft_config)} "
+                "requires gradients. Load it with `PeftModel.from_pretrained(..., is_trainable=True)`, or pass a "
+                "`peft_config` and `model.merge_and_unload()`."
             )
-        logger.warning("No parameter of the model requires gradients, as after `merge_and_unload()`: all of it trains.")
+        logger.warning("No parameter of the model requires gradients (as after `merge_and_unload`): all of it trains.")
         for parameter in policy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     return policy
@@ -166,7 +184,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int
             f"pad_token={token!r} was asked for, but the tokenizer ({type(tokenizer).__name__}) has no such token. "
             "Name one of its tokens, or add it and resize the model's embeddings."
         )
-    return int(tokenizer.convert_tokens_to_ids(token))
+    return tokenizer.get_vocab()[token]
 
 
 def disable_dropout(policy: nn.Module) -> None:

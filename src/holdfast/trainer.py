@@ -36,19 +36,17 @@ from holdfast.logprobs import Scores, score, unwrap, vocabulary_size
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, means, reference_metrics
 from holdfast.models import (
-    disable_dropout,
-    load_policy,
     load_ref_model,
     load_tokenizer,
+    make_policy,
     padding_id,
     placed,
-    with_adapter,
 )
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums
 from holdfast.reference.base import Reference, frozen_logps, num_bytes
 from holdfast.reference.choice import Wish, choose_reference
-from holdfast.reference.sync import SyncCallback, is_adapted
+from holdfast.reference.sync import SyncCallback
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +59,15 @@ class DPOTrainer(Trainer):
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
     None for the policy as it starts to train, which is captured from memory. `args`: `DPOConfig`. `train_dataset`,
     `eval_dataset`: `datasets` of rows with `prompt`, `chosen` and `rejected` (text or messages), with `chosen` and
-    `rejected` that both begin with the prompt, or with token ids; for evaluation also a dict of them. `processing_class`: the tokenizer (or a processor
-    with one). `peft_config`: trains a fresh adapter. The other arguments are those of `transformers.Trainer`.
+    `rejected` that both begin with the prompt, or with token ids; for evaluation also a dict of them.
+    `processing_class`: the tokenizer (or a processor with one). `peft_config`: trains a fresh adapter. The other
+    arguments are those of `transformers.Trainer`.
 
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
+
+    args: DPOConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -84,15 +86,10 @@ class DPOTrainer(Trainer):
     ) -> None:
         args = checked_arguments(args, model, ref_model, train_dataset)
         set_seed(args.seed)  # a fresh adapter draws its weights
-        policy = load_policy(model, args, quantization_config)
+        policy = make_policy(model, args, quantization_config, peft_config)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         check_vocabulary(tokenizer, vocabulary_size(unwrap(policy)))
         pad_token_id = padding_id(tokenizer, args.pad_token)
-        policy = with_adapter(policy, peft_config)
-        if is_adapted(policy) and args.gradient_checkpointing:
-            policy.enable_input_require_grads()
-        if args.disable_dropout:
-            disable_dropout(policy)
         self._captured = checksums(policy)
 
         self._prepare_options: dict[str, Any] = {
@@ -103,20 +100,16 @@ class DPOTrainer(Trainer):
             "vocab_size": vocabulary_size(unwrap(policy)),
         }
         with args.main_process_first(desc="preparing the datasets"):
-            train_dataset = prepare_dataset(train_dataset, name="train", **self._prepare_options)
-            eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
+            assert train_dataset is not None  # `checked_arguments` refuses that
+            prepared: Any = prepare_dataset(train_dataset, name="train", **self._prepare_options)
+            prepared_eval: Any = prepare_eval(eval_dataset, **self._prepare_options)
 
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or PaddedLayout(
-                pad_token_id=pad_token_id,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-            ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            data_collator=data_collator or PaddedLayout(pad_token_id, **args.layout_options),
+            train_dataset=prepared,
+            eval_dataset=prepared_eval,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -129,7 +122,7 @@ class DPOTrainer(Trainer):
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model is not None
         self.reference = self._make_reference(load_ref_model(ref_model, args))
-        if args.sync_ref_model:
+        if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
             unwrap(policy).add_model_tags(list(TAGS))
@@ -199,8 +192,8 @@ class DPOTrainer(Trainer):
             )
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._is_audited and not is_sharded:
-            rows = islice(iter(self.train_dataset), self.args.per_device_train_batch_size)
-            self._audit(self._collated(list(rows)))
+            dataset: Any = self.train_dataset
+            self._audit(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
         if self.reference is not None:
             self.reference.release()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -272,7 +265,7 @@ class DPOTrainer(Trainer):
             return place >= 0
         return place + self.accelerator.process_index * batch.num_pairs < state.remainder
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
         offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with offload if self.args.activation_offloading else contextlib.nullcontext():
@@ -294,7 +287,8 @@ class DPOTrainer(Trainer):
                 for name, part in eval_dataset.items():
                     metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
                 return metrics
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        chosen: Any = eval_dataset
+        return super().evaluate(chosen, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
@@ -306,8 +300,10 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
         self._tallies["eval"] = Tally()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = means(self._tallies["eval"].reset(self._sum_over_processes)) | {"num_tokens": self._tokens_logged()}
+        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
+        since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
+        metrics["num_tokens"] = self._tokens_logged() + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -341,7 +337,7 @@ class DPOTrainer(Trainer):
         counts = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
         return next(counts, 0.0)
 
-    def _sum_over_processes(self, values: Tensor) -> Tensor:
+    def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -360,7 +356,7 @@ class DPOTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         card = model_card(
-            title=model_name or Path(self.args.output_dir).name,
+            title=model_name or Path(str(self.args.output_dir)).name,
             base_model=getattr(unwrap(self.model).config, "_name_or_path", "") or None,
             dataset=metadata.pop("dataset", None) or dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or [],
@@ -371,7 +367,7 @@ class DPOTrainer(Trainer):
             f"torch {torch.__version__}, peft {peft.__version__}",
             metadata=metadata,
         )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        card.save(os.path.join(str(self.args.output_dir), "README.md"))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)

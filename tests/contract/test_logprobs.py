@@ -40,8 +40,9 @@ def oracle_logps(model: nn.Module, rows: tuple[Row, ...]) -> Tensor:
 
 def gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+    model.zero_grad()
+    value.backward()  # not `autograd.grad`, which reentrant checkpointing refuses
+    return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
 
 def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, chunk_tokens: int | None = None) -> None:

@@ -1,8 +1,8 @@
 """What the demo expects, and whether it was so.
 
-Gates are arithmetic: they hold on every machine and seed, or something is broken. The rest are findings of the field that
-a small experiment usually repeats; a miss is reported, not failed. "TR-DPO is better at equal KL" is not among them: at
-this size it depends on the seed.
+Gates are arithmetic: they hold on every machine and seed, or something is broken. The rest are findings of the field
+that a small experiment usually repeats; a miss is reported, not failed. "TR-DPO is better at equal KL" is not among
+them: at this size it depends on the seed.
 """
 
 import math
@@ -16,7 +16,7 @@ AGREEMENT_TOLERANCE = 1e-4
 NUM_ERRORS = 3.0
 """Standard errors by which one number must exceed another to be called larger."""
 NUM_ERRORS_OF_BOUND = 5.0
-"""Standard errors by which a policy may seem to lie above the frontier: many are compared, and none may fail by chance."""
+"""Standard errors by which a policy may seem to lie above the frontier: none of many may fail by chance."""
 
 FIXED_ARMS = ("model", "adapter", "precomputed")
 
@@ -37,7 +37,8 @@ def check_all(arms: tuple[ArmResult, ...], frontier: Frontier) -> tuple[Check, .
         ),
         Check(
             expected="without a reference the policy collapses: its texts are less fluent than with one",
-            found=f"{unanchored.measurement.fluency.value:.2f} against {fixed.measurement.fluency.value:.2f} nats per token",
+            found=f"{unanchored.measurement.fluency.value:.2f} against "
+            f"{fixed.measurement.fluency.value:.2f} nats per token",
             is_met=exceeds(fixed.measurement.fluency, unanchored.measurement.fluency),
             is_gate=False,
         ),

@@ -1,6 +1,6 @@
 """Progress of the demo: one bar with the time left for everything, and one for each stage.
 
-The stages differ in the time per step, so the overall bar advances by weights. Given up: weights that fit every machine.
+The stages differ in the time per step, so the overall bar advances by weights. Given up: weights for every machine.
 """
 
 from collections.abc import Callable, Sequence

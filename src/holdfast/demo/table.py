@@ -12,7 +12,8 @@ from holdfast.demo.results import ArmResult, DemoResult
 
 _FILE_WIDTH = 100
 _HEADINGS = (
-    "true\nreward", "KL,\nnats/text", "below\nbound", "held-out\naccuracy", "fluency,\nnats/token", "held,\nKiB", "time,\ns"
+    "true\nreward", "KL,\nnats/text", "below\nbound", "held-out\naccuracy", "fluency,\nnats/token",
+    "held,\nKiB", "time,\ns",
 )  # fmt: skip
 
 
@@ -74,11 +75,11 @@ def _notes(result: DemoResult) -> Text:
     effective = min(optimum.effective_texts for optimum in result.frontier.optima)
     error = max(optimum.beta * optimum.log_partition.error for optimum in result.frontier.optima)
     return Text(
-        f"± is one standard error. The optimum's accuracy is that of the true reward on the same labels; the source's own "
-        f"fluency is {_plus_minus(result.source_fluency)}. KL is to the start policy, per text. The frontier is by importance "
-        f"sampling from the exactly tilted source: at least {effective:,.0f} effective texts per beta, reward ceiling "
-        f"right to {error:.3f}. Precomputed log-probs grow with the data, a second model does not: real models are larger than their "
-        f"log-probs, this one need not be. "
+        "± is one standard error; KL is to the start policy, per text. The optimum's accuracy is that of the true "
+        f"reward on the same labels; the source's own fluency is {_plus_minus(result.source_fluency)}. The frontier is "
+        "by importance sampling from the exactly tilted source: at least "
+        f"{effective:,.0f} effective texts per beta, reward bound right to {error:.3f}. Precomputed log-probs grow "
+        "with the data, a second model does not: real models are larger than their log-probs, this one need not be. "
         f"Seed {result.seed}, {result.seconds:.0f} s in all.\n"
     )
 

@@ -35,7 +35,7 @@ _UNIGRAM_SCALE, _BIGRAM_SCALE = 0.3, 0.35
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """A Markov chain of T steps: `steps[t, u, v] = log p(y_t = v | y_{t-1} = u)`, where `y_{-1}` is the prompt `<bos>`."""
+    """A Markov chain of T steps: `steps[t, u, v] = log p(y_t = v | y_{t-1} = u)`, where `y_{-1}` is `<bos>`."""
 
     steps: Float[Tensor, "T V V"]
 
@@ -118,14 +118,16 @@ def make_world(*, vocabulary_size: int = VOCABULARY_SIZE, length: int = TEXT_LEN
     num_words = vocabulary_size - len(SPECIAL_TOKENS)
     if num_words < 1 or length < 1:
         raise ValueError(
-            f"a world of {vocabulary_size} tokens and texts of {length} was asked for; {len(SPECIAL_TOKENS)} tokens are "
-            f"special, so {num_words} words are left. Ask for at least {len(SPECIAL_TOKENS) + 1} tokens and length 1."
+            f"a world of {vocabulary_size} tokens and texts of {length} was asked for; {len(SPECIAL_TOKENS)} tokens "
+            f"are special, so {num_words} words are left. Ask for at least {len(SPECIAL_TOKENS) + 1} tokens and "
+            "length 1."
         )
     generator = torch.Generator().manual_seed(seed)
     words = slice(len(SPECIAL_TOKENS), vocabulary_size)
     probabilities = torch.full((vocabulary_size, vocabulary_size), _SPECIAL_PROBABILITY, dtype=torch.float64)
-    probabilities[:, words] = _successors(vocabulary_size, num_words, generator)
-    probabilities[BOS_ID, words] = 1 / num_words
+    # After a special token every word is as likely: nothing that a model could only learn from very rare texts.
+    probabilities[:, words] = 1 / num_words
+    probabilities[words, words] = _successors(num_words, generator)
     transition = probabilities.log().log_softmax(1)
     unigram, bigram = torch.zeros(vocabulary_size).double(), torch.zeros(vocabulary_size, vocabulary_size).double()
     unigram[words] = _UNIGRAM_SCALE * torch.randn(num_words, generator=generator, dtype=torch.float64)
@@ -145,9 +147,9 @@ def make_tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
 
 
-def _successors(num_tokens: int, num_words: int, generator: torch.Generator) -> Float[Tensor, "V W"]:
+def _successors(num_words: int, generator: torch.Generator) -> Float[Tensor, "W W"]:
     """Rows of next-word probabilities: a few words likely, and 2 % spread evenly so that none is out of reach."""
-    logits = _SUCCESSOR_SPREAD * torch.randn(num_tokens, num_words, generator=generator, dtype=torch.float64)
+    logits = _SUCCESSOR_SPREAD * torch.randn(num_words, num_words, generator=generator, dtype=torch.float64)
     return 0.98 * logits.softmax(1) + 0.02 / num_words
 
 

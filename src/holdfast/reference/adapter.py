@@ -8,7 +8,7 @@ place to score. The policy gets no second adapter, and no parameter's `requires_
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -82,12 +82,15 @@ def adds_nothing(policy: nn.Module) -> bool:
     True only for plain LoRA factors of which one is all zero; everything unknown counts as adding something.
     """
     inert: set[int] = set()
-    for layer in policy.modules():
+    layers: Any = policy.modules()
+    for layer in layers:
         if isinstance(layer, LoraLayer):
-            if any(layer.use_dora.get(name, False) for name in layer.active_adapters):
+            active = set(layer.active_adapters)
+            if active & getattr(layer, "lora_variant", {}).keys() or any(layer.use_dora.get(name) for name in active):
                 return False
-            for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
-                for name in set(layer.active_adapters) & set(down.keys()):
+            pairs = (layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)
+            for down, up in pairs:
+                for name in active & set(down.keys()):
                     factors = [f.weight if isinstance(f, nn.Module) else f for f in (down[name], up[name])]
                     if all(bool(factor.detach().any()) for factor in factors):
                         return False

@@ -7,21 +7,22 @@ of the factors A and B apart is a different model. The price: a sync under PEFT 
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import Any, TypeGuard, final
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from holdfast.reference.base import Reference
 
 
-def is_adapted(policy: nn.Module) -> bool:
+def is_adapted(policy: nn.Module) -> TypeGuard[PeftModel]:
     """Whether `policy` is a PEFT model."""
-    return hasattr(policy, "peft_config") and hasattr(policy, "get_base_model")
+    return isinstance(policy, PeftModel)
 
 
-def effective_copy(policy: nn.Module) -> nn.Module:
+def effective_copy(policy: PeftModel) -> nn.Module:
     """A copy of a PEFT policy with its active adapters merged into the weights; the policy itself is not touched."""
     unmerged = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
     if unmerged:
@@ -29,7 +30,8 @@ def effective_copy(policy: nn.Module) -> nn.Module:
             f"sync_ref_model=True was asked for with the prompt-learning adapter {unmerged[0]!r}, which cannot be "
             "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
         )
-    return copy.deepcopy(policy).merge_and_unload()
+    duplicate: Any = copy.deepcopy(policy)
+    return duplicate.merge_and_unload()
 
 
 def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:

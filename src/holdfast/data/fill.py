@@ -1,0 +1,84 @@
+"""The pairs that fill up the last batches when several processes share a dataset, and how they are left out.
+
+All processes must make the same number of steps with batches of one size, so accelerate completes the last ones with
+rows that were there before. Such a pair must count for nothing, in the loss as in the metrics. Of a map-style dataset
+they are known by their place. A stream has no length, so it is filled up here, with pairs whose two completions are
+the same: `prepare_dataset` leaves none of those in.
+
+Given up: a stream whose shards are read by one process each. Shards end at different times, so processes would wait
+for each other for ever. Instead every process reads the whole stream, and takes its own batches of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from datasets import IterableDataset
+from jaxtyping import Bool
+from torch import Tensor
+
+from holdfast.batch import PairBatch
+
+
+@final
+class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The rows of `stream`, then as many fillers as make their number a multiple of `multiple`."""
+
+    def __init__(self, stream: IterableDataset, multiple: int) -> None:
+        self._stream = stream
+        self._multiple = multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows."""
+        count, row = 0, {}
+        for count, row in enumerate(self._stream, 1):  # noqa: B007
+            yield row
+        for _ in range(-count % self._multiple):
+            yield {**row, "rejected_ids": row["chosen_ids"]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffles a shuffled stream for this epoch."""
+        self._stream.set_epoch(epoch)
+
+
+def may_have_fillers(accelerator: Accelerator, *, is_training: bool, drops_last: bool) -> bool:
+    """Whether the batch that came last from a data loader holds fillers on some process: one answer on all of them."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.in_dataloader:
+        return False
+    if _is_stream(accelerator):
+        return True
+    # All micro-batches of a step are fetched before the first is used: the last one is that at which gradients sync.
+    is_last = state.end_of_dataloader and (state.sync_gradients or not is_training)
+    return is_last and accelerator.even_batches and not drops_last
+
+
+def without_fillers(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
+    """`batch` less the pairs that are fillers, which may leave none; their rows stay among the inputs.
+
+    For a batch that `may_have_fillers`: the last one of a map-style dataset, or any one of a stream.
+    """
+    if _is_stream(accelerator):
+        keep: Any = (batch.content[batch.chosen] != batch.content[batch.rejected]).any(-1)
+    else:
+        # Process r has the r-th part of the last global batch. accelerate's own `remainder` is lost on a resume.
+        size = batch.num_pairs * accelerator.num_processes
+        num_real = len(accelerator.gradient_state.active_dataloader.dataset) % size or size
+        keep = slice(0, max(0, num_real - accelerator.process_index * batch.num_pairs))
+    return replace(batch, chosen=batch.chosen[keep], rejected=batch.rejected[keep])
+
+
+def rows_of_pairs(batch: PairBatch) -> Bool[Tensor, "R"]:
+    """True for the input rows that hold a completion of one of the batch's pairs."""
+    num_rows, num_columns = batch.inputs["input_ids"].shape
+    is_used = torch.zeros(batch.num_sequences, dtype=torch.int64, device=batch.sequence.device)
+    is_used = is_used.index_fill(0, torch.cat([batch.chosen, batch.rejected]), 1)[batch.sequence]  # [N]
+    rows = is_used.new_zeros(num_rows).scatter_reduce(0, batch.source // num_columns, is_used, "amax")
+    return rows.bool()
+
+
+def _is_stream(accelerator: Accelerator) -> bool:
+    loader: Any = accelerator.gradient_state.active_dataloader
+    return isinstance(loader.dataset, torch.utils.data.IterableDataset)

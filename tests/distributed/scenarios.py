@@ -1,0 +1,359 @@
+"""What one process and two must agree on: each scenario is run by every process and gives numbers for a JSON file.
+
+Run as `python -m torch.distributed.run --nproc_per_node=N scenarios.py FOLDER [NAME ...]`; `launch.py` does. A global
+batch is always `GLOBAL_BATCH` pairs, so N processes of `GLOBAL_BATCH / N` see the same rows in the same steps. A
+process that fails ends at once with its traceback: the others would wait for it.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset, load_dataset
+from families import tiny_model
+from peft import LoraConfig, get_peft_model
+from policies import POLICIES, config, logged, rows, trainer
+from safetensors.torch import save_file
+from torch import nn
+
+from holdfast import DPOTrainer
+from holdfast.reference.base import digest
+
+GLOBAL_BATCH = 4
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+Scenario = Callable[[Path], Any]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    """Adds a function to the table under its name."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def make(folder: Path, policy: nn.Module, **options: Any) -> DPOTrainer:
+    """A trainer whose global batch is `GLOBAL_BATCH` pairs; evaluation is in batches of 2 on every process."""
+    parts = {name: options.pop(name) for name in ("train_dataset", "ref_model", "compute_metrics", "eval_dataset", "peft_config")
+             if name in options}  # fmt: skip
+    steps = options.get("gradient_accumulation_steps", 1)
+    defaults = {
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD // steps,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 3,
+        "seed": 3,
+    }
+    return trainer(policy, config(folder, **defaults | options), **parts)
+
+
+def trained(ours: DPOTrainer, folder: Path, **train_options: Any) -> dict[str, Any]:
+    """The logs of a run, the weights it ends with (in a file), and what each process saw of it."""
+    losses: list[float] = []
+    plain = ours.compute_loss
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        loss = plain(*args, **kwargs)
+        losses.append(float(loss))
+        return loss
+
+    ours.compute_loss = recorded
+    ours.train(**train_options)
+    weights = {name: p.detach().clone() for name, p in ours.model.named_parameters() if p.requires_grad}
+    if ours.ref_model is not None:
+        weights |= {f"ref.{name}": p.detach().clone() for name, p in ours.ref_model.named_parameters()}
+    if RANK == 0:
+        save_file(weights, folder / "weights.safetensors")
+    unlike = ("runtime", "per_second", "flos", "memory")
+    return {
+        "logs": [{k: v for k, v in entry.items() if not any(part in k for part in unlike)} for entry in ours.state.log_history],
+        "losses": logged(ours),
+        "first_loss_of_each_process": gather_object([losses[0]]),
+        "weights_of_each_process": gather_object([digest(weights.items())]),
+    }
+
+
+def evaluated(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without those that measure time."""
+    return {name: value for name, value in metrics.items() if "per_second" not in name and "time" not in name}
+
+
+def stream(num_rows: int, num_shards: int = 1, seed: int = 0) -> IterableDataset:
+    """The rows as a stream, in shards of unequal lengths: the first holds all that is left."""
+    table = rows(num_rows, seed=seed).to_list()
+    cuts = [*range(len(table) - num_shards + 1, len(table)), len(table)]
+    shards = [table[start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)]
+
+    def generate(shards: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            yield from shard
+
+    made = IterableDataset.from_generator(generate, gen_kwargs={"shards": shards})
+    assert made.num_shards == num_shards
+    return made
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@scenario
+def train_whole_epochs(folder: Path) -> Any:
+    """12 rows are 3 batches of 4; evaluated on 5 rows at the end."""
+    return trained(make(folder, tiny_model(), eval_dataset=rows(5, seed=1), eval_strategy="steps", eval_steps=3), folder)
+
+
+@scenario
+def train_uneven_epochs(folder: Path) -> Any:
+    """9 rows: the last batch of both epochs has one pair, so with two processes one of them has nothing real."""
+    return trained(make(folder, tiny_model(), train_dataset=rows(9), max_steps=6, logging_steps=2), folder)
+
+
+@scenario
+def train_with_accumulation(folder: Path) -> Any:
+    """7 rows in micro-batches of 2, two to a step: the last step has a full micro-batch and one of one pair."""
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4}
+    return trained(make(folder, tiny_model(), train_dataset=rows(7), **options), folder)
+
+
+@scenario
+def train_with_checkpointing(folder: Path) -> Any:
+    """Activations recomputed in the backward pass, under DDP's gradient hooks."""
+    return trained(make(folder, POLICIES["lora_fresh"](), activation_checkpointing=True), folder)
+
+
+def _from_reference(kind: str, **options: Any) -> Scenario:
+    def run(folder: Path) -> Any:
+        return trained(make(folder, POLICIES[kind](), **options), folder)
+
+    return run
+
+
+SCENARIOS |= {
+    "reference_model": _from_reference("full", reference="model"),
+    "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
+    "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),
+    "reference_adapter_trained": _from_reference("lora_sft", reference="adapter"),
+    "reference_precomputed": _from_reference("full", reference="precomputed"),
+    "reference_precomputed_of_lora": _from_reference("lora_sft", reference="precomputed"),
+    "reference_none": _from_reference("full", loss_type="simpo"),
+    "sync_full": _from_reference("full", sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3),
+    "sync_lora": _from_reference("lora_sft", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
+}
+
+
+@scenario
+def reference_chosen(folder: Path) -> Any:
+    """Another model as the reference; its measured gap is said once, by one process."""
+    with recorded_warnings("holdfast.trainer") as said:
+        found = trained(make(folder, tiny_model(), ref_model=tiny_model(seed=5)), folder)
+    return found | {"said_by_each_process": gather_object([len(said)])}
+
+
+@scenario
+def unlike_beginnings(folder: Path) -> Any:
+    """Every process makes another model, and another ref_model; DDP trains the first process's."""
+    return trained(make(folder, tiny_model(seed=RANK), ref_model=tiny_model(seed=5 + RANK)), folder)
+
+
+@scenario
+def unlike_beginnings_captured(folder: Path) -> Any:
+    """The same with the policy as its reference, which must be what DDP trains; precomputed, as no module shows it."""
+    return trained(make(folder, tiny_model(seed=RANK), reference="precomputed"), folder)
+
+
+@scenario
+def unlike_adapters(folder: Path) -> Any:
+    """An adapter drawn without a seed, as a script does that calls `get_peft_model` itself."""
+    torch.manual_seed(RANK)
+    policy = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    return trained(make(folder, policy), folder)
+
+
+@scenario
+def resumed(folder: Path) -> Any:
+    """Stopped after 2 of 4 steps and resumed in a new trainer."""
+    options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4,
+               "train_dataset": rows(10)}  # fmt: skip
+    whole = trained(make(folder / "whole", POLICIES["lora_sft"](), **options), folder)
+    make(folder / "parts", POLICIES["lora_sft"](), **options | {"max_steps": 2}).train()
+    (folder / "again").mkdir(exist_ok=True)
+    again = make(folder / "parts", POLICIES["lora_sft"](), **options)
+    parts = trained(again, folder / "again", resume_from_checkpoint=True)
+    return whole | {"resumed": parts}
+
+
+@scenario
+def train_stream(folder: Path) -> Any:
+    """10 rows, streamed: batches of 4, 4 and 2, then from the start again."""
+    return trained(make(folder, tiny_model(), train_dataset=stream(10), max_steps=4), folder)
+
+
+@scenario
+def train_stream_in_shards(folder: Path) -> Any:
+    """The same from shards of 8, 1 and 1 rows."""
+    return trained(make(folder, tiny_model(), train_dataset=stream(10, num_shards=3), max_steps=4), folder)
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+
+@scenario
+def precomputed_values(folder: Path) -> Any:
+    """What is kept after preparing 5 and 1 rows: on two processes 3 + 2 of the first, and 1 + 0 of the second."""
+    options = {"eval_dataset": rows(1, seed=4) if False else rows(5, seed=1).select([0]), "max_steps": 1}
+    ours = make(folder, tiny_model(), train_dataset=rows(5), reference="precomputed", **options)
+    kept = {name: values.tolist() for name, values in ours.reference.tensors()}
+    return {"kept_by_each_process": gather_object([kept])}
+
+
+@scenario
+def audit_of_a_wrong_reference(folder: Path) -> Any:
+    """The policy changes after its reference was captured: every process refuses."""
+    ours = make(folder, tiny_model())
+    with torch.no_grad():
+        ours.model.model.layers[0].mlp.down_proj.weight.add_(0.1)
+    try:
+        ours.train()
+    except ValueError as error:
+        return {"refused_by_each_process": gather_object([str(error)])}
+    return {"refused_by_each_process": gather_object(["not refused"])}
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@scenario
+def evaluation(folder: Path) -> Any:
+    """5, 7, 3, 1 and 8 rows in batches of 2 on every process, and a dict of them."""
+    ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
+    found = {str(n): evaluated(ours.evaluate(rows(8, seed=n).select(range(n)))) for n in (5, 7, 3, 1, 8)}
+    sets = {"near": rows(3, seed=1), "far": rows(2, seed=2)}
+    return found | {"dict": evaluated(ours.evaluate(sets)), "predict": evaluated(ours.predict(rows(5, seed=5)).metrics)}
+
+
+@scenario
+def evaluation_of_streams(folder: Path) -> Any:
+    """The same 5 and 7 rows streamed, in one shard and in three of unequal lengths."""
+    ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
+    shapes = [(5, 1), (7, 1), (5, 3), (7, 3)]
+    return {f"{n} in {shards}": evaluated(ours.evaluate(stream(n, shards, seed=n))) for n, shards in shapes}
+
+
+@scenario
+def predictions(folder: Path) -> Any:
+    """What `compute_metrics` gets to see of 5 rows: ids, and the logits' largest entries."""
+    seen: dict[str, Any] = {}
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        largest = torch.tensor(prediction.predictions).amax(-1)
+        seen[str(len(seen))] = {"ids": prediction.label_ids.tolist(), "largest": largest.tolist()}
+        return {"mine": float(len(prediction.label_ids))}
+
+    ours = make(folder, tiny_model(), compute_metrics=compute_metrics)
+    counts = [ours.evaluate(held_out)["eval_mine"] for held_out in (rows(5, seed=5), stream(5, 3, seed=5))]
+    return {"num_rows": counts, "seen": seen}
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded_warnings(name: str) -> Iterator[list[str]]:
+    """The warnings that this process's logger of that name is given."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
+@scenario
+def unusable_rows(folder: Path) -> Any:
+    """Of 6 rows, 2 have prompts that fill max_length: said by one process, as a file and as a stream."""
+    table = rows(6).to_list()
+    for index in (1, 4):
+        table[index]["prompt_ids"] = [5] * 30
+    counts = {}
+    for kind, data in {"map": Dataset.from_list(table), "stream": _streamed(table)}.items():
+        with recorded_warnings("holdfast.data.prepare") as said:
+            found = trained(make(folder, tiny_model(), train_dataset=data, max_length=24, max_steps=1), folder)
+        counts[kind] = {"said_by_each_process": gather_object([said]), "losses": found["losses"]}
+    return counts
+
+
+def _streamed(table: list[dict[str, Any]]) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(table))
+
+
+@scenario
+def preparation(folder: Path) -> Any:
+    """The main process prepares the dataset, and only then the others, from its cache."""
+    import holdfast.trainer as module
+
+    if RANK == 0:
+        rows(6).to_json(folder / "rows.jsonl")
+    if dist.is_initialized():
+        dist.barrier()
+    dataset = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / f"{RANK}"))
+    plain, times = module.prepare_dataset, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        times.append(time.time())
+        time.sleep(0.2)
+        prepared = plain(*args, **kwargs)
+        times.append(time.time())
+        return prepared
+
+    module.prepare_dataset = timed
+    try:
+        make(folder, tiny_model(), train_dataset=dataset)
+    finally:
+        module.prepare_dataset = plain
+    return {"times_of_each_process": gather_object([times])}
+
+
+def main() -> None:
+    """Runs the named scenarios, or all of them, and writes FOLDER/results.json."""
+    import sharded  # adds its scenarios
+
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or [*SCENARIOS]
+    sharded_names = set(vars(sharded).get("NAMES", ()))
+    if WORLD > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.set_num_threads(1)
+    results, seconds = {}, {}
+    for name in names:
+        if WORLD == 1 and name in sharded_names:
+            continue
+        began = time.time()
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            results[name] = SCENARIOS[name](folder / name)
+        except BaseException:
+            print(f"\n--- scenario {name!r}, process {RANK} of {WORLD}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            os._exit(1)
+        seconds[name] = round(time.time() - began, 2)
+    if RANK == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+        print("seconds:", seconds, "in all", round(sum(seconds.values()), 1))
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.modules["scenarios"] = sys.modules["__main__"]
+    main()
