@@ -1,6 +1,5 @@
 """The trainer's arguments, checked against each other before anything is loaded."""
 
-import copy
 import os
 import tempfile
 from typing import Any
@@ -38,12 +37,6 @@ def checked_arguments(
             "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
             "`ref_model` out: by default the reference is the policy as it starts to train."
         )
-    dispatching: Any = args.accelerator_config
-    if isinstance(train_dataset, IterableDataset) and dispatching.dispatch_batches is not False:
-        # Dispatching splits a batch along its first dimension, which pairs, sequences and tokens do not share.
-        args = copy.copy(args)
-        args.accelerator_config = dispatching = copy.copy(dispatching)
-        dispatching.dispatch_batches = False
     _check_writable(str(args.output_dir))
     return args
 

@@ -4,6 +4,7 @@ A subclass of `transformers.TrainingArguments`, with the names that users of the
 contradict each other are refused here, before any model is loaded; none is accepted and ignored.
 """
 
+import copy
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args
@@ -126,6 +127,7 @@ class DPOConfig(TrainingArguments):
                 None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
             )
         self._check_ranges()
+        self._check_dispatching()
         self._check_losses()
         self._check_reference()
 
@@ -167,6 +169,18 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
+
+    def _check_dispatching(self) -> None:
+        """Dispatching, accelerate's default for streams, would split a batch along its first dimension, which pairs,
+        sequences and tokens do not share."""
+        options: Any = copy.copy(self.accelerator_config)
+        if options.dispatch_batches:
+            raise ValueError(
+                "accelerator_config asked for dispatch_batches=True, which cuts a batch's tensors into equal parts, but "
+                "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
+            )
+        options.dispatch_batches = False
+        self.accelerator_config = options
 
     def _check_losses(self) -> None:
         check_losses(

@@ -1,7 +1,7 @@
 """Metrics of a run: `{name: (sum, count)}` on the device, reduced once per log.
 
-Every metric is a mean over examples (pairs, sequences or tokens), whatever the batches and processes they came in; a
-copy that a distributed sampler adds to fill the last batch counts for nothing. Nothing here waits for the device until
+Every metric is a mean over examples (pairs, sequences or tokens), whatever the batches and processes they came in.
+Nothing here waits for the device until
 `Tally.reset`. Given up: running values between logs.
 
 Names and meanings are those of the common DPO trainer, plus `reference/kl_*`.
@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
+from holdfast.data.fill import rows_of_pairs
 from holdfast.logprobs import Scores
 from holdfast.losses import PairLogps
 
@@ -23,7 +24,6 @@ SumAndCount = tuple[Tensor, Tensor]
 
 def batch_metrics(
     batch: PairBatch,
-    is_real: Bool[Tensor, "P"],
     losses: Float[Tensor, "P"],
     rewards: tuple[Float[Tensor, "P"], Float[Tensor, "P"]],
     policy: PairLogps,
@@ -34,41 +34,38 @@ def batch_metrics(
     `loss`; `rewards/chosen|rejected|margins` (beta * nats) and `rewards/accuracies` (share of pairs whose chosen reward
     is the higher); `logps/*` log pi_theta(y|x), nats; with statistics also, over completion tokens, `entropy` (nats),
     `logits/*` (mean over tokens and vocabulary) and `mean_token_accuracy` (share of chosen tokens that are top-1).
-    Pairs where `is_real` is false are left out.
+    A sequence that no pair has counts for nothing.
     """
-    weight = is_real.to(losses.dtype)
-
-    def over_pairs(values: Tensor) -> SumAndCount:
-        return (values.detach() * weight).sum(), weight.sum()
-
     chosen, rejected = rewards
     metrics = {
-        "loss": over_pairs(losses),
-        "rewards/chosen": over_pairs(chosen),
-        "rewards/rejected": over_pairs(rejected),
-        "rewards/accuracies": over_pairs((chosen > rejected).to(weight.dtype)),
-        "rewards/margins": over_pairs(chosen - rejected),
-        "logps/chosen": over_pairs(policy.chosen),
-        "logps/rejected": over_pairs(policy.rejected),
+        "loss": _over_pairs(losses),
+        "rewards/chosen": _over_pairs(chosen),
+        "rewards/rejected": _over_pairs(rejected),
+        "rewards/accuracies": _over_pairs((chosen > rejected).to(losses.dtype)),
+        "rewards/margins": _over_pairs(chosen - rejected),
+        "logps/chosen": _over_pairs(policy.chosen),
+        "logps/rejected": _over_pairs(policy.rejected),
     }
     if scores.aux_loss is not None:
-        metrics["aux_loss"] = over_pairs(scores.aux_loss.expand_as(losses))
+        metrics["aux_loss"] = _over_pairs(scores.aux_loss.expand_as(losses))
     if scores.statistics is not None:
-        metrics |= _token_metrics(batch, weight, scores)
+        metrics |= _token_metrics(batch, scores)
     return metrics
 
 
-def _token_metrics(batch: PairBatch, weight: Float[Tensor, "P"], scores: Scores) -> dict[str, SumAndCount]:
+def _over_pairs(values: Float[Tensor, "P"]) -> SumAndCount:
+    return values.detach().sum(), values.new_tensor(len(values))
+
+
+def _token_metrics(batch: PairBatch, scores: Scores) -> dict[str, SumAndCount]:
     statistics = scores.statistics
     assert statistics is not None
 
     def over_tokens(values: Tensor, sequences: tuple[Tensor, ...]) -> SumAndCount:
-        # A sequence counts once, however many real pairs it is in.
-        counted = weight.new_zeros(batch.num_sequences)
-        for of_pair in sequences:
-            counted = counted.index_add(0, of_pair, weight)
-        token_weight = counted.clamp(max=1)[batch.sequence]
-        return (values * token_weight).sum(), token_weight.sum()
+        # A sequence counts once, however many pairs it is in.
+        is_counted = values.new_zeros(batch.num_sequences).index_fill(0, torch.cat(sequences), 1)
+        weight = is_counted[batch.sequence]  # [N]
+        return (values * weight).sum(), weight.sum()
 
     return {
         "entropy": over_tokens(statistics.entropy, (batch.chosen, batch.rejected)),
@@ -78,18 +75,21 @@ def _token_metrics(batch: PairBatch, weight: Float[Tensor, "P"], scores: Scores)
     }
 
 
-def reference_metrics(is_real: Bool[Tensor, "P"], policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
+def reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
     """`reference/kl_chosen|rejected`: mean of log pi_theta(y|x) - log pi_ref(y|x) per sequence, nats: on completions of
     the policy itself its expectation is KL(pi_theta || pi_ref)."""
-    weight = is_real.to(policy.chosen.dtype)
-
-    def over_pairs(values: Tensor) -> SumAndCount:
-        return (values.detach() * weight).sum(), weight.sum()
-
     return {
-        "reference/kl_chosen": over_pairs(policy.chosen - reference.chosen),
-        "reference/kl_rejected": over_pairs(policy.rejected - reference.rejected),
+        "reference/kl_chosen": _over_pairs(policy.chosen - reference.chosen),
+        "reference/kl_rejected": _over_pairs(policy.rejected - reference.rejected),
     }
+
+
+def token_count(batch: PairBatch) -> dict[str, SumAndCount]:
+    """`num_tokens`, a sum and no mean: tokens of the rows that hold a pair's completion, padding left out."""
+    ids = batch.inputs["input_ids"]
+    lengths = batch.inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
+    num_tokens = (lengths * rows_of_pairs(batch)).sum()
+    return {"num_tokens": (num_tokens, torch.zeros_like(num_tokens))}
 
 
 @final

@@ -7,9 +7,12 @@ Weights are read with `from_pretrained` (safetensors), code of other people's on
 import logging
 import os
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather_object
 from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
@@ -99,6 +102,28 @@ def make_policy(
     if args.disable_dropout:
         disable_dropout(policy)
     return policy
+
+
+@torch.no_grad()
+def same_on_all_processes(module: nn.Module) -> list[str]:
+    """The names of the tensors that processes had unlike values of: now they all have the main process's.
+
+    DDP does the same to the policy, but only once training begins, when its reference is captured already. Costs one
+    pass over the weights; nothing where there is one process.
+    """
+    if PartialState().num_processes == 1:
+        return []
+    tensors = dict(chain(module.named_parameters(), module.named_buffers()))
+    sums = {
+        name: (float(tensor.float().sum()), float(tensor.float().norm()))
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and not hasattr(tensor, "full_tensor")  # the parts of a sharded tensor differ
+    }
+    first, *others = gather_object([sums])
+    unlike = [name for name in first if any(name in other and other[name] != first[name] for other in others)]
+    for name in unlike:
+        tensors[name].copy_(broadcast(tensors[name].contiguous()))
+    return unlike
 
 
 def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Module | None:

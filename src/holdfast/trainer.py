@@ -28,19 +28,28 @@ from holdfast.arguments import check_devices, checked_arguments, router_aux_loss
 from holdfast.batch import PairBatch
 from holdfast.card import TAGS, model_card
 from holdfast.config import DPOConfig
+from holdfast.data.fill import (
+    FilledStream,
+    gather_rows,
+    may_have_fillers,
+    mean_over_processes,
+    rows_of_pairs,
+    without_fillers,
+)
 from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.lazy import LazyBatches, by_name
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.logprobs import Scores, score, unwrap, vocabulary_size
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics, means, reference_metrics
+from holdfast.metrics import Tally, batch_metrics, means, reference_metrics, token_count
 from holdfast.models import (
     load_ref_model,
     load_tokenizer,
     make_policy,
     padding_id,
     placed,
+    same_on_all_processes,
 )
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums
@@ -116,6 +125,8 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )  # fmt: skip
         check_devices(args)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and same_on_all_processes(policy):
+            self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._is_audited = not args.reference_audit
@@ -146,6 +157,7 @@ class DPOTrainer(Trainer):
         )
         if ref_model is not None and wish.way != "none":
             ref_model = placed(ref_model, self.accelerator.device)
+            same_on_all_processes(ref_model)
         reference = choose_reference(
             wish,
             self.model,
@@ -180,7 +192,8 @@ class DPOTrainer(Trainer):
                 policy, self.reference, batch, self.model, self._captured,
                 is_users_choice=self._is_reference_chosen, is_half_precision=is_half,
             )  # fmt: skip
-            logger.warning(found) if self._is_reference_chosen else logger.info(found)
+            if self.is_world_process_zero():
+                logger.log(logging.WARNING if self._is_reference_chosen else logging.INFO, found)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
@@ -215,6 +228,7 @@ class DPOTrainer(Trainer):
             self._audit(batch)
         with self.accelerator.autocast():
             scores = score(model, batch, statistics=True, router_logits=self._router_aux_loss_coef != 0)
+        batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
         reference = None
@@ -230,7 +244,7 @@ class DPOTrainer(Trainer):
         if scores.aux_loss is not None:
             losses = losses + self._router_aux_loss_coef * scores.aux_loss
         self._count(batch, losses, implicit_rewards(policy, reference, **options), policy, reference, scores)
-        loss = losses.mean()
+        loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -247,23 +261,18 @@ class DPOTrainer(Trainer):
         reference: PairLogps | None, scores: Scores,
     ) -> None:  # fmt: skip
         is_training = self.model.training
-        is_real = self._is_real(batch)
-        metrics = batch_metrics(batch, is_real, losses, rewards, policy, scores)
+        metrics = batch_metrics(batch, losses, rewards, policy, scores)
         if reference is not None:
-            metrics |= reference_metrics(is_real, policy, reference)
+            metrics |= reference_metrics(policy, reference)
         if is_training:
-            mask = batch.inputs.get("attention_mask")
-            num_tokens = mask.sum() if mask is not None else losses.new_tensor(batch.inputs["input_ids"].numel())
-            metrics["num_tokens"] = (num_tokens, torch.zeros_like(num_tokens))
+            metrics |= token_count(batch)
         self._tallies["train" if is_training else "eval"].add(metrics)
 
-    def _is_real(self, batch: PairBatch) -> Tensor:
-        """False for pairs that were repeated to fill the last batch of several processes."""
-        place = torch.arange(batch.num_pairs, device=batch.chosen.device)
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return place >= 0
-        return place + self.accelerator.process_index * batch.num_pairs < state.remainder
+    def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
+        """`batch` without pairs that only fill it up, and whether it or its like on other processes may have any."""
+        options = {"is_training": self.model.training, "drops_last": self.args.dataloader_drop_last}
+        is_filled = may_have_fillers(self.accelerator, **options)
+        return (without_fillers(batch, self.accelerator) if is_filled else batch), is_filled
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
@@ -300,6 +309,7 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
         self._tallies["eval"] = Tally()
+        self.gather_function, self._is_real_row = self._gathered, None
         output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
@@ -315,7 +325,12 @@ class DPOTrainer(Trainer):
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            batch, _ = self._real_pairs(self._pair_batch(inputs))
+            self._is_real_row = rows_of_pairs(batch)
             return loss, outputs.logits, inputs["input_ids"].to(loss.device)
+
+    def _gathered(self, values: Any) -> Any:
+        return gather_rows(values, self._is_real_row, self.accelerator, as_objects=self.args.eval_use_gather_object)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer.log`; a log of training carries the metrics since the one before."""
@@ -339,6 +354,12 @@ class DPOTrainer(Trainer):
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            parts = 1 if self.accelerator.split_batches else self.accelerator.num_processes
+            dataset = FilledStream(dataset, batch_size * parts)
+        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)

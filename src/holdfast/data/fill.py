@@ -15,8 +15,9 @@ from typing import Any, final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, recursively_apply
 from datasets import IterableDataset
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
@@ -77,6 +78,28 @@ def rows_of_pairs(batch: PairBatch) -> Bool[Tensor, "R"]:
     is_used = is_used.index_fill(0, torch.cat([batch.chosen, batch.rejected]), 1)[batch.sequence]  # [N]
     rows = is_used.new_zeros(num_rows).scatter_reduce(0, batch.source // num_columns, is_used, "amax")
     return rows.bool()
+
+
+def mean_over_processes(losses: Float[Tensor, "P"], accelerator: Accelerator) -> Float[Tensor, ""]:
+    """This process's part of the mean loss over the pairs of all processes, times their number: gradients are averaged
+    over processes, which gives the gradient of that mean however unlike the numbers of pairs are."""
+    num_pairs: Any = accelerator.reduce(losses.new_tensor(len(losses)), reduction="sum")
+    return losses.sum() * accelerator.num_processes / num_pairs
+
+
+def gather_rows(
+    values: Any, is_real: Bool[Tensor, "R"] | None, accelerator: Accelerator, *, as_objects: bool = False
+) -> Any:
+    """The batch's real rows from all processes: of a tensor [R ...] or a nest of them. A tensor of another length (the
+    loss, once per pair) goes accelerate's way, which would cut a last batch's *rows* to the number of its *pairs*."""
+    if is_real is None or (isinstance(values, Tensor) and len(values) != len(is_real)):
+        return accelerator.gather_for_metrics(values)
+    if accelerator.num_processes == 1:
+        return values
+    keep: Any = accelerator.gather(is_real)
+    if as_objects:
+        return [row for row, is_kept in zip(gather_object(values), keep.tolist(), strict=True) if is_kept]
+    return recursively_apply(lambda rows: rows[keep], accelerator.gather(values))
 
 
 def _is_stream(accelerator: Accelerator) -> bool:

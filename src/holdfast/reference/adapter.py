@@ -91,7 +91,7 @@ def adds_nothing(policy: nn.Module) -> bool:
             pairs = (layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)
             for down, up in pairs:
                 for name in active & set(down.keys()):
-                    factors = [f.weight if isinstance(f, nn.Module) else f for f in (down[name], up[name])]
+                    factors: list[Any] = [f.weight if isinstance(f, nn.Module) else f for f in (down[name], up[name])]
                     if all(bool(factor.detach().any()) for factor in factors):
                         return False
                     inert.update(id(factor) for factor in factors)
