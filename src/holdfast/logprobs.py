@@ -166,7 +166,7 @@ class _CompletionHead:
                 return self.head_forward(self.states)[None]
             case transform:
                 self.columns = self._chunked_columns(transform, self.states)
-                return hidden.new_zeros(1, 1, 1)
+                return self.states[:0].sum().reshape(1, 1, 1).clone()  # zero, with a graph
 
     def _forward_model(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         outputs = self.model_forward(*args, **kwargs)
@@ -175,13 +175,18 @@ class _CompletionHead:
                 f"{type(self.causal_lm).__name__} was asked for log-probs, but its forward pass never called its "
                 "output embeddings. holdfast scores causal language models; check `get_output_embeddings()`."
             )
+        anchor = outputs.logits
         if _known_transform(self.causal_lm) == "unread":
             if _read_transform(self.causal_lm, outputs.logits) == "own forward":
                 outputs = self.model_forward(*args, **kwargs)
             else:
-                self.head(self.states)  # through `__call__`: sharding hooks on the head must run
+                anchor = self.head(self.states)  # through `__call__`: sharding hooks on the head must run
         if self.columns is None:
             self.columns = _token_columns(outputs.logits[0], self._target(outputs.logits), self.with_statistics)
+        else:
+            # Adds zero. The gradient so passes through the head's output first, where the hooks of a head that is
+            # sharded by itself wait for it to gather the weights that the recomputation needs.
+            self.columns = (self.columns[0] + anchor[:0].sum(), *self.columns[1:])
         aux_loss = getattr(outputs, "aux_loss", None)
         return {"columns": self.columns} | ({} if aux_loss is None else {"aux_loss": aux_loss})
 

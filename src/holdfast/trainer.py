@@ -54,6 +54,15 @@ from holdfast.models import (
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums
 from holdfast.reference.base import Reference, frozen_logps, num_bytes
+from holdfast.reference.checkpoint import (
+    Provenance,
+    checkpoint_to_resume,
+    load_reference,
+    provenance,
+    reopen,
+    rotate,
+    save_reference,
+)
 from holdfast.reference.choice import Wish, choose_reference
 from holdfast.reference.sync import SyncCallback
 
@@ -130,6 +139,7 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._is_audited = not args.reference_audit
+        self._provenance: Provenance | None = None
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model is not None
         self.reference = self._make_reference(load_ref_model(ref_model, args))
@@ -197,19 +207,19 @@ class DPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
-        if resume_from_checkpoint and self.args.sync_ref_model:
-            raise ValueError(
-                f"Resuming from {resume_from_checkpoint!r} was asked for with sync_ref_model=True, but the checkpoint "
-                "does not hold the moved reference, so the run would go on against the initial one. Start afresh, or "
-                "pass the reference to go on with as `ref_model` and a checkpoint's model as `model`."
-            )
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._is_audited and not is_sharded:
             dataset: Any = self.train_dataset
             self._audit(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
         if self.reference is not None:
+            if self._provenance is None and (checkpoint or self.args.save_strategy != "no"):
+                weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
+                self._provenance = provenance(weights, self.args, self.model, self.train_dataset)
             self.reference.release()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if checkpoint is not None:
+            load_reference(checkpoint, self.reference, self._provenance)
+        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
         return self._pair_batch(self.data_collator([{name: row[name] for name in COLUMNS} for row in rows]))
@@ -392,4 +402,14 @@ class DPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
-        super()._save_checkpoint(model, trial)
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            reopen(checkpoint)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            save_reference(checkpoint, self.reference, self._provenance)
+            rotate(checkpoint.parent, limit, self.state.best_model_checkpoint)

@@ -1,18 +1,13 @@
-"""What one process and two must agree on: each scenario is run by every process and gives numbers for a JSON file.
+"""What one process and two must agree on: each scenario is run by every process, and gives numbers for a JSON file.
 
-Run as `python -m torch.distributed.run --nproc_per_node=N scenarios.py FOLDER [NAME ...]`; `launch.py` does. A global
-batch is always `GLOBAL_BATCH` pairs, so N processes of `GLOBAL_BATCH / N` see the same rows in the same steps. A
-process that fails ends at once with its traceback: the others would wait for it.
+A global batch is always `GLOBAL_BATCH` pairs, so N processes of `GLOBAL_BATCH / N` see the same rows in the same steps.
+What differs between processes by nature is under names that end in `each_process`.
 """
 
 import contextlib
-import datetime
-import json
 import logging
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,20 +28,15 @@ from holdfast.reference.base import digest
 GLOBAL_BATCH = 4
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
+PARTS = {"train_dataset", "eval_dataset", "ref_model", "compute_metrics"}
+"""Arguments of the trainer; the other options are the config's."""
+
 Scenario = Callable[[Path], Any]
-SCENARIOS: dict[str, Scenario] = {}
-
-
-def scenario(function: Scenario) -> Scenario:
-    """Adds a function to the table under its name."""
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 def make(folder: Path, policy: nn.Module, **options: Any) -> DPOTrainer:
     """A trainer whose global batch is `GLOBAL_BATCH` pairs; evaluation is in batches of 2 on every process."""
-    parts = {name: options.pop(name) for name in ("train_dataset", "ref_model", "compute_metrics", "eval_dataset", "peft_config")
-             if name in options}  # fmt: skip
+    parts = {name: options.pop(name) for name in PARTS & options.keys()}
     steps = options.get("gradient_accumulation_steps", 1)
     defaults = {
         "per_device_train_batch_size": GLOBAL_BATCH // WORLD // steps,
@@ -88,9 +78,14 @@ def evaluated(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if "per_second" not in name and "time" not in name}
 
 
-def stream(num_rows: int, num_shards: int = 1, seed: int = 0) -> IterableDataset:
-    """The rows as a stream, in shards of unequal lengths: the first holds all that is left."""
-    table = rows(num_rows, seed=seed).to_list()
+def held_out_rows(num_rows: int) -> Dataset:
+    """The first of the rows to evaluate on."""
+    return rows(8, seed=5).select(range(num_rows))
+
+
+def stream(num_rows: int, num_shards: int = 1, table: Dataset | None = None) -> IterableDataset:
+    """The rows of `table` (default: those to evaluate on) as a stream, in shards of unequal lengths."""
+    table = (table or held_out_rows(num_rows)).to_list()
     cuts = [*range(len(table) - num_shards + 1, len(table)), len(table)]
     shards = [table[start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)]
 
@@ -106,26 +101,22 @@ def stream(num_rows: int, num_shards: int = 1, seed: int = 0) -> IterableDataset
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-@scenario
 def train_whole_epochs(folder: Path) -> Any:
     """12 rows are 3 batches of 4; evaluated on 5 rows at the end."""
     return trained(make(folder, tiny_model(), eval_dataset=rows(5, seed=1), eval_strategy="steps", eval_steps=3), folder)
 
 
-@scenario
 def train_uneven_epochs(folder: Path) -> Any:
     """9 rows: the last batch of both epochs has one pair, so with two processes one of them has nothing real."""
     return trained(make(folder, tiny_model(), train_dataset=rows(9), max_steps=6, logging_steps=2), folder)
 
 
-@scenario
 def train_with_accumulation(folder: Path) -> Any:
     """7 rows in micro-batches of 2, two to a step: the last step has a full micro-batch and one of one pair."""
     options = {"gradient_accumulation_steps": 2, "max_steps": 4}
     return trained(make(folder, tiny_model(), train_dataset=rows(7), **options), folder)
 
 
-@scenario
 def train_with_checkpointing(folder: Path) -> Any:
     """Activations recomputed in the backward pass, under DDP's gradient hooks."""
     return trained(make(folder, POLICIES["lora_fresh"](), activation_checkpointing=True), folder)
@@ -138,20 +129,6 @@ def _from_reference(kind: str, **options: Any) -> Scenario:
     return run
 
 
-SCENARIOS |= {
-    "reference_model": _from_reference("full", reference="model"),
-    "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
-    "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),
-    "reference_adapter_trained": _from_reference("lora_sft", reference="adapter"),
-    "reference_precomputed": _from_reference("full", reference="precomputed"),
-    "reference_precomputed_of_lora": _from_reference("lora_sft", reference="precomputed"),
-    "reference_none": _from_reference("full", loss_type="simpo"),
-    "sync_full": _from_reference("full", sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3),
-    "sync_lora": _from_reference("lora_sft", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
-}
-
-
-@scenario
 def reference_chosen(folder: Path) -> Any:
     """Another model as the reference; its measured gap is said once, by one process."""
     with recorded_warnings("holdfast.trainer") as said:
@@ -159,19 +136,16 @@ def reference_chosen(folder: Path) -> Any:
     return found | {"said_by_each_process": gather_object([len(said)])}
 
 
-@scenario
 def unlike_beginnings(folder: Path) -> Any:
     """Every process makes another model, and another ref_model; DDP trains the first process's."""
     return trained(make(folder, tiny_model(seed=RANK), ref_model=tiny_model(seed=5 + RANK)), folder)
 
 
-@scenario
 def unlike_beginnings_captured(folder: Path) -> Any:
     """The same with the policy as its reference, which must be what DDP trains; precomputed, as no module shows it."""
     return trained(make(folder, tiny_model(seed=RANK), reference="precomputed"), folder)
 
 
-@scenario
 def unlike_adapters(folder: Path) -> Any:
     """An adapter drawn without a seed, as a script does that calls `get_peft_model` itself."""
     torch.manual_seed(RANK)
@@ -179,7 +153,6 @@ def unlike_adapters(folder: Path) -> Any:
     return trained(make(folder, policy), folder)
 
 
-@scenario
 def resumed(folder: Path) -> Any:
     """Stopped after 2 of 4 steps and resumed in a new trainer."""
     options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4,
@@ -192,31 +165,28 @@ def resumed(folder: Path) -> Any:
     return whole | {"resumed": parts}
 
 
-@scenario
 def train_stream(folder: Path) -> Any:
     """10 rows, streamed: batches of 4, 4 and 2, then from the start again."""
-    return trained(make(folder, tiny_model(), train_dataset=stream(10), max_steps=4), folder)
+    return trained(make(folder, tiny_model(), train_dataset=stream(10, table=rows(10)), max_steps=4), folder)
 
 
-@scenario
 def train_stream_in_shards(folder: Path) -> Any:
     """The same from shards of 8, 1 and 1 rows."""
-    return trained(make(folder, tiny_model(), train_dataset=stream(10, num_shards=3), max_steps=4), folder)
+    return trained(make(folder, tiny_model(), train_dataset=stream(10, 3, table=rows(10)), max_steps=4), folder)
 
 
 # --- references -----------------------------------------------------------------------------------------------------
 
 
-@scenario
 def precomputed_values(folder: Path) -> Any:
-    """What is kept after preparing 5 and 1 rows: on two processes 3 + 2 of the first, and 1 + 0 of the second."""
-    options = {"eval_dataset": rows(1, seed=4) if False else rows(5, seed=1).select([0]), "max_steps": 1}
-    ours = make(folder, tiny_model(), train_dataset=rows(5), reference="precomputed", **options)
+    """What is kept after preparing 5 and 1 rows: of two processes one scores 3 + 1 of them and the other 2 + 0."""
+    held_out = rows(5, seed=1).select([0])
+    ours = make(folder, tiny_model(), train_dataset=rows(5), eval_dataset=held_out, reference="precomputed")
     kept = {name: values.tolist() for name, values in ours.reference.tensors()}
-    return {"kept_by_each_process": gather_object([kept])}
+    num_bytes = {name: values.untyped_storage().nbytes() for name, values in ours.reference.tensors()}
+    return {"kept_by_each_process": gather_object([kept]), "num_bytes": num_bytes}
 
 
-@scenario
 def audit_of_a_wrong_reference(folder: Path) -> Any:
     """The policy changes after its reference was captured: every process refuses."""
     ours = make(folder, tiny_model())
@@ -232,24 +202,22 @@ def audit_of_a_wrong_reference(folder: Path) -> Any:
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-@scenario
 def evaluation(folder: Path) -> Any:
     """5, 7, 3, 1 and 8 rows in batches of 2 on every process, and a dict of them."""
     ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
-    found = {str(n): evaluated(ours.evaluate(rows(8, seed=n).select(range(n)))) for n in (5, 7, 3, 1, 8)}
+    found = {str(n): evaluated(ours.evaluate(held_out_rows(n))) for n in (5, 7, 3, 1, 8)}
     sets = {"near": rows(3, seed=1), "far": rows(2, seed=2)}
-    return found | {"dict": evaluated(ours.evaluate(sets)), "predict": evaluated(ours.predict(rows(5, seed=5)).metrics)}
+    return found | {"dict": evaluated(ours.evaluate(sets)), "predict": evaluated(ours.predict(held_out_rows(5)).metrics)}
 
 
-@scenario
 def evaluation_of_streams(folder: Path) -> Any:
-    """The same 5 and 7 rows streamed, in one shard and in three of unequal lengths."""
+    """The same rows streamed, in one shard and in three of unequal lengths, and read by two workers."""
     ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
-    shapes = [(5, 1), (7, 1), (5, 3), (7, 3)]
-    return {f"{n} in {shards}": evaluated(ours.evaluate(stream(n, shards, seed=n))) for n, shards in shapes}
+    found = {f"{n} in {parts}": evaluated(ours.evaluate(stream(n, parts))) for n in (5, 7) for parts in (1, 3)}
+    ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5), dataloader_num_workers=2)
+    return found | {"7 by workers": evaluated(ours.evaluate(stream(7, 3)))}
 
 
-@scenario
 def predictions(folder: Path) -> Any:
     """What `compute_metrics` gets to see of 5 rows: ids, and the logits' largest entries."""
     seen: dict[str, Any] = {}
@@ -260,7 +228,7 @@ def predictions(folder: Path) -> Any:
         return {"mine": float(len(prediction.label_ids))}
 
     ours = make(folder, tiny_model(), compute_metrics=compute_metrics)
-    counts = [ours.evaluate(held_out)["eval_mine"] for held_out in (rows(5, seed=5), stream(5, 3, seed=5))]
+    counts = [ours.evaluate(held_out)["eval_mine"] for held_out in (held_out_rows(5), stream(5, 3))]
     return {"num_rows": counts, "seen": seen}
 
 
@@ -280,25 +248,19 @@ def recorded_warnings(name: str) -> Iterator[list[str]]:
         logging.getLogger(name).removeHandler(handler)
 
 
-@scenario
 def unusable_rows(folder: Path) -> Any:
     """Of 6 rows, 2 have prompts that fill max_length: said by one process, as a file and as a stream."""
     table = rows(6).to_list()
     for index in (1, 4):
         table[index]["prompt_ids"] = [5] * 30
     counts = {}
-    for kind, data in {"map": Dataset.from_list(table), "stream": _streamed(table)}.items():
+    for kind, data in {"map": Dataset.from_list(table), "stream": stream(6, table=Dataset.from_list(table))}.items():
         with recorded_warnings("holdfast.data.prepare") as said:
             found = trained(make(folder, tiny_model(), train_dataset=data, max_length=24, max_steps=1), folder)
         counts[kind] = {"said_by_each_process": gather_object([said]), "losses": found["losses"]}
     return counts
 
 
-def _streamed(table: list[dict[str, Any]]) -> IterableDataset:
-    return IterableDataset.from_generator(lambda: iter(table))
-
-
-@scenario
 def preparation(folder: Path) -> Any:
     """The main process prepares the dataset, and only then the others, from its cache."""
     import holdfast.trainer as module
@@ -325,35 +287,36 @@ def preparation(folder: Path) -> Any:
     return {"times_of_each_process": gather_object([times])}
 
 
-def main() -> None:
-    """Runs the named scenarios, or all of them, and writes FOLDER/results.json."""
-    import sharded  # adds its scenarios
-
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or [*SCENARIOS]
-    sharded_names = set(vars(sharded).get("NAMES", ()))
-    if WORLD > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    torch.set_num_threads(1)
-    results, seconds = {}, {}
-    for name in names:
-        if WORLD == 1 and name in sharded_names:
-            continue
-        began = time.time()
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        try:
-            results[name] = SCENARIOS[name](folder / name)
-        except BaseException:
-            print(f"\n--- scenario {name!r}, process {RANK} of {WORLD}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            os._exit(1)
-        seconds[name] = round(time.time() - began, 2)
-    if RANK == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-        print("seconds:", seconds, "in all", round(sum(seconds.values()), 1))
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sys.modules["scenarios"] = sys.modules["__main__"]
-    main()
+SCENARIOS: dict[str, Scenario] = {
+    function.__name__: function
+    for function in (
+        train_whole_epochs,
+        train_uneven_epochs,
+        train_with_accumulation,
+        train_with_checkpointing,
+        reference_chosen,
+        unlike_beginnings,
+        unlike_beginnings_captured,
+        unlike_adapters,
+        resumed,
+        train_stream,
+        train_stream_in_shards,
+        precomputed_values,
+        audit_of_a_wrong_reference,
+        evaluation,
+        evaluation_of_streams,
+        predictions,
+        unusable_rows,
+        preparation,
+    )
+} | {
+    "reference_model": _from_reference("full", reference="model"),
+    "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
+    "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),
+    "reference_adapter_trained": _from_reference("lora_sft", reference="adapter"),
+    "reference_precomputed": _from_reference("full", reference="precomputed"),
+    "reference_precomputed_of_lora": _from_reference("lora_sft", reference="precomputed"),
+    "reference_none": _from_reference("full", loss_type="simpo"),
+    "sync_full": _from_reference("full", sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3),
+    "sync_lora": _from_reference("lora_sft", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
+}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +22,7 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from peft import LoraConfig
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from holdfast.config import DPOConfig
 from holdfast.demo.checks import check_all
@@ -77,14 +78,14 @@ class Scale:
 
 FULL = Scale(
     num_pretrain_steps=240,
-    num_train_steps=200,
+    num_train_steps=160,
     num_pairs_per_step=64,
-    num_sync_steps=50,
+    num_sync_steps=40,
     num_held_out_pairs=2000,
     num_measured_texts=4000,
     num_frontier_texts=4000,
     waypoint_fractions=(0.05, 0.15, 0.35, 0.65),
-    betas=(8, 4, 2.5, 1.8, 1.35, 1, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1),
+    betas=(8, 4, 2.5, 1.8, 1.35, 1, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05),
 )
 QUICK = Scale(
     num_pretrain_steps=60,
@@ -127,7 +128,7 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
     world = make_world(seed=seed)
     all_arms = arms(scale)
     learning, bounding, *training = stages = _stages(scale, all_arms)
-    with _one_thread(), StageProgress(console, stages) as progress:
+    with _one_thread(), TemporaryDirectory() as checkpoints, StageProgress(console, stages) as progress:
         policy = make_policy(world, seed=seed)
         pretrain(
             policy, world, num_steps=scale.num_pretrain_steps, generator=generator, on_step=progress.advancing(learning)
@@ -139,7 +140,7 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
         results = tuple(
             train_arm(
                 world, policy, pairs, held_out, arm=arm, scale=scale, seed=seed,
-                output_dir=output_dir, on_step=progress.advancing(stage),
+                output_dir=Path(checkpoints), on_step=progress.advancing(stage),
             )
             for arm, stage in zip(all_arms, training, strict=True)
         )  # fmt: skip
@@ -188,7 +189,6 @@ def train_arm(
 ) -> ArmResult:
     """The run that trains a fresh LoRA of a copy of `policy` on `pairs`, anchored as `arm` says."""
     observer = _Observer(world, policy, scale, seed, on_step)
-    set_seed(seed)
     started = time.perf_counter()
     with _quiet():
         trainer = DPOTrainer(

@@ -53,7 +53,7 @@ def plot_frontier(result: DemoResult, path: Path) -> None:
 
 def _draw(axes: Axes, result: DemoResult, quantity: str, largest_kl: float) -> None:
     """One panel: `quantity` of the optimal policies, of the start policy and of every arm, against KL."""
-    _draw_frontier(axes, result, quantity)
+    _draw_frontier(axes, result, quantity, largest_kl)
     start = getattr(result.start, quantity)
     axes.plot(0, start.value, color=_START, marker="o", markersize=6, linestyle="none", clip_on=False, zorder=5,
               label="start policy = reference")  # fmt: skip
@@ -70,15 +70,23 @@ def _draw(axes: Axes, result: DemoResult, quantity: str, largest_kl: float) -> N
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_frontier(axes: Axes, result: DemoResult, quantity: str) -> None:
+def _draw_frontier(axes: Axes, result: DemoResult, quantity: str, largest_kl: float) -> None:
     optima = result.frontier.optima
     kls = [0.0, *(optimum.kl.value for optimum in optima)]
     estimates: list[Estimate] = [getattr(result.start, quantity), *(getattr(optimum, quantity) for optimum in optima)]
     values = np.array([estimate.value for estimate in estimates])
     axes.plot(kls, values, color=_OPTIMAL, linewidth=1.5, label="optimal policies, pi_ref exp(r / beta) / Z")
     if quantity == "reward":
-        axes.fill_between(kls, values, values.max() * 1.05, color="#f2f2f2", linewidth=0)
-        axes.set_ylim(top=values.max() * 1.05)
+        top = values.max() + 0.12 * (values.max() - values.min())
+        # Past the last optimum the line is not known, the ceiling is.
+        kls.append(max(largest_kl, kls[-1]))
+        bound = [*values, result.frontier.reward_ceiling(kls[-1]).value]
+        axes.fill_between(kls, bound, top, color="#f2f2f2", linewidth=0)
+        axes.set_ylim(top=top)
+        axes.text(
+            0.98, 0.98, "no policy can be here", transform=axes.transAxes, color=_OPTIMAL, fontsize=9,
+            horizontalalignment="right", verticalalignment="top",
+        )  # fmt: skip
     target = getattr(result.target, quantity)
     axes.plot(result.target.kl.value, target.value, color=_OPTIMAL, marker="*", markersize=14, linestyle="none",
               markerfacecolor="white", zorder=4, label=f"optimum at beta = {result.beta:g}")  # fmt: skip

@@ -40,6 +40,8 @@ class StageProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is None:
+            self._progress.update(self._overall, completed=100)  # the weighted steps sum to it but for rounding
         self._progress.stop()
 
     def advancing(self, stage: Stage) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, frozen_logps
+from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
 
 
 @final
@@ -64,6 +64,21 @@ class AdapterReference(Reference):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The kept values of the trainable tensors; none where adapters are switched off."""
         yield from self._frozen.items()
+
+    def fingerprint(self) -> str:
+        """See `Reference.fingerprint`. Factors that add nothing and train are no part of it."""
+        if not self._frozen:
+            return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
+        return digest((name, self._frozen.get(name, p)) for name, p in self._policy.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: it is made again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to bring back."""
+        assert not state
+        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""
@@ -122,6 +137,13 @@ def _holding(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The named parameters of `policy` with other values. Storage is exchanged, not copied: graphs that were built
     before keep their parameters, which hold their own values again before any backward pass."""
     parameters = {name: policy.get_parameter(name) for name in values}
+    sharded = [name for name, parameter in parameters.items() if hasattr(parameter, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            "A frozen copy of the trainable tensors was to be put in place of the policy's, but these are sharded "
+            f"(`{sharded[0]}` first), and FSDP would go on computing with the policy's. Use reference='precomputed', "
+            "or train without sharding."
+        )
     current = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():

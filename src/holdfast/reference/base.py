@@ -8,6 +8,7 @@ import abc
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,6 +56,18 @@ class Reference(abc.ABC):
         """The tensors it holds on top of the policy, under the policy's names for them where it has any."""
 
     @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of all weights that its log-probs depend on. To be asked before training changes the policy."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to bring it back (law L5); empty for a fixed one, which is made again."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Back to where it was after `version` syncs, bit for bit."""
+
+    @abc.abstractmethod
     def describe(self) -> str:
         """What it is, where it is held, and when it is asked, in one line."""
 
@@ -71,11 +84,14 @@ def num_bytes(reference: Reference) -> int:
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """BLAKE2b over names, dtypes, shapes and bytes: equal for equal tensors, on whatever device (law L2)."""
-    state = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+        digests = sorted(threads.map(lambda item: _digest_one(*item), tensors))
+    return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def _digest_one(name: str, tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
 
 def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:

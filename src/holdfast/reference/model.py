@@ -12,7 +12,7 @@ from typing import Self, final
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, frozen_logps
+from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
 from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
 
 
@@ -62,6 +62,21 @@ class ModelReference(Reference):
         """Its parameters, and the fp32 state of a moving one whose weights are kept in a smaller dtype."""
         yield from self._module.named_parameters()
         yield from self._mixture.tensors()
+
+    def fingerprint(self) -> str:
+        """See `Reference.fingerprint`."""
+        return digest(self._module.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moved weights, in fp32 where their state is; empty while it has not moved."""
+        if self.version == 0:
+            return {}
+        return dict(self._module.named_parameters()) | dict(self._mixture.tensors())
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """See `Reference.load_state_dict`."""
+        self._mixture.restore(dict(self._module.named_parameters()), state)
+        self.version = version
 
     def describe(self) -> str:
         """See `Reference.describe`."""

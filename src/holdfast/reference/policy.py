@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, frozen_logps
+from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
 
 
 @final
@@ -49,6 +49,19 @@ class PolicyReference(Reference):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """None beyond the policy's own."""
         return iter(())
+
+    def fingerprint(self) -> str:
+        """See `Reference.fingerprint`."""
+        return digest(self._policy.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: it is made again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to bring back."""
+        assert not state
+        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""

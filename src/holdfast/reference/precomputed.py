@@ -33,12 +33,15 @@ class PrecomputedReference(Reference):
         self._inner: Reference | None = inner
         self._source = inner.describe()
         self._gather = gather
+        self._fingerprint: str | None = None
         self._is_quiet = is_quiet
         self._kept: dict[ContentId, Tensor] = {}
 
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
         """Score every completion of the datasets that is not kept yet, and let go of an inner reference that has a
         module of its own. ValueError where the log-probs are not finite."""
+        if self._fingerprint is None and self._inner is not None:
+            self._fingerprint = self._inner.fingerprint()
         for name, batches in datasets.items():
             scored: dict[ContentId, Tensor] = {}
             for batch in tqdm(batches, desc=f"Reference log-probs ({name})", unit="batch", disable=self._is_quiet):
@@ -66,7 +69,9 @@ class PrecomputedReference(Reference):
                 f"The reference ({self._source}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
                 f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
             )
-        return dict(zip(ids, per_token.split(logps.lengths().tolist()), strict=True))
+        # Clones: a view would take its whole batch along when it is sent to the other processes.
+        parts = (part.clone() for part in per_token.split(logps.lengths().tolist()))
+        return dict(zip(ids, parts, strict=True))
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`; looked up. A batch that was not prepared is scored by the inner reference where that
@@ -96,6 +101,20 @@ class PrecomputedReference(Reference):
             yield f"{high:x}.{low:x}", logps
         if self._inner is not None:
             yield from self._inner.tensors()
+
+    def fingerprint(self) -> str:
+        """That of the reference that did the scoring."""
+        assert self._fingerprint is not None, "nothing was prepared"
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: it is made again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to bring back."""
+        assert not state
+        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""

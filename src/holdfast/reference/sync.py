@@ -40,6 +40,9 @@ def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
     return dict(module.named_parameters())
 
 
+_FP32 = ".fp32"
+
+
 @final
 class Mixture:
     """The fp32 state of a moving reference: empty until the first move, and for weights that are fp32 themselves."""
@@ -74,10 +77,20 @@ class Mixture:
             if state is not tensor:
                 tensor.copy_(state)
 
+    @torch.no_grad()
+    def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Weights and fp32 state as `state` holds them; nothing changes where it is empty."""
+        for name, values in state.items():
+            if name in reference:
+                reference[name].copy_(values)
+            else:
+                parameter = name.removesuffix(_FP32)
+                self._fp32[parameter] = values.to(reference[parameter].device, copy=True)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state, under `<parameter>.fp32`."""
         for name, tensor in self._fp32.items():
-            yield f"{name}.fp32", tensor
+            yield f"{name}{_FP32}", tensor
 
 
 @final
@@ -88,6 +101,16 @@ class SyncCallback(TrainerCallback):
         self._reference = reference
         self._mixup_alpha = mixup_alpha
         self._steps = steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """ValueError for a run that ends before the first sync."""
+        if state.max_steps < self._steps:
+            raise ValueError(
+                f"sync_ref_model=True was asked for every {self._steps} steps, but the run has {state.max_steps}: the "
+                "reference would never move. Lower ref_model_sync_steps, or use a fixed reference."
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`."""

@@ -1,0 +1,223 @@
+"""What a checkpoint remembers of the reference, in its folder `reference/`: which one it is, and where it has moved.
+
+`manifest.json` says what the reference was made from, by digest; a fixed reference is rebuilt from that and compared,
+a moved one is restored from `state.safetensors`, bit for bit. The manifest is written last, so it also marks a
+checkpoint as complete: a kill inside a save leaves a folder that no resume will choose. Given up: resuming from
+checkpoints that carry no manifest, whose reference nobody recorded.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+
+from holdfast.reference.base import Reference, digest
+
+FOLDER, MANIFEST, STATE = "reference", "manifest.json", "state.safetensors"
+FORMAT = 1
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a run's reference depends on; two runs with equal provenance have the same reference at the same step.
+
+    `weights` is the digest of the weights it was made from: the policy's when it was captured, or the chosen model's.
+    `data` is the digest of the token ids of the training set, None for a stream.
+    """
+
+    weights: str
+    way: str
+    adapters: list[str]
+    mixup_alpha: float | None
+    sync_steps: int | None
+    data: str | None
+    max_length: int | None
+    truncation_mode: str
+    mixed_precision: str
+    dtype: str
+    attention: str
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
+        """The provenance that a manifest records."""
+        return cls(**{name: manifest[name] for name in cls.__slots__})
+
+
+def provenance(weights: str, args: Any, policy: Any, dataset: Any) -> Provenance:
+    """The provenance of a run of `args` (a `DPOConfig`) over `policy`, whose reference has the digest `weights`."""
+    return Provenance(
+        weights=weights,
+        way=args.reference,
+        adapters=sorted(getattr(policy, "peft_config", {})),
+        mixup_alpha=args.ref_model_mixup_alpha if args.sync_ref_model else None,
+        sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
+        data=dataset_digest(dataset),
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        mixed_precision="fp16" if args.fp16 else "bf16" if args.bf16 else "no",
+        dtype=str(next(policy.parameters()).dtype),
+        attention=str(getattr(policy.config, "_attn_implementation", None)),
+    )
+
+
+_MEANINGS = {
+    "weights": "the weights of the reference (pass the model, adapter and `ref_model` that the run began with, "
+    "not the checkpoint)",
+    "way": "the option `reference`",
+    "adapters": "the policy's adapters",
+    "mixup_alpha": "ref_model_mixup_alpha",
+    "sync_steps": "ref_model_sync_steps",
+    "data": "the training data",
+    "max_length": "max_length",
+    "truncation_mode": "truncation_mode",
+    "mixed_precision": "the autocast dtype",
+    "dtype": "the dtype of the weights",
+    "attention": "the attention implementation",
+}
+
+
+def dataset_digest(dataset: Any) -> str | None:
+    """Digest of the token ids of all pairs, in order; None for a stream, which is not read."""
+    if not isinstance(dataset, Dataset):
+        return None
+    state = hashlib.blake2b(digest_size=16)
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(1_000):
+        for name in columns:
+            column = table[name].combine_chunks()
+            state.update(np.asarray(column.value_lengths(), dtype=np.int64).data)
+            state.update(np.asarray(column.flatten(), dtype=np.int64).data)
+    return state.hexdigest()
+
+
+def save_reference(checkpoint: Path, reference: Reference | None, provenance: Provenance | None) -> None:
+    """Writes the checkpoint's `reference/` folder, its manifest last: from then on the checkpoint is complete."""
+    folder = checkpoint / FOLDER
+    staged = checkpoint / f"{FOLDER}.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    manifest: dict[str, Any] = {"format": FORMAT, "kind": "none"}
+    if reference is not None and provenance is not None:
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in reference.state_dict().items()}
+        if state:
+            save_file(state, staged / STATE)
+        manifest = {
+            "format": FORMAT,
+            "kind": type(reference).__name__,
+            "description": reference.describe(),
+            "version": reference.version,
+            "state": digest(state.items()) if state else None,
+            **asdict(provenance),
+        }
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (*staged.iterdir(), staged):
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staged, folder)
+    _flush(checkpoint)
+
+
+def load_reference(checkpoint: Path, reference: Reference | None, provenance: Provenance | None) -> None:
+    """Brings `reference` to where it was at the checkpoint. ValueError when this run's reference is made from anything
+    else than that of the run that wrote it, naming what differs, or when the state does not have its digest."""
+    manifest = read_manifest(checkpoint)
+    if reference is None or provenance is None or manifest["kind"] == "none":
+        if (reference is None) != (manifest["kind"] == "none"):
+            raise ValueError(
+                f"{checkpoint} was written by a run whose reference was of kind {manifest['kind']!r}; this run has "
+                f"{'none' if reference is None else type(reference).__name__}. Resume with the losses and `reference` "
+                "of that run."
+            )
+        return
+    recorded, ours = asdict(Provenance.from_manifest(manifest)), asdict(provenance)
+    differing = [name for name in ours if ours[name] != recorded[name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint} was written by a run that differs in {_MEANINGS[name]}: recorded {recorded[name]!r}, found "
+            f"{ours[name]!r}{f' (and in {differing[1:]})' if differing[1:] else ''}. Resume with what that run had, or "
+            "start a new run in another output_dir."
+        )
+    state = load_file(checkpoint / FOLDER / STATE) if manifest["state"] else {}
+    if state and digest(state.items()) != manifest["state"]:
+        raise ValueError(
+            f"{checkpoint / FOLDER / STATE} does not have the digest that its manifest records: it was changed or "
+            "damaged. Resume from an earlier checkpoint."
+        )
+    reference.load_state_dict(state, manifest["version"])
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint. ValueError when there is none, or one of a newer format."""
+    path = checkpoint / FOLDER / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"Resuming from {checkpoint} was asked for, but it has no {FOLDER}/{MANIFEST}: it was never finished, or "
+            "written by something else, so which reference it trained against is not recorded. Use an earlier "
+            "checkpoint (resume_from_checkpoint=True takes the last complete one)."
+        )
+    manifest = json.loads(path.read_text())
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest['format']}; this version of holdfast reads up to {FORMAT}. Update holdfast."
+        )
+    return manifest
+
+
+def reopen(checkpoint: Path) -> None:
+    """Marks a checkpoint folder as unfinished, before anything in it is written over."""
+    (checkpoint / FOLDER / MANIFEST).unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: Any) -> Path | None:
+    """The complete checkpoint that `resume_from_checkpoint` names, or the last complete one where it is True; None
+    where nothing is to be resumed. ValueError when there is none."""
+    if not asked:
+        return None
+    if asked is not True:
+        read_manifest(Path(asked))
+        return Path(asked)
+    found = complete_checkpoints(Path(output_dir))
+    if not found:
+        raise ValueError(
+            f"Resuming was asked for, but {output_dir} holds no complete checkpoint. Start without "
+            "resume_from_checkpoint, or name the checkpoint's folder."
+        )
+    return found[-1]
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, by step."""
+    found = [path for path in run_folder.glob("checkpoint-*") if (path / FOLDER / MANIFEST).is_file()]
+    numbered = {int(match[1]): path for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
+    return [numbered[step] for step in sorted(numbered)]
+
+
+def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest complete checkpoints beyond `limit`; never the last one, nor the best."""
+    found = complete_checkpoints(run_folder)
+    if not limit or limit < 1:
+        return
+    kept = {found[-1]} | ({Path(best)} & set(found) if best else set())
+    for checkpoint in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
+        reopen(checkpoint)  # a kill while it is deleted leaves no half of it to resume from
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """The file or folder on the disk, not only in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""`runs`: the numbers of every scenario from one process and from two, computed once for all tests and workers."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import holdfast
+
+HERE = Path(__file__).parent
+TIMEOUT_SECONDS = 300
+
+
+def launch(num_processes: int, folder: Path, *names: str) -> subprocess.Popen[str]:
+    """Starts `main.py` with that many processes on the loopback device; its output goes to FOLDER/output.txt."""
+    folder.mkdir(parents=True)
+    command = [sys.executable]
+    if num_processes > 1:
+        # --standalone has torch find a free port.
+        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command += [f"--nproc_per_node={num_processes}"]
+    paths = [HERE, HERE.parent, Path(holdfast.__file__).parent.parent]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }
+    with open(folder / "output.txt", "w") as output:
+        return subprocess.Popen(
+            [*command, str(HERE / "main.py"), str(folder), *names],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def results(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+    """What the launched processes wrote; fails the test with what they said where they did not."""
+    try:
+        code: int | str = process.wait(TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        code = f"none within {TIMEOUT_SECONDS} s"
+    if code != 0:
+        said = (folder / "output.txt").read_text(errors="replace")
+        start = said.find("--- scenario")  # the first process that failed; the others only miss it
+        pytest.fail(f"{folder.name}: exit code {code}\n{said[start:][:6000] if start >= 0 else said[-6000:]}", pytrace=False)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str = "master") -> dict[int, tuple[Path, dict[str, Any]]]:
+    """{number of processes: (folder with a folder per scenario, {scenario: numbers})}."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    folders = {1: root / "one process", 2: root / "two processes"}
+    with open(root / "distributed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it, or have finished
+        pending = {n: launch(n, folder) for n, folder in folders.items() if not folder.exists()}
+        for n, process in pending.items():
+            results(process, folders[n])
+    return {n: (folder, _read(folder)) for n, folder in folders.items()}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not (folder / "results.json").exists():
+        pytest.fail(f"{folder.name} failed; the first test that needed it says how", pytrace=False)
+    return json.loads((folder / "results.json").read_text())

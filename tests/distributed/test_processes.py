@@ -1,0 +1,192 @@
+"""Law L7: N processes = 1 process, for losses, weights, metrics, references and reports (see `scenarios.py`)."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from policies import rows
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+Runs = dict[int, tuple[Path, dict[str, Any]]]
+
+TRAININGS = [
+    "train_whole_epochs",
+    "train_uneven_epochs",
+    "train_with_accumulation",
+    "train_with_checkpointing",
+    "train_stream",
+    "train_stream_in_shards",
+    "reference_model",
+    "reference_model_of_lora",
+    "reference_adapter_fresh",
+    "reference_adapter_trained",
+    "reference_precomputed",
+    "reference_precomputed_of_lora",
+    "reference_none",
+    "reference_chosen",
+    "sync_full",
+    "sync_lora",
+    "unlike_beginnings",
+    "unlike_beginnings_captured",
+    "unlike_adapters",
+    "resumed",
+]
+NOT_AT_ZERO_MARGIN = {"reference_none", "reference_chosen", "unlike_beginnings"}
+
+
+def of(runs: Runs, name: str, num_processes: int = 2) -> Any:
+    return runs[num_processes][1][name]
+
+
+def differences(one: Any, two: Any, path: str = "") -> Iterator[str]:
+    """Where two results differ by more than rounding; entries that end in `each_process` differ by nature."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for name in sorted(one.keys() | two.keys()):
+            if name not in one or name not in two:
+                yield f"{path}/{name}: only with {'one process' if name in one else 'two processes'}"
+            elif not name.endswith("each_process"):
+                yield from differences(one[name], two[name], f"{path}/{name}")
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        for index, pair in enumerate(zip(one, two, strict=True)):
+            yield from differences(*pair, f"{path}/{index}")
+    elif isinstance(one, float | int) and isinstance(two, float | int):
+        if not math.isclose(one, two, rel_tol=1e-5, abs_tol=1e-5):
+            yield f"{path}: {one} with one process, {two} with two"
+    elif one != two:
+        yield f"{path}: {one!r} with one process, {two!r} with two"
+
+
+@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams"])
+def test_two_processes_log_what_one_does(name: str, runs: Runs) -> None:
+    """Every number of every log: losses, gradient norms, metrics of training and evaluation, tokens."""
+    assert list(differences(of(runs, name, 1), of(runs, name, 2))) == []
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_end_with_the_weights_of_one(name: str, runs: Runs) -> None:
+    """The policy's and, where there is a module, the reference's; and both processes hold the very same."""
+    one, two = (load_file(folder / name / "weights.safetensors") for folder, _ in runs.values())
+    assert one.keys() == two.keys()
+    for tensor in one:
+        torch.testing.assert_close(two[tensor], one[tensor], rtol=0, atol=1e-5)
+    assert len(set(of(runs, name)["weights_of_each_process"])) == 1
+
+
+@pytest.mark.parametrize("name", sorted({*TRAININGS} - NOT_AT_ZERO_MARGIN))
+def test_the_first_loss_is_ln_2_on_every_process(name: str, runs: Runs) -> None:
+    first = of(runs, name)["first_loss_of_each_process"]
+    assert first == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert of(runs, name)["losses"][0] == pytest.approx(math.log(2), abs=1e-5 if "logging" in name else 2e-1)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("reference_model", "reference_precomputed"),
+        ("reference_model_of_lora", "reference_adapter_fresh"),
+        ("reference_adapter_trained", "reference_precomputed_of_lora"),
+        ("train_stream", "train_stream_in_shards"),
+        ("unlike_beginnings", "reference_chosen"),
+        ("unlike_beginnings_captured", "reference_precomputed"),
+    ],
+)
+def test_trainings_that_are_the_same(names: tuple[str, str], runs: Runs) -> None:
+    """However the reference is held (L3), the stream is cut, and whatever the other processes began with."""
+    first, second = (of(runs, name)["logs"] for name in names)
+    assert list(differences(first, second)) == []
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_tokens_of_fillers_do_not_count(num_processes: int, runs: Runs) -> None:
+    """Two epochs of 9 rows: each row's prompt twice and both its completions, two times over."""
+    tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows(9).to_list())
+    logs = of(runs, "train_uneven_epochs", num_processes)["logs"]
+    assert [entry["num_tokens"] for entry in logs if "num_tokens" in entry][-1] == 2 * tokens
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_resumed_is_uninterrupted(num_processes: int, runs: Runs) -> None:
+    """Bit for bit, in losses, metrics and weights; the first logs come from the checkpoint."""
+    whole = of(runs, "resumed", num_processes)
+    again = whole["resumed"]
+    unlike = {"train_loss", "total_flos"}
+    logs = [[{k: v for k, v in entry.items() if k not in unlike} for entry in run["logs"]] for run in (whole, again)]
+    assert logs[0] == logs[1]
+    assert whole["weights_of_each_process"] == again["weights_of_each_process"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_stream_is_evaluated_as_its_rows(num_processes: int, runs: Runs) -> None:
+    by_rows, streamed = (of(runs, name, num_processes) for name in ("evaluation", "evaluation_of_streams"))
+    for kind, metrics in streamed.items():
+        assert list(differences(by_rows[kind[0]], metrics)) == [], kind
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_compute_metrics_sees_every_row_once(num_processes: int, runs: Runs) -> None:
+    """5 pairs are 10 rows of ids, and as many of logits."""
+    found = of(runs, "predictions", num_processes)
+    table = rows(8, seed=5).select(range(5)).to_list()
+    expected = sorted(row["prompt_ids"] + row[side] for row in table for side in ("chosen_ids", "rejected_ids"))
+    assert found["num_rows"] == [10, 10]
+    for seen in found["seen"].values():
+        assert sorted([token for token in ids if token > 0] for ids in seen["ids"]) == expected
+        assert len(seen["largest"]) == 10
+
+
+def test_logits_that_compute_metrics_sees(runs: Runs) -> None:
+    one, two = (of(runs, "predictions", n)["seen"] for n in (1, 2))
+    for kind in one:
+        for row in range(10):
+            length = sum(token > 0 for token in one[kind]["ids"][row])
+            assert two[kind]["largest"][row][:length] == pytest.approx(one[kind]["largest"][row][:length], abs=1e-5)
+
+
+def test_precomputed_shares_are_complete(runs: Runs) -> None:
+    """Each of two processes scores its share, and both then hold what one process alone computes."""
+    (alone,) = of(runs, "precomputed_values", 1)["kept_by_each_process"]
+    both = of(runs, "precomputed_values", 2)["kept_by_each_process"]
+    assert len(alone) == 2 * 6 - 1  # two rows share their chosen completion
+    for kept in both:
+        assert kept.keys() == alone.keys()
+        for completion, values in alone.items():
+            assert kept[completion] == pytest.approx(values, abs=1e-5)
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_precomputed_values_are_sent_alone(num_processes: int, runs: Runs) -> None:
+    """4 bytes a token in a storage of their own: a view would drag its whole batch through every process."""
+    found = of(runs, "precomputed_values", num_processes)
+    values = found["kept_by_each_process"][0]
+    assert found["num_bytes"] == {completion: 4 * len(logps) for completion, logps in values.items()}
+
+
+def test_a_wrong_reference_is_refused_on_every_process(runs: Runs) -> None:
+    refused = of(runs, "audit_of_a_wrong_reference")["refused_by_each_process"]
+    assert len(refused) == 2
+    assert all("`model.layers.0.mlp.down_proj.weight` is not what it was" in message for message in refused)
+
+
+def test_the_gap_to_a_chosen_reference_is_said_once(runs: Runs) -> None:
+    assert of(runs, "reference_chosen")["said_by_each_process"] == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_unusable_rows_are_said_by_the_first_process(kind: str, runs: Runs) -> None:
+    first, second = of(runs, "unusable_rows")[kind]["said_by_each_process"]
+    assert second == []
+    assert "fills max_length" in first[0] or "prompt" in first[0]
+    if kind == "map":
+        assert len(first) == 1
+        assert first[0].startswith("2 of 6 rows (33.3 %) of the train dataset cannot be used")
+
+
+def test_the_main_process_prepares_the_data_first(runs: Runs) -> None:
+    first, second = of(runs, "preparation")["times_of_each_process"]
+    assert first[1] <= second[0]

@@ -1,0 +1,246 @@
+"""A run that was stopped and resumed is the run that was not (law L5): weights, reference and logs, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from peft import PeftModel
+from policies import POLICIES, config, logged, rows, trainer
+
+from holdfast.reference.base import digest
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 1}
+
+
+def halves(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
+    """The uninterrupted trainer, and one resumed after half of the steps by another trainer."""
+    whole = trainer(POLICIES[kind](), config(folder / "whole", **SAVING | options))
+    whole.train()
+    trainer(POLICIES[kind](), config(folder / "parts", **SAVING | options | {"max_steps": 2})).train()
+    resumed = trainer(POLICIES[kind](), config(folder / "parts", **SAVING | options))
+    resumed.train(resume_from_checkpoint=True)
+    return whole, resumed
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("full", {}),
+        ("full", {"reference": "precomputed"}),
+        ("full", MOVING),
+        ("full", MOVING | {"ref_model_mixup_alpha": 1.0}),
+        ("lora_fresh", {}),
+        ("lora_fresh", MOVING),
+        ("lora_sft", {}),
+        ("lora_sft", MOVING),
+        ("pissa", {}),
+        ("full", {"loss_type": "simpo"}),
+    ],
+)
+def test_resumed_is_uninterrupted(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    whole, resumed = halves(kind, tmp_path, **options)
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
+    assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
+    if whole.reference is not None:
+        assert resumed.reference.version == whole.reference.version == (4 if "sync_ref_model" in options else 0)
+        assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
+
+
+def test_a_moved_bf16_reference_keeps_its_fp32_state(tmp_path: Path) -> None:
+    """What bf16 weights cannot hold is in the checkpoint as well."""
+    args = config(tmp_path, **SAVING | MOVING | {"max_steps": 2})
+    first = trainer(tiny_model().bfloat16(), args)
+    first.train()
+    second = trainer(tiny_model().bfloat16(), config(tmp_path, **SAVING | MOVING))
+    second.train(resume_from_checkpoint=True)
+    third = trainer(tiny_model().bfloat16(), config(tmp_path / "whole", **SAVING | MOVING))
+    third.train()
+    assert digest(second.reference.tensors()) == digest(third.reference.tensors())
+    state = dict(second.reference.tensors())
+    rounded = state["lm_head.weight.fp32"].bfloat16().float()
+    assert not torch.equal(rounded, state["lm_head.weight.fp32"])
+
+
+def test_the_manifest_says_what_the_reference_is(tmp_path: Path) -> None:
+    ours = trainer(POLICIES["lora_sft"](), config(tmp_path, **SAVING | MOVING))
+    expected = ours.reference.fingerprint()
+    ours.train()
+    manifest = json.loads((tmp_path / "checkpoint-2" / "reference" / "manifest.json").read_text())
+    assert manifest["weights"] == expected
+    assert manifest["version"] == 2
+    assert manifest["mixup_alpha"] == 0.3
+    assert manifest["adapters"] == ["default"]
+    assert manifest["kind"] == "ModelReference"
+
+
+def test_save_total_limit(tmp_path: Path) -> None:
+    options = SAVING | {"save_steps": 1, "save_total_limit": 2}
+    ours = trainer(tiny_model(), config(tmp_path, **options))
+    ours.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert ours.args.save_total_limit == 2
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
+    options = SAVING | {"save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    ours = trainer(tiny_model(), config(tmp_path, **options), eval_dataset=rows(6, seed=2))
+    ours.train()
+    losses = logged(ours, "eval_loss")
+    assert ours.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    trainer(tiny_model(), config(tmp_path, **SAVING | {"max_steps": 2})).train()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 64}, "differs in max_length: recorded 1024, found 64"),
+        ({"reference": "precomputed"}, "differs in the option `reference`: recorded 'auto', found 'precomputed'"),
+        (MOVING, "differs in ref_model_mixup_alpha: recorded None, found 0.3"),
+        ({"loss_type": "simpo"}, "kind 'ModelReference'; this run has none"),
+    ],
+)
+def test_resuming_another_run_is_refused(options: dict[str, Any], message: str, interrupted: Path) -> None:
+    ours = trainer(tiny_model(), config(interrupted, **SAVING | options))
+    with pytest.raises(ValueError, match=message):
+        ours.train(resume_from_checkpoint=True)
+
+
+def test_another_base_is_refused(interrupted: Path) -> None:
+    with pytest.raises(ValueError, match=r"differs in the weights of the reference \(pass the model"):
+        trainer(tiny_model(seed=1), config(interrupted, **SAVING)).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_does_not_become_the_reference(interrupted: Path) -> None:
+    """`model=checkpoint` and resuming it would make the trained policy its own anchor."""
+    model = type(tiny_model()).from_pretrained(interrupted / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"weights of the reference .*not the checkpoint"):
+        trainer(model, config(interrupted, **SAVING)).train(resume_from_checkpoint=True)
+
+
+def test_neither_does_an_adapter_from_a_checkpoint(tmp_path: Path) -> None:
+    trainer(POLICIES["lora_sft"](), config(tmp_path, **SAVING | {"max_steps": 2})).train()
+    policy = PeftModel.from_pretrained(tiny_model(), tmp_path / "checkpoint-2", is_trainable=True)
+    with pytest.raises(ValueError, match=r"weights of the reference"):
+        trainer(policy, config(tmp_path, **SAVING)).train(resume_from_checkpoint=True)
+
+
+def test_other_data_is_refused(interrupted: Path) -> None:
+    ours = trainer(tiny_model(), config(interrupted, **SAVING), train_dataset=rows(12, seed=9))
+    with pytest.raises(ValueError, match="differs in the training data"):
+        ours.train(resume_from_checkpoint=True)
+
+
+def test_a_half_written_checkpoint_is_never_chosen(interrupted: Path) -> None:
+    whole = trainer(tiny_model(), config(interrupted / "whole", **SAVING))
+    whole.train()
+    half = interrupted / "checkpoint-3"
+    shutil.copytree(interrupted / "checkpoint-2", half)
+    (half / "reference" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-3 was asked for, but it has no reference/manifest.json"):
+        trainer(tiny_model(), config(interrupted, **SAVING)).train(resume_from_checkpoint=str(half))
+    resumed = trainer(tiny_model(), config(interrupted, **SAVING))
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == logged(whole)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    trainer(tiny_model(), config(tmp_path, **SAVING | MOVING | {"max_steps": 2})).train()
+    path = tmp_path / "checkpoint-2" / "reference" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"does not have the digest.*Resume from an earlier checkpoint"):
+        trainer(tiny_model(), config(tmp_path, **SAVING | MOVING)).train(resume_from_checkpoint=True)
+
+
+def test_a_manifest_of_a_newer_format_is_refused(interrupted: Path) -> None:
+    path = interrupted / "checkpoint-2" / "reference" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(ValueError, match=r"has format 99; this version of holdfast reads up to 1"):
+        trainer(tiny_model(), config(interrupted, **SAVING)).train(resume_from_checkpoint=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        trainer(tiny_model(), config(tmp_path, **SAVING)).train(resume_from_checkpoint=True)
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from families import tiny_model
+from policies import config, trainer
+from test_resume import MOVING, SAVING
+import holdfast.reference.checkpoint as checkpoint
+
+folder, place = sys.argv[1:]
+step = int(place.split("@")[1])
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+ours = trainer(tiny_model(), config(Path(folder), **SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}))
+if place.startswith("save"):      # weights are written, optimizer and reference are not
+    def save(*args): die() if ours.state.global_step == step else plain(*args)
+    plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
+elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
+    plain, checkpoint.json.dumps = checkpoint.json.dumps, None
+    def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
+    checkpoint.json.dumps = dumps
+elif place.startswith("sync"):    # half of the weights have moved
+    plain = ours.reference._mixture.move
+    def move(reference, policy, alpha):
+        if ours.state.global_step == step:
+            some = list(reference)[: len(reference) // 2]
+            plain({n: reference[n] for n in some}, {n: policy[n] for n in some}, alpha)
+            die()
+        plain(reference, policy, alpha)
+    ours.reference._mixture.move = move
+elif place.startswith("rotate"):
+    plain = checkpoint.shutil.rmtree
+    def rmtree(path, **kwargs):
+        if ours.state.global_step == step and "checkpoint-" in Path(path).name:
+            next(Path(path).glob("*.safetensors")).unlink()
+            die()
+        plain(path, **kwargs)
+    checkpoint.shutil.rmtree = rmtree
+ours.train(resume_from_checkpoint=len(list(Path(folder).glob("checkpoint-*/reference/manifest.json"))) > 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["save@3", "manifest@3", "sync@3", "rotate@3"])
+def test_a_kill_loses_nothing(place: str, tmp_path: Path) -> None:
+    """SIGKILL inside a save, before the manifest, inside a sync and inside the deletion of an older checkpoint."""
+    options = SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}
+    whole = trainer(tiny_model(), config(tmp_path / "whole", **options))
+    whole.train()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])}
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), place], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    resumed = trainer(tiny_model(), config(tmp_path / "killed", **options))
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == logged(whole)
+    assert resumed.reference.version == whole.reference.version == 4
+    assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
+    assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
