@@ -1,9 +1,16 @@
 """The model card that goes with a trained model: what it was trained from, how, and which reference it had."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
+
+import holdfast
+from holdfast.config import DPOConfig
 
 TAGS = ("holdfast", "dpo")
 
@@ -34,36 +41,39 @@ Trained with {{ versions }}.
 """
 
 
-def model_card(
-    *,
-    title: str,
+def write_card(
+    args: DPOConfig,
     base_model: str | None,
-    dataset: str | Sequence[str] | None,
-    tags: Sequence[str],
-    loss: str,
-    beta: float,
     reference: str,
-    versions: str,
+    *,
+    title: str | None,
+    dataset: str | Sequence[str] | None,
+    tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
-) -> ModelCard:
-    """The card, as Markdown with metadata; `base_model` is named in the metadata only where it can be a hub id."""
+) -> None:
+    """Writes `README.md` into the run's output folder. `base_model` is named in its header only where it can be a hub
+    id; `metadata` is what else the header says (`language`, `license`, ...)."""
+    folder = Path(str(args.output_dir))
     on_hub = base_model is not None and base_model.count("/") <= 1 and not base_model.startswith((".", "/"))
     data = ModelCardData(
         base_model=base_model if on_hub else None,
         library_name="transformers",
-        model_name=title,
+        model_name=title or folder.name,
         datasets=[dataset] if isinstance(dataset, str) else list(dataset or []) or None,
-        tags=sorted({*TAGS, *tags}),
+        tags=sorted({*TAGS, *([tags] if isinstance(tags, str) else tags or [])}),
         **metadata,
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=title,
+        title=title or folder.name,
         base_model=base_model or "a model",
         dataset=dataset or "not named",
-        loss=loss,
-        beta=beta,
+        loss=", ".join(args.loss_types),
+        beta=args.beta,
         reference=reference,
-        versions=versions,
+        versions=", ".join(
+            f"{module.__name__} {module.__version__}" for module in (holdfast, transformers, torch, peft)
+        ),
     )
+    card.save(folder / "README.md")

@@ -127,7 +127,7 @@ class DPOConfig(TrainingArguments):
                 None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
             )
         self._check_ranges()
-        self._check_dispatching()
+        self._check_gathering()
         self._check_losses()
         self._check_reference()
 
@@ -170,13 +170,18 @@ class DPOConfig(TrainingArguments):
             if value is not None and value < lowest:
                 raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
 
-    def _check_dispatching(self) -> None:
+    def _check_gathering(self) -> None:
         """Dispatching, accelerate's default for streams, would split a batch along its first dimension, which pairs,
-        sequences and tokens do not share."""
+        sequences and tokens do not share; transformers puts gathered objects of several batches together wrongly."""
+        if self.eval_use_gather_object:
+            raise ValueError(
+                "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which fillers "
+                "of the last batch are told apart. Leave eval_use_gather_object out."
+            )
         options: Any = copy.copy(self.accelerator_config)
         if options.dispatch_batches:
             raise ValueError(
-                "accelerator_config asked for dispatch_batches=True, which cuts a batch's tensors into equal parts, but "
+                "dispatch_batches=True was asked for, which cuts a batch's tensors into equal parts, but "
                 "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
             )
         options.dispatch_batches = False

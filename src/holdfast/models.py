@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
-from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers import (
@@ -98,10 +98,21 @@ def make_policy(
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
     policy = with_adapter(load_policy(model, args, quantization_config), peft_config)
     if is_adapted(policy) and args.gradient_checkpointing:
+        _check_recomputable(policy)
         unwrap(policy).enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout(policy)
     return policy
+
+
+def _check_recomputable(policy: Any) -> None:
+    """ValueError for prefix tuning: its prefix is a cache of keys and values, which recomputed layers do not see."""
+    for name in policy.active_adapters:
+        if policy.peft_config[name].peft_type == PeftType.PREFIX_TUNING:
+            raise ValueError(
+                "gradient_checkpointing=True (the default) was asked for with the prefix-tuning adapter "
+                f"{name!r}, whose prefix layers lose when they are recomputed. Set gradient_checkpointing=False."
+            )
 
 
 @torch.no_grad()

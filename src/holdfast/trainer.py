@@ -7,34 +7,29 @@ attributes of `transformers.Trainer` plus `reference`, `ref_model` and `null_ref
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-import holdfast
 from holdfast.arguments import check_devices, checked_arguments, router_aux_loss_coef
 from holdfast.batch import PairBatch
-from holdfast.card import TAGS, model_card
+from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
 from holdfast.data.fill import (
-    FilledStream,
+    filled,
     gather_rows,
-    may_have_fillers,
     mean_over_processes,
+    real_pairs,
     rows_of_pairs,
-    without_fillers,
 )
 from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.lazy import LazyBatches, by_name
@@ -155,6 +150,15 @@ class DPOTrainer(Trainer):
         """The reference's own module where one is held, else None."""
         return self.reference.module if self.reference is not None else None
 
+    @property
+    def beta(self) -> float:
+        """The strength of the pull to the reference; callbacks that schedule it set it."""
+        return self.args.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.args.beta = value
+
     def null_ref_context(self) -> AbstractContextManager[None]:
         """A context in which an implicit reference's policy computes as that reference."""
         return null_ref_context(self.reference)
@@ -222,7 +226,8 @@ class DPOTrainer(Trainer):
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        return self._pair_batch(self.data_collator([{name: row[name] for name in COLUMNS} for row in rows]))
+        names = COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
+        return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
@@ -279,10 +284,8 @@ class DPOTrainer(Trainer):
         self._tallies["train" if is_training else "eval"].add(metrics)
 
     def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
-        """`batch` without pairs that only fill it up, and whether it or its like on other processes may have any."""
-        options = {"is_training": self.model.training, "drops_last": self.args.dataloader_drop_last}
-        is_filled = may_have_fillers(self.accelerator, **options)
-        return (without_fillers(batch, self.accelerator) if is_filled else batch), is_filled
+        drops_last = self.args.dataloader_drop_last
+        return real_pairs(batch, self.accelerator, is_training=self.model.training, drops_last=drops_last)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
@@ -340,7 +343,7 @@ class DPOTrainer(Trainer):
             return loss, outputs.logits, inputs["input_ids"].to(loss.device)
 
     def _gathered(self, values: Any) -> Any:
-        return gather_rows(values, self._is_real_row, self.accelerator, as_objects=self.args.eval_use_gather_object)
+        return gather_rows(values, self._is_real_row, self.accelerator)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer.log`; a log of training carries the metrics since the one before."""
@@ -366,10 +369,7 @@ class DPOTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
-        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
-            parts = 1 if self.accelerator.split_batches else self.accelerator.num_processes
-            dataset = FilledStream(dataset, batch_size * parts)
-        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+        return super()._get_dataloader(filled(dataset, batch_size, self.accelerator), description, batch_size, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
@@ -384,21 +384,13 @@ class DPOTrainer(Trainer):
         **metadata: Any,
     ) -> None:
         """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, ...)."""
-        if not self.is_world_process_zero():
-            return
-        card = model_card(
-            title=model_name or Path(str(self.args.output_dir)).name,
-            base_model=getattr(unwrap(self.model).config, "_name_or_path", "") or None,
-            dataset=metadata.pop("dataset", None) or dataset_name,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            loss=", ".join(self.args.loss_types),
-            beta=self.args.beta,
-            reference=self.reference.describe() if self.reference is not None else "none",
-            versions=f"holdfast {holdfast.__version__}, transformers {transformers.__version__}, "
-            f"torch {torch.__version__}, peft {peft.__version__}",
-            metadata=metadata,
-        )
-        card.save(os.path.join(str(self.args.output_dir), "README.md"))
+        if self.is_world_process_zero():
+            base_model = getattr(unwrap(self.model).config, "_name_or_path", "") or None
+            reference = self.reference.describe() if self.reference is not None else "none"
+            dataset = metadata.pop("dataset", None) or dataset_name
+            write_card(
+                self.args, base_model, reference, title=model_name, dataset=dataset, tags=tags, metadata=metadata
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
@@ -410,6 +402,7 @@ class DPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
         if self.args.should_save:
             save_reference(checkpoint, self.reference, self._provenance)
             rotate(checkpoint.parent, limit, self.state.best_model_checkpoint)

@@ -53,12 +53,14 @@ def results(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     if code != 0:
         said = (folder / "output.txt").read_text(errors="replace")
         start = said.find("--- scenario")  # the first process that failed; the others only miss it
-        pytest.fail(f"{folder.name}: exit code {code}\n{said[start:][:6000] if start >= 0 else said[-6000:]}", pytrace=False)
+        pytest.fail(
+            f"{folder.name}: exit code {code}\n{said[start:][:6000] if start >= 0 else said[-6000:]}", pytrace=False
+        )
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str = "master") -> dict[int, tuple[Path, dict[str, Any]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, dict[str, Any]]]:
     """{number of processes: (folder with a folder per scenario, {scenario: numbers})}."""
     root = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):

@@ -12,11 +12,10 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 import scenarios
 import sharded
+import torch
+import torch.distributed as dist
 
 
 def main() -> None:
@@ -35,12 +34,13 @@ def main() -> None:
             results[name] = table[name](folder / name)
         except BaseException:
             where = f"scenario {name!r}, process {scenarios.RANK} of {scenarios.WORLD}"
-            print(f"\n--- {where}:\n{traceback.format_exc()}---", file=sys.stderr, flush=True)
+            sys.stderr.write(f"\n--- {where}:\n{traceback.format_exc()}---\n")
+            sys.stderr.flush()
             os._exit(1)
         seconds[name] = round(time.time() - began, 2)
     if scenarios.RANK == 0:
         (folder / "results.json").write_text(json.dumps(results))
-        print("seconds:", seconds, "in all", round(sum(seconds.values()), 1))
+        sys.stdout.write(f"seconds: {seconds}, in all {sum(seconds.values()):.1f}\n")
     if scenarios.WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset, load_dataset
-from families import tiny_model
 from peft import LoraConfig, get_peft_model
-from policies import POLICIES, config, logged, rows, trainer
 from safetensors.torch import save_file
 from torch import nn
 
+from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.reference.base import digest
+from policies import POLICIES, config, logged, rows, trainer
 
 GLOBAL_BATCH = 4
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -66,7 +67,10 @@ def trained(ours: DPOTrainer, folder: Path, **train_options: Any) -> dict[str, A
         save_file(weights, folder / "weights.safetensors")
     unlike = ("runtime", "per_second", "flos", "memory")
     return {
-        "logs": [{k: v for k, v in entry.items() if not any(part in k for part in unlike)} for entry in ours.state.log_history],
+        "logs": [
+            {k: v for k, v in entry.items() if not any(part in k for part in unlike)}
+            for entry in ours.state.log_history
+        ],
         "losses": logged(ours),
         "first_loss_of_each_process": gather_object([losses[0]]),
         "weights_of_each_process": gather_object([digest(weights.items())]),
@@ -103,7 +107,9 @@ def stream(num_rows: int, num_shards: int = 1, table: Dataset | None = None) -> 
 
 def train_whole_epochs(folder: Path) -> Any:
     """12 rows are 3 batches of 4; evaluated on 5 rows at the end."""
-    return trained(make(folder, tiny_model(), eval_dataset=rows(5, seed=1), eval_strategy="steps", eval_steps=3), folder)
+    return trained(
+        make(folder, tiny_model(), eval_dataset=rows(5, seed=1), eval_strategy="steps", eval_steps=3), folder
+    )
 
 
 def train_uneven_epochs(folder: Path) -> Any:
@@ -153,16 +159,34 @@ def unlike_adapters(folder: Path) -> Any:
     return trained(make(folder, policy), folder)
 
 
-def resumed(folder: Path) -> Any:
+def resumed(folder: Path, **reference: Any) -> Any:
     """Stopped after 2 of 4 steps and resumed in a new trainer."""
-    options = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4,
-               "train_dataset": rows(10)}  # fmt: skip
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    options = reference | saving | {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
+    options["train_dataset"] = rows(10)
     whole = trained(make(folder / "whole", POLICIES["lora_sft"](), **options), folder)
     make(folder / "parts", POLICIES["lora_sft"](), **options | {"max_steps": 2}).train()
     (folder / "again").mkdir(exist_ok=True)
     again = make(folder / "parts", POLICIES["lora_sft"](), **options)
     parts = trained(again, folder / "again", resume_from_checkpoint=True)
     return whole | {"resumed": parts}
+
+
+def checkpoint_order(folder: Path) -> Any:
+    """The second process is slow to write its part of a checkpoint; the manifest says that all of it is there."""
+    ours = make(folder, tiny_model(), save_strategy="steps", save_steps=1, max_steps=1)
+    plain = ours._save_rng_state
+
+    def slow(output_dir: str) -> None:
+        time.sleep(0.3 * RANK)
+        plain(output_dir)
+
+    ours._save_rng_state = slow
+    ours.train()
+    if dist.is_initialized():
+        dist.barrier()
+    written = {path.name: path.stat().st_mtime for path in sorted((folder / "checkpoint-1").rglob("*"))}
+    return {"written_by_each_process": {name: when for name, when in written.items() if "rng" in name or "man" in name}}
 
 
 def train_stream(folder: Path) -> Any:
@@ -207,7 +231,10 @@ def evaluation(folder: Path) -> Any:
     ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
     found = {str(n): evaluated(ours.evaluate(held_out_rows(n))) for n in (5, 7, 3, 1, 8)}
     sets = {"near": rows(3, seed=1), "far": rows(2, seed=2)}
-    return found | {"dict": evaluated(ours.evaluate(sets)), "predict": evaluated(ours.predict(held_out_rows(5)).metrics)}
+    return found | {
+        "dict": evaluated(ours.evaluate(sets)),
+        "predict": evaluated(ours.predict(held_out_rows(5)).metrics),
+    }
 
 
 def evaluation_of_streams(folder: Path) -> Any:
@@ -269,7 +296,9 @@ def preparation(folder: Path) -> Any:
         rows(6).to_json(folder / "rows.jsonl")
     if dist.is_initialized():
         dist.barrier()
-    dataset = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / f"{RANK}"))
+    dataset = load_dataset(
+        "json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=str(folder / f"{RANK}")
+    )
     plain, times = module.prepare_dataset, []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -299,6 +328,7 @@ SCENARIOS: dict[str, Scenario] = {
         unlike_beginnings_captured,
         unlike_adapters,
         resumed,
+        checkpoint_order,
         train_stream,
         train_stream_in_shards,
         precomputed_values,
@@ -310,6 +340,7 @@ SCENARIOS: dict[str, Scenario] = {
         preparation,
     )
 } | {
+    "resumed_synced": partial(resumed, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
     "reference_model": _from_reference("full", reference="model"),
     "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
     "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from families import tiny_model
-from policies import POLICIES, rows
+from scenarios import RANK, Scenario
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout
 from holdfast.logprobs import score, unwrap
 from holdfast.models import disable_dropout
 from holdfast.reference.adapter import AdapterReference
-from scenarios import RANK, Scenario
+from policies import POLICIES, rows
 
 
 def _batch(seed: int) -> PairBatch:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset
-from families import tiny_model
-from policies import config, rows, trainer
 
+from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.fill import FilledStream, rows_of_pairs
 from holdfast.data.layouts import PaddedLayout
+from policies import config, rows, trainer
 
 
 def stream(num_rows: int) -> IterableDataset:
@@ -64,6 +64,16 @@ def test_compute_metrics_sees_the_last_batch_whole(tmp_path: Path) -> None:
     assert len(seen["ids"]) == len(seen["logits"]) == 10
 
 
-def test_dispatching_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"dispatch_batches=True.*unlike lengths.*Leave dispatch_batches out"):
-        config(tmp_path, accelerator_config={"dispatch_batches": True})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            r"dispatch_batches=True.*unlike lengths.*Leave dispatch_ba",
+        ),
+        ({"eval_use_gather_object": True}, r"eval_use_gather_object=True.*gathered as tensors.*Leave eval_use_gather_"),
+    ],
+)
+def test_options_that_would_mix_up_pairs_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)

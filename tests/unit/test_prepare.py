@@ -44,8 +44,15 @@ def ids(row: dict) -> dict[str, list[int]]:
 @pytest.mark.parametrize("rows", [ROWS, TEXT_ROWS, [{k: row[k] for k in ("chosen", "rejected")} for row in TEXT_ROWS]])
 @pytest.mark.parametrize("make", [Dataset.from_list, stream])
 def test_token_ids_stand_beside_the_other_columns(make: type, rows: list[dict]) -> None:
+    """A prompt that both completions begin with is a column of its own afterwards, and no longer part of them."""
     prepared = list(prepare_dataset(make(rows), TOKENIZER, vocab_size=512))
-    assert prepared == [row | expected_ids(row) for row in rows]
+    assert len(prepared) == len(rows)
+    for row, found in zip(rows, prepared, strict=True):
+        assert ids(found) == expected_ids(row)
+        if "prompt" in row:
+            assert found == row | expected_ids(row)
+        else:
+            assert {side: found["prompt"] + found[side] for side in ("chosen", "rejected")} == row
 
 
 @pytest.mark.parametrize("make", [Dataset.from_list, stream])

@@ -15,7 +15,7 @@ from typing import Any, final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, recursively_apply
+from accelerate.utils import recursively_apply
 from datasets import IterableDataset
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -44,8 +44,26 @@ class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._stream.set_epoch(epoch)
 
 
-def may_have_fillers(accelerator: Accelerator, *, is_training: bool, drops_last: bool) -> bool:
-    """Whether the batch that came last from a data loader holds fillers on some process: one answer on all of them."""
+def filled(dataset: Any, batch_size: int, accelerator: Accelerator) -> Any:
+    """`dataset` as a data loader of several processes must have it: a stream filled up, anything else as it is."""
+    if accelerator.num_processes == 1 or not isinstance(dataset, IterableDataset):
+        return dataset
+    return FilledStream(dataset, batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
+
+
+def real_pairs(
+    batch: PairBatch, accelerator: Accelerator, *, is_training: bool, drops_last: bool
+) -> tuple[PairBatch, bool]:
+    """`batch` less the pairs that are fillers (which may leave none), and whether on any process it may have had some.
+
+    For the batch that came last from the active data loader. The rows of fillers stay among the inputs.
+    """
+    is_filled = _may_have_fillers(accelerator, is_training, drops_last)
+    return (_without_fillers(batch, accelerator) if is_filled else batch), is_filled
+
+
+def _may_have_fillers(accelerator: Accelerator, is_training: bool, drops_last: bool) -> bool:
+    """One answer on all processes."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.in_dataloader:
         return False
@@ -56,17 +74,14 @@ def may_have_fillers(accelerator: Accelerator, *, is_training: bool, drops_last:
     return is_last and accelerator.even_batches and not drops_last
 
 
-def without_fillers(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
-    """`batch` less the pairs that are fillers, which may leave none; their rows stay among the inputs.
-
-    For a batch that `may_have_fillers`: the last one of a map-style dataset, or any one of a stream.
-    """
+def _without_fillers(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
+    """For the last batch of a map-style dataset, or any one of a stream."""
     if _is_stream(accelerator):
         keep: Any = (batch.content[batch.chosen] != batch.content[batch.rejected]).any(-1)
     else:
         # Process r has the r-th part of the last global batch. accelerate's own `remainder` is lost on a resume.
         size = batch.num_pairs * accelerator.num_processes
-        num_real = len(accelerator.gradient_state.active_dataloader.dataset) % size or size
+        num_real = len(_loader(accelerator).dataset) % size or size
         keep = slice(0, max(0, num_real - accelerator.process_index * batch.num_pairs))
     return replace(batch, chosen=batch.chosen[keep], rejected=batch.rejected[keep])
 
@@ -87,9 +102,7 @@ def mean_over_processes(losses: Float[Tensor, "P"], accelerator: Accelerator) ->
     return losses.sum() * accelerator.num_processes / num_pairs
 
 
-def gather_rows(
-    values: Any, is_real: Bool[Tensor, "R"] | None, accelerator: Accelerator, *, as_objects: bool = False
-) -> Any:
+def gather_rows(values: Any, is_real: Bool[Tensor, "R"] | None, accelerator: Accelerator) -> Any:
     """The batch's real rows from all processes: of a tensor [R ...] or a nest of them. A tensor of another length (the
     loss, once per pair) goes accelerate's way, which would cut a last batch's *rows* to the number of its *pairs*."""
     if is_real is None or (isinstance(values, Tensor) and len(values) != len(is_real)):
@@ -97,11 +110,12 @@ def gather_rows(
     if accelerator.num_processes == 1:
         return values
     keep: Any = accelerator.gather(is_real)
-    if as_objects:
-        return [row for row, is_kept in zip(gather_object(values), keep.tolist(), strict=True) if is_kept]
     return recursively_apply(lambda rows: rows[keep], accelerator.gather(values))
 
 
 def _is_stream(accelerator: Accelerator) -> bool:
-    loader: Any = accelerator.gradient_state.active_dataloader
-    return isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    return isinstance(_loader(accelerator).dataset, torch.utils.data.IterableDataset)
+
+
+def _loader(accelerator: Accelerator) -> Any:
+    return accelerator.gradient_state.active_dataloader

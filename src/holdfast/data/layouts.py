@@ -65,9 +65,8 @@ class PaddedLayout:
         return {**{name: torch.from_numpy(array) for name, array in tensors.items()}, **_halves(len(rows))}
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class DataCollatorForPreference:
+@dataclass(frozen=True)
+class DataCollatorForPreference:  # not final: scripts subclass it and override `torch_call`
     """A data collator: the same rows -> `input_ids`, `attention_mask` and `completion_mask` [2P T], chosen rows first.
 
     `ref_chosen_logps` and `ref_rejected_logps` [P] are passed on when the rows have them. For scripts that name this
@@ -88,7 +87,13 @@ class DataCollatorForPreference:
                 "only ones there are."
             )
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]], return_tensors: str | None = None) -> dict[str, Tensor]:
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors must be 'pt'; found {return_tensors!r}. Leave it out.")
+        return self.torch_call(features)
+
+    def torch_call(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of `features`."""
         rows = _rows(features, self.max_length, self.truncation_mode)
         input_ids, attention_mask = _padded(rows, self.pad_token_id, self.pad_to_multiple_of)
         completion_mask = attention_mask.copy()

@@ -33,7 +33,7 @@ from holdfast.data.tokenize import (
 
 logger = logging.getLogger(__name__)
 
-TOKENIZATION_RULES = 1
+TOKENIZATION_RULES = 2
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
 _CUT, _REASON = "holdfast_cut", "holdfast_unusable"
@@ -133,15 +133,22 @@ def _add_ids(
     name: str,
     rules: int = TOKENIZATION_RULES,
 ) -> dict[str, Any]:
-    """The token ids of a row, and the prompt ids that were cut; of a tokenized row, its own."""
+    """The token ids of a row, and the prompt ids that were cut; of a tokenized row, its own. A prompt that was implicit
+    becomes a column, which callbacks that generate look for."""
     try:
-        if check_columns(row) == "tokenized":
+        kind = check_columns(row)
+        if kind == "tokenized":
             return {**{column: row[column] for column in TOKENIZED_COLUMNS}, _CUT: []}
-        pair = tokenize(read_preference(row), processing_class)
+        preference = read_preference(row)
+        pair = tokenize(preference, processing_class)
     except ValueError as error:
         raise ValueError(f"{name} dataset, row {index}: {error}") from error
     ids = {column: getattr(pair, column) for column in TOKENIZED_COLUMNS}
-    return {**ids, _CUT: pair.cut_ids}
+    split: dict[str, Any] = {}
+    if kind == "implicit":
+        length = len(preference.prompt)
+        split = {"prompt": row["chosen"][:length], **{side: row[side][length:] for side in ("chosen", "rejected")}}
+    return {**split, **ids, _CUT: pair.cut_ids}
 
 
 def _judge(
@@ -182,7 +189,9 @@ def _tokenized(dataset: Dataset, processing_class: PreTrainedTokenizerBase, num_
         return dataset
     features = None  # unknown under a user's own transform; else given, since a first batch may have only empty prompts
     if dataset.format["type"] is None:
-        features = Features({**dataset.features, **dict.fromkeys((*TOKENIZED_COLUMNS, _CUT), _IDS_TYPE)})
+        columns = dataset.features
+        prompt = {"prompt": columns["chosen"]} if "prompt" not in columns and "chosen" in columns else {}
+        features = Features({**columns, **prompt, **dict.fromkeys((*TOKENIZED_COLUMNS, _CUT), _IDS_TYPE)})
     dataset = dataset.map(
         partial(_add_ids, processing_class=processing_class, name=name, rules=TOKENIZATION_RULES),
         with_indices=True,

@@ -92,7 +92,8 @@ def dataset_digest(dataset: Any) -> str | None:
         return None
     state = hashlib.blake2b(digest_size=16)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    for table in dataset.select_columns(columns).with_format("arrow").iter(1_000):
+    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(1_000)
+    for table in tables:
         for name in columns:
             column = table[name].combine_chunks()
             state.update(np.asarray(column.value_lengths(), dtype=np.int64).data)
