@@ -3,6 +3,7 @@
 The environment is set before anything is imported that reads it once, at import.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -26,6 +27,14 @@ from hypothesis import settings  # noqa: E402
 
 # Two workers on two cores; and sums of floats do not depend on the number of threads.
 torch.set_num_threads(1)
+
+# Every run of a trainer collects garbage; what is imported now never is any.
+import transformers  # noqa: E402, F401
+
+import holdfast.trainer  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()
 
 # The same examples in every run, however slow the machine.
 settings.register_profile("holdfast", deadline=None, derandomize=True)

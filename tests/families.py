@@ -59,7 +59,10 @@ CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
         vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, word_embed_proj_dim=32, **k,
     ),
-    "falcon_h1": lambda **k: tf.FalconH1Config(**_SHAPE | {"lm_head_multiplier": 0.5} | k),
+    "falcon_h1": lambda **k: tf.FalconH1Config(
+        **_SHAPE | {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}
+        | {"mamba_d_state": 16, "mamba_chunk_size": 16} | k
+    ),
 }  # fmt: skip
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from families import VOCABULARY, tiny_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
+from families import VOCABULARY, tiny_model
 from holdfast import DPOConfig, DPOTrainer
 
 
@@ -47,7 +47,9 @@ def _sft_lora(name: str = "default") -> PeftModel:
 def _fresh_over_sft() -> PeftModel:
     """An active fresh adapter beside an inactive trained one: the policy computes as the bare base."""
     model = _sft_lora()
-    model.add_adapter("dpo", _lora())
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model.add_adapter("dpo", _lora())
     model.set_adapter("dpo")
     return model
 

@@ -48,7 +48,8 @@ class DPOConfig(TrainingArguments):
         "Keyword arguments of `from_pretrained` for a `model` given by name or path.", default=None
     )
     ref_model_init_kwargs: dict[str, Any] | str | None = _option(
-        "The same for a `ref_model` given by name or path. Default: `model_init_kwargs`.", default=None
+        "The same for a `ref_model` given by name or path. Default: `model_init_kwargs` less `revision`, `subfolder`.",
+        default=None,
     )
     trust_remote_code: bool = _option("Run code that ships with a model or tokenizer. Off unless asked.", default=False)
     disable_dropout: bool = _option(
@@ -120,6 +121,7 @@ class DPOConfig(TrainingArguments):
             # where it is set.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"  # nothing to copy to
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.pad_to_multiple_of, str):  # "auto" and "none" are values of the common trainer's
@@ -175,8 +177,8 @@ class DPOConfig(TrainingArguments):
         sequences and tokens do not share; transformers puts gathered objects of several batches together wrongly."""
         if self.eval_use_gather_object:
             raise ValueError(
-                "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which fillers "
-                "of the last batch are told apart. Leave eval_use_gather_object out."
+                "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
+                "fillers of the last batch are told apart. Leave eval_use_gather_object out."
             )
         options: Any = copy.copy(self.accelerator_config)
         if options.dispatch_batches:

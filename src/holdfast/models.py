@@ -146,7 +146,10 @@ def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Mod
                 "not a path, so it would be ignored. Pass a path, or drop it."
             )
         return ref_model
-    init_kwargs = args.ref_model_init_kwargs if args.ref_model_init_kwargs is not None else args.model_init_kwargs
+    init_kwargs = args.ref_model_init_kwargs
+    if init_kwargs is None:  # the policy's, less what says where the policy is
+        given = _mapping(args.model_init_kwargs, ref_model)
+        init_kwargs = {name: value for name, value in given.items() if name not in ("revision", "subfolder")}
     return load_model(ref_model, init_kwargs, args=args, is_trainable=False)
 
 

@@ -24,13 +24,7 @@ from holdfast.arguments import check_devices, checked_arguments, router_aux_loss
 from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
-from holdfast.data.fill import (
-    filled,
-    gather_rows,
-    mean_over_processes,
-    real_pairs,
-    rows_of_pairs,
-)
+from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.lazy import LazyBatches, by_name
 from holdfast.data.prepare import prepare_dataset, prepare_eval
@@ -181,20 +175,18 @@ class DPOTrainer(Trainer):
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
         )
         if reference is not None:
-            is_ahead = wish.is_ahead or wish.way == "precomputed"
-            datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
-            reference.prepare({name: self._batches(part, name, is_ahead) for name, part in datasets.items()})
+            self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
             logger.info("Reference: %s; %d bytes held.", reference.describe(), num_bytes(reference))
         return reference
 
-    def _batches(self, dataset: Any, name: str, is_ahead: bool = False) -> "LazyBatches":
-        if is_ahead and isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"Log-probs were to be computed ahead, but the {name} dataset is a stream (IterableDataset), which may "
-                "have no end. Use reference='model' or 'adapter', or a map-style Dataset."
-            )
-        size = self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
-        return LazyBatches(dataset, self.args.precompute_ref_batch_size or size, self._collated, self.accelerator)
+    def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> None:
+        if reference is not None:
+            sizes = {"train": self.args.per_device_train_batch_size}
+            given, otherwise = self.args.precompute_ref_batch_size, self.args.per_device_eval_batch_size
+            reference.prepare({
+                name: LazyBatches(part, name, given or sizes.get(name, otherwise), self._collated, self.accelerator)
+                for name, part in datasets.items()
+            })  # fmt: skip
 
     def _audit(self, batch: PairBatch) -> None:
         self._is_audited = True
@@ -301,9 +293,7 @@ class DPOTrainer(Trainer):
         """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
-            if self.reference is not None:
-                parts = by_name(eval_dataset)
-                self.reference.prepare({name: self._batches(part, name) for name, part in parts.items()})
+            self._announce(self.reference, by_name(eval_dataset))
             if isinstance(eval_dataset, dict):
                 metrics: dict[str, float] = {}
                 for name, part in eval_dataset.items():
@@ -315,8 +305,7 @@ class DPOTrainer(Trainer):
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
         test_dataset = prepare_dataset(test_dataset, name="test", **self._prepare_options)
-        if self.reference is not None:
-            self.reference.prepare({"test": self._batches(test_dataset, "test")})
+        self._announce(self.reference, {"test": test_dataset})
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -3,13 +3,13 @@
 import random
 from functools import cache
 
-import oracle
 import pytest
 import torch
-from families import CONFIGS, VOCABULARY, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+import oracle
+from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout
 from holdfast.logprobs import LogitTransform, _known_transform, score
@@ -55,7 +55,9 @@ def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, chunk_t
     found_gradients = gradients(found @ direction, model)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max())))
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -137,7 +139,7 @@ def test_a_saved_head_module() -> None:
 
 
 def test_prompt_tuning_keeps_the_places_of_real_tokens() -> None:
-    """Virtual tokens shift the rows; the oracle feeds one unpadded row through the same model and reads from its end."""
+    """Virtual tokens shift the rows; the oracle feeds one unpadded row through the model and reads from its end."""
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = get_peft_model(tiny_model("llama"), config).eval()
     expected = []

@@ -10,18 +10,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from families import tiny_model
 from peft import LoraConfig, PeftModel
-from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
 from torch import Tensor, nn
 
+import oracle
+from families import tiny_model
 from holdfast.data.layouts import PaddedLayout
 from holdfast.reference.adapter import AdapterReference, adds_nothing
 from holdfast.reference.base import digest
 from holdfast.reference.model import ModelReference
+from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "model": {"reference": "model"},
@@ -53,7 +53,9 @@ def logp(model: nn.Module, row: dict[str, list[int]], side: str) -> Tensor:
     return logits[-len(target) - 1 : -1].log_softmax(-1).gather(-1, target[:, None]).sum()
 
 
-def naive_run(policy: nn.Module, batches: list[Any], alpha: float = 0.0, every: int = 1) -> tuple[list[float], nn.Module]:
+def naive_run(
+    policy: nn.Module, batches: list[Any], alpha: float = 0.0, every: int = 1
+) -> tuple[list[float], nn.Module]:
     """Losses per step and the reference at the end, of DPO with a second model that moves by `alpha`."""
     policy.eval()
     reference = copy.deepcopy(policy)
@@ -239,14 +241,19 @@ def test_null_ref_context_is_undone_by_an_exception(tmp_path: Path) -> None:
     ours = trainer(POLICIES["lora_sft"](), config(tmp_path))
     ours.train()
     values = digest(ours.model.named_parameters())
-    with pytest.raises(RuntimeError, match="stop"), ours.null_ref_context():
-        assert digest(ours.model.named_parameters()) != values
-        raise RuntimeError("stop")
+
+    def interrupted() -> None:
+        with ours.null_ref_context():
+            assert digest(ours.model.named_parameters()) != values
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted()
     assert digest(ours.model.named_parameters()) == values
 
 
 def test_explicit_references(tmp_path: Path) -> None:
-    """Another module, a PeftModel and a path are scored as themselves: first rewards are beta times the oracle's gap."""
+    """Another module, a PeftModel and a path are scored as themselves."""
     other = tiny_model(seed=5)
     other.save_pretrained(tmp_path / "other")
     adapted = POLICIES["lora_sft"]()
@@ -254,7 +261,9 @@ def test_explicit_references(tmp_path: Path) -> None:
         ours = trainer(tiny_model(), config(tmp_path / "out"), ref_model=given)
         batch = rows().to_list()[:3]
         found = ours.reference.logps(ours._collated(batch)).sums()
-        expected = torch.stack([logp(module.eval(), row, side) for side in ("chosen_ids", "rejected_ids") for row in batch])
+        expected = torch.stack(
+            [logp(module.eval(), row, side) for side in ("chosen_ids", "rejected_ids") for row in batch]
+        )
         torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
         assert ours.ref_model is not None
         assert not any(p.requires_grad for p in ours.ref_model.parameters())
@@ -301,7 +310,7 @@ def test_lora_evaluates_new_data_at_any_time_after_precomputing(tmp_path: Path) 
     assert abs(expected["eval_loss"] - math.log(2)) > 1e-3
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_itself_is_no_ref_model(tmp_path: Path) -> None:
@@ -351,7 +360,9 @@ def test_the_audit_names_the_tensor_that_changed(way: str, tmp_path: Path) -> No
     ours = trainer(policy, config(tmp_path, reference=way))
     with torch.no_grad():
         policy.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"found a gap of .* nats.*`model.layers.1.mlp.up_proj.weight` is not what it was"):
+    with pytest.raises(
+        ValueError, match=r"found a gap of .* nats.*`model.layers.1.mlp.up_proj.weight` is not what it was"
+    ):
         ours.train()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
 from peft import PeftModel
-from policies import POLICIES, config, logged, rows, trainer
 
+from families import tiny_model
 from holdfast.reference.base import digest
+from policies import POLICIES, config, logged, rows, trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 1}
@@ -100,7 +100,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     assert ours.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         trainer(tiny_model(), config(tmp_path, **SAVING)).train(resume_from_checkpoint=True)
 
 
-# --- kills ----------------------------------------------------------------------------------------------------------------
+# --- kills ------------------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -235,8 +235,16 @@ def test_a_kill_loses_nothing(place: str, tmp_path: Path) -> None:
     options = SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}
     whole = trainer(tiny_model(), config(tmp_path / "whole", **options))
     whole.train()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])}
-    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), place], env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed"), place],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     resumed = trainer(tiny_model(), config(tmp_path / "killed", **options))
     resumed.train(resume_from_checkpoint=True)

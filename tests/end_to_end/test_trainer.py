@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from families import tiny_model
 from peft import LoraConfig
-from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
-from tiny import preference_rows, tokenizer
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from holdfast.losses import LOSSES
 from holdfast.reference.base import digest
+from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
+from tiny import preference_rows, tokenizer
 
 
 def sequence_logp(model: nn.Module, row: dict[str, list[int]], side: str) -> Tensor:
@@ -26,7 +26,7 @@ def sequence_logp(model: nn.Module, row: dict[str, list[int]], side: str) -> Ten
     return logps.gather(-1, torch.tensor(row[side])[:, None]).sum()
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_metrics_are_means_over_pairs(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_compute_metrics_sees_logits_and_ids(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(seen["logits"][0, :length]), expected, rtol=0, atol=1e-4)
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 ZERO_MARGIN = {  # at log ratios of zero, beta 0.2
     "sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * 0.2**2), "robust": math.log(2), "sigmoid_norm": math.log(2),
@@ -197,7 +197,7 @@ def test_activation_offloading_and_checkpointing_change_nothing(tmp_path: Path) 
         assert logged(other) == pytest.approx(logged(plain), abs=1e-6)
 
 
-# --- data -------------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def conversations(n: int = 12) -> tuple[Dataset, Any, nn.Module]:
@@ -212,11 +212,14 @@ def test_text_messages_and_token_ids_are_one_dataset(tmp_path: Path) -> None:
     for kind in ("messages", "ids", "implicit"):
         given = dataset
         if kind == "ids":
-            given = trainer(tiny_model(vocab_size=len(tiny)), config(tmp_path), train_dataset=dataset, processing_class=tiny)
+            given = trainer(
+                tiny_model(vocab_size=len(tiny)), config(tmp_path), train_dataset=dataset, processing_class=tiny
+            )
             given = given.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         if kind == "implicit":
             given = dataset.map(
-                lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}, remove_columns="prompt"
+                lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")},
+                remove_columns="prompt",
             )
         model = tiny_model(vocab_size=len(tiny), max_position_embeddings=512)
         ours = trainer(model, config(tmp_path), train_dataset=given, processing_class=tiny)
@@ -261,7 +264,9 @@ def test_truncation(mode: str, tmp_path: Path) -> None:
     policy, other = tiny_model(), tiny_model(seed=3)
     table = [r for r in rows(8, seed=5).to_list() if len(r["prompt_ids"]) < 8]
     args = config(tmp_path, max_length=8, truncation_mode=mode, per_device_eval_batch_size=2)
-    found = trainer(policy, args, ref_model=other, train_dataset=Dataset.from_list(table)).evaluate(Dataset.from_list(table))
+    found = trainer(policy, args, ref_model=other, train_dataset=Dataset.from_list(table)).evaluate(
+        Dataset.from_list(table)
+    )
     sums = []
     for row in table:
         ids = row["prompt_ids"] + row["chosen_ids"]
@@ -273,14 +278,20 @@ def test_truncation(mode: str, tmp_path: Path) -> None:
     assert found["eval_logps/chosen"] == pytest.approx(sum(sums) / len(sums), abs=1e-4)
 
 
-# --- saving and going on ----------------------------------------------------------------------------------------------------
+# --- saving and going on ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft"])
 @pytest.mark.parametrize("way", ["auto", "precomputed"])
 def test_resumed_is_uninterrupted(kind: str, way: str, tmp_path: Path) -> None:
     """Stopped after 2 of 4 steps and resumed in a new trainer: weights and logged losses equal bit for bit."""
-    options = {"reference": way, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    options = {
+        "reference": way,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+    }
     whole = trainer(POLICIES[kind](), config(tmp_path / "whole", **options))
     whole.train()
     trainer(POLICIES[kind](), config(tmp_path / "parts", **options | {"max_steps": 2})).train()
@@ -336,7 +347,9 @@ def test_an_adapter_folder_is_a_policy(tmp_path: Path) -> None:
     base = type(tiny_model()).from_pretrained(tmp_path / "base")
     from peft import get_peft_model
 
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     adapted.save_pretrained(tmp_path / "sft")
     ours = trainer(str(tmp_path / "sft"), config(tmp_path / "out"))
     ours.train()
@@ -379,7 +392,7 @@ def test_defaults_of_the_config(tmp_path: Path) -> None:
     assert DPOConfig(output_dir=str(tmp_path), activation_checkpointing=False).gradient_checkpointing is False
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_nan_weights_are_named(tmp_path: Path) -> None:
@@ -434,7 +447,10 @@ def test_no_padding_token(tmp_path: Path) -> None:
         ({"train_dataset": None}, "No `train_dataset` was given"),
         ({"train_dataset": DatasetDict({"train": rows(4)})}, r"`train_dataset` is a DatasetDict.*one split"),
         ({"train_dataset": Dataset.from_list([])}, "train dataset has no rows"),
-        ({"train_dataset": Dataset.from_list([{"text": "a"}])}, r"columns \{prompt, chosen, rejected\}.*found \['text'\]"),
+        (
+            {"train_dataset": Dataset.from_list([{"text": "a"}])},
+            r"columns \{prompt, chosen, rejected\}.*found \['text'\]",
+        ),
         ({"processing_class": "gpt2"}, r"`processing_class` is a str"),
         ({"peft_config": {"r": 4}}, r"`peft_config` is a dict"),
         ({"quantization_config": object()}, r"`quantization_config` says how to load a model.*loaded already"),
@@ -471,7 +487,10 @@ def test_other_arguments_than_a_dpo_config_are_refused(tmp_path: Path) -> None:
         ({"loss_type": "sigmoyd"}, "sigmoid"),
         ({"reference": "modle"}, r"reference='modle'.*model, adapter"),
         ({"reference": "none"}, r"reference='none'.*\['sigmoid'\] compares with a reference.*simpo, orpo, cpo"),
-        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, r"precompute_ref_log_probs was asked for.*no\s+refer"),
+        (
+            {"loss_type": "simpo", "precompute_ref_log_probs": True},
+            r"precompute_ref_log_probs was asked for.*no\s+refer",
+        ),
         ({"loss_type": "orpo", "sync_ref_model": True}, r"sync_ref_model was asked for.*no\s+reference"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "stale after the first sync"),
         ({"sync_ref_model": True, "reference": "adapter"}, r"frozen copy of its adapter.*reference='model'"),
