@@ -7,13 +7,15 @@ contradict each other are refused here, before any model is loaded; none is acce
 import copy
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from pathlib import Path
+from typing import Any, ClassVar, cast, get_args
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.losses import LOSSES, LossOptions, check_losses
-from holdfast.reference.choice import Way
+from holdfast.reference.choice import Way, Wish
+from holdfast.reference.snapshot import Place
 
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
 
@@ -100,6 +102,11 @@ class DPOConfig(TrainingArguments):
         f"How the reference is held: {', '.join(WAYS)}. `auto` goes by the kind of model and the flags below.",
         default="auto",
     )
+    snapshot_device: str = _option(
+        "Where reference='snapshot' keeps the first values of the trainable tensors: `device` (the policy's), `cpu` or "
+        "`disk` (in output_dir).",
+        default="device",
+    )
     reference_audit: bool = _option(
         "Check before the first step that a fresh reference gives the policy's own log-probs.", default=True
     )
@@ -147,6 +154,16 @@ class DPOConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
+
+    def wish(self, process_index: int) -> Wish:
+        """Which reference is asked for."""
+        return Wish(
+            way=self.reference if self.needs_reference else "none",
+            is_ahead=self.precompute_ref_log_probs,
+            moves=self.sync_ref_model,
+            place=cast(Place, self.snapshot_device),
+            file=Path(str(self.output_dir)) / "_reference" / f"snapshot-{process_index}.safetensors",
+        )
 
     @property
     def layout_options(self) -> dict[str, Any]:
@@ -203,6 +220,17 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAYS)}. "
                 "Choose one of them."
+            )
+        places = get_args(Place)
+        if self.snapshot_device not in places:
+            raise ValueError(
+                f"snapshot_device={self.snapshot_device!r} was asked for; a snapshot is held on {', '.join(places)}. "
+                "Choose one of them."
+            )
+        if self.snapshot_device != places[0] and self.reference != "snapshot":
+            raise ValueError(
+                f"snapshot_device={self.snapshot_device!r} was asked for with reference={self.reference!r}, which "
+                "keeps no snapshot. Use reference='snapshot', or drop it."
             )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(

@@ -52,7 +52,7 @@ from holdfast.reference.checkpoint import (
     rotate,
     save_reference,
 )
-from holdfast.reference.choice import Wish, choose_reference
+from holdfast.reference.choice import choose_reference
 from holdfast.reference.sync import SyncCallback
 
 logger = logging.getLogger(__name__)
@@ -158,11 +158,7 @@ class DPOTrainer(Trainer):
         return null_ref_context(self.reference)
 
     def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
-        wish = Wish(
-            way=self.args.reference if self.args.needs_reference else "none",
-            is_ahead=self.args.precompute_ref_log_probs,
-            moves=self.args.sync_ref_model,
-        )
+        wish = self.args.wish(self.accelerator.process_index)
         if ref_model is not None and wish.way != "none":
             ref_model = placed(ref_model, self.accelerator.device)
             same_on_all_processes(ref_model)

@@ -29,6 +29,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "precomputed": {"reference": "precomputed"},
     "precompute_flag": {"precompute_ref_log_probs": True},
     "precomputed_model": {"reference": "model", "precompute_ref_log_probs": True},
+    "snapshot": {"reference": "snapshot"},
+    "snapshot_cpu": {"reference": "snapshot", "snapshot_device": "cpu"},
+    "snapshot_disk": {"reference": "snapshot", "snapshot_device": "disk"},
     "auto": {},
 }
 BETA, LEARNING_RATE, NUM_STEPS = 0.2, 0.5, 4
@@ -156,17 +159,20 @@ def test_disable_dropout_reaches_functional_dropout(tmp_path: Path) -> None:
     assert policy.model.layers[0].self_attn.attention_dropout == 0.0
 
 
+@pytest.mark.parametrize("kind", ["full", "partly_frozen"])
+@pytest.mark.parametrize("way", ["model", "snapshot", "snapshot_cpu"])
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
-def test_a_moving_reference_follows_the_naive_run(alpha: float, tmp_path: Path) -> None:
-    """TR-DPO, full fine-tuning: ref <- alpha * policy + (1 - alpha) * ref after every second step."""
+def test_a_moving_reference_follows_the_naive_run(kind: str, way: str, alpha: float, tmp_path: Path) -> None:
+    """TR-DPO: ref <- alpha * policy + (1 - alpha) * ref after every second step."""
     recording = Recording()
-    options = {"sync_ref_model": True, "ref_model_mixup_alpha": alpha, "ref_model_sync_steps": 2}
-    ours = trainer(POLICIES["full"](), config(tmp_path, **options), data_collator=recording)
+    options = {"sync_ref_model": True, "ref_model_mixup_alpha": alpha, "ref_model_sync_steps": 2} | WAYS[way]
+    ours = trainer(POLICIES[kind](), config(tmp_path, **options), data_collator=recording)
     ours.train()
-    losses, reference = naive_run(POLICIES["full"](), recording.batches[-NUM_STEPS:], alpha=alpha, every=2)
+    losses, reference = naive_run(POLICIES[kind](), recording.batches[-NUM_STEPS:], alpha=alpha, every=2)
     assert logged(ours) == pytest.approx(losses, abs=1e-5)
     assert ours.reference.version == 2
-    for (name, found), expected in zip(ours.ref_model.named_parameters(), reference.parameters(), strict=True):
+    for name, found in ours.reference.tensors():
+        expected = reference.get_parameter(name)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -223,8 +229,8 @@ def test_memory_held() -> None:
 
 
 def test_null_ref_context_is_the_policy_before_training(tmp_path: Path) -> None:
-    for kind in ("lora_fresh", "lora_sft"):
-        ours = trainer(POLICIES[kind](), config(tmp_path))
+    for kind, way in (("lora_fresh", "auto"), ("lora_sft", "auto"), ("full", "snapshot"), ("full", "snapshot_disk")):
+        ours = trainer(POLICIES[kind](), config(tmp_path, **WAYS[way]))
         ids = torch.tensor([[5, 6, 7, 8]])
         before = ours.model.eval()(ids).logits.detach()
         ours.train()
@@ -310,6 +316,24 @@ def test_lora_evaluates_new_data_at_any_time_after_precomputing(tmp_path: Path) 
     assert abs(expected["eval_loss"] - math.log(2)) > 1e-3
 
 
+def test_a_snapshot_is_of_the_policy_when_training_begins(tmp_path: Path) -> None:
+    """A change after the trainer was made and before it trains is part of the reference: it starts at ln 2 all the
+    same. What is held is the trained part only, and nothing of it in memory when it is on disk."""
+    from holdfast.reference.base import num_bytes
+
+    for way, kind in (("snapshot", "partly_frozen"), ("snapshot_cpu", "full"), ("snapshot_disk", "full")):
+        policy = POLICIES[kind]()
+        ours = trainer(policy, config(tmp_path, **WAYS[way]))
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(1.5)
+        ours.train()
+        assert logged(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+        trained = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
+        assert num_bytes(ours.reference) == (0 if way == "snapshot_disk" else trained)
+    (file,) = (tmp_path / "_reference").iterdir()
+    assert trained <= file.stat().st_size < trained + 10_000
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -331,8 +355,24 @@ def test_a_ref_model_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_reference_beside_a_ref_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reference='adapter' was asked for together with a `ref_model`"):
-        trainer(POLICIES["lora_fresh"](), config(tmp_path, reference="adapter"), ref_model=tiny_model())
+    for way in ("adapter", "snapshot"):
+        with pytest.raises(ValueError, match=rf"reference='{way}' was asked for together with a `ref_model`"):
+            trainer(POLICIES["lora_fresh"](), config(tmp_path, reference=way), ref_model=tiny_model())
+
+
+def test_snapshots_that_cannot_move_are_refused(tmp_path: Path) -> None:
+    moving = {"reference": "snapshot", "sync_ref_model": True, "ref_model_sync_steps": 1}
+    with pytest.raises(ValueError, match=r"reference='snapshot' of an adapter.*reference='model'"):
+        trainer(POLICIES["lora_fresh"](), config(tmp_path, **moving))
+    with pytest.raises(ValueError, match=r"every sync would write the whole file.*snapshot_device='cpu'"):
+        trainer(tiny_model(), config(tmp_path, **moving, snapshot_device="disk"))
+
+
+def test_a_snapshot_file_that_cannot_be_written(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, **WAYS["snapshot_disk"]))
+    (tmp_path / "_reference").write_text("in the way")
+    with pytest.raises(ValueError, match=r"to be kept in .*_reference.*which cannot be written.*snapshot_device='cpu'"):
+        ours.train()
 
 
 def test_a_ref_model_for_losses_without_a_reference_is_refused(tmp_path: Path) -> None:

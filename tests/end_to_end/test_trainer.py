@@ -496,6 +496,8 @@ def test_other_arguments_than_a_dpo_config_are_refused(tmp_path: Path) -> None:
         ({"sync_ref_model": True, "reference": "adapter"}, r"frozen copy of its adapter.*reference='model'"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"alpha lies in \(0, 1\]"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),
+        ({"snapshot_device": "gpu"}, r"snapshot_device='gpu'.*device, cpu, disk"),
+        ({"snapshot_device": "cpu"}, r"snapshot_device='cpu' was asked for with reference='auto'.*no snapshot"),
         ({"max_length": 1}, "max_length=1"),
         ({"truncation_mode": "keep_middle"}, "'keep_start' or 'keep_end'"),
         ({"padding_free": True}, "padding_free=True"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference.snapshot import holding
 
 
 @final
@@ -40,7 +41,7 @@ class AdapterReference(Reference):
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
-        with _holding(self._policy, self._frozen) if self._frozen else _adapters_off(self._policy):
+        with holding(self._policy, self._frozen) if self._frozen else _adapters_off(self._policy):
             yield
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
@@ -133,30 +134,8 @@ def _adapters_off(policy: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _holding(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The named parameters of `policy` with other values. Storage is exchanged, not copied: graphs that were built
-    before keep their parameters, which hold their own values again before any backward pass."""
-    parameters = {name: policy.get_parameter(name) for name in values}
-    sharded = [name for name, parameter in parameters.items() if hasattr(parameter, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            "A frozen copy of the trainable tensors was to be put in place of the policy's, but these are sharded "
-            f"(`{sharded[0]}` first), and FSDP would go on computing with the policy's. Use reference='precomputed', "
-            "or train without sharding."
-        )
-    current = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name]
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = current[name]
-
-
-@contextlib.contextmanager
 def null_ref_context(reference: Reference | None) -> Iterator[None]:
-    """The context in which a PEFT policy computes as its reference; does nothing where the reference is another."""
-    context = reference.null_ref_context() if isinstance(reference, AdapterReference) else contextlib.nullcontext()
-    with context, torch.no_grad():
+    """The context in which the policy's module computes as its reference; does nothing where that is another module."""
+    within: Any = getattr(reference, "null_ref_context", contextlib.nullcontext)
+    with within(), torch.no_grad():
         yield

@@ -5,6 +5,7 @@ A way is a class in a file of its own; a new one is added to `Way` and `_held`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -15,19 +16,22 @@ from holdfast.reference.base import Autocast, Reference
 from holdfast.reference.model import ModelReference, freeze
 from holdfast.reference.policy import PolicyReference
 from holdfast.reference.precomputed import PrecomputedReference
+from holdfast.reference.snapshot import Place, SnapshotReference, check_snapshot
 from holdfast.reference.sync import is_adapted
 
-Way = Literal["model", "adapter", "precomputed", "none"]
+Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What was asked for: the way by name (`auto` = go by the model), whether log-probs are computed ahead, and
-    whether the reference moves."""
+    """What was asked for: the way by name (`auto` = go by the model), whether log-probs are computed ahead, whether the
+    reference moves, and where a snapshot is held (in `file`, if on disk)."""
 
     way: str = "auto"
     is_ahead: bool = False
     moves: bool = False
+    place: Place = "device"
+    file: Path = Path("snapshot.safetensors")
 
 
 def choose_reference(
@@ -59,10 +63,10 @@ def choose_reference(
 def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast, is_ahead: bool) -> Reference:
     """The reference that is asked, now or ahead."""
     if ref_model is not None:
-        if wish.way == "adapter":
+        if wish.way in ("adapter", "snapshot"):
             raise ValueError(
-                "reference='adapter' was asked for together with a `ref_model`: the first is the policy's own base, "
-                "the second another model. Drop one of them."
+                f"reference={wish.way!r} was asked for together with a `ref_model`: the first is the policy as it "
+                "starts to train, the second another model. Drop one of them."
             )
         check_ref_model(policy, ref_model)
         return ModelReference(
@@ -73,6 +77,9 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
             f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "
             "Pass a `peft_config`, or use reference='model' or 'precomputed'."
         )
+    if wish.way == "snapshot":
+        check_snapshot(policy, wish.place, moves=wish.moves)
+        return SnapshotReference(policy, autocast, place=wish.place, file=wish.file, moves=wish.moves)
     if (wish.way == "model" and not is_ahead) or wish.moves:
         return ModelReference.capture(policy, autocast, moves=wish.moves)
     if is_adapted(policy):
