@@ -41,8 +41,8 @@ from holdfast.models import (
     same_on_all_processes,
 )
 from holdfast.reference.adapter import null_ref_context
-from holdfast.reference.audit import audit, checksums
-from holdfast.reference.base import Reference, frozen_logps, num_bytes
+from holdfast.reference.audit import audit, checksums, introduction
+from holdfast.reference.base import Reference
 from holdfast.reference.checkpoint import (
     Provenance,
     checkpoint_to_resume,
@@ -127,7 +127,7 @@ class DPOTrainer(Trainer):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
-        self._is_audited = not args.reference_audit
+        self._is_introduced = False
         self._provenance: Provenance | None = None
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model is not None
@@ -172,7 +172,6 @@ class DPOTrainer(Trainer):
         )
         if reference is not None:
             self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
-            logger.info("Reference: %s; %d bytes held.", reference.describe(), num_bytes(reference))
         return reference
 
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> None:
@@ -184,30 +183,29 @@ class DPOTrainer(Trainer):
                 for name, part in datasets.items()
             })  # fmt: skip
 
-    def _audit(self, batch: PairBatch) -> None:
-        self._is_audited = True
-        if self.reference is not None:
-            dtype = next(self.model.parameters()).dtype
-            is_half = self.accelerator.mixed_precision in ("bf16", "fp16") or dtype != torch.float32
-            policy = frozen_logps(self.model, batch, self.accelerator.autocast)
-            found = audit(
-                policy, self.reference, batch, self.model, self._captured,
-                is_users_choice=self._is_reference_chosen, is_half_precision=is_half,
-            )  # fmt: skip
-            if self.is_world_process_zero():
-                logger.log(logging.WARNING if self._is_reference_chosen else logging.INFO, found)
+    def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
+        self._is_introduced = True
+        if self.reference is None:
+            return
+        found = "not audited"
+        if self.args.reference_audit:
+            where = self.model, self.reference, batch, self.accelerator, self._captured
+            found = audit(*where, is_users_choice=self._is_reference_chosen)
+        if self.is_world_process_zero():  # at the level that shows where nobody has configured logging
+            logger.warning(introduction(self.reference, self._provenance and self._provenance.weights, found))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not self._is_audited and not is_sharded:
+        is_recorded = checkpoint is not None or self.args.save_strategy != "no"
+        if self.reference is not None and self._provenance is None and is_recorded:
+            weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
+            self._provenance = provenance(weights, self.args, self.model, self.train_dataset)
+        if not self._is_introduced and not is_sharded:
             dataset: Any = self.train_dataset
-            self._audit(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
+            self._introduce(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
         if self.reference is not None:
-            if self._provenance is None and (checkpoint or self.args.save_strategy != "no"):
-                weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
-                self._provenance = provenance(weights, self.args, self.model, self.train_dataset)
             self.reference.release()
         if checkpoint is not None:
             load_reference(checkpoint, self.reference, self._provenance)
@@ -227,8 +225,8 @@ class DPOTrainer(Trainer):
     ) -> Any:
         """The mean loss of a batch, with the model's logits where `return_outputs` asks for them."""
         batch = self._pair_batch(inputs)
-        if not self._is_audited and self.model.training and self.state.global_step == 0:
-            self._audit(batch)
+        if not self._is_introduced and self.model.training and self.state.global_step == 0:
+            self._introduce(batch)
         with self.accelerator.autocast():
             scores = score(model, batch, statistics=True, router_logits=self._router_aux_loss_coef != 0)
         batch, is_filled = self._real_pairs(batch)
@@ -342,8 +340,17 @@ class DPOTrainer(Trainer):
                     "fp32 rather than fp16; the last checkpoint is from before."
                 )
             metrics.pop("loss", None)
-            logs = {**logs, **metrics} | ({"num_tokens": self._tokens_logged() + num_tokens} if metrics else {})
+            if metrics:
+                logs = logs | metrics | {"num_tokens": self._tokens_logged() + num_tokens} | self._motion()
         super().log(logs, *args, **kwargs)
+
+    def _motion(self) -> dict[str, float]:
+        """How far and how long ago (in steps) a moving reference moved."""
+        if self.reference is None or not self.args.sync_ref_model:
+            return {}
+        age = self.state.global_step % self.args.ref_model_sync_steps
+        version, drift = self.reference.version, self.reference.drift
+        return {"reference/version": version, "reference/drift": drift, "reference/age": age}
 
     def _tokens_logged(self) -> float:
         """Training tokens up to the last log, that of a resumed run included."""

@@ -381,9 +381,31 @@ def test_a_ref_model_for_losses_without_a_reference_is_refused(tmp_path: Path) -
 
 
 def test_syncing_towards_another_architecture_is_refused(tmp_path: Path) -> None:
-    ours = trainer(tiny_model(), config(tmp_path, sync_ref_model=True), ref_model=tiny_model("qwen2"))
     with pytest.raises(ValueError, match=r"different models: `.*bias` is in one only"):
-        ours.reference.sync(0.5)
+        trainer(tiny_model(), config(tmp_path, sync_ref_model=True), ref_model=tiny_model("qwen2"))
+
+
+def test_syncs_are_logged(tmp_path: Path) -> None:
+    """Every second of 4 steps: the version counts them, the age is the steps since, and the drift is the L2 norm of the
+    move as it was, from the reference's weights before and after."""
+    moves: list[float] = []
+    ours = trainer(
+        tiny_model(), config(tmp_path, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
+    )
+    plain = ours.reference.sync
+
+    def sync(alpha: float) -> None:
+        before = [p.detach().clone().double() for p in ours.ref_model.parameters()]
+        plain(alpha)
+        after = [p.detach().double() for p in ours.ref_model.parameters()]
+        moves.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))))
+
+    ours.reference.sync = sync
+    ours.train()
+    assert logged(ours, "reference/version") == [0, 1, 1, 2]
+    assert logged(ours, "reference/age") == [1, 0, 1, 0]
+    assert logged(ours, "reference/drift") == pytest.approx([0, moves[0], moves[0], moves[1]], rel=1e-4)
+    assert min(moves) > 0
 
 
 def test_a_patched_forward_that_a_copy_would_share_is_refused(tmp_path: Path) -> None:
@@ -433,6 +455,19 @@ def test_a_sync_that_never_comes_is_refused(tmp_path: Path) -> None:
     ours = trainer(tiny_model(), config(tmp_path, sync_ref_model=True, ref_model_sync_steps=5))
     with pytest.raises(ValueError, match=r"every 5 steps, but the run has 4: the reference would never move"):
         ours.train()
+
+
+def test_one_line_says_which_reference_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, reference="model", save_strategy="steps", save_steps=4))
+    digest_ = ours.reference.fingerprint()
+    num_bytes = sum(4 * p.numel() for p in ours.ref_model.parameters())
+    ours.train()
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "holdfast.trainer"]
+    assert line == (
+        "Reference: a copy of the policy, a module of its own, asked per batch, fixed, "
+        f"weights {digest_[:12]}, {num_bytes} bytes held; it gives the policy's log-probs on the first batch (largest "
+        "gap 0 nats in one token)."
+    )
 
 
 @pytest.mark.parametrize("start", ["tuned", "merged", "from_config", "resized", "revision"])

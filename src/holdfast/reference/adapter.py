@@ -26,6 +26,7 @@ class AdapterReference(Reference):
 
     def __init__(self, policy: nn.Module, autocast: Autocast, frozen: Mapping[str, Tensor]) -> None:
         self.version = 0
+        self.drift = 0.0
         self._policy = policy
         self._autocast = autocast
         self._frozen = dict(frozen)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Reference
+from holdfast.reference.base import Reference, frozen_logps, num_bytes
 
 TOLERANCE_NATS = 1e-3
 """Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
@@ -59,19 +60,27 @@ def checksums(policy: nn.Module) -> Checksums:
     return sums
 
 
+def introduction(reference: Reference, weights: str | None, found: str) -> str:
+    """Which reference it is, where it is held and what the audit found, in one line; `weights` is their digest."""
+    digest = f", weights {weights[:12]}" if weights else ""
+    return f"Reference: {reference.describe()}{digest}, {num_bytes(reference)} bytes held; {found}."
+
+
 def audit(
-    policy_logps: SequenceLogps,
+    policy: nn.Module,
     reference: Reference,
     batch: PairBatch,
-    policy: nn.Module,
+    accelerator: Accelerator,
     captured: Checksums,
     *,
     is_users_choice: bool,
-    is_half_precision: bool,
 ) -> str:
-    """What was measured on `batch`, in one line. ValueError when a captured reference is not the policy, naming what
+    """What was measured on `batch`, in a clause. ValueError when a captured reference is not the policy, naming what
     differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
-    gap = Gap.between(policy_logps, reference.logps(batch))
+    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), reference.logps(batch))
+    is_half_precision = (
+        accelerator.mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
+    )
     if math.isnan(gap.mean):
         raise ValueError(
             "Policy and reference were compared on the first batch, and a log-prob is NaN. Check the weights and dtype "
@@ -79,8 +88,7 @@ def audit(
         )
     if is_users_choice:
         return (
-            f"Reference: {reference.describe()}. It differs from the policy by {gap.mean:.3g} nats per token on the "
-            f"first batch ({gap.largest:.3g} at most)."
+            f"it differs from the policy by {gap.mean:.3g} nats per token on the first batch, {gap.largest:.3g} at most"
         )
     if not gap.is_zero(is_half_precision=is_half_precision):
         raise ValueError(
@@ -89,7 +97,7 @@ def audit(
             f"{reference.describe()}. {_culprit(reference, policy, captured)} If another reference is what you want, "
             "name it with `ref_model`; reference_audit=False switches this check off."
         )
-    return f"Reference audit: largest gap {gap.largest:.3g} nats in one token of the first batch."
+    return f"it gives the policy's log-probs on the first batch (largest gap {gap.largest:.3g} nats in one token)"
 
 
 def _culprit(reference: Reference, policy: nn.Module, captured: Checksums) -> str:

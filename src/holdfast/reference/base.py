@@ -32,6 +32,8 @@ class Reference(abc.ABC):
 
     version: int
     """Number of syncs so far: 0 for a reference that never moved."""
+    drift: float
+    """L2 norm of the last move in weight space; 0 before the first."""
 
     @abc.abstractmethod
     def logps(self, batch: PairBatch) -> SequenceLogps:

@@ -117,6 +117,7 @@ def save_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
             "kind": type(reference).__name__,
             "description": reference.describe(),
             "version": reference.version,
+            "drift": reference.drift,
             "state": digest(state.items()) if state else None,
             **asdict(provenance),
         }
@@ -156,6 +157,7 @@ def load_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
             "damaged. Resume from an earlier checkpoint."
         )
     reference.load_state_dict(state, manifest["version"])
+    reference.drift = manifest["drift"]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from holdfast.reference.model import ModelReference, freeze
 from holdfast.reference.policy import PolicyReference
 from holdfast.reference.precomputed import PrecomputedReference
 from holdfast.reference.snapshot import Place, SnapshotReference, check_snapshot
-from holdfast.reference.sync import is_adapted
+from holdfast.reference.sync import check_mixable, effective_parameters, is_adapted
 
 Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
 
@@ -69,6 +69,8 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
                 "starts to train, the second another model. Drop one of them."
             )
         check_ref_model(policy, ref_model)
+        if wish.moves:
+            check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
         return ModelReference(
             freeze(ref_model), autocast, origin="the given ref_model", policy=policy if wish.moves else None
         )

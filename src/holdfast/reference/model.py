@@ -25,6 +25,7 @@ class ModelReference(Reference):
 
     def __init__(self, module: nn.Module, autocast: Autocast, *, origin: str, policy: nn.Module | None = None) -> None:
         self.version = 0
+        self.drift = 0.0
         self._module = module
         self._autocast = autocast
         self._origin = origin
@@ -49,7 +50,9 @@ class ModelReference(Reference):
                 f"A sync (alpha {mixup_alpha}) was asked of a fixed reference ({self._origin}). "
                 "Set sync_ref_model=True when the trainer is made."
             )
-        self._mixture.move(dict(self._module.named_parameters()), effective_parameters(self._policy), mixup_alpha)
+        self.drift = self._mixture.move(
+            dict(self._module.named_parameters()), effective_parameters(self._policy), mixup_alpha
+        )
         self.version += 1
 
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:

@@ -18,6 +18,7 @@ class PolicyReference(Reference):
 
     def __init__(self, policy: nn.Module, autocast: Autocast) -> None:
         self.version = 0
+        self.drift = 0.0
         self._policy = policy
         self._autocast = autocast
         self._is_over = False

@@ -30,6 +30,7 @@ class PrecomputedReference(Reference):
         self, inner: Reference, *, gather: Callable[[list[Any]], list[Any]] = list, is_quiet: bool = False
     ) -> None:
         self.version = 0
+        self.drift = 0.0
         self._inner: Reference | None = inner
         self._source = inner.describe()
         self._gather = gather

@@ -30,6 +30,7 @@ class SnapshotReference(Reference):
 
     def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, file: Path, moves: bool = False) -> None:
         self.version = 0
+        self.drift = 0.0
         self._policy = policy
         self._autocast = autocast
         self._place = place
@@ -57,7 +58,7 @@ class SnapshotReference(Reference):
                 f"A sync (alpha {mixup_alpha}) was asked of a fixed snapshot. Set sync_ref_model=True when the trainer "
                 "is made."
             )
-        self._mixture.move(self._values, self._trainable(), mixup_alpha)
+        self.drift = self._mixture.move(self._values, self._trainable(), mixup_alpha)
         self.version += 1
 
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:

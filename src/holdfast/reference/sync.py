@@ -6,6 +6,7 @@ of the factors A and B apart is a different model. The price: a sync under PEFT 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard, final
 
@@ -43,6 +44,26 @@ def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
 _FP32 = ".fp32"
 
 
+def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> None:
+    """ValueError where there is no mix of the two: other tensors, other shapes, or quantised weights."""
+    differing = [
+        name for name in reference.keys() | policy.keys()
+        if name not in reference or name not in policy or reference[name].shape != policy[name].shape
+    ]  # fmt: skip
+    if differing:
+        raise ValueError(
+            "A sync mixes the weights of reference and policy, but they are different models: "
+            f"`{sorted(differing)[0]}` is in one only or has another shape ({len(differing)} such tensors). Use a "
+            "`ref_model` of the policy's architecture, or sync_ref_model=False."
+        )
+    for name, tensor in reference.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"A sync mixes weights, but `{name}` is {tensor.dtype}: quantised weights have no exact mix. Use an "
+                "unquantised reference, or sync_ref_model=False."
+            )
+
+
 @final
 class Mixture:
     """The fp32 state of a moving reference: empty until the first move, and for weights that are fp32 themselves."""
@@ -51,31 +72,20 @@ class Mixture:
         self._fp32: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> None:
-        """`reference <- alpha * policy + (1 - alpha) * reference`, in place, accumulated in fp32."""
-        differing = [
-            name for name in reference.keys() | policy.keys()
-            if name not in reference or name not in policy or reference[name].shape != policy[name].shape
-        ]  # fmt: skip
-        if differing:
-            raise ValueError(
-                "A sync mixes the weights of reference and policy, but they are different models: "
-                f"`{sorted(differing)[0]}` is in one only or has another shape ({len(differing)} such tensors). Use a "
-                "`ref_model` of the policy's architecture, or sync_ref_model=False."
-            )
+    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> float:
+        """The length of the move (L2) `reference <- alpha * policy + (1 - alpha) * reference`, which is done in place
+        and accumulated in fp32."""
+        squares: list[Tensor] = []
         for name, tensor in reference.items():
-            if not tensor.is_floating_point():
-                raise ValueError(
-                    f"A sync mixes weights, but `{name}` is {tensor.dtype}: quantised weights have no exact mix. Use "
-                    "an unquantised reference, or sync_ref_model=False."
-                )
             state = tensor
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 state = self._fp32.setdefault(name, tensor.float())
             target = policy[name].to(device=state.device, dtype=state.dtype)
+            squares.append((target - state).double().square().sum().cpu())
             state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
             if state is not tensor:
                 tensor.copy_(state)
+        return alpha * math.sqrt(float(sum(squares)))
 
     @torch.no_grad()
     def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
