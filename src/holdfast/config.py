@@ -102,6 +102,14 @@ class DPOConfig(TrainingArguments):
         f"How the reference is held: {', '.join(WAYS)}. `auto` goes by the kind of model and the flags below.",
         default="auto",
     )
+    model_adapter_name: str | None = _option(
+        "The adapter of a PEFT policy that trains. Default: the active one; for a fresh one, its name.", default=None
+    )
+    ref_adapter_name: str | None = _option(
+        'The adapter of the policy that is the reference; "__base__" names the bare base. Default: the policy as it '
+        "starts to train.",
+        default=None,
+    )
     snapshot_device: str = _option(
         "Where reference='snapshot' keeps the first values of the trainable tensors: `device` (the policy's), `cpu` or "
         "`disk` (in output_dir).",
@@ -159,6 +167,7 @@ class DPOConfig(TrainingArguments):
         """Which reference is asked for."""
         return Wish(
             way=self.reference if self.needs_reference else "none",
+            adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
             moves=self.sync_ref_model,
             place=cast(Place, self.snapshot_device),
@@ -221,6 +230,23 @@ class DPOConfig(TrainingArguments):
                 f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAYS)}. "
                 "Choose one of them."
             )
+        self._check_places()
+        if self.ref_adapter_name is not None and (
+            self.sync_ref_model or self.reference in ("model", "snapshot", "none")
+        ):
+            other = "sync_ref_model=True" if self.sync_ref_model else f"reference={self.reference!r}"
+            raise ValueError(
+                f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
+                "inside the policy that stay as they are, the second is not. Drop one of them."
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
+                "reference would never move. Use sync_ref_model=False for a fixed one."
+            )
+        self._check_combination()
+
+    def _check_places(self) -> None:
         places = get_args(Place)
         if self.snapshot_device not in places:
             raise ValueError(
@@ -232,11 +258,8 @@ class DPOConfig(TrainingArguments):
                 f"snapshot_device={self.snapshot_device!r} was asked for with reference={self.reference!r}, which "
                 "keeps no snapshot. Use reference='snapshot', or drop it."
             )
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(
-                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
-                "reference would never move. Use sync_ref_model=False for a fixed one."
-            )
+
+    def _check_combination(self) -> None:
         if self.reference == "none" and self.needs_reference:
             needy = [name for name in self.loss_types if LOSSES[name].needs_reference]
             raise ValueError(
@@ -245,8 +268,13 @@ class DPOConfig(TrainingArguments):
                 "or leave `reference` at 'auto'."
             )
         ahead = self.precompute_ref_log_probs or self.reference == "precomputed"
-        if (self.reference == "none" or not self.needs_reference) and (ahead or self.sync_ref_model):
-            flag = "sync_ref_model" if self.sync_ref_model else "precompute_ref_log_probs"
+        flags = {
+            "sync_ref_model": self.sync_ref_model,
+            "ref_adapter_name": self.ref_adapter_name is not None,
+            "precompute_ref_log_probs": ahead,
+        }
+        flag = next((name for name, is_set in flags.items() if is_set), None)
+        if flag and (self.reference == "none" or not self.needs_reference):
             raise ValueError(
                 f"{flag} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
                 f"reference to apply it to. Drop it, or add a loss that compares with a reference."

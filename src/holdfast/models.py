@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 
 from holdfast.config import DPOConfig
 from holdfast.logprobs import unwrap
+from holdfast.reference.named import check_adapter
 from holdfast.reference.sync import is_adapted
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def make_policy(
     model: str | nn.Module, args: DPOConfig, quantization_config: Any, peft_config: PeftConfig | None
 ) -> nn.Module:
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
-    policy = with_adapter(load_policy(model, args, quantization_config), peft_config)
+    policy = with_adapter(load_policy(model, args, quantization_config), peft_config, args.model_adapter_name)
     if is_adapted(policy) and args.gradient_checkpointing:
         _check_recomputable(policy)
         unwrap(policy).enable_input_require_grads()
@@ -153,8 +154,9 @@ def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Mod
     return load_model(ref_model, init_kwargs, args=args, is_trainable=False)
 
 
-def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module:
-    """`policy` with a fresh adapter where a `peft_config` was given.
+def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | None = None) -> nn.Module:
+    """`policy` with a fresh adapter where a `peft_config` was given; with `name`, that is its name, or that of the
+    adapter it carries that is to train.
 
     A plain model of which every weight is frozen trains whole, and a line says so. ValueError if `policy` carries an
     adapter already, or if nothing of its adapters would train.
@@ -169,7 +171,15 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None) -> nn.Module
                 f"A `peft_config` was given, but `model` already carries the adapters {sorted(policy.peft_config)}. "
                 "Drop `peft_config` to train the active one, or pass `model.merge_and_unload()` to train a fresh one."
             )
-        policy = get_peft_model(cast(PreTrainedModel, policy), peft_config)
+        policy = get_peft_model(cast(PreTrainedModel, policy), peft_config, adapter_name=name or "default")
+    elif name is not None:
+        if not is_adapted(policy):
+            raise ValueError(
+                f"model_adapter_name={name!r} was asked for, but the policy is a {type(policy).__name__} without "
+                "adapters. Pass a PeftModel or a `peft_config`, or drop it."
+            )
+        check_adapter("model_adapter_name", name, policy)
+        policy.set_adapter(name)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         if is_adapted(policy):
             raise ValueError(

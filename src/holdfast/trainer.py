@@ -130,7 +130,7 @@ class DPOTrainer(Trainer):
         self._is_introduced = False
         self._provenance: Provenance | None = None
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
-        self._is_reference_chosen = ref_model is not None
+        self._is_reference_chosen = ref_model is not None or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_model(ref_model, args))
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))

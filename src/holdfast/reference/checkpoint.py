@@ -58,7 +58,7 @@ def provenance(weights: str, args: Any, policy: Any, dataset: Any) -> Provenance
     return Provenance(
         weights=weights,
         way=args.reference,
-        adapters=sorted(getattr(policy, "peft_config", {})),
+        adapters=[*sorted(getattr(policy, "peft_config", {})), *filter(None, [args.ref_adapter_name])],
         mixup_alpha=args.ref_model_mixup_alpha if args.sync_ref_model else None,
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
         data=dataset_digest(dataset),

@@ -14,6 +14,7 @@ from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Autocast, Reference
 from holdfast.reference.model import ModelReference, freeze
+from holdfast.reference.named import NamedAdapterReference, check_named
 from holdfast.reference.policy import PolicyReference
 from holdfast.reference.precomputed import PrecomputedReference
 from holdfast.reference.snapshot import Place, SnapshotReference, check_snapshot
@@ -25,9 +26,10 @@ Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What was asked for: the way by name (`auto` = go by the model), whether log-probs are computed ahead, whether the
-    reference moves, and where a snapshot is held (in `file`, if on disk)."""
+    reference moves, which adapter of the policy it is, and where a snapshot is held (in `file`, if on disk)."""
 
     way: str = "auto"
+    adapter: str | None = None
     is_ahead: bool = False
     moves: bool = False
     place: Place = "device"
@@ -63,10 +65,11 @@ def choose_reference(
 def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast, is_ahead: bool) -> Reference:
     """The reference that is asked, now or ahead."""
     if ref_model is not None:
-        if wish.way in ("adapter", "snapshot"):
+        if wish.way in ("adapter", "snapshot") or wish.adapter is not None:
+            asked = f"ref_adapter_name={wish.adapter!r}" if wish.adapter is not None else f"reference={wish.way!r}"
             raise ValueError(
-                f"reference={wish.way!r} was asked for together with a `ref_model`: the first is the policy as it "
-                "starts to train, the second another model. Drop one of them."
+                f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
+                "another model. Drop one of them."
             )
         check_ref_model(policy, ref_model)
         if wish.moves:
@@ -74,6 +77,8 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
         return ModelReference(
             freeze(ref_model), autocast, origin="the given ref_model", policy=policy if wish.moves else None
         )
+    if wish.adapter is not None:
+        return NamedAdapterReference(check_named(policy, wish.adapter), autocast, wish.adapter)
     if wish.way == "adapter" and not is_adapted(policy):
         raise ValueError(
             f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "

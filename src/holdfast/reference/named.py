@@ -1,0 +1,151 @@
+"""A reference that the user names among the policy's own adapters, or the bare base under them (`"__base__"`).
+
+For a policy that carries an SFT adapter next to the one that trains: the weights are there already, so the reference
+costs nothing but a forward pass per batch. Only flags of the adapter layers are switched; `requires_grad` stays.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, final
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+
+BASE = "__base__"
+
+
+@final
+class NamedAdapterReference(Reference):
+    """The policy's base with its adapter `name` alone, or bare where `name` is `"__base__"`."""
+
+    def __init__(self, policy: PeftModel, autocast: Autocast, name: str) -> None:
+        self.version = 0
+        self.drift = 0.0
+        self._policy = policy
+        self._autocast = autocast
+        self._name = name
+
+    @contextlib.contextmanager
+    def null_ref_context(self) -> Iterator[None]:
+        """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
+        flags: dict[str, Any] = {"_active_adapter": [self._name], "_disable_adapters": False}
+        if self._name == BASE:
+            flags = {"_disable_adapters": True}
+        layers = adapter_layers(self._policy)
+        kept = [{flag: getattr(layer, flag) for flag in flags} for layer in layers]
+        try:
+            for layer in layers:
+                vars(layer).update(flags)
+            yield
+        finally:
+            for layer, values in zip(layers, kept, strict=True):
+                vars(layer).update(values)
+
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """See `Reference.logps`."""
+        with self.null_ref_context():
+            return frozen_logps(self._policy, batch, self._autocast)
+
+    def sync(self, mixup_alpha: float) -> None:
+        """ValueError: this reference is fixed."""
+        raise ValueError(
+            f"A sync (alpha {mixup_alpha}) was asked of ref_adapter_name={self._name!r}, which stays as it is. Use "
+            "reference='model' without ref_adapter_name."
+        )
+
+    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+        """Nothing to do: it is asked per batch."""
+
+    def release(self) -> None:
+        """Nothing to do: training does not change it."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """None beyond the policy's own."""
+        return iter(())
+
+    def fingerprint(self) -> str:
+        """See `Reference.fingerprint`."""
+        return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: it is made again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to bring back."""
+        assert not state
+        assert version == 0
+
+    def describe(self) -> str:
+        """See `Reference.describe`."""
+        what = "the bare base" if self._name == BASE else f"the adapter {self._name!r} on the base"
+        return f"{what}, inside the policy, asked per batch, fixed"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """None: the module is the policy's."""
+        return None
+
+
+def adapter_layers(policy: nn.Module) -> list[Any]:
+    """The layers of a PEFT model that have adapters, modules that are saved whole among them."""
+    return [part for part in policy.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def check_adapter(option: str, name: str, policy: PeftModel) -> None:
+    """ValueError where the policy has no adapter `name`, saying which it has and which is nearest."""
+    if name in policy.peft_config:
+        return
+    known = sorted(policy.peft_config)
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(
+        f"{option}={name!r} was asked for, but the model's adapters are {known}. "
+        f"{f'Did you mean {near[0]!r}? ' if near else ''}Name one of them, or load it with `model.load_adapter`."
+    )
+
+
+def check_named(policy: nn.Module, name: str) -> PeftModel:
+    """`policy`, whose adapter `name` (or bare base) can be its reference. ValueError where that is not there, would
+    train along, or cannot be switched to."""
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            f"ref_adapter_name={name!r} was asked for, but the policy is a {type(policy).__name__} without adapters. "
+            "Pass a PeftModel, or name another reference with `ref_model`."
+        )
+    prompts = [key for key, config in policy.peft_config.items() if config.is_prompt_learning]
+    if prompts:
+        raise ValueError(
+            f"ref_adapter_name={name!r} was asked for, but the adapter {prompts[0]!r} learns a prompt, which is no "
+            "layer that can be switched. Leave ref_adapter_name out: the policy as it starts to train is kept."
+        )
+    if name != BASE:
+        check_adapter("ref_adapter_name", name, policy)
+    if name in policy.active_adapters:
+        raise ValueError(
+            f"ref_adapter_name={name!r} is the adapter that trains, so the reference would train along. Load the "
+            "adapter under a second name, or leave ref_adapter_name out: the policy as it starts to train is kept."
+        )
+    own = {id(p) for layer in adapter_layers(policy) for p in _adapter_parameters(layer)}
+    moving = [key for key, p in policy.named_parameters() if p.requires_grad and id(p) not in own]
+    if moving:
+        raise ValueError(
+            f"ref_adapter_name={name!r} was asked for, but weights under the adapters train as well, `{moving[0]}` "
+            f"first ({len(moving)} in all), so the reference would move. Freeze them, or pass a `ref_model`."
+        )
+    return policy
+
+
+def _adapter_parameters(layer: Any) -> Iterator[Tensor]:
+    names = layer.adapter_layer_names + layer.other_param_names if isinstance(layer, BaseTunerLayer) else ()
+    parts = [getattr(layer, name) for name in names]
+    if not isinstance(layer, BaseTunerLayer):
+        parts = [child for name, child in layer.named_children() if name != "original_module"]
+    for part in parts:
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
