@@ -47,7 +47,7 @@ TEXTS = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "tides", "description": "When", "parameters": {"day": "Monday"}}}]
 
-OURS_ALONE = {"reference/kl_chosen", "reference/kl_rejected"}
+OURS_ALONE = {f"reference/{name}" for name in ("kl_chosen", "kl_rejected", "version", "age", "drift")}
 BY_TOKENS = {
     "entropy": ("chosen", "rejected"),
     "logits/chosen": ("chosen",),

@@ -16,17 +16,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import Autocast, FixedReference, Reference, digest, frozen_logps
 from holdfast.reference.snapshot import holding
 
 
 @final
-class AdapterReference(Reference):
+class AdapterReference(FixedReference):
     """The policy with its adapters off, or with `frozen` values in place of its trainable tensors."""
 
     def __init__(self, policy: nn.Module, autocast: Autocast, frozen: Mapping[str, Tensor]) -> None:
-        self.version = 0
-        self.drift = 0.0
+        super().__init__()
         self._policy = policy
         self._autocast = autocast
         self._frozen = dict(frozen)
@@ -50,13 +49,6 @@ class AdapterReference(Reference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def sync(self, mixup_alpha: float) -> None:
-        """ValueError: this reference is fixed."""
-        raise ValueError(
-            f"A sync (alpha {mixup_alpha}) was asked of a reference that is the policy's frozen base or a frozen copy "
-            "of its adapter. Use reference='model'."
-        )
-
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
         """Nothing to do: it is asked per batch."""
 
@@ -72,15 +64,6 @@ class AdapterReference(Reference):
         if not self._frozen:
             return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
         return digest((name, self._frozen.get(name, p)) for name, p in self._policy.named_parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: it is made again."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Nothing to bring back."""
-        assert not state
-        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""

@@ -79,6 +79,30 @@ class Reference(abc.ABC):
         """The reference's own module where it has one, else None."""
 
 
+class FixedReference(Reference):
+    """A reference that stays as it is: it has no state of its own to bring back, and refuses to be synced."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.drift = 0.0
+
+    def sync(self, mixup_alpha: float) -> None:
+        """ValueError: this reference is fixed."""
+        raise ValueError(
+            f"A sync (alpha {mixup_alpha}) was asked of a reference that stays as it is: {self.describe()}. Use "
+            "reference='model', whose weights can move."
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: it is made again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Nothing to bring back."""
+        assert not state
+        assert version == 0
+
+
 def num_bytes(reference: Reference) -> int:
     """Bytes that a reference holds on top of the policy."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())

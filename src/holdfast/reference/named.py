@@ -15,18 +15,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import Autocast, FixedReference, digest, frozen_logps
 
 BASE = "__base__"
 
 
 @final
-class NamedAdapterReference(Reference):
+class NamedAdapterReference(FixedReference):
     """The policy's base with its adapter `name` alone, or bare where `name` is `"__base__"`."""
 
     def __init__(self, policy: PeftModel, autocast: Autocast, name: str) -> None:
-        self.version = 0
-        self.drift = 0.0
+        super().__init__()
         self._policy = policy
         self._autocast = autocast
         self._name = name
@@ -52,13 +51,6 @@ class NamedAdapterReference(Reference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def sync(self, mixup_alpha: float) -> None:
-        """ValueError: this reference is fixed."""
-        raise ValueError(
-            f"A sync (alpha {mixup_alpha}) was asked of ref_adapter_name={self._name!r}, which stays as it is. Use "
-            "reference='model' without ref_adapter_name."
-        )
-
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
         """Nothing to do: it is asked per batch."""
 
@@ -72,15 +64,6 @@ class NamedAdapterReference(Reference):
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`."""
         return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: it is made again."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Nothing to bring back."""
-        assert not state
-        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""

@@ -9,16 +9,15 @@ from typing import final
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import Autocast, FixedReference, digest, frozen_logps
 
 
 @final
-class PolicyReference(Reference):
+class PolicyReference(FixedReference):
     """The untrained policy as its own reference: the same module, asked only before the first step."""
 
     def __init__(self, policy: nn.Module, autocast: Autocast) -> None:
-        self.version = 0
-        self.drift = 0.0
+        super().__init__()
         self._policy = policy
         self._autocast = autocast
         self._is_over = False
@@ -29,16 +28,10 @@ class PolicyReference(Reference):
             raise ValueError(
                 "Reference log-probs were asked for after training began, but the reference was the policy as it "
                 "started, which is no longer in memory. Hand the dataset to the trainer as `eval_dataset`, so that it "
-                "is scored before training, or use reference='model' to keep the reference."
+                "is scored before training, or keep the reference: reference='model', or reference='snapshot' with "
+                "precompute_ref_log_probs=True and, for no memory at all, snapshot_device='disk'."
             )
         return frozen_logps(self._policy, batch, self._autocast)
-
-    def sync(self, mixup_alpha: float) -> None:
-        """ValueError: the policy cannot move towards itself."""
-        raise ValueError(
-            f"A sync (alpha {mixup_alpha}) was asked of a reference that is only the policy before training. "
-            "Use reference='model'."
-        )
 
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
         """Nothing to do."""
@@ -54,15 +47,6 @@ class PolicyReference(Reference):
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`."""
         return digest(self._policy.named_parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: it is made again."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Nothing to bring back."""
-        assert not state
-        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Reference
+from holdfast.reference.base import FixedReference, Reference
 
 ContentId = tuple[int, int]
 
 
 @final
-class PrecomputedReference(Reference):
+class PrecomputedReference(FixedReference):
     """The log-probs of `inner`, kept.
 
     `gather` turns this process's list of (content id, log-probs) into that of all processes; the identity where there
@@ -29,8 +29,7 @@ class PrecomputedReference(Reference):
     def __init__(
         self, inner: Reference, *, gather: Callable[[list[Any]], list[Any]] = list, is_quiet: bool = False
     ) -> None:
-        self.version = 0
-        self.drift = 0.0
+        super().__init__()
         self._inner: Reference | None = inner
         self._source = inner.describe()
         self._gather = gather
@@ -84,13 +83,6 @@ class PrecomputedReference(Reference):
             per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
         )
 
-    def sync(self, mixup_alpha: float) -> None:
-        """ValueError: what was computed ahead would be stale."""
-        raise ValueError(
-            f"A sync (alpha {mixup_alpha}) was asked of a reference whose log-probs were computed ahead: they would be "
-            "stale. Use reference='model'."
-        )
-
     def release(self) -> None:
         """Tells the inner reference, where it is still there."""
         if self._inner is not None:
@@ -107,15 +99,6 @@ class PrecomputedReference(Reference):
         """That of the reference that did the scoring."""
         assert self._fingerprint is not None, "nothing was prepared"
         return self._fingerprint
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty: it is made again."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Nothing to bring back."""
-        assert not state
-        assert version == 0
 
     def describe(self) -> str:
         """See `Reference.describe`."""
