@@ -84,6 +84,7 @@ POLICIES: dict[str, Callable[[], nn.Module]] = {
     "lora_sft_named_ref": lambda: _sft_lora("ref"),
     "lora_fresh_over_sft": _fresh_over_sft,
     "lora_modules_to_save": lambda: _adapted(modules_to_save=["lm_head"]),
+    "lora_head": lambda: _adapted(target_modules=["q_proj", "lm_head"]),
     "lora_bias_all": lambda: _adapted(bias="all", model=tiny_model("qwen2")),
     "lora_unfrozen_norm": _unfrozen_norm,
     "lora_frozen_factor": _frozen_factor,

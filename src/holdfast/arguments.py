@@ -15,7 +15,7 @@ from holdfast.models import default_output_dir
 def checked_arguments(
     args: DPOConfig | None, model: str | nn.Module, ref_model: str | nn.Module | None, train_dataset: Any
 ) -> DPOConfig:
-    """The options of the run: `args`, or the defaults where it is None; a copy where something must be set.
+    """The options of the run: `args`, or the defaults where it is None.
 
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """

@@ -1,10 +1,9 @@
 """Metrics of a run: `{name: (sum, count)}` on the device, reduced once per log.
 
 Every metric is a mean over examples (pairs, sequences or tokens), whatever the batches and processes they came in.
-Nothing here waits for the device until
-`Tally.reset`. Given up: running values between logs.
+Nothing here waits for the device until `Tally.reset`. Given up: running values between logs.
 
-Names and meanings are those of the common DPO trainer, plus `reference/kl_*`.
+Names and meanings are those of the common DPO trainer, plus `reference/*`.
 """
 
 from collections.abc import Callable, Mapping

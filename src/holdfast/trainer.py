@@ -202,11 +202,11 @@ class DPOTrainer(Trainer):
         if self.reference is not None and self._provenance is None and is_recorded:
             weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
             self._provenance = provenance(weights, self.args, self.model, self.train_dataset)
+        if self.reference is not None:
+            self.reference.release()
         if not self._is_introduced and not is_sharded:
             dataset: Any = self.train_dataset
             self._introduce(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
-        if self.reference is not None:
-            self.reference.release()
         if checkpoint is not None:
             load_reference(checkpoint, self.reference, self._provenance)
         return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)

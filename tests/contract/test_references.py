@@ -64,7 +64,7 @@ def test_every_way_follows_the_naive_run(kind: str, way: str, tmp_path: Path) ->
 def test_inert_adapters_are_told_from_the_others() -> None:
     """Only plain factors of which one is zero, with nothing else trainable, are the base with adapters off."""
     inert = {kind for kind, make in POLICIES.items() if isinstance(make(), PeftModel) and adds_nothing(make())}
-    assert inert == {"lora_fresh", "lora_fresh_over_sft", "lora_frozen_factor", "rslora"}
+    assert inert == {"lora_fresh", "lora_head", "lora_fresh_over_sft", "lora_frozen_factor", "rslora"}
 
 
 @pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft", "pissa", "prompt_tuning"])
@@ -423,6 +423,26 @@ def test_one_line_says_which_reference_it_is(tmp_path: Path, caplog: pytest.LogC
         f"weights {digest_[:12]}, {num_bytes} bytes held; it gives the policy's log-probs on the first batch (largest "
         "gap 0 nats in one token)."
     )
+
+
+@pytest.mark.parametrize("place", ["device", "cpu"])
+def test_a_snapshot_is_audited_as_it_is_held(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The line counts its bytes, and a snapshot that was damaged on its way is found."""
+    options = {"reference": "snapshot", "snapshot_device": place}
+    ours = trainer(tiny_model(), config(tmp_path, **options))
+    ours.train()
+    num_bytes = sum(4 * p.numel() for p in ours.model.parameters())
+    assert f", {num_bytes} bytes held; it gives the policy's log-probs" in caplog.text
+    ours = trainer(tiny_model(), config(tmp_path, **options))
+    plain = ours.reference.release
+
+    def release() -> None:
+        plain()
+        dict(ours.reference.tensors())["lm_head.weight"].mul_(1.5)
+
+    ours.reference.release = release
+    with pytest.raises(ValueError, match=r"The reference's `lm_head.weight` differs from the policy's by up to"):
+        ours.train()
 
 
 @pytest.mark.parametrize("start", ["tuned", "merged", "from_config", "resized", "revision"])

@@ -95,13 +95,7 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
 
 
 def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
-    """ValueError where `ref_model` cannot be the policy's reference: the same object, shared trainable weights, or
-    another vocabulary."""
-    if ref_model is policy:
-        raise ValueError(
-            "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
-            "`ref_model` out: by default the reference is the policy as it starts to train."
-        )
+    """ValueError where `ref_model` cannot be the reference: shared trainable weights, or another vocabulary."""
     trainable = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
     shared = [trainable[id(p)] for p in ref_model.parameters() if id(p) in trainable]
     if shared:
