@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from families import VOCABULARY, tiny_model
@@ -76,6 +76,12 @@ def _prompt_tuned() -> PeftModel:
         return get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 
+def _prefix_tuned() -> PeftModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        return get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 POLICIES: dict[str, Callable[[], nn.Module]] = {
     "full": _full,
     "partly_frozen": _partly_frozen,
@@ -85,6 +91,8 @@ POLICIES: dict[str, Callable[[], nn.Module]] = {
     "lora_fresh_over_sft": _fresh_over_sft,
     "lora_modules_to_save": lambda: _adapted(modules_to_save=["lm_head"]),
     "lora_head": lambda: _adapted(target_modules=["q_proj", "lm_head"]),
+    "lora_embeddings": lambda: _adapted(target_modules=["q_proj", "embed_tokens"]),
+    "trainable_tokens": lambda: _adapted(model=tiny_model("llama_tied"), trainable_token_indices=[5, 6]),
     "lora_bias_all": lambda: _adapted(bias="all", model=tiny_model("qwen2")),
     "lora_unfrozen_norm": _unfrozen_norm,
     "lora_frozen_factor": _frozen_factor,
@@ -94,6 +102,7 @@ POLICIES: dict[str, Callable[[], nn.Module]] = {
     "pissa": lambda: _adapted(init_lora_weights="pissa"),
     "olora": lambda: _adapted(init_lora_weights="olora"),
     "prompt_tuning": _prompt_tuned,
+    "prefix_tuning": _prefix_tuned,
 }
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     {"logprobs", "losses", "data"},
     {"reference"},
     {"config"},
-    {"arguments", "card", "metrics", "models", "trainer"},
+    {"arguments", "card", "metrics", "models", "trainer", "windows"},
     {"runfile", "demo"},
     {"cli"},
 )

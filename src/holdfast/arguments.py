@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -9,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
-from holdfast.models import default_output_dir
+from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_model_entries
 
 
 def checked_arguments(
-    args: DPOConfig | None, model: str | nn.Module, ref_model: str | nn.Module | None, train_dataset: Any
+    args: DPOConfig | None, model: str | nn.Module, ref_model: RefModel | Sequence[RefModel], train_dataset: Any
 ) -> DPOConfig:
     """The options of the run: `args`, or the defaults where it is None.
 
@@ -32,7 +33,8 @@ def checked_arguments(
             f"`train_dataset` is a {type(train_dataset).__name__}; pass a `datasets.Dataset` or `IterableDataset`: "
             'one split (`dataset["train"]`), or `Dataset.from_list(rows)`.'
         )
-    if ref_model is not None and ref_model is model and not isinstance(model, str):
+    check_ref_models(ref_model, args)
+    if not isinstance(model, str) and any(entry is model for entry in ref_model_entries(ref_model)):
         raise ValueError(
             "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
             "`ref_model` out: by default the reference is the policy as it starts to train."

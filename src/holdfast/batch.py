@@ -25,7 +25,7 @@ class PairBatch:
     token `target[n]`, predicted by the hidden state at the flat position `source[n]` (row * T + column), and belongs to
     sequence `sequence[n]`; `sequence` never decreases, and within a sequence tokens stand in reading order. `chosen[p]`
     and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s (see
-    `data.tokenize.content_id`).
+    `data.tokenize.content_id`). `reference[n]` is the reference's log-prob of token n, where it was computed ahead.
     """
 
     inputs: dict[str, Tensor]
@@ -35,6 +35,7 @@ class PairBatch:
     chosen: Int[Tensor, "P"]
     rejected: Int[Tensor, "P"]
     content: Int[Tensor, "S 2"]
+    reference: Float[Tensor, "N"] | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -48,15 +49,15 @@ class PairBatch:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        missing = sorted(names - tensors.keys())
+        missing = sorted(names - tensors.keys() - {"reference"})
         if missing:
             raise ValueError(
-                f"a batch of preference pairs needs the tensors {sorted(names)}; "
+                f"a batch of preference pairs needs the tensors {sorted(names - {'reference'})}; "
                 f"{missing} are missing from {sorted(tensors)}. Use `holdfast.data.layouts.PaddedLayout` as the data "
                 "collator, or return the keys of `DataCollatorForPreference`."
             )
         inputs = {name: tensor for name, tensor in tensors.items() if name not in names}
-        return cls(inputs=inputs, **{name: tensors[name] for name in names})
+        return cls(inputs=inputs, **{name: tensors[name] for name in names & tensors.keys()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.losses import LOSSES, LossOptions, check_losses
 from holdfast.reference.choice import Way, Wish
-from holdfast.reference.snapshot import Place
+from holdfast.reference.kept import Place
+from holdfast.reference.mixture import check_weights
 
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
 
@@ -115,6 +116,16 @@ class DPOConfig(TrainingArguments):
         "`disk` (in output_dir).",
         default="device",
     )
+    reference_window: int | None = _option(
+        "Optimizer steps whose batches the reference scores together, ahead of their turn; a window ends at the next "
+        "sync. 1 asks batch by batch. Default: 1 where asking costs no exchange of weights, else as long as one is "
+        "worth; with log-probs ahead, up to the next sync.",
+        default=None,
+    )
+    ref_model_weights: list[float] | None = _option(
+        "Weights of several references (`ref_model` is a list), positive and of sum 1. Default: equal ones.",
+        default=None,
+    )
     reference_audit: bool = _option(
         "Check before the first step that a fresh reference gives the policy's own log-probs.", default=True
     )
@@ -163,13 +174,17 @@ class DPOConfig(TrainingArguments):
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
-    def wish(self, process_index: int) -> Wish:
-        """Which reference is asked for."""
+    def wish(self, process_index: int, *, is_stream: bool) -> Wish:
+        """Which reference is asked for, in a run over a stream or over data with an end."""
         return Wish(
             way=self.reference if self.needs_reference else "none",
             adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
-            moves=self.sync_ref_model,
+            window=self.reference_window,
+            is_stream=is_stream,
+            sync_steps=self.ref_model_sync_steps if self.sync_ref_model else None,
+            mixup_alpha=self.ref_model_mixup_alpha if self.sync_ref_model else 0.0,
+            weights=self.ref_model_weights,
             place=cast(Place, self.snapshot_device),
             file=Path(str(self.output_dir)) / "_reference" / f"snapshot-{process_index}.safetensors",
         )
@@ -192,7 +207,7 @@ class DPOConfig(TrainingArguments):
             )
         for name, lowest in (
             ("max_length", 2), ("pad_to_multiple_of", 1), ("dataset_num_proc", 1), ("precompute_ref_batch_size", 1),
-            ("ref_model_sync_steps", 1),
+            ("ref_model_sync_steps", 1), ("reference_window", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -231,6 +246,8 @@ class DPOConfig(TrainingArguments):
                 "Choose one of them."
             )
         self._check_places()
+        if self.ref_model_weights is not None:
+            check_weights(self.ref_model_weights)
         if self.ref_adapter_name is not None and (
             self.sync_ref_model or self.reference in ("model", "snapshot", "none")
         ):
@@ -272,21 +289,12 @@ class DPOConfig(TrainingArguments):
             "sync_ref_model": self.sync_ref_model,
             "ref_adapter_name": self.ref_adapter_name is not None,
             "precompute_ref_log_probs": ahead,
+            "reference_window": self.reference_window is not None,
+            "ref_model_weights": self.ref_model_weights is not None,
         }
         flag = next((name for name, is_set in flags.items() if is_set), None)
         if flag and (self.reference == "none" or not self.needs_reference):
             raise ValueError(
                 f"{flag} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
                 f"reference to apply it to. Drop it, or add a loss that compares with a reference."
-            )
-        if self.sync_ref_model and ahead:
-            raise ValueError(
-                "sync_ref_model=True moves the reference during training, but its log-probs were to be computed once "
-                "before it (precompute_ref_log_probs, reference='precomputed'): they would be stale after the first "
-                "sync. Use reference='model' to keep a reference that can move, or a fixed reference to precompute."
-            )
-        if self.sync_ref_model and self.reference == "adapter":
-            raise ValueError(
-                "sync_ref_model=True moves the reference, but reference='adapter' is the policy's frozen base or a "
-                "frozen copy of its adapter. Use reference='model', whose weights move in effective (merged) space."
             )

@@ -15,6 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast, final
 
 import torch
@@ -202,12 +203,12 @@ class _CompletionHead:
         hidden = hidden[:, hidden.shape[1] - num_columns :]
         return hidden.reshape(-1, hidden.shape[-1])[self.batch.source.to(hidden.device)]
 
+    def _columns(self, transform: LogitTransform, states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return _token_columns(transform(self.head_forward(states).float()), target, self.with_statistics)
+
     def _chunked_columns(self, transform: LogitTransform, states: Float[Tensor, "N h"]) -> tuple[Tensor, ...]:
         """`_token_columns` a chunk at a time; with gradients enabled a chunk's logits are made again in backward."""
-
-        def columns(states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-            return _token_columns(transform(self.head_forward(states).float()), target, self.with_statistics)
-
+        columns = partial(self._columns, transform)
         chunks = zip(states.split(self.chunk_tokens), self._target(states).split(self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
             results = [checkpoint(columns, *chunk, use_reentrant=False) for chunk in chunks]

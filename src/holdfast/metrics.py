@@ -6,8 +6,9 @@ Nothing here waits for the device until `Tally.reset`. Given up: running values 
 Names and meanings are those of the common DPO trainer, plus `reference/*`.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from holdfast.batch import PairBatch
 from holdfast.data.fill import rows_of_pairs
 from holdfast.logprobs import Scores
 from holdfast.losses import PairLogps
+from holdfast.reference.base import Reference
 
 SumAndCount = tuple[Tensor, Tensor]
 
@@ -26,14 +28,17 @@ def batch_metrics(
     losses: Float[Tensor, "P"],
     rewards: tuple[Float[Tensor, "P"], Float[Tensor, "P"]],
     policy: PairLogps,
+    reference: PairLogps | None,
     scores: Scores,
+    *,
+    is_training: bool,
 ) -> dict[str, SumAndCount]:
     """Of one batch, each as (sum, count); means over pairs unless said otherwise.
 
     `loss`; `rewards/chosen|rejected|margins` (beta * nats) and `rewards/accuracies` (share of pairs whose chosen reward
     is the higher); `logps/*` log pi_theta(y|x), nats; with statistics also, over completion tokens, `entropy` (nats),
     `logits/*` (mean over tokens and vocabulary) and `mean_token_accuracy` (share of chosen tokens that are top-1).
-    A sequence that no pair has counts for nothing.
+    A sequence that no pair has counts for nothing. With a reference, `reference/kl_*`; of training, `num_tokens`.
     """
     chosen, rejected = rewards
     metrics = {
@@ -49,7 +54,9 @@ def batch_metrics(
         metrics["aux_loss"] = _over_pairs(scores.aux_loss.expand_as(losses))
     if scores.statistics is not None:
         metrics |= _token_metrics(batch, scores)
-    return metrics
+    if reference is not None:
+        metrics |= _reference_metrics(policy, reference)
+    return metrics | _token_count(batch) if is_training else metrics
 
 
 def _over_pairs(values: Float[Tensor, "P"]) -> SumAndCount:
@@ -74,7 +81,7 @@ def _token_metrics(batch: PairBatch, scores: Scores) -> dict[str, SumAndCount]:
     }
 
 
-def reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
+def _reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
     """`reference/kl_chosen|rejected`: mean of log pi_theta(y|x) - log pi_ref(y|x) per sequence, nats: on completions of
     the policy itself its expectation is KL(pi_theta || pi_ref)."""
     return {
@@ -83,7 +90,7 @@ def reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, SumA
     }
 
 
-def token_count(batch: PairBatch) -> dict[str, SumAndCount]:
+def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
     """`num_tokens`, a sum and no mean: tokens of the rows that hold a pair's completion, padding left out."""
     ids = batch.inputs["input_ids"]
     lengths = batch.inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
@@ -122,3 +129,25 @@ class Tally:
 def means(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Sum over count of each metric; 0 where nothing was counted."""
     return {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+
+
+def motion(reference: Reference, step: int, sync_steps: int) -> dict[str, float]:
+    """Of a moving reference: `reference/version` (syncs so far), `reference/drift` (L2 of the last move in weight
+    space) and `reference/age` (optimizer steps since)."""
+    age = step % sync_steps
+    return {"reference/version": reference.version, "reference/drift": reference.drift, "reference/age": age}
+
+
+def check_loss(loss: float, step: int) -> None:
+    """ValueError where the mean loss since the last log is NaN."""
+    if math.isnan(loss):
+        raise ValueError(
+            f"The loss is NaN at step {step}. Lower the learning rate, or train in bf16 or fp32 rather than fp16; the "
+            "last checkpoint is from before."
+        )
+
+
+def tokens_logged(log_history: list[dict[str, Any]]) -> float:
+    """Training tokens up to the last log, those of a resumed run included."""
+    counts = (entry["num_tokens"] for entry in reversed(log_history) if "num_tokens" in entry)
+    return next(counts, 0.0)

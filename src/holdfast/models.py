@@ -4,16 +4,18 @@ Weights are read with `from_pretrained` (safetensors), code of other people's on
 `adapter_config.json` is loaded as a PEFT model.
 """
 
+import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftType, get_peft_model
+from huggingface_hub.errors import HFValidationError
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftType, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers import (
@@ -27,16 +29,23 @@ from transformers.utils import cached_file
 
 from holdfast.config import DPOConfig
 from holdfast.logprobs import unwrap
+from holdfast.reference.mixture import check_mixture, mixture_weights
+from holdfast.reference.model import is_quantised, pin_quantised_layers
 from holdfast.reference.named import check_adapter
 from holdfast.reference.sync import is_adapted
 
 logger = logging.getLogger(__name__)
 
 
+RefModel = str | os.PathLike[str] | nn.Module | None
+"""A reference as it is handed in: a module, a path or hub id, or None for the policy as it starts to train."""
+
+
 def load_model(
     path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: DPOConfig, is_trainable: bool
 ) -> nn.Module:
-    """The causal language model at a local folder or of a hub id; fp32 unless `dtype` says otherwise."""
+    """The causal language model at a local folder or of a hub id; fp32 unless `dtype` says otherwise. ValueError where
+    there is none."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **_mapping(init_kwargs, path)}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
@@ -46,9 +55,36 @@ def load_model(
                 "'float16'."
             )
         kwargs["dtype"] = dtype
-    if _is_adapter(path, kwargs):
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    try:
+        if _is_adapter(path, kwargs):
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        is_elsewhere = isinstance(error, OSError | HFValidationError)
+        if not is_elsewhere and not (os.path.isdir(path) and "Unrecognized model" in str(error)):
+            raise
+        raise ValueError(_why_not_loaded(path, kwargs, is_trainable, str(error))) from error
+
+
+def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, error: str) -> str:
+    location = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+    option = "model" if is_trainable else "ref_model"
+    asked = f"{option}={path!r}{f' with {location}' if location else ''} was to be loaded"
+    reason = error.strip().splitlines()[0].rstrip(".")
+    if os.path.isdir(path):
+        return (
+            f"{asked}, a folder that cannot be read as a model: {reason}. It holds {sorted(os.listdir(path))[:6]}. "
+            "Name a folder that "
+            "`save_pretrained` wrote, with config.json and weights or with adapter_config.json."
+        )
+    parent, name = os.path.split(path.rstrip("/"))
+    beside = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    near = [os.path.join(parent, other) for other in difflib.get_close_matches(name, beside, n=1)]
+    return (
+        f"{asked}, but there is no such folder, and as a hub id it cannot be read either: {reason}. "
+        f"{f'Did you mean {near[0]!r}? ' if near else ''}Name a local folder, or a model on the hub that this machine "
+        "can reach and read."
+    )
 
 
 def _mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
@@ -71,6 +107,7 @@ def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
 
 def load_policy(model: str | nn.Module, args: DPOConfig, quantization_config: Any) -> nn.Module:
     """The policy: `model` itself, or loaded from the path or hub id that it names."""
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str):
         for option, value in (
             ("model_init_kwargs", args.model_init_kwargs),
@@ -97,13 +134,24 @@ def make_policy(
     model: str | nn.Module, args: DPOConfig, quantization_config: Any, peft_config: PeftConfig | None
 ) -> nn.Module:
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
-    policy = with_adapter(load_policy(model, args, quantization_config), peft_config, args.model_adapter_name)
+    policy = load_policy(model, args, quantization_config)
+    _check_not_repacked(policy)
+    policy = with_adapter(pin_quantised_layers(policy), peft_config, args.model_adapter_name)
     if is_adapted(policy) and args.gradient_checkpointing:
         _check_recomputable(policy)
         unwrap(policy).enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout(policy)
     return policy
+
+
+def _check_not_repacked(policy: nn.Module) -> None:
+    for name, parameter in policy.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"The policy's `{name}` was repacked for inference, since the model ran on this CPU in eval mode; no "
+                "gradient would pass through it. Load the model again, and pass it before it runs."
+            )
 
 
 def _check_recomputable(policy: Any) -> None:
@@ -133,33 +181,87 @@ def same_on_all_processes(module: nn.Module) -> list[str]:
     }
     first, *others = gather_object([sums])
     unlike = [name for name in first if any(name in other and other[name] != first[name] for other in others)]
+    codes = [name for name in unlike if not tensors[name].is_floating_point()]
+    if codes:  # their scales are no tensors of the module
+        raise ValueError(
+            f"{type(module).__name__} is quantised, and its processes loaded different weights: `{codes[0]}` first of "
+            f"{len(codes)}. Load the same files with the same quantization_config in all of them."
+        )
     for name in unlike:
         tensors[name].copy_(broadcast(tensors[name].contiguous()))
     return unlike
 
 
-def load_ref_model(ref_model: str | nn.Module | None, args: DPOConfig) -> nn.Module | None:
-    """The reference module that a user chose: itself, loaded from a path or hub id, or None."""
-    if not isinstance(ref_model, str):
-        if args.ref_model_init_kwargs is not None:
-            raise ValueError(
-                f"`ref_model_init_kwargs` says how to load a reference, but `ref_model` is {type(ref_model).__name__}, "
-                "not a path, so it would be ignored. Pass a path, or drop it."
+def ref_model_entries(ref_model: RefModel | Sequence[RefModel]) -> list[RefModel]:
+    """The references that were handed in, one or several; `[None]` where the policy is its own."""
+    return list(ref_model) if isinstance(ref_model, list | tuple) else [cast(RefModel, ref_model)]
+
+
+def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: DPOConfig) -> None:
+    """ValueError or TypeError, before anything is loaded, where these cannot be the references of a run of `args`."""
+    entries = ref_model_entries(ref_model)
+    for entry in entries:
+        if not isinstance(entry, str | os.PathLike | nn.Module | None):
+            raise TypeError(
+                f"`ref_model` is or holds a {type(entry).__name__}; pass a model, its path or hub id, None for the "
+                "policy as it starts to train, or a list of these."
             )
+    if not entries or sum(entry is None for entry in entries) > 1:
+        raise ValueError(
+            f"`ref_model` is a list of {len(entries)} references, {sum(entry is None for entry in entries)} of them "
+            "None. Name at least one reference, and None (the policy as it starts to train) once, with the weight that "
+            "it shall have."
+        )
+    if args.ref_model_init_kwargs is not None and not any(isinstance(entry, str | os.PathLike) for entry in entries):
+        kinds = ", ".join(type(entry).__name__ for entry in entries)
+        raise ValueError(
+            f"`ref_model_init_kwargs` says how to load a reference, but `ref_model` is {kinds}, not a path, so it "
+            "would be ignored. Pass a path, or drop it."
+        )
+    if args.ref_model_weights is not None and not isinstance(ref_model, list | tuple):
+        raise ValueError(
+            f"ref_model_weights={args.ref_model_weights} was asked for, but `ref_model` is one "
+            f"{type(ref_model).__name__}, so there is nothing to weight. Pass a list of references, or drop it."
+        )
+    mixture_weights(args.ref_model_weights, len(entries))
+    if len(entries) == 1:
+        return
+    check_mixture(args.loss_types, args.loss_options, args.ld_alpha)
+    if args.sync_ref_model:
+        raise ValueError(
+            f"sync_ref_model=True was asked for with {len(entries)} references, which are mixed by their log-probs: "
+            "there are no weights to mix with the policy's. Use a single `ref_model`, or sync_ref_model=False."
+        )
+
+
+def load_ref_models(ref_model: RefModel | Sequence[RefModel], args: DPOConfig) -> list[nn.Module | None]:
+    """The reference modules that a user chose, loaded where a path or hub id was given; `ref_model_init_kwargs` are for
+    each of those. None stands for the policy as it starts to train."""
+    return [_load_ref_model(entry, args) for entry in ref_model_entries(ref_model)]
+
+
+def _load_ref_model(ref_model: RefModel, args: DPOConfig) -> nn.Module | None:
+    if ref_model is None or isinstance(ref_model, nn.Module):
         return ref_model
+    path = os.fspath(ref_model)
     init_kwargs = args.ref_model_init_kwargs
     if init_kwargs is None:  # the policy's, less what says where the policy is
-        given = _mapping(args.model_init_kwargs, ref_model)
+        given = _mapping(args.model_init_kwargs, path)
         init_kwargs = {name: value for name, value in given.items() if name not in ("revision", "subfolder")}
-    return load_model(ref_model, init_kwargs, args=args, is_trainable=False)
+    module: Any = load_model(path, init_kwargs, args=args, is_trainable=False)
+    if _mapping(init_kwargs, path).get("device_map") is not None and not getattr(module, "hf_device_map", None):
+        # transformers records a map of several devices only; `placed` would move a model that was put on one.
+        module.hf_device_map = {"": str(next(module.parameters()).device)}
+    return module
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | None = None) -> nn.Module:
     """`policy` with a fresh adapter where a `peft_config` was given; with `name`, that is its name, or that of the
     adapter it carries that is to train.
 
+    A quantised model is prepared for it as peft does: what of it is in 16 bits (norms, embeddings, head) becomes fp32.
     A plain model of which every weight is frozen trains whole, and a line says so. ValueError if `policy` carries an
-    adapter already, or if nothing of its adapters would train.
+    adapter already, if nothing of its adapters would train, or if it is quantised and has none.
     """
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
@@ -171,6 +273,8 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | 
                 f"A `peft_config` was given, but `model` already carries the adapters {sorted(policy.peft_config)}. "
                 "Drop `peft_config` to train the active one, or pass `model.merge_and_unload()` to train a fresh one."
             )
+        if getattr(policy, "is_quantized", False):
+            policy = prepare_model_for_kbit_training(policy, use_gradient_checkpointing=False)
         policy = get_peft_model(cast(PreTrainedModel, policy), peft_config, adapter_name=name or "default")
     elif name is not None:
         if not is_adapted(policy):
@@ -180,6 +284,11 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | 
             )
         check_adapter("model_adapter_name", name, policy)
         policy.set_adapter(name)
+    elif is_quantised(policy) and not is_adapted(policy):
+        raise ValueError(
+            f"The policy is a quantised {type(policy).__name__} without adapters, of which nothing but norms and "
+            "embeddings could train. Pass a `peft_config` to train a LoRA on it, or load it unquantised."
+        )
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         if is_adapted(policy):
             raise ValueError(
@@ -217,6 +326,15 @@ def placed(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` on `device`, unless it has places of its own (`device_map`) or is quantised, which fixes its place."""
     is_quantised = getattr(module, "is_quantized", False)
     return module if is_quantised or getattr(module, "hf_device_map", None) else module.to(device)
+
+
+def placed_alike(modules: Sequence[nn.Module | None], device: torch.device) -> list[nn.Module | None]:
+    """The reference modules on `device` (see `placed`), with the same values in all processes."""
+    on_device = [None if module is None else placed(module, device) for module in modules]
+    for module in on_device:
+        if module is not None:
+            same_on_all_processes(module)
+    return on_device
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int:

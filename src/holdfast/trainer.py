@@ -6,8 +6,7 @@ attributes of `transformers.Trainer` plus `reference`, `ref_model` and `null_ref
 
 import contextlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -27,33 +26,29 @@ from holdfast.config import DPOConfig
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.lazy import LazyBatches, by_name
+from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.tokenize import check_vocabulary
-from holdfast.logprobs import Scores, score, unwrap, vocabulary_size
-from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics, means, reference_metrics, token_count
+from holdfast.logprobs import score, unwrap, vocabulary_size
+from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.metrics import Tally, batch_metrics, check_loss, means, motion, tokens_logged
 from holdfast.models import (
-    load_ref_model,
+    RefModel,
+    load_ref_models,
     load_tokenizer,
     make_policy,
     padding_id,
-    placed,
+    placed_alike,
+    ref_model_entries,
     same_on_all_processes,
 )
+from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
-from holdfast.reference.checkpoint import (
-    Provenance,
-    checkpoint_to_resume,
-    load_reference,
-    provenance,
-    reopen,
-    rotate,
-    save_reference,
-)
 from holdfast.reference.choice import choose_reference
 from holdfast.reference.sync import SyncCallback
+from holdfast.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +59,8 @@ class DPOTrainer(Trainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
-    None for the policy as it starts to train, which is captured from memory. `args`: `DPOConfig`. `train_dataset`,
+    None for the policy as it starts to train, which is captured from memory; a list of these for their mixture with
+    `ref_model_weights`. `args`: `DPOConfig`. `train_dataset`,
     `eval_dataset`: `datasets` of rows with `prompt`, `chosen` and `rejected` (text or messages), with `chosen` and
     `rejected` that both begin with the prompt, or with token ids; for evaluation also a dict of them.
     `processing_class`: the tokenizer (or a processor with one). `peft_config`: trains a fresh adapter. The other
@@ -75,11 +71,12 @@ class DPOTrainer(Trainer):
 
     args: DPOConfig
     model: nn.Module
+    _is_introduced = False
 
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        ref_model: RefModel | Sequence[RefModel] = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -127,11 +124,11 @@ class DPOTrainer(Trainer):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
-        self._is_introduced = False
-        self._provenance: Provenance | None = None
+        self._provenance: checkpoints.Provenance | None = None
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
-        self._is_reference_chosen = ref_model is not None or args.ref_adapter_name is not None
-        self.reference = self._make_reference(load_ref_model(ref_model, args))
+        self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
+        self.reference = self._make_reference(load_ref_models(ref_model, args))
+        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
@@ -157,15 +154,15 @@ class DPOTrainer(Trainer):
         """A context in which an implicit reference's policy computes as that reference."""
         return null_ref_context(self.reference)
 
-    def _make_reference(self, ref_model: nn.Module | None) -> Reference | None:
-        wish = self.args.wish(self.accelerator.process_index)
-        if ref_model is not None and wish.way != "none":
-            ref_model = placed(ref_model, self.accelerator.device)
-            same_on_all_processes(ref_model)
+    def _make_reference(self, ref_models: list[nn.Module | None]) -> Reference | None:
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        wish = self.args.wish(self.accelerator.process_index, is_stream=is_stream)
+        if wish.way != "none":
+            ref_models = placed_alike(ref_models, self.accelerator.device)
         reference = choose_reference(
             wish,
             self.model,
-            ref_model,
+            ref_models,
             self.accelerator.autocast,
             gather=gather_object,
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
@@ -179,8 +176,9 @@ class DPOTrainer(Trainer):
             sizes = {"train": self.args.per_device_train_batch_size}
             given, otherwise = self.args.precompute_ref_batch_size, self.args.per_device_eval_batch_size
             reference.prepare({
-                name: LazyBatches(part, name, given or sizes.get(name, otherwise), self._collated, self.accelerator)
+                name: LazyBatches(part, given or sizes.get(name, otherwise), self._collated, self.accelerator)
                 for name, part in datasets.items()
+                if isinstance(part, Dataset)  # a stream is not read ahead of its turn
             })  # fmt: skip
 
     def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
@@ -196,20 +194,33 @@ class DPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._settle(checkpoint)
+        self._place = StreamPlace(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
+        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
+    def restore(self, checkpoint: str | bool = True) -> None:
+        """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer
+        must be made with what that run began with; ValueError names what differs."""
+        found = checkpoints.checkpoint_to_resume(checkpoint, self.args.output_dir)
+        assert found is not None
+        self._settle(found)
+        self._load_from_checkpoint(str(found))
+
+    def _settle(self, checkpoint: Path | None) -> None:
+        """The reference recorded, audited, and brought to where it was at `checkpoint`."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
             weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
-            self._provenance = provenance(weights, self.args, self.model, self.train_dataset)
+            self._provenance = checkpoints.provenance(weights, self.args, self.model, self.train_dataset)
         if self.reference is not None:
             self.reference.release()
         if not self._is_introduced and not is_sharded:
             dataset: Any = self.train_dataset
             self._introduce(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
         if checkpoint is not None:
-            load_reference(checkpoint, self.reference, self._provenance)
-        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+            checkpoints.load_reference(checkpoint, self.reference, self._provenance)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
         names = COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
@@ -229,6 +240,8 @@ class DPOTrainer(Trainer):
             self._introduce(batch)
         with self.accelerator.autocast():
             scores = score(model, batch, statistics=True, router_logits=self._router_aux_loss_coef != 0)
+        assert scores.statistics is not None
+        likelihoods = scores.statistics.log_sum_sq_probs
         batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
@@ -239,42 +252,44 @@ class DPOTrainer(Trainer):
             policy,
             reference,
             loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            weights=self._pair_weights(scores, batch),
+            weights=wpo_weights(scores.logps, likelihoods, batch) if self.args.use_weighting else None,
             **options,
         )
         if scores.aux_loss is not None:
             losses = losses + self._router_aux_loss_coef * scores.aux_loss
-        self._count(batch, losses, implicit_rewards(policy, reference, **options), policy, reference, scores)
+        rewards = implicit_rewards(policy, reference, **options)
+        tally = self._tallies["train" if self.model.training else "eval"]
+        tally.add(batch_metrics(batch, losses, rewards, policy, reference, scores, is_training=self.model.training))
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss
         with torch.no_grad():
             return loss, model(**batch.inputs, use_cache=False)
 
-    def _pair_weights(self, scores: Scores, batch: PairBatch) -> Tensor | None:
-        if not self.args.use_weighting:
-            return None
-        assert scores.statistics is not None
-        return wpo_weights(scores.logps, scores.statistics.log_sum_sq_probs, batch)
-
-    def _count(
-        self, batch: PairBatch, losses: Tensor, rewards: tuple[Tensor, Tensor], policy: PairLogps,
-        reference: PairLogps | None, scores: Scores,
-    ) -> None:  # fmt: skip
-        is_training = self.model.training
-        metrics = batch_metrics(batch, losses, rewards, policy, scores)
-        if reference is not None:
-            metrics |= reference_metrics(policy, reference)
-        if is_training:
-            metrics |= token_count(batch)
-        self._tallies["train" if is_training else "eval"].add(metrics)
-
     def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
         drops_last = self.args.dataloader_drop_last
         return real_pairs(batch, self.accelerator, is_training=self.model.training, drops_last=drops_last)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """See `transformers.Trainer.get_batch_samples`; batches may carry the reference's log-probs."""
+        if self.state.global_step >= self.state.max_steps:  # resumed after its last step, transformers takes another
+            self.control.should_training_stop = True
+            return [], None
+        ahead = self._windows.of_training(epoch_iterator, self.state)
+        samples, num_items = super().get_batch_samples(ahead, num_batches, device)
+        self._place.advance(epoch_iterator, len(samples))
+        return samples, num_items
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        epochs_and_batches = super()._init_training_state(*args, **kwargs)
+        if not isinstance(self.train_dataset, IterableDataset):
+            return epochs_and_batches
+        return self._place.num_passes, self._place.num_batches
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
+        if self.reference is not None:
+            self.reference.release()
         offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with offload if self.args.activation_offloading else contextlib.nullcontext():
             return super().training_step(*args, **kwargs)
@@ -302,14 +317,15 @@ class DPOTrainer(Trainer):
         self._announce(self.reference, {"test": test_dataset})
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
         self._tallies["eval"] = Tally()
         self.gather_function, self._is_real_row = self._gathered, None
-        output: Any = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        dataloader = self._windows.of_evaluation(dataloader)
+        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
-        metrics["num_tokens"] = self._tokens_logged() + since_the_log
+        metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -334,28 +350,12 @@ class DPOTrainer(Trainer):
             totals = self._tallies["train"].reset(self._sum_over_processes)
             num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
             metrics = means(totals)
-            if "loss" in logs and math.isnan(metrics.pop("loss", 0.0)):
-                raise ValueError(
-                    f"The loss is NaN at step {self.state.global_step}. Lower the learning rate, or train in bf16 or "
-                    "fp32 rather than fp16; the last checkpoint is from before."
-                )
-            metrics.pop("loss", None)
+            check_loss(metrics.pop("loss", 0.0), self.state.global_step)
             if metrics:
-                logs = logs | metrics | {"num_tokens": self._tokens_logged() + num_tokens} | self._motion()
+                logs = logs | metrics | {"num_tokens": tokens_logged(self.state.log_history) + num_tokens}
+            if metrics and self.reference is not None and self.args.sync_ref_model:
+                logs |= motion(self.reference, self.state.global_step, self.args.ref_model_sync_steps)
         super().log(logs, *args, **kwargs)
-
-    def _motion(self) -> dict[str, float]:
-        """How far and how long ago (in steps) a moving reference moved."""
-        if self.reference is None or not self.args.sync_ref_model:
-            return {}
-        age = self.state.global_step % self.args.ref_model_sync_steps
-        version, drift = self.reference.version, self.reference.drift
-        return {"reference/version": version, "reference/drift": drift, "reference/age": age}
-
-    def _tokens_logged(self) -> float:
-        """Training tokens up to the last log, that of a resumed run included."""
-        counts = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(counts, 0.0)
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
@@ -369,12 +369,9 @@ class DPOTrainer(Trainer):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-        **metadata: Any,
-    ) -> None:
+        self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None, **metadata: Any,
+    ) -> None:  # fmt: skip
         """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, ...)."""
         if self.is_world_process_zero():
             base_model = getattr(unwrap(self.model).config, "_name_or_path", "") or None
@@ -388,7 +385,7 @@ class DPOTrainer(Trainer):
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            reopen(checkpoint)
+            checkpoints.reopen(checkpoint)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is complete
         try:
             super()._save_checkpoint(model, trial)
@@ -396,5 +393,5 @@ class DPOTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
         if self.args.should_save:
-            save_reference(checkpoint, self.reference, self._provenance)
-            rotate(checkpoint.parent, limit, self.state.best_model_checkpoint)
+            checkpoints.save_reference(checkpoint, self.reference, self._provenance, self._place.record())
+            checkpoints.rotate(checkpoint.parent, limit, self.state.best_model_checkpoint)

@@ -112,14 +112,15 @@ def train_whole_epochs(folder: Path) -> Any:
     )
 
 
-def train_uneven_epochs(folder: Path) -> Any:
+def train_uneven_epochs(folder: Path, **reference: Any) -> Any:
     """9 rows: the last batch of both epochs has one pair, so with two processes one of them has nothing real."""
-    return trained(make(folder, tiny_model(), train_dataset=rows(9), max_steps=6, logging_steps=2), folder)
+    options = {"max_steps": 6, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4} | reference
+    return trained(make(folder, tiny_model(), train_dataset=rows(9), eval_dataset=rows(5, seed=1), **options), folder)
 
 
-def train_with_accumulation(folder: Path) -> Any:
+def train_with_accumulation(folder: Path, **reference: Any) -> Any:
     """7 rows in micro-batches of 2, two to a step: the last step has a full micro-batch and one of one pair."""
-    options = {"gradient_accumulation_steps": 2, "max_steps": 4}
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4} | reference
     return trained(make(folder, tiny_model(), train_dataset=rows(7), **options), folder)
 
 
@@ -189,14 +190,15 @@ def checkpoint_order(folder: Path) -> Any:
     return {"written_by_each_process": {name: when for name, when in written.items() if "rng" in name or "man" in name}}
 
 
-def train_stream(folder: Path) -> Any:
+def train_stream(folder: Path, num_shards: int = 1, **reference: Any) -> Any:
     """10 rows, streamed: batches of 4, 4 and 2, then from the start again."""
-    return trained(make(folder, tiny_model(), train_dataset=stream(10, table=rows(10)), max_steps=4), folder)
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": stream(5)} | reference
+    return trained(make(folder, tiny_model(), train_dataset=stream(10, num_shards, table=rows(10)), **options), folder)
 
 
 def train_stream_in_shards(folder: Path) -> Any:
     """The same from shards of 8, 1 and 1 rows."""
-    return trained(make(folder, tiny_model(), train_dataset=stream(10, 3, table=rows(10)), max_steps=4), folder)
+    return train_stream(folder, num_shards=3)
 
 
 # --- references -----------------------------------------------------------------------------------------------------
@@ -316,38 +318,51 @@ def preparation(folder: Path) -> Any:
     return {"times_of_each_process": gather_object([times])}
 
 
-SCENARIOS: dict[str, Scenario] = {
-    function.__name__: function
-    for function in (
-        train_whole_epochs,
-        train_uneven_epochs,
-        train_with_accumulation,
-        train_with_checkpointing,
-        reference_chosen,
-        unlike_beginnings,
-        unlike_beginnings_captured,
-        unlike_adapters,
-        resumed,
-        checkpoint_order,
-        train_stream,
-        train_stream_in_shards,
-        precomputed_values,
-        audit_of_a_wrong_reference,
-        evaluation,
-        evaluation_of_streams,
-        predictions,
-        unusable_rows,
-        preparation,
-    )
-} | {
-    "resumed_synced": partial(resumed, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
-    "reference_model": _from_reference("full", reference="model"),
-    "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
-    "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),
-    "reference_adapter_trained": _from_reference("lora_sft", reference="adapter"),
-    "reference_precomputed": _from_reference("full", reference="precomputed"),
-    "reference_precomputed_of_lora": _from_reference("lora_sft", reference="precomputed"),
-    "reference_none": _from_reference("full", loss_type="simpo"),
-    "sync_full": _from_reference("full", sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3),
-    "sync_lora": _from_reference("lora_sft", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
-}
+IN_WINDOWS = {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 2}
+SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3}
+
+SCENARIOS: dict[str, Scenario] = (
+    {
+        function.__name__: function
+        for function in (
+            train_whole_epochs,
+            train_uneven_epochs,
+            train_with_accumulation,
+            train_with_checkpointing,
+            reference_chosen,
+            unlike_beginnings,
+            unlike_beginnings_captured,
+            unlike_adapters,
+            resumed,
+            checkpoint_order,
+            train_stream,
+            train_stream_in_shards,
+            precomputed_values,
+            audit_of_a_wrong_reference,
+            evaluation,
+            evaluation_of_streams,
+            predictions,
+            unusable_rows,
+            preparation,
+        )
+    }
+    | {
+        f"{function.__name__}_in_windows": partial(function, **IN_WINDOWS)
+        for function in (train_uneven_epochs, train_with_accumulation, train_stream, resumed)
+    }
+    | {
+        "resumed_synced_in_windows": partial(resumed, **SYNCED, reference="precomputed"),
+        "sync_full_in_windows": _from_reference("full", **SYNCED, reference="precomputed"),
+        "sync_lora_in_windows": _from_reference("lora_sft", **SYNCED, reference="snapshot", reference_window=3),
+        "resumed_synced": partial(resumed, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3),
+        "reference_model": _from_reference("full", reference="model"),
+        "reference_model_of_lora": _from_reference("lora_fresh", reference="model"),
+        "reference_adapter_fresh": _from_reference("lora_fresh", reference="adapter"),
+        "reference_adapter_trained": _from_reference("lora_sft", reference="adapter"),
+        "reference_precomputed": _from_reference("full", reference="precomputed"),
+        "reference_precomputed_of_lora": _from_reference("lora_sft", reference="precomputed"),
+        "reference_none": _from_reference("full", loss_type="simpo"),
+        "sync_full": _from_reference("full", **SYNCED),
+        "sync_lora": _from_reference("lora_sft", **SYNCED),
+    }
+)

@@ -32,6 +32,13 @@ TRAININGS = [
     "reference_chosen",
     "sync_full",
     "sync_lora",
+    "sync_full_in_windows",
+    "sync_lora_in_windows",
+    "train_uneven_epochs_in_windows",
+    "train_with_accumulation_in_windows",
+    "train_stream_in_windows",
+    "resumed_in_windows",
+    "resumed_synced_in_windows",
     "unlike_beginnings",
     "unlike_beginnings_captured",
     "unlike_adapters",
@@ -93,6 +100,11 @@ def test_the_first_loss_is_ln_2_on_every_process(name: str, num_processes: int, 
         ("reference_model_of_lora", "reference_adapter_fresh"),
         ("reference_adapter_trained", "reference_precomputed_of_lora"),
         ("train_stream", "train_stream_in_shards"),
+        ("train_uneven_epochs", "train_uneven_epochs_in_windows"),
+        ("train_with_accumulation", "train_with_accumulation_in_windows"),
+        ("train_stream", "train_stream_in_windows"),
+        ("sync_full", "sync_full_in_windows"),
+        ("sync_lora", "sync_lora_in_windows"),
         ("unlike_beginnings", "reference_chosen"),
         ("unlike_beginnings_captured", "reference_precomputed"),
     ],
@@ -112,7 +124,7 @@ def test_tokens_of_fillers_do_not_count(num_processes: int, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("name", ["resumed", "resumed_synced"])
+@pytest.mark.parametrize("name", ["resumed", "resumed_synced", "resumed_in_windows", "resumed_synced_in_windows"])
 def test_resumed_is_uninterrupted(name: str, num_processes: int, runs: Runs) -> None:
     """Bit for bit, in losses, metrics and weights, a moved reference's too; the first logs are the checkpoint's."""
     whole = of(runs, name, num_processes)

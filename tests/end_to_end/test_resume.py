@@ -86,7 +86,7 @@ def test_the_manifest_says_what_the_reference_is(tmp_path: Path) -> None:
     assert manifest["version"] == 2
     assert manifest["mixup_alpha"] == 0.3
     assert manifest["adapters"] == ["default"]
-    assert manifest["kind"] == "ModelReference"
+    assert manifest["kind"] == "SnapshotReference"
 
 
 def test_save_total_limit(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
 def test_a_manifest_of_a_newer_format_is_refused(interrupted: Path) -> None:
     path = interrupted / "checkpoint-2" / "reference" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match=r"has format 99; this version of holdfast reads up to 1"):
+    with pytest.raises(ValueError, match=r"has format 99; this version of holdfast reads up to 2"):
         trainer(tiny_model(), config(interrupted, **SAVING)).train(resume_from_checkpoint=True)
 
 
@@ -258,3 +258,59 @@ def test_a_kill_loses_nothing(place: str, tmp_path: Path) -> None:
     assert resumed.reference.version == whole.reference.version == 4
     assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
     assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("full", {"reference": "precomputed"}),
+        ("full", MOVING | {"reference": "precomputed"}),
+        ("full", MOVING | {"reference": "precomputed", "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 3}),
+        ("full", {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 3}),
+        ("lora_sft", {}),
+        ("lora_sft", MOVING),
+        ("dora", MOVING | {"reference": "snapshot", "snapshot_device": "cpu"}),
+    ],
+)
+def test_a_checkpoint_is_evaluated_by_a_later_trainer(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Policy and reference as they were, on pairs that nobody announced."""
+    first = trainer(POLICIES[kind](), config(tmp_path, **SAVING | options))
+    first.train()
+    expected = first.evaluate(rows(5, seed=9))
+    later = trainer(POLICIES[kind](), config(tmp_path, **SAVING | options))
+    assert later.evaluate(rows(5, seed=9))["eval_loss"] != pytest.approx(expected["eval_loss"], abs=1e-3)
+    later.restore()
+    found = later.evaluate(rows(5, seed=9))
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+    assert later.reference.version == first.reference.version
+    with pytest.raises(ValueError, match=r"differs in the weights of the reference"):
+        trainer(POLICIES["pissa"](), config(tmp_path, **SAVING | options)).restore(str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("step", [2, 6, 8])
+@pytest.mark.parametrize("options", [{}, {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 3}])
+def test_a_stream_that_begins_again_is_resumed_where_it_was(options: dict[str, Any], step: int, tmp_path: Path) -> None:
+    """15 rows in batches of 3 are passes of 5 steps: it stops in the first pass, and at two places in the second."""
+    options = SAVING | options | {"max_steps": 10}
+    whole = trainer(tiny_model(), config(tmp_path / "whole", **options), train_dataset=rows(15).to_iterable_dataset())
+    whole.train()
+    name = f"checkpoint-{step}"
+    shutil.copytree(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    resumed = trainer(tiny_model(), config(tmp_path / "parts", **options), train_dataset=rows(15).to_iterable_dataset())
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "epoch") == logged(whole, "epoch")
+    assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path: Path) -> None:
+    """Of a run that ends inside an epoch, transformers would take another."""
+    for train_dataset in (rows(), rows().to_iterable_dataset()):
+        first = trainer(tiny_model(), config(tmp_path, **SAVING | {"max_steps": 2}), train_dataset=train_dataset)
+        first.train()
+        again = trainer(tiny_model(), config(tmp_path, **SAVING | {"max_steps": 2}), train_dataset=train_dataset)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 2
+        assert digest(again.model.named_parameters()) == digest(first.model.named_parameters())
+        shutil.rmtree(tmp_path)

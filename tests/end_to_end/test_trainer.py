@@ -243,12 +243,6 @@ def test_streams(tmp_path: Path) -> None:
     assert logged(streamed) == pytest.approx(logged(fixed), abs=1e-6)
 
 
-def test_a_stream_cannot_be_scored_ahead(tmp_path: Path) -> None:
-    stream = IterableDataset.from_generator(lambda: iter(rows(4).to_list()))
-    with pytest.raises(ValueError, match=r"computed ahead, but the train dataset is a stream.*reference='model'"):
-        trainer(tiny_model(), config(tmp_path, precompute_ref_log_probs=True), train_dataset=stream)
-
-
 def test_the_common_collator_by_name(tmp_path: Path) -> None:
     collator = DataCollatorForPreference(pad_token_id=0, max_length=12)
     named = trainer(tiny_model(), config(tmp_path, max_length=12), data_collator=collator)
@@ -471,8 +465,8 @@ def test_other_arguments_than_a_dpo_config_are_refused(tmp_path: Path) -> None:
             r"precompute_ref_log_probs was asked for.*no\s+refer",
         ),
         ({"loss_type": "orpo", "sync_ref_model": True}, r"sync_ref_model was asked for.*no\s+reference"),
-        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "stale after the first sync"),
-        ({"sync_ref_model": True, "reference": "adapter"}, r"frozen copy of its adapter.*reference='model'"),
+        ({"reference_window": 0}, "reference_window=0 was asked for; it counts from 1"),
+        ({"loss_type": "orpo", "reference_window": 2}, r"reference_window was asked for.*no\s+reference"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"alpha lies in \(0, 1\]"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),
         ({"snapshot_device": "gpu"}, r"snapshot_device='gpu'.*device, cpu, disk"),

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from holdfast.batch import PairBatch
 
 
 @dataclass(frozen=True, slots=True)
 class LazyBatches:
-    """`collate` of every `size` rows of this process's share of the dataset `name`. ValueError where it is a stream."""
+    """`collate` of every `size` rows of this process's share of the dataset."""
 
-    dataset: Dataset | IterableDataset
-    name: str
+    dataset: Dataset
     size: int
     collate: Callable[[list[dict[str, Any]]], PairBatch]
     accelerator: Accelerator
@@ -28,18 +27,10 @@ class LazyBatches:
         """The batches."""
         for index in self._rows()[:: self.size]:
             stop = min(index + self.size, self._rows().stop)
-            yield self.collate([self._table()[row] for row in range(index, stop)])
-
-    def _table(self) -> Dataset:
-        if isinstance(self.dataset, IterableDataset):
-            raise ValueError(
-                f"Log-probs were to be computed ahead, but the {self.name} dataset is a stream (IterableDataset), "
-                "which may have no end. Use reference='model' or 'adapter', or a map-style Dataset."
-            )
-        return self.dataset
+            yield self.collate([self.dataset[row] for row in range(index, stop)])
 
     def _rows(self) -> range:
-        num_rows = len(self._table())
+        num_rows = len(self.dataset)
         share = -(-num_rows // self.accelerator.num_processes)
         first = min(self.accelerator.process_index * share, num_rows)
         return range(first, min(first + share, num_rows))

@@ -8,6 +8,7 @@ place to score. The policy gets no second adapter, and no parameter's `requires_
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self, final
 
 import torch
@@ -16,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, FixedReference, Reference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, digest, frozen_logps
+from holdfast.reference.model import weights
 from holdfast.reference.snapshot import holding
 
 
@@ -44,6 +46,10 @@ class AdapterReference(FixedReference):
         with holding(self._policy, self._frozen) if self._frozen else _adapters_off(self._policy):
             yield
 
+    def held(self) -> AbstractContextManager[None]:
+        """See `Reference.held`."""
+        return self.null_ref_context()
+
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`."""
         with self.null_ref_context():
@@ -62,13 +68,13 @@ class AdapterReference(FixedReference):
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`. Factors that add nothing and train are no part of it."""
         if not self._frozen:
-            return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
-        return digest((name, self._frozen.get(name, p)) for name, p in self._policy.named_parameters())
+            return digest((name, p) for name, p in weights(self._policy) if not p.requires_grad)
+        return digest((name, self._frozen.get(name, p)) for name, p in weights(self._policy))
 
-    def describe(self) -> str:
+    def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
         how = f"a frozen copy of its {len(self._frozen)} trainable tensors put in place" if self._frozen else "off"
-        return f"the policy as it was handed in: adapters {how}, inside the policy, asked per batch, fixed"
+        return f"the policy as it was handed in: adapters {how}, inside the policy, {asked}, fixed"
 
     @property
     def module(self) -> nn.Module | None:

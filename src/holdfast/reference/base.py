@@ -22,6 +22,9 @@ Autocast = Callable[..., AbstractContextManager[Any]]
 """Makes the context under which the policy's forward pass runs; a reference must be scored under the same."""
 
 
+PER_BATCH = "asked per batch"
+
+
 class Reference(abc.ABC):
     """pi_ref: the anchor that the policy is compared with.
 
@@ -40,6 +43,11 @@ class Reference(abc.ABC):
         """`log pi_ref` (nats, fp32) of the batch's completion tokens; no gradients, eval mode, no dropout."""
 
     @abc.abstractmethod
+    def held(self) -> AbstractContextManager[None]:
+        """A context within which many batches are asked about: what an asking costs however much is asked (weights that
+        have to be put in place) is paid once. May be entered within itself."""
+
+    @abc.abstractmethod
     def sync(self, mixup_alpha: float) -> None:
         """Move to `mixup_alpha * policy + (1 - mixup_alpha) * reference` (TR-DPO, Gorbatovski et al. 2024, Eq. 3,
         arXiv:2404.09656) and count `version` up. ValueError where the reference cannot move."""
@@ -51,7 +59,7 @@ class Reference(abc.ABC):
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Called when training is about to change the policy: the last moment to read it as the reference."""
+        """Called whenever training is about to change the policy: the last moment to read it as the reference."""
 
     @abc.abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -66,12 +74,12 @@ class Reference(abc.ABC):
         """What a checkpoint must hold to bring it back (law L5); empty for a fixed one, which is made again."""
 
     @abc.abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Back to where it was after `version` syncs, bit for bit."""
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
+        """Back to where it was after `version` syncs, the last of length `drift`, bit for bit."""
 
     @abc.abstractmethod
-    def describe(self) -> str:
-        """What it is, where it is held, and when it is asked, in one line."""
+    def describe(self, asked: str = PER_BATCH) -> str:
+        """What it is, where it is held, when it is asked (a wrapper says so), and whether it moves, in one line."""
 
     @property
     @abc.abstractmethod
@@ -97,7 +105,7 @@ class FixedReference(Reference):
         """Empty: it is made again."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """Nothing to bring back."""
         assert not state
         assert version == 0

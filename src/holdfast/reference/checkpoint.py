@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from holdfast.reference.base import Reference, digest
 
 FOLDER, MANIFEST, STATE = "reference", "manifest.json", "state.safetensors"
-FORMAT = 1
+FORMAT = 2
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -101,19 +101,22 @@ def dataset_digest(dataset: Any) -> str | None:
     return state.hexdigest()
 
 
-def save_reference(checkpoint: Path, reference: Reference | None, provenance: Provenance | None) -> None:
-    """Writes the checkpoint's `reference/` folder, its manifest last: from then on the checkpoint is complete."""
+def save_reference(
+    checkpoint: Path, reference: Reference | None, provenance: Provenance | None, place: Mapping[str, int]
+) -> None:
+    """Writes the checkpoint's `reference/` folder, its manifest last: from then on the checkpoint is complete. `place`
+    says where in the data the run is."""
     folder = checkpoint / FOLDER
     staged = checkpoint / f"{FOLDER}.partial"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    manifest: dict[str, Any] = {"format": FORMAT, "kind": "none"}
+    manifest: dict[str, Any] = {"format": FORMAT, "kind": "none", "place": dict(place)}
     if reference is not None and provenance is not None:
         state = {name: tensor.detach().contiguous().cpu() for name, tensor in reference.state_dict().items()}
         if state:
             save_file(state, staged / STATE)
         manifest = {
-            "format": FORMAT,
+            **manifest,
             "kind": type(reference).__name__,
             "description": reference.describe(),
             "version": reference.version,
@@ -156,8 +159,7 @@ def load_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
             f"{checkpoint / FOLDER / STATE} does not have the digest that its manifest records: it was changed or "
             "damaged. Resume from an earlier checkpoint."
         )
-    reference.load_state_dict(state, manifest["version"])
-    reference.drift = manifest["drift"]
+    reference.load_state_dict(state, manifest["version"], manifest["drift"])
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -3,43 +3,59 @@
 A way is a class in a file of its own; a new one is added to `Way` and `_held`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from holdfast.logprobs import unwrap, vocabulary_size
+from holdfast.reference import products
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Autocast, Reference
-from holdfast.reference.model import ModelReference, freeze
+from holdfast.reference.kept import Place
+from holdfast.reference.mixture import MixtureReference, mixture_weights
+from holdfast.reference.model import ModelReference, freeze, is_quantised
 from holdfast.reference.named import NamedAdapterReference, check_named
-from holdfast.reference.policy import PolicyReference
+from holdfast.reference.parked import ParkedReference
 from holdfast.reference.precomputed import PrecomputedReference
-from holdfast.reference.snapshot import Place, SnapshotReference, check_snapshot
+from holdfast.reference.snapshot import Motion, SnapshotReference
 from holdfast.reference.sync import check_mixable, effective_parameters, is_adapted
+from holdfast.reference.windowed import WindowedReference
 
 Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What was asked for: the way by name (`auto` = go by the model), whether log-probs are computed ahead, whether the
-    reference moves, which adapter of the policy it is, and where a snapshot is held (in `file`, if on disk)."""
+    """What was asked for: the way by name (`auto` = go by the model), which adapter of the policy it is, where a
+    snapshot is held (in `file`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
+    (`window`; None where that is left open), whether the data is a stream, how often and how far the reference moves
+    (None and 0 for a fixed one), and the weights of several references (None for equal ones)."""
 
     way: str = "auto"
     adapter: str | None = None
-    is_ahead: bool = False
-    moves: bool = False
     place: Place = "device"
     file: Path = Path("snapshot.safetensors")
+    is_ahead: bool = False
+    window: int | None = None
+    is_stream: bool = False
+    sync_steps: int | None = None
+    mixup_alpha: float = 0.0
+    weights: Sequence[float] | None = None
+
+    @property
+    def motion(self) -> Motion:
+        """Whether it stays, or how it moves."""
+        return "fixed" if self.sync_steps is None else "hard" if self.mixup_alpha == 1 else "soft"
 
 
 def choose_reference(
     wish: Wish,
     policy: nn.Module,
-    ref_model: nn.Module | None,
+    ref_models: Sequence[nn.Module | None],
     autocast: Autocast,
     *,
     gather: Callable[[list[Any]], list[Any]] = list,
@@ -47,36 +63,49 @@ def choose_reference(
 ) -> Reference | None:
     """The reference for `policy` as it is now; None for the way `none`.
 
-    `ref_model` is the module that the user chose, placed already, or None for the policy itself. Raises ValueError when
-    the wish contradicts the models.
+    `ref_models` are the modules that the user chose, placed already, None among them for the policy itself; several of
+    them are mixed. Raises ValueError when the wish contradicts the models.
     """
     if wish.way == "none":
-        if ref_model is not None:
+        if any(ref_model is not None for ref_model in ref_models):
             raise ValueError(
                 "A `ref_model` was given, but the losses and reference='none' compare with no reference, so it would "
                 "be ignored. Drop `ref_model`, or use a loss that compares with a reference."
             )
         return None
-    is_ahead = wish.is_ahead or wish.way == "precomputed"
-    held = _held(wish, policy, ref_model, autocast, is_ahead)
-    return PrecomputedReference(held, gather=gather, is_quiet=is_quiet) if is_ahead else held
+    wish = replace(wish, is_ahead=wish.is_ahead or wish.way == "precomputed")
+    held = _mixed(wish, policy, ref_models, autocast)
+    if wish.is_ahead and wish.motion == "fixed" and not wish.is_stream and wish.window is None:
+        return PrecomputedReference(held, park=partial(_parked, wish, autocast), gather=gather, is_quiet=is_quiet)
+    return _windowed(wish, held)
 
 
-def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast, is_ahead: bool) -> Reference:
+def _mixed(wish: Wish, policy: nn.Module, ref_models: Sequence[nn.Module | None], autocast: Autocast) -> Reference:
+    """The one reference, or the mixture of several. Where the policy is one of them, `wish.way` says how it is held."""
+    if len(ref_models) == 1:
+        return _held(wish, policy, ref_models[0], autocast)
+    others = replace(wish, way="model") if None in ref_models else wish
+    parts = [_held(wish if module is None else others, policy, module, autocast) for module in ref_models]
+    return MixtureReference(parts, mixture_weights(wish.weights, len(parts)))
+
+
+def _windowed(wish: Wish, held: Reference) -> Reference:
+    """`held` asked a window at a time, where that was asked for or spares exchanges of weights."""
+    steps = wish.window
+    if steps is None:
+        parts = held.references if isinstance(held, MixtureReference) else (held,)
+        comes_from_afar = wish.place != "device" and any(isinstance(part, SnapshotReference) for part in parts)
+        if not (wish.is_ahead or comes_from_afar):
+            return held
+        # After a hard sync the policy itself can score all that comes before the next one.
+        steps = wish.sync_steps if wish.is_ahead or wish.motion == "hard" else None
+    return held if steps == 1 else WindowedReference(held, steps=steps, sync_steps=wish.sync_steps)
+
+
+def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast) -> Reference:
     """The reference that is asked, now or ahead."""
     if ref_model is not None:
-        if wish.way in ("adapter", "snapshot") or wish.adapter is not None:
-            asked = f"ref_adapter_name={wish.adapter!r}" if wish.adapter is not None else f"reference={wish.way!r}"
-            raise ValueError(
-                f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
-                "another model. Drop one of them."
-            )
-        check_ref_model(policy, ref_model)
-        if wish.moves:
-            check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
-        return ModelReference(
-            freeze(ref_model), autocast, origin="the given ref_model", policy=policy if wish.moves else None
-        )
+        return _chosen(wish, policy, ref_model, autocast)
     if wish.adapter is not None:
         return NamedAdapterReference(check_named(policy, wish.adapter), autocast, wish.adapter)
     if wish.way == "adapter" and not is_adapted(policy):
@@ -84,14 +113,55 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
             f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "
             "Pass a `peft_config`, or use reference='model' or 'precomputed'."
         )
-    if wish.way == "snapshot":
-        check_snapshot(policy, wish.place, moves=wish.moves)
-        return SnapshotReference(policy, autocast, place=wish.place, file=wish.file, moves=wish.moves)
-    if (wish.way == "model" and not is_ahead) or wish.moves:
-        return ModelReference.capture(policy, autocast, moves=wish.moves)
-    if is_adapted(policy):
+    moves, obstacle = wish.motion != "fixed", _why_not_inside(wish, policy)
+    is_module = wish.way == "model" and (moves or not wish.is_ahead)
+    if is_module or (wish.way == "auto" and (obstacle or not (wish.is_ahead or is_adapted(policy)))):
+        return ModelReference.capture(policy, autocast, moves=moves)
+    if wish.way != "snapshot" and not moves and is_adapted(policy):
         return AdapterReference.capture(policy, autocast)
-    return PolicyReference(policy, autocast) if is_ahead else ModelReference.capture(policy, autocast, moves=False)
+    if obstacle:
+        raise ValueError(
+            f"sync_ref_model=True was asked for with reference={wish.way!r} and ref_model_mixup_alpha="
+            f"{wish.mixup_alpha}, but inside the policy there is no exact mix of two such adapters: {obstacle}. Use "
+            "reference='model', whose weights move merged, or ref_model_mixup_alpha=1."
+        )
+    place = wish.place if wish.way == "snapshot" else "disk" if wish.is_ahead else "device"
+    return SnapshotReference(policy, autocast, place=place, file=wish.file, motion=wish.motion)
+
+
+def _why_not_inside(wish: Wish, policy: nn.Module) -> str | None:
+    """What of the policy's adapters cannot be mixed without merging them; None where all can, or need not be."""
+    return products.why_not(policy) if wish.motion == "soft" and is_adapted(policy) else None
+
+
+def _chosen(wish: Wish, policy: nn.Module, ref_model: nn.Module, autocast: Autocast) -> Reference:
+    """The module that the user chose."""
+    if wish.way in ("adapter", "snapshot") or wish.adapter is not None:
+        asked = f"ref_adapter_name={wish.adapter!r}" if wish.adapter is not None else f"reference={wish.way!r}"
+        raise ValueError(
+            f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
+            "another model. Drop one of them."
+        )
+    check_ref_model(policy, ref_model)
+    moves = wish.motion != "fixed"
+    if moves:
+        check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
+    return ModelReference(freeze(ref_model), autocast, origin="the given ref_model", policy=policy if moves else None)
+
+
+def _parked(wish: Wish, autocast: Autocast, held: Reference, number: int = 0) -> Reference | None:
+    """What is kept of `held` once all datasets are scored: nothing in memory, but enough to be asked again, except for
+    quantised weights, which have state beside their tensors."""
+    if isinstance(held, MixtureReference):
+        parts = [_parked(wish, autocast, part, index) for index, part in enumerate(held.references)]
+        known = [part for part in parts if part is not None]
+        return MixtureReference(known, held.weights) if len(known) == len(parts) else None
+    if held.module is None:
+        return held
+    if is_quantised(held.module):
+        return None
+    file = wish.file.with_name(f"parked-{number}-{wish.file.name}")
+    return ParkedReference(held.module, autocast, file=file, origin="the given ref_model")
 
 
 def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:

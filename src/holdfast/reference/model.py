@@ -1,18 +1,22 @@
 """The explicit reference: a second module, asked per batch. Fixed, or moved by TR-DPO.
 
 Costs the memory of its weights and one forward pass per batch. It is a copy of the policy in memory, never read again
-from a path, or a module that the user chose.
+from a path, or a module that the user chose: in whatever dtype, quantised or not, on whatever device. The batch's ids
+travel to it, its log-probs back.
 """
 
+import contextlib
 import copy
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Self, final
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Self, final
 
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
 from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
 
 
@@ -35,13 +39,19 @@ class ModelReference(Reference):
     @classmethod
     def capture(cls, policy: nn.Module, autocast: Autocast, *, moves: bool) -> Self:
         """A reference that is `policy` as it is now. One that moves under PEFT is held merged: a mix of models is the
-        mix of their effective weights, not of their factors."""
+        mix of their effective weights, not of their factors. ValueError where those weights are quantised."""
+        if moves:
+            _check_mergeable(policy)
         module = effective_copy(policy) if moves and is_adapted(policy) else independent_copy(policy)
         return cls(freeze(module), autocast, origin="a copy of the policy", policy=policy if moves else None)
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`."""
-        return frozen_logps(self._module, batch, self._autocast)
+        return frozen_logps(self._module, beside(self._module, batch), self._autocast)
+
+    def held(self) -> AbstractContextManager[None]:
+        """See `Reference.held`; nothing is put in place."""
+        return contextlib.nullcontext()
 
     def sync(self, mixup_alpha: float) -> None:
         """See `Reference.sync`."""
@@ -62,13 +72,13 @@ class ModelReference(Reference):
         """Nothing to do: it is a module of its own."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Its parameters, and the fp32 state of a moving one whose weights are kept in a smaller dtype."""
-        yield from self._module.named_parameters()
+        """Its weights, and the fp32 state of a moving one whose weights are kept in a smaller dtype."""
+        yield from weights(self._module)
         yield from self._mixture.tensors()
 
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`."""
-        return digest(self._module.named_parameters())
+        return digest(weights(self._module))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moved weights, in fp32 where their state is; empty while it has not moved."""
@@ -76,15 +86,15 @@ class ModelReference(Reference):
             return {}
         return dict(self._module.named_parameters()) | dict(self._mixture.tensors())
 
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Reference.load_state_dict`."""
         self._mixture.restore(dict(self._module.named_parameters()), state)
-        self.version = version
+        self.version, self.drift = version, drift
 
-    def describe(self) -> str:
+    def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
         motion = f"moved {self.version} times" if self._policy is not None else "fixed"
-        return f"{self._origin}, a module of its own, asked per batch, {motion}"
+        return f"{self._origin}, a module of its own, {asked}, {motion}"
 
     @property
     def module(self) -> nn.Module | None:
@@ -92,12 +102,69 @@ class ModelReference(Reference):
         return self._module
 
 
+def beside(module: nn.Module, batch: PairBatch) -> PairBatch:
+    """`batch` with its model inputs on the device where `module` takes them. The rest stays, and so do log-probs: they
+    come out where the batch is. A module with offloaded weights fetches its inputs itself."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return batch
+    return replace(batch, inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()})
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that the values of `module`'s weights depend on, by name: its parameters and, of layers that keep integers
+    (quantised ones), their scales and code books too, without which W and 2 W would be the same codes."""
+    yield from module.named_parameters()
+    for name, part in module.named_modules():
+        parameters = dict(part.named_parameters(recurse=False))
+        if all(tensor.is_floating_point() for tensor in (*parameters.values(), *part.buffers(recurse=False))):
+            continue
+        state: dict[str, Tensor] = {}
+        part._save_to_state_dict(state, "", keep_vars=False)
+        for key, tensor in state.items():
+            if key not in parameters:
+                yield f"{name}.{key}", tensor
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether any weight of `module` is kept as integers."""
+    return not all(parameter.is_floating_point() for parameter in module.parameters())
+
+
+def pin_quantised_layers(module: nn.Module) -> nn.Module:
+    """`module`, whose quantised layers compute in eval mode as they do in training from now on.
+
+    They have no dropout; their mode picks a kernel. On CPUs bitsandbytes picks one for eval mode that rounds the
+    activations as well (8 bit), so that policy and reference would differ, or one without a gradient, for which it
+    repacks the weights for good (4 bit): an evaluation would silently end the training of all layers below.
+    """
+    for part in module.modules():
+        is_pinned = _in_training_mode in part._forward_pre_hooks.values()
+        if not is_pinned and not all(p.is_floating_point() for p in part.parameters(recurse=False)):
+            part.register_forward_pre_hook(_in_training_mode)
+    return module
+
+
+def _in_training_mode(part: nn.Module, _inputs: Any) -> None:
+    part.training = True
+
+
+def _check_mergeable(policy: nn.Module) -> None:
+    if is_quantised(policy):
+        name = next(name for name, parameter in policy.named_parameters() if not parameter.is_floating_point())
+        raise ValueError(
+            "A moving copy of the policy was to be the reference, but the policy is quantised: adapters cannot be "
+            f"merged into `{name}` without rounding, so the copy would not be the policy. Leave `reference` at 'auto', "
+            "which moves the adapters inside the policy, or use sync_ref_model=False."
+        )
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """`module` in eval mode, without gradients: what a reference stays for good."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-    return module.eval()
+    return pin_quantised_layers(module.eval())
 
 
 def independent_copy(policy: nn.Module) -> nn.Module:

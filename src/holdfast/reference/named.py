@@ -7,6 +7,7 @@ costs nothing but a forward pass per batch. Only flags of the adapter layers are
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 from peft import PeftModel
@@ -15,7 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, FixedReference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, digest, frozen_logps
+from holdfast.reference.model import weights
 
 BASE = "__base__"
 
@@ -46,6 +48,10 @@ class NamedAdapterReference(FixedReference):
             for layer, values in zip(layers, kept, strict=True):
                 vars(layer).update(values)
 
+    def held(self) -> AbstractContextManager[None]:
+        """See `Reference.held`."""
+        return self.null_ref_context()
+
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`."""
         with self.null_ref_context():
@@ -63,12 +69,12 @@ class NamedAdapterReference(FixedReference):
 
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`."""
-        return digest((name, p) for name, p in self._policy.named_parameters() if not p.requires_grad)
+        return digest((name, p) for name, p in weights(self._policy) if not p.requires_grad)
 
-    def describe(self) -> str:
+    def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
         what = "the bare base" if self._name == BASE else f"the adapter {self._name!r} on the base"
-        return f"{what}, inside the policy, asked per batch, fixed"
+        return f"{what}, inside the policy, {asked}, fixed"
 
     @property
     def module(self) -> nn.Module | None:

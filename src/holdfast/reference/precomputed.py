@@ -5,7 +5,9 @@ completion after truncation), per token: a completion of many pairs is scored on
 be computed from what is kept. Costs host memory: 4 bytes per completion token.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import FixedReference, Reference
+from holdfast.reference.adapter import null_ref_context
+from holdfast.reference.base import PER_BATCH, FixedReference, Reference
 
 ContentId = tuple[int, int]
 
@@ -22,34 +25,46 @@ ContentId = tuple[int, int]
 class PrecomputedReference(FixedReference):
     """The log-probs of `inner`, kept.
 
-    `gather` turns this process's list of (content id, log-probs) into that of all processes; the identity where there
-    is one process. `is_quiet` hides the progress bar.
+    `park` turns `inner` into what is kept of it once the datasets are scored, None for nothing. `gather` turns this
+    process's list of (content id, log-probs) into that of all processes; the identity where there is one process.
+    `is_quiet` hides the progress bar.
     """
 
     def __init__(
-        self, inner: Reference, *, gather: Callable[[list[Any]], list[Any]] = list, is_quiet: bool = False
+        self,
+        inner: Reference,
+        *,
+        park: Callable[[Reference], Reference | None],
+        gather: Callable[[list[Any]], list[Any]] = list,
+        is_quiet: bool = False,
     ) -> None:
         super().__init__()
         self._inner: Reference | None = inner
-        self._source = inner.describe()
+        self._source = inner.describe("asked ahead")
+        self._park = park
         self._gather = gather
         self._fingerprint: str | None = None
         self._is_quiet = is_quiet
         self._kept: dict[ContentId, Tensor] = {}
 
+    def held(self) -> AbstractContextManager[None]:
+        """That of the reference that does the scoring."""
+        return self._inner.held() if self._inner is not None else contextlib.nullcontext()
+
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
-        """Score every completion of the datasets that is not kept yet, and let go of an inner reference that has a
-        module of its own. ValueError where the log-probs are not finite."""
+        """Score every completion of the datasets that is not kept yet, and let go of the inner reference's memory.
+        ValueError where the log-probs are not finite."""
         if self._fingerprint is None and self._inner is not None:
             self._fingerprint = self._inner.fingerprint()
-        for name, batches in datasets.items():
-            scored: dict[ContentId, Tensor] = {}
-            for batch in tqdm(batches, desc=f"Reference log-probs ({name})", unit="batch", disable=self._is_quiet):
-                scored |= self._score(batch, scored)
-            for shard in self._gather([scored]):
-                self._kept |= shard
-        if self._inner is not None and self._inner.module is not None:
-            self._inner = None
+        with self.held():
+            for name, batches in datasets.items():
+                scored: dict[ContentId, Tensor] = {}
+                for batch in tqdm(batches, desc=f"Reference log-probs ({name})", unit="batch", disable=self._is_quiet):
+                    scored |= self._score(batch, scored)
+                for shard in self._gather([scored]):
+                    self._kept |= shard
+        if self._inner is not None:
+            self._inner = self._park(self._inner)
 
     def _score(self, batch: PairBatch, scored: Mapping[ContentId, Tensor]) -> dict[ContentId, Tensor]:
         ids = content_ids(batch)
@@ -76,8 +91,8 @@ class PrecomputedReference(FixedReference):
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`; looked up. A batch that was not prepared is scored by the inner reference where that
         is still there, else ValueError."""
-        self._kept |= self._score(batch, {})
-        kept = [self._kept[key] for key in content_ids(batch)]
+        known = self._kept | self._score(batch, {})
+        kept = [known[key] for key in content_ids(batch)]
         per_token = torch.cat(kept) if kept else torch.zeros(0)
         return SequenceLogps(
             per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
@@ -100,9 +115,13 @@ class PrecomputedReference(FixedReference):
         assert self._fingerprint is not None, "nothing was prepared"
         return self._fingerprint
 
-    def describe(self) -> str:
+    def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
         return f"{self._source}; its log-probs of {len(self._kept)} completions kept in host memory"
+
+    def null_ref_context(self) -> AbstractContextManager[None]:
+        """That of the inner reference, where it is still there."""
+        return null_ref_context(self._inner)
 
     @property
     def module(self) -> nn.Module | None:

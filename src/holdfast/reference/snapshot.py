@@ -1,148 +1,190 @@
-"""The reference as a snapshot: the first values of the policy's trainable tensors, put in place to score.
+"""The reference as a snapshot: other values for the policy's trainable tensors, put in place to score.
 
-A reference differs from the policy only in what trains, so full fine-tuning needs no second module and a partly frozen
-model only the values of its trained part. They are held on the policy's device, in host memory or in a file, and
-exchanged by storage, so optimizer, gradients and graphs stay as they are. Costs a forward pass per batch and, from host
-memory or file, moving the values each time; a window of batches per exchange would be cheaper.
+A reference differs from the policy only in what trains, so full fine-tuning needs no second module, a partly frozen
+model only the values of its trained part, and a LoRA its own few megabytes. They are kept on the policy's device, in
+host memory or in a file, and exchanged by storage, so optimizer, gradients and graphs stay as they are. Costs a forward
+pass per batch and, from host memory or file, moving the values, once per `held` (see `reference.windowed`).
 
-Captured when training begins, not before: until then the policy is the reference.
+Until training is about to change it, the policy *is* the reference: before the first step, and again after a hard sync.
+Only then are its values copied. A soft sync mixes plain tensors as they are and LoRA factors by their products; the
+state of a moving reference is fp32.
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, final
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Autocast, Reference, digest, frozen_logps
+from holdfast.reference import products
+from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
+from holdfast.reference.kept import KeptTensors, Place
+from holdfast.reference.model import weights
 from holdfast.reference.sync import Mixture, is_adapted
 
-Place = Literal["device", "cpu", "disk"]
+Motion = Literal["fixed", "hard", "soft"]
+"""Whether a reference stays, is set to the policy at every sync (alpha = 1), or mixed with it."""
 
 
 @final
 class SnapshotReference(Reference):
-    """The policy with the values that its trainable tensors had when training began, held at `place`; `file` is where
-    those on `disk` go."""
+    """The policy with the values that its trainable tensors had when training began, and after every sync since."""
 
-    def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, file: Path, moves: bool = False) -> None:
+    def __init__(
+        self, policy: nn.Module, autocast: Autocast, *, place: Place, file: Path, motion: Motion = "fixed"
+    ) -> None:
         self.version = 0
         self.drift = 0.0
         self._policy = policy
         self._autocast = autocast
-        self._place = place
-        self._file = file
-        self._moves = moves
-        self._values: dict[str, Tensor] = {}
-        self._is_captured = False
-        self._mixture = Mixture()
+        self._motion: Motion = motion
+        self._where = {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {file}"}[place]
+        self._tensors = KeptTensors(place, file)
+        self._products = KeptTensors(place, file.with_name(f"products-{file.name}"))
+        self._is_policy = True
+        self._is_in_place = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See `Reference.held`."""
+        if self._is_policy or self._is_in_place:
+            yield
+            return
+        self._is_in_place = True
+        try:
+            with holding(self._policy, self._values_in_place()):
+                yield
+        finally:
+            self._is_in_place = False
 
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
-        with holding(self._policy, self._on_device()):
+        with self.held():
             yield
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`."""
-        with self.null_ref_context():
+        with self.held():
             return frozen_logps(self._policy, batch, self._autocast)
 
+    @torch.no_grad()
     def sync(self, mixup_alpha: float) -> None:
         """See `Reference.sync`."""
-        if not self._moves:
+        if self._motion == "fixed" or (self._motion == "hard") != (mixup_alpha == 1):
             raise ValueError(
-                f"A sync (alpha {mixup_alpha}) was asked of a fixed snapshot. Set sync_ref_model=True when the trainer "
-                "is made."
+                f"A sync (alpha {mixup_alpha}) was asked of a snapshot that was made for another motion "
+                f"({self._motion}). Set sync_ref_model and ref_model_mixup_alpha when the trainer is made."
             )
-        self.drift = self._mixture.move(self._values, self._trainable(), mixup_alpha)
+        self.release()
+        if self._motion == "hard":
+            self.drift = _distance(self._plain(), self._tensors.items())
+            self._is_policy = True
+        else:
+            squares = 0.0
+            if self._product_names():
+                moved, squares = products.moved(self._policy, dict(self._products.items()), mixup_alpha)
+                self._products.keep(moved)
+            policy, lengths = self._plain(), [math.sqrt(squares)]
+            self._tensors.change(lambda name, value: lengths.append(Mixture().move({name: value}, policy, mixup_alpha)))
+            self.drift = math.hypot(*lengths)
         self.version += 1
 
     def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
-        """Nothing to do: it is asked per batch."""
+        """Nothing to do: it is asked per batch or window."""
 
     def release(self) -> None:
-        """Captures the policy, once. ValueError where its file cannot be written."""
-        if self._is_captured:
-            return
-        values = {name: parameter.detach() for name, parameter in self._trainable().items()}
-        if self._place == "disk":
-            self._write(values)
-        elif self._place == "cpu":
-            self._values = {name: _in_host_memory(value) for name, value in values.items()}
-        else:
-            self._values = {name: value.clone() for name, value in values.items()}
-        self._is_captured = True
+        """Copies the policy, where it is the reference. ValueError where a file cannot be written."""
+        if self._is_policy:
+            tensors, factors = self._of_policy()
+            self._tensors.keep(tensors)
+            if factors:
+                self._products.keep(factors)
+            self._is_policy = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The kept values, and the fp32 state of a moving one; none before training, and none of a file."""
-        yield from self._values.items()
-        yield from self._mixture.tensors()
+        """What it holds in memory: none while it is the policy, and none of a file."""
+        if not self._is_policy:
+            yield from self._tensors.in_memory().items()
+            yield from self._products.in_memory().items()
 
     def fingerprint(self) -> str:
         """See `Reference.fingerprint`."""
-        values = self._on_device()
-        return digest((name, values.get(name, p)) for name, p in self._policy.named_parameters())
+        with self.held():
+            return digest(weights(self._policy))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moved values; empty while it has not moved."""
-        return dict(self.tensors()) if self.version else {}
+        if not self.version:
+            return {}
+        if self._is_policy:
+            tensors, factors = self._of_policy()
+            return tensors | factors
+        return dict([*self._tensors.items(), *self._products.items()])
 
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Reference.load_state_dict`."""
-        self._mixture.restore(self._values, state)
-        self.version = version
+        if state:
+            names = self._plain().keys()
+            self._tensors.keep({name: self._beside(name, state[name]) for name in names})
+            factors = {name: value for name, value in state.items() if name not in names}
+            if factors:
+                device = next(self._policy.parameters()).device
+                self._products.keep({name: value.to(device) for name, value in factors.items()})
+            self._is_policy = False
+        self.version, self.drift = version, drift
 
-    def describe(self) -> str:
+    def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
-        where = {"device": "the policy's device", "cpu": "host memory", "disk": str(self._file)}[self._place]
-        motion = f"moved {self.version} times" if self._moves else "fixed"
-        return f"the policy as it starts to train: its trainable tensors kept in {where}, asked per batch, {motion}"
+        motion = "fixed" if self._motion == "fixed" else f"moved {self.version} times"
+        return f"the policy as it starts to train: its trainable tensors kept {self._where}, {asked}, {motion}"
 
     @property
     def module(self) -> nn.Module | None:
         """None: the module is the policy's."""
         return None
 
-    def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+    def _product_names(self) -> set[str]:
+        """The parameters that are factors of products, which a soft sync cannot mix one by one."""
+        return products.names(self._policy) if self._motion == "soft" and is_adapted(self._policy) else set()
 
-    def _on_device(self) -> dict[str, Tensor]:
-        """The values where the policy's tensors are; empty before training."""
-        if not self._is_captured:
-            return {}
-        values = load_file(self._file) if self._place == "disk" else self._values
+    def _plain(self) -> dict[str, Tensor]:
+        """The policy's trainable tensors less factors of products."""
+        factors = self._product_names()
         return {
-            name: value.to(self._policy.get_parameter(name).device, non_blocking=True) for name, value in values.items()
+            name: p.detach() for name, p in self._policy.named_parameters() if p.requires_grad and name not in factors
         }
 
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in values.items()}, self._file)
-        except OSError as error:
-            num_bytes = sum(value.numel() * value.element_size() for value in values.values())
-            raise ValueError(
-                f"The reference was to be kept in {self._file} ({num_bytes} bytes), which cannot be written: {error}. "
-                "Choose an output_dir with room, or snapshot_device='cpu'."
-            ) from error
+    def _of_policy(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The policy as this reference keeps it: plain tensors, and the state of its products."""
+        tensors = self._plain()
+        if self._motion == "soft":
+            tensors = {name: value.float() for name, value in tensors.items()}
+        return tensors, products.captured(self._policy) if self._product_names() else {}
+
+    def _values_in_place(self) -> dict[str, Tensor]:
+        values = {name: self._beside(name, value) for name, value in self._tensors.items()}
+        values = {name: value.to(self._policy.get_parameter(name).dtype) for name, value in values.items()}
+        if self._product_names():
+            values |= products.in_place(self._policy, dict(self._products.items()))
+        return values
+
+    def _beside(self, name: str, value: Tensor) -> Tensor:
+        """`value` where the policy's tensor of that name is."""
+        return value.to(self._policy.get_parameter(name).device, non_blocking=True)
 
 
-def check_snapshot(policy: nn.Module, place: str, *, moves: bool) -> None:
-    """ValueError where a snapshot of `policy` at `place` cannot move as asked."""
-    if moves and is_adapted(policy):
-        raise ValueError(
-            "sync_ref_model=True was asked for with reference='snapshot' of an adapter: the mix of its factors is not "
-            "the mix of two models. Use reference='model', whose weights move in effective (merged) space."
-        )
-    if moves and place == "disk":
-        raise ValueError(
-            "sync_ref_model=True was asked for with snapshot_device='disk': every sync would write the whole file. Use "
-            "snapshot_device='cpu' or 'device'."
-        )
+def _distance(ours: Mapping[str, Tensor], theirs: Iterable[tuple[str, Tensor]]) -> float:
+    """L2, in weight space."""
+    squares = (
+        float((ours[name].float() - value.to(ours[name].device).float()).double().square().sum())
+        for name, value in theirs
+    )
+    return math.sqrt(sum(squares))
 
 
 @contextlib.contextmanager
@@ -165,9 +207,3 @@ def holding(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, parameter in parameters.items():
             parameter.data = current[name]
-
-
-def _in_host_memory(value: Tensor) -> Tensor:
-    """A copy, pinned where it has to travel to an accelerator."""
-    copy = value.to("cpu", copy=True)
-    return copy.pin_memory() if value.is_cuda else copy

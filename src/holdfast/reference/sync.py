@@ -81,7 +81,8 @@ class Mixture:
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 state = self._fp32.setdefault(name, tensor.float())
             target = policy[name].to(device=state.device, dtype=state.dtype)
-            squares.append((target - state).double().square().sum().cpu())
+            pieces = zip(target.reshape(-1).split(2**20), state.view(-1).split(2**20), strict=True)
+            squares += [(ours - theirs).double().square().sum().cpu() for ours, theirs in pieces]
             state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
             if state is not tensor:
                 tensor.copy_(state)
