@@ -22,6 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
 install_import_hook(["holdfast.batch", "holdfast.logprobs", "holdfast.losses"], "shapes.checked")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -39,6 +40,12 @@ gc.freeze()
 # The same examples in every run, however slow the machine.
 settings.register_profile("holdfast", deadline=None, derandomize=True)
 settings.load_profile("holdfast")
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another has stored."""
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 def pytest_unconfigure() -> None:

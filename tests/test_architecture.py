@@ -26,7 +26,7 @@ LAYERS = (
     {"reference"},
     {"config"},
     {"arguments", "card", "metrics", "models", "trainer", "windows"},
-    {"runfile", "demo"},
+    {"runfile", "demo", "store_cli"},
     {"cli"},
 )
 EXPORTED = {

@@ -1,4 +1,5 @@
-"""The commands: `holdfast train`, `holdfast demo`. Thin: they read, call, print, and turn our errors into messages.
+"""The commands: `holdfast train`, `precompute`, `demo` and `store`. Thin: they read, call, print, and turn errors into
+messages.
 
 An error that a user can mend is one message without a traceback (`--debug` shows it): anything the run file is refused
 for, what the operating system says (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from holdfast import store_cli
 from holdfast.document import RunFileError, dumped
 from holdfast.runfile import RunFile, Source, read_run_file
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+    from holdfast import DPOTrainer
     from holdfast.config import DPOConfig
 
 _rank = int(os.environ.get("RANK", "0"))
@@ -42,6 +45,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_cli.app)
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -81,6 +85,36 @@ def train(
 
 
 @app.command()
+def precompute(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file; docs/cli.md describes it.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_length=512")
+    ] = None,
+    debug: _Debug = False,
+) -> None:
+    """Compute the reference log-probs of a run file's data into the store, where `holdfast train` will find them.
+
+    Under `accelerate launch` the processes share the work; a job that was killed goes on where it was.
+    """
+    with _messages(debug):
+        run = read_run_file(run_file, overrides or [])
+        arguments = run.training_arguments()
+        arguments.precompute_ref_log_probs = True
+        assert arguments.output_dir is not None  # it has a default
+        _check_writable(Path(arguments.output_dir))
+        reference = _trainer(run, arguments).reference
+        from holdfast import PrecomputedReference
+
+        if not isinstance(reference, PrecomputedReference):
+            raise ValueError(
+                "Log-probs were to be computed ahead, but this run's cannot be: its data are a stream, its reference "
+                "moves (sync_ref_model), is asked in windows (reference_window), or there is none. `holdfast train` "
+                "computes them as it goes; change that option to have them stored."
+            )
+        _output.print(escape(reference.describe()))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the table and the plot.")] = Path("holdfast-demo"),
     seed: Annotated[int, typer.Option(help="Seed of the source, the pairs and the training.")] = 0,
@@ -95,13 +129,13 @@ def demo(
     raise typer.Exit(result.exit_code)
 
 
-def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
-    """Trains, saves and evaluates into `folder`; the metrics."""
+def _trainer(run: RunFile, arguments: "DPOConfig") -> "DPOTrainer":
+    """The trainer of a run file."""
     from holdfast import DPOTrainer
 
     peft_config = run.peft_config()
     tokenizer = _tokenizer(run.tokenizer, arguments.trust_remote_code)
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=run.model.path,
         ref_model=None if run.ref_model is None else run.ref_model.path,
         args=arguments,
@@ -110,6 +144,11 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
+    """Trains, saves and evaluates into `folder`; the metrics."""
+    trainer = _trainer(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ from holdfast.arguments import check_devices, checked_arguments, router_aux_loss
 from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
+from holdfast.data.completions import by_name, pending
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.layouts import PaddedLayout, with_positions
-from holdfast.data.lazy import LazyBatches, by_name
 from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.tokenize import check_vocabulary
@@ -164,8 +163,9 @@ class DPOTrainer(Trainer):
             self.model,
             ref_models,
             self.accelerator.autocast,
-            gather=gather_object,
+            mixed_precision=self.accelerator.mixed_precision,
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
+            is_main=self.is_world_process_zero(),
         )
         if reference is not None:
             self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
@@ -175,8 +175,9 @@ class DPOTrainer(Trainer):
         if reference is not None:
             sizes = {"train": self.args.per_device_train_batch_size}
             given, otherwise = self.args.precompute_ref_batch_size, self.args.per_device_eval_batch_size
+            how = self.data_collator, self._pair_batch, self._collated, self.accelerator
             reference.prepare({
-                name: LazyBatches(part, given or sizes.get(name, otherwise), self._collated, self.accelerator)
+                name: pending(part, given or sizes.get(name, otherwise), *how)
                 for name, part in datasets.items()
                 if isinstance(part, Dataset)  # a stream is not read ahead of its turn
             })  # fmt: skip

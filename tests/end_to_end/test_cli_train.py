@@ -235,3 +235,34 @@ def test_under_torchrun_two_processes_train_as_one_and_one_of_them_prints(place,
     assert done.returncode == 0, done.stderr
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
     assert done.stdout.count("model, tokenizer and run.yaml:") == 1
+
+
+def test_precomputed_by_two_processes_and_found_by_a_training(place, tmp_path, caplog):
+    """12 pairs, scored once by a job of its own; the training then scores nothing, and follows a live reference."""
+    path = run_file(place, tmp_path / "run", reference="precomputed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "holdfast.cli", "precompute", str(path)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    listed = runner.invoke(app, ["store", "list"], catch_exceptions=False)
+    assert "1 store(s)" in listed.stdout
+    assert "24" in listed.stdout
+    result = train(path)
+    assert result.exit_code == 0
+    assert "24 of 24 completions found in the store, 0 scored" in caplog.text
+    assert train(run_file(place, tmp_path / "live", reference="model")).exit_code == 0
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "live"), abs=1e-5)
+    assert runner.invoke(app, ["store", "verify"]).exit_code == 0
+
+
+def test_what_cannot_be_precomputed_is_refused(place, tmp_path):
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 2}
+    for sections in (
+        {"training": moving},
+        {"data": {"train": {"path": str(place / "train.jsonl"), "streaming": True}}},
+    ):
+        result = runner.invoke(app, ["precompute", str(run_file(place, tmp_path / "run", **sections))])
+        assert result.exit_code == 1
+        assert "were to be computed ahead, but this run's cannot be" in " ".join(result.stderr.split())

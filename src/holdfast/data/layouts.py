@@ -45,7 +45,15 @@ class PaddedLayout:
         _check_options(self)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = _rows(features, self.max_length, self.truncation_mode)
+        rows = truncated_rows(features, self.max_length, self.truncation_mode)
+        return self._laid_out(rows) | _halves(len(rows))
+
+    def of_completions(self, rows: Sequence["Row"]) -> dict[str, Tensor]:
+        """The same for completions without pairs: `chosen` and `rejected` are empty."""
+        none = torch.empty(0, dtype=torch.int64)
+        return self._laid_out(rows) | {"chosen": none, "rejected": none}
+
+    def _laid_out(self, rows: Sequence["Row"]) -> dict[str, Tensor]:
         input_ids, attention_mask = _padded(rows, self.pad_token_id, self.pad_to_multiple_of)
         num_tokens = input_ids.shape[1]
         first = np.array([max(row.num_prompt, 1) for row in rows])
@@ -60,9 +68,9 @@ class PaddedLayout:
             "source": position - 1,
             "target": input_ids.reshape(-1)[position],
             "sequence": sequence,
-            "content": np.array([content_id(row.ids[: row.num_prompt], row.ids[row.num_prompt :]) for row in rows]),
+            "content": np.array([content_of(row) for row in rows]),
         }
-        return {**{name: torch.from_numpy(array) for name, array in tensors.items()}, **_halves(len(rows))}
+        return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
 
     def torch_call(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch of `features`."""
-        rows = _rows(features, self.max_length, self.truncation_mode)
+        rows = truncated_rows(features, self.max_length, self.truncation_mode)
         input_ids, attention_mask = _padded(rows, self.pad_token_id, self.pad_to_multiple_of)
         completion_mask = attention_mask.copy()
         for mask, row in zip(completion_mask, rows, strict=True):
@@ -143,14 +151,21 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {name: tensor.to(ids.device) for name, tensor in positions.items()}
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One sequence after truncation: int64 ids, of which the first `num_prompt` are the prompt."""
 
     ids: np.ndarray
     num_prompt: int
 
 
-def _rows(features: Sequence[Mapping[str, Any]], max_length: int | None, truncation_mode: TruncationMode) -> list[_Row]:
+def content_of(row: Row) -> tuple[int, int]:
+    """The content id of a sequence whose completion tokens all count."""
+    return content_id(row.ids[: row.num_prompt], row.ids[row.num_prompt :])
+
+
+def truncated_rows(
+    features: Sequence[Mapping[str, Any]], max_length: int | None, truncation_mode: TruncationMode
+) -> list[Row]:
     """All chosen sequences, then all rejected ones."""
     prompts = [np.asarray(row["prompt_ids"], dtype=np.int64) for row in features]
     rows = []
@@ -158,11 +173,11 @@ def _rows(features: Sequence[Mapping[str, Any]], max_length: int | None, truncat
         for prompt, row in zip(prompts, features, strict=True):
             completion = np.asarray(row[column], dtype=np.int64)
             kept, completion = truncate(prompt, completion, max_length, truncation_mode)
-            rows.append(_Row(np.concatenate([kept, completion]), len(kept)))
+            rows.append(Row(np.concatenate([kept, completion]), len(kept)))
     return rows
 
 
-def _padded(rows: list[_Row], pad_token_id: int, multiple: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Sequence[Row], pad_token_id: int, multiple: int | None) -> tuple[np.ndarray, np.ndarray]:
     """`input_ids` and `attention_mask`, [R T] int64."""
     longest = max(len(row.ids) for row in rows)
     num_tokens = longest if multiple is None else -(-longest // multiple) * multiple

@@ -7,7 +7,7 @@ place to score. The policy gets no second adapter, and no parameter's `requires_
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self, final
 
@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, digest, frozen_logps
 from holdfast.reference.model import weights
 from holdfast.reference.snapshot import holding
@@ -55,7 +56,7 @@ class AdapterReference(FixedReference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

@@ -3,11 +3,11 @@
 A way is a class in a file of its own; a new one is added to `Way` and `_held`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.reference import products
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Autocast, Reference
+from holdfast.reference.identity import store_key
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import MixtureReference, mixture_weights
 from holdfast.reference.model import ModelReference, freeze, is_quantised
@@ -22,6 +23,7 @@ from holdfast.reference.named import NamedAdapterReference, check_named
 from holdfast.reference.parked import ParkedReference
 from holdfast.reference.precomputed import PrecomputedReference
 from holdfast.reference.snapshot import Motion, SnapshotReference
+from holdfast.reference.store import LogpStore, default_root
 from holdfast.reference.sync import check_mixable, effective_parameters, is_adapted
 from holdfast.reference.windowed import WindowedReference
 
@@ -33,7 +35,8 @@ class Wish:
     """What was asked for: the way by name (`auto` = go by the model), which adapter of the policy it is, where a
     snapshot is held (in `file`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
     (`window`; None where that is left open), whether the data is a stream, how often and how far the reference moves
-    (None and 0 for a fixed one), and the weights of several references (None for equal ones)."""
+    (None and 0 for a fixed one), the weights of several references (None for equal ones), and the folder of stored
+    log-probs (None for the default)."""
 
     way: str = "auto"
     adapter: str | None = None
@@ -45,6 +48,7 @@ class Wish:
     sync_steps: int | None = None
     mixup_alpha: float = 0.0
     weights: Sequence[float] | None = None
+    store: Path | None = None
 
     @property
     def motion(self) -> Motion:
@@ -58,8 +62,9 @@ def choose_reference(
     ref_models: Sequence[nn.Module | None],
     autocast: Autocast,
     *,
-    gather: Callable[[list[Any]], list[Any]] = list,
+    mixed_precision: str = "no",
     is_quiet: bool = False,
+    is_main: bool = True,
 ) -> Reference | None:
     """The reference for `policy` as it is now; None for the way `none`.
 
@@ -76,7 +81,14 @@ def choose_reference(
     wish = replace(wish, is_ahead=wish.is_ahead or wish.way == "precomputed")
     held = _mixed(wish, policy, ref_models, autocast)
     if wish.is_ahead and wish.motion == "fixed" and not wish.is_stream and wish.window is None:
-        return PrecomputedReference(held, park=partial(_parked, wish, autocast), gather=gather, is_quiet=is_quiet)
+        key = partial(store_key, reference=held, policy=policy, mixed_precision=mixed_precision)
+        return PrecomputedReference(
+            held,
+            open_store=lambda weights: LogpStore.open(wish.store or default_root(), key(weights)),
+            park=partial(_parked, wish, autocast),
+            is_quiet=is_quiet,
+            is_main=is_main,
+        )
     return _windowed(wish, held)
 
 

@@ -15,7 +15,7 @@ for both completions (margins and accuracies are exact). Costs what the referenc
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import final
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
 from holdfast.reference.base import PER_BATCH, Reference
 
@@ -63,7 +64,7 @@ class MixtureReference(Reference):
             "sync_ref_model=False."
         )
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Tells each of them."""
         for reference in self.references:
             reference.prepare(datasets)

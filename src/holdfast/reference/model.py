@@ -8,7 +8,7 @@ travel to it, its log-probs back.
 import contextlib
 import copy
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Self, final
@@ -16,6 +16,7 @@ from typing import Any, Self, final
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
 from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
 
@@ -65,7 +66,7 @@ class ModelReference(Reference):
         )
         self.version += 1
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

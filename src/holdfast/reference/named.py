@@ -6,7 +6,7 @@ costs nothing but a forward pass per batch. Only flags of the adapter layers are
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, digest, frozen_logps
 from holdfast.reference.model import weights
 
@@ -57,7 +58,7 @@ class NamedAdapterReference(FixedReference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

@@ -6,7 +6,7 @@ takes no memory until then. What is kept is a frame of our own; a module that a 
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import final
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, digest, frozen_logps
 from holdfast.reference.kept import KeptTensors
 from holdfast.reference.model import beside
@@ -50,7 +51,7 @@ class ParkedReference(FixedReference):
         with self.held():
             return frozen_logps(self._frame, beside(self._frame, batch), self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Nothing to do."""
 
     def release(self) -> None:

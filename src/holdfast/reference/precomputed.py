@@ -1,75 +1,105 @@
 """Log-probs computed ahead: the datasets are scored before training, and the reference need not be in memory after.
 
-Wraps the reference that does the scoring. Values are kept per completion, by content (token ids of prompt and
-completion after truncation), per token: a completion of many pairs is scored once, and every loss and modifier can
-be computed from what is kept. Costs host memory: 4 bytes per completion token.
+Wraps the reference that does the scoring. What it gives goes into the store (`reference.store`): per completion, by
+content (token ids of prompt and completion after truncation), per token. So a completion of many pairs is scored once,
+what an earlier run scored is found, and every loss and modifier can be computed from what is kept. Costs disk: 4 bytes
+per completion token.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, final
+from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import ContentId, Pending
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, FixedReference, Reference
+from holdfast.reference.claims import claimed_blocks
+from holdfast.reference.store import LogpStore
 
-ContentId = tuple[int, int]
+logger = logging.getLogger(__name__)
 
 
 @final
 class PrecomputedReference(FixedReference):
-    """The log-probs of `inner`, kept.
+    """The log-probs of `inner`, stored.
 
-    `park` turns `inner` into what is kept of it once the datasets are scored, None for nothing. `gather` turns this
-    process's list of (content id, log-probs) into that of all processes; the identity where there is one process.
-    `is_quiet` hides the progress bar.
+    `open_store` gives the store for a reference whose weights have a digest. `park` turns `inner` into what is kept of
+    it once the datasets are scored, None for nothing. `is_quiet` hides the progress bar, `is_main` is the process that
+    reports.
     """
 
     def __init__(
         self,
         inner: Reference,
         *,
+        open_store: Callable[[str], LogpStore],
         park: Callable[[Reference], Reference | None],
-        gather: Callable[[list[Any]], list[Any]] = list,
         is_quiet: bool = False,
+        is_main: bool = True,
     ) -> None:
         super().__init__()
         self._inner: Reference | None = inner
         self._source = inner.describe("asked ahead")
+        self._open_store: Callable[[str], LogpStore] | None = open_store
         self._park = park
-        self._gather = gather
-        self._fingerprint: str | None = None
         self._is_quiet = is_quiet
-        self._kept: dict[ContentId, Tensor] = {}
+        self._is_main = is_main
+        self._fingerprint = ""
+        self._store: LogpStore | None = None
 
     def held(self) -> AbstractContextManager[None]:
         """That of the reference that does the scoring."""
         return self._inner.held() if self._inner is not None else contextlib.nullcontext()
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
-        """Score every completion of the datasets that is not kept yet, and let go of the inner reference's memory.
-        ValueError where the log-probs are not finite."""
-        if self._fingerprint is None and self._inner is not None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+        """Score every completion of the datasets that is not stored yet, and let go of the inner reference's memory.
+        ValueError where the log-probs are not finite or the store cannot be written."""
+        if self._store is None:
+            assert self._inner is not None
+            assert self._open_store is not None
             self._fingerprint = self._inner.fingerprint()
+            self._store = self._open_store(self._fingerprint)
+            self._open_store = None  # it refers to the reference, which may be about to go
         with self.held():
-            for name, batches in datasets.items():
-                scored: dict[ContentId, Tensor] = {}
-                for batch in tqdm(batches, desc=f"Reference log-probs ({name})", unit="batch", disable=self._is_quiet):
-                    scored |= self._score(batch, scored)
-                for shard in self._gather([scored]):
-                    self._kept |= shard
+            for name, data in datasets.items():
+                self._fill(self._store, name, data)
         if self._inner is not None:
             self._inner = self._park(self._inner)
 
-    def _score(self, batch: PairBatch, scored: Mapping[ContentId, Tensor]) -> dict[ContentId, Tensor]:
-        ids = content_ids(batch)
-        if all(key in self._kept or key in scored for key in ids):
-            return {}
+    def _fill(self, store: LogpStore, name: str, data: Pending) -> None:
+        begin, num_scored, num_tokens = time.monotonic(), 0, 0
+        description, unit = f"Reference log-probs ({name})", "completions"
+        with store, tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar:
+            for batch in data.batches(partial(claimed_blocks, store), store.missing):
+                scored = self._scored(batch)
+                store.add(scored)
+                num_scored += len(scored)
+                num_tokens += int(batch.inputs["attention_mask"].sum())
+                rate = num_tokens / max(time.monotonic() - begin, 1e-9)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                bar.update(len(scored))
+            bar.update(bar.total - bar.n)
+        store.refresh()
+        if self._is_main:
+            num_found = max(0, data.num_completions() - num_scored)
+            logger.warning(
+                "Reference log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
+                "completions, %s bytes.",
+                name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
+                f"{store.num_bytes:,}",
+            )  # fmt: skip
+
+    def _scored(self, batch: PairBatch) -> dict[ContentId, Tensor]:
+        """The log-probs of each of the batch's sequences, from the inner reference."""
         if self._inner is None:
             raise ValueError(
                 "Log-probs of completions that were not precomputed were asked for, and the reference "
@@ -84,16 +114,22 @@ class PrecomputedReference(FixedReference):
                 f"The reference ({self._source}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
                 f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
             )
-        # Clones: a view would take its whole batch along when it is sent to the other processes.
-        parts = (part.clone() for part in per_token.split(logps.lengths().tolist()))
-        return dict(zip(ids, parts, strict=True))
+        return dict(zip(content_ids(batch), per_token.split(logps.lengths().tolist()), strict=True))
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`; looked up. A batch that was not prepared is scored by the inner reference where that
         is still there, else ValueError."""
-        known = self._kept | self._score(batch, {})
-        kept = [known[key] for key in content_ids(batch)]
-        per_token = torch.cat(kept) if kept else torch.zeros(0)
+        assert self._store is not None, "nothing was prepared"
+        template = SequenceLogps(
+            per_token=torch.zeros(batch.target.shape[0], device=batch.sequence.device),
+            sequence=batch.sequence,
+            num_sequences=batch.num_sequences,
+        )
+        ids = content_ids(batch)
+        known = self._store.get(ids, template.lengths().tolist())
+        if any(key not in known for key in ids):
+            known = self._scored(batch)
+        per_token = torch.cat([known[key] for key in ids]) if ids else torch.zeros(0)
         return SequenceLogps(
             per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
         )
@@ -104,20 +140,19 @@ class PrecomputedReference(FixedReference):
             self._inner.release()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The kept log-probs, and what an inner reference without a module of its own still holds."""
-        for (high, low), logps in self._kept.items():
-            yield f"{high:x}.{low:x}", logps
+        """What an inner reference still holds in memory; log-probs are on disk."""
         if self._inner is not None:
             yield from self._inner.tensors()
 
     def fingerprint(self) -> str:
         """That of the reference that did the scoring."""
-        assert self._fingerprint is not None, "nothing was prepared"
+        assert self._fingerprint, "nothing was prepared"
         return self._fingerprint
 
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
-        return f"{self._source}; its log-probs of {len(self._kept)} completions kept in host memory"
+        where = f" in {self._store.folder}" if self._store is not None else ""
+        return f"{self._source}; its log-probs stored{where}"
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """That of the inner reference, where it is still there."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference import products
 from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
 from holdfast.reference.kept import KeptTensors, Place
@@ -94,7 +95,7 @@ class SnapshotReference(Reference):
             self.drift = math.hypot(*lengths)
         self.version += 1
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Nothing to do: it is asked per batch or window."""
 
     def release(self) -> None:

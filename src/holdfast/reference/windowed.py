@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 
@@ -89,7 +90,7 @@ class WindowedReference(Reference):
         self._inner.sync(mixup_alpha)
         self.version, self.drift = self._inner.version, self._inner.drift
 
-    def prepare(self, datasets: Mapping[str, Iterable[PairBatch]]) -> None:
+    def prepare(self, datasets: Mapping[str, Pending]) -> None:
         """Tells the inner reference."""
         self._inner.prepare(datasets)
 

@@ -1,0 +1,166 @@
+"""What a reference is to score ahead: the completions of a dataset, each once, in batches of like length.
+
+A completion of many pairs is one row, and rows are sorted by length and cut to a budget of tokens, so that little of a
+batch is padding. No batch is larger than the longest pairs would make the training's own. That needs to know how rows
+are laid out; under a user's own data collator the batches are its pairs, in the order of the dataset.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from accelerate import Accelerator
+from datasets import Dataset
+
+from holdfast.batch import PairBatch
+from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
+
+ContentId = tuple[int, int]
+Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
+"""From all ids to those that are to be scored now, block by block; the next is asked for when one is done."""
+Missing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
+"""Those of the ids that are not known yet."""
+
+_ROWS_AT_A_TIME = 1_000
+
+
+class Pending(Protocol):
+    """Data that a reference scores ahead."""
+
+    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
+        """The batches to be scored; the next is asked for when one is done."""
+        ...
+
+    def num_completions(self) -> int:
+        """How many completions there are."""
+        ...
+
+
+@final
+class Completions:
+    """The completions of `dataset`, truncated as `layout` does it. `pair_batch` makes a batch of what a layout gives;
+    `num_pairs` is how many pairs a batch of the training has."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        layout: PaddedLayout,
+        pair_batch: Callable[[Mapping[str, Any]], PairBatch],
+        num_pairs: int,
+    ) -> None:
+        self._dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        self._layout = layout
+        self._pair_batch = pair_batch
+        self._num_pairs = num_pairs
+        self._places: dict[ContentId, _Place] | None = None
+
+    def num_completions(self) -> int:
+        """Unlike ones."""
+        return len(self._found())
+
+    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
+        """See `Pending.batches`: what `blocks` asks for, the longest first."""
+        places = self._found()
+        ids = sorted(places, key=lambda key: (-places[key].length, key))
+        budget = 2 * self._num_pairs * max(place.length for place in places.values())
+        for block in blocks(ids):
+            for keys in _within(budget, block, [places[key].length for key in block]):
+                yield self._pair_batch(self._layout.of_completions(self._rows([places[key] for key in keys])))
+
+    def _found(self) -> "dict[ContentId, _Place]":
+        if self._places is None:
+            self._places = {}
+            for start in range(0, len(self._dataset), _ROWS_AT_A_TIME):
+                for side, index, row in self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._dataset)))):
+                    self._places.setdefault(content_of(row), _Place(index=index, side=side, length=len(row.ids)))
+        return self._places
+
+    def _sides(self, indices: Sequence[int]) -> Iterator[tuple[int, int, Row]]:
+        """(0 for chosen or 1 for rejected, index, row) of both completions of each of these pairs."""
+        table = self._dataset[list(indices)]
+        pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        rows = truncated_rows(pairs, self._layout.max_length, self._layout.truncation_mode)
+        for place, row in enumerate(rows):
+            yield place // len(indices), indices[place % len(indices)], row
+
+    def _rows(self, places: "Sequence[_Place]") -> list[Row]:
+        indices = sorted({place.index for place in places})
+        rows = {(side, index): row for side, index, row in self._sides(indices)}
+        return [rows[place.side, place.index] for place in places]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a completion stands in the dataset, and its tokens, prompt included."""
+
+    index: int
+    side: int
+    length: int
+
+
+def _within(budget: int, keys: Sequence[ContentId], lengths: Sequence[int]) -> Iterator[list[ContentId]]:
+    """`keys` in groups of which the longest, times their number, is within `budget`."""
+    group: list[ContentId] = []
+    longest = 0
+    for key, length in zip(keys, lengths, strict=True):
+        longest = max(longest, length)
+        if group and longest * (len(group) + 1) > budget:
+            yield group
+            group, longest = [], length
+        group.append(key)
+    if group:
+        yield group
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CollatedPairs:
+    """`collate` of every `size` rows of this process's share of `dataset`: where only a collator knows the rows."""
+
+    dataset: Dataset
+    size: int
+    collate: Callable[[list[dict[str, Any]]], PairBatch]
+    accelerator: Accelerator
+
+    def num_completions(self) -> int:
+        """Two a pair of this process's share."""
+        return 2 * len(self._rows())
+
+    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
+        """See `Pending.batches`; a batch comes whole where any of it is missing."""
+        rows = self._rows()
+        for start in rows[:: self.size]:
+            stop = min(start + self.size, rows.stop)
+            batch = self.collate([self.dataset[row] for row in range(start, stop)])
+            if missing([(high, low) for high, low in batch.content.tolist()]):
+                yield batch
+        self.accelerator.wait_for_everyone()
+
+    def _rows(self) -> range:
+        share = -(-len(self.dataset) // self.accelerator.num_processes)
+        first = min(self.accelerator.process_index * share, len(self.dataset))
+        return range(first, min(first + share, len(self.dataset)))
+
+
+def pending(
+    dataset: Dataset,
+    size: int,
+    collator: Any,
+    pair_batch: Callable[[Mapping[str, Any]], PairBatch],
+    collate: Callable[[list[dict[str, Any]]], PairBatch],
+    accelerator: Accelerator,
+) -> Pending:
+    """What of `dataset` is to be scored, in batches of about `size` pairs, under the data collator of the run."""
+    if type(collator) is DataCollatorForPreference:
+        options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
+        collator = PaddedLayout(collator.pad_token_id, *options)
+    if isinstance(collator, PaddedLayout):
+        return Completions(dataset, collator, pair_batch, size)
+    return CollatedPairs(dataset, size, collate, accelerator)
+
+
+def by_name(datasets: Any, name: str = "eval") -> dict[str, Any]:
+    """One dataset, a dict of them or None as a dict of names."""
+    if datasets is None:
+        return {}
+    return {str(key): part for key, part in datasets.items()} if isinstance(datasets, Mapping) else {name: datasets}

@@ -1,0 +1,201 @@
+"""Log-probs stored by one run and found by the next: exactly where nothing changed that changes a number (law L6)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from families import tiny_model
+from holdfast.losses import LOSSES
+from holdfast.reference.store import default_root
+from holdfast.reference.upkeep import stores
+from policies import POLICIES, config, logged, rows, trainer
+
+AHEAD = {"reference": "precomputed"}
+
+
+class Counting:
+    """Counts the sequences that references are asked about, by the way of `frozen_logps`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import holdfast.reference.adapter
+        import holdfast.reference.model
+        import holdfast.reference.snapshot
+
+        self.scored = 0
+        for module in (holdfast.reference.adapter, holdfast.reference.model, holdfast.reference.snapshot):
+            plain = module.frozen_logps
+
+            def counted(policy: Any, batch: Any, autocast: Any, plain: Any = plain) -> Any:
+                self.scored += batch.num_sequences
+                return plain(policy, batch, autocast)
+
+            monkeypatch.setattr(module, "frozen_logps", counted)
+
+    def during(self, make: Any) -> int:
+        before = self.scored
+        make()
+        return self.scored - before
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+NUM_UNLIKE = 2 * len(rows()) - 1  # rows 0 and 1 share one
+
+
+def _reordered() -> Dataset:
+    return rows().select([*range(11, -1, -1)])
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "learning rate": {"learning_rate": 1e-3},
+    "output_dir": {"output_dir": "elsewhere"},
+    "seed": {"seed": 7, "data_seed": 8},
+    "beta": {"beta": 0.7},
+    "loss": {"loss_type": "ipo"},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "order": {"train_dataset": _reordered},
+    "subset": {"train_dataset": lambda: rows().select(range(2, 9))},
+    "epochs": {"max_steps": -1, "num_train_epochs": 2},
+    "batch size": {"per_device_train_batch_size": 5},
+    "scoring batch size": {"precompute_ref_batch_size": 1},
+    "swapped": {
+        "train_dataset": lambda: rows().rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
+    },
+    "other columns": {"train_dataset": lambda: rows().add_column("source", ["web"] * 12)},
+    "in memory": {"train_dataset": lambda: Dataset.from_dict(rows().to_dict())},
+    "evaluation": {"eval_dataset": lambda: rows().select(range(3))},
+    "optimizer": {"optim": "adamw_torch", "weight_decay": 0.1},
+    "no truncation": {"max_length": None},
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_changes_no_number_is_found(change: str, tmp_path: Path, counting: Counting) -> None:
+    first = trainer(tiny_model(), config(tmp_path, **AHEAD))
+    assert counting.scored == NUM_UNLIKE
+    options = {name: value() if callable(value) else value for name, value in SAME[change].items()}
+    parts = {name: options.pop(name) for name in ("train_dataset", "eval_dataset") if name in options}
+    args = config(tmp_path / options.pop("output_dir", ""), **AHEAD | options)
+    again = trainer(tiny_model(), args, **parts)
+    assert counting.scored == NUM_UNLIKE
+    assert again.reference.fingerprint() == first.reference.fingerprint()
+    again.train()
+    assert counting.scored == NUM_UNLIKE
+
+
+def _one_ulp(model: Any) -> Any:
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    return model
+
+
+OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one weight by one ulp": (lambda: _one_ulp(tiny_model()), {}),
+    "rope_theta": (lambda: tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {}),
+    "norm epsilon": (lambda: tiny_model(rms_norm_eps=1e-3), {}),
+    "dtype": (lambda: tiny_model().bfloat16(), {}),
+    "attention": (lambda: tiny_model(attn_implementation="eager"), {}),
+    "trained adapter": (lambda: POLICIES["lora_sft"](), {}),
+}
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_changes_numbers_is_scored_again(change: str, tmp_path: Path, counting: Counting) -> None:
+    trainer(tiny_model(), config(tmp_path, **AHEAD))
+    make, options = OTHER[change]
+    assert counting.during(lambda: trainer(make(), config(tmp_path, **AHEAD, **options))) == NUM_UNLIKE
+    assert len(stores(default_root())) == 2
+
+
+def test_truncation_scores_only_the_rows_it_touches(tmp_path: Path, counting: Counting) -> None:
+    table = rows().to_list()
+    trainer(tiny_model(), config(tmp_path, **AHEAD, max_length=None))
+    lengths = {
+        (tuple(row["prompt_ids"]), tuple(row[side])): len(row["prompt_ids"]) + len(row[side])
+        for row in table
+        for side in ("chosen_ids", "rejected_ids")
+    }
+    limit = 13
+    touched = sum(length > limit for length in lengths.values())
+    assert 0 < touched < len(lengths)
+    assert counting.during(lambda: trainer(tiny_model(), config(tmp_path, **AHEAD, max_length=limit))) == touched
+    assert counting.during(lambda: trainer(tiny_model(), config(tmp_path, **AHEAD, max_length=limit))) == 0
+
+
+def test_a_longer_prompt_is_another_completion(tmp_path: Path, counting: Counting) -> None:
+    trainer(tiny_model(), config(tmp_path, **AHEAD))
+    longer = rows().map(lambda row: {"prompt_ids": [5, *row["prompt_ids"]]})
+    assert counting.during(lambda: trainer(tiny_model(), config(tmp_path, **AHEAD), train_dataset=longer)) == NUM_UNLIKE
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft", "dora"])
+def test_a_sweep_pays_once(kind: str, tmp_path: Path, counting: Counting) -> None:
+    """Twenty runs over losses and betas: the first scores, the others find, and each follows its live reference."""
+    unfit = ("aot", "sppo", "exo")
+    losses = [name for name in LOSSES if LOSSES[name].needs_reference and not name.startswith(unfit)][:9]
+    runs = [(name, beta) for beta in (0.1, 0.5) for name in losses][:19] + [("sigmoid", 0.9)] * 2
+    for number, (loss, beta) in enumerate(runs[:20]):
+        options: dict[str, Any] = {"loss_type": loss, "beta": beta, "max_steps": 2, "learning_rate": 0.01}
+        ahead = trainer(POLICIES[kind](), config(tmp_path, **AHEAD, **options))
+        ahead.train()
+        assert counting.scored == NUM_UNLIKE, "the first run, and no other"
+        if number in (0, 7, 19):
+            before = counting.scored
+            live = trainer(POLICIES[kind](), config(tmp_path, reference="model", **options))
+            live.train()
+            counting.scored = before
+            assert logged(ahead) == pytest.approx(logged(live), abs=1e-5)
+
+
+def test_a_damaged_store_is_scored_again(tmp_path: Path, counting: Counting, caplog: pytest.LogCaptureFixture) -> None:
+    first = trainer(tiny_model(), config(tmp_path, **AHEAD))
+    first.train()
+    (folder,) = (facts.folder for facts in stores(default_root()))
+    shard = max((path for path in folder.iterdir()), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    again = trainer(tiny_model(), config(tmp_path, **AHEAD))
+    assert counting.scored == 2 * NUM_UNLIKE
+    assert "damaged" in caplog.text
+    again.train()
+    assert logged(again) == logged(first)
+
+
+def test_the_store_can_be_elsewhere(tmp_path: Path, counting: Counting) -> None:
+    elsewhere = str(tmp_path / "store")
+    trainer(tiny_model(), config(tmp_path, **AHEAD, reference_store=elsewhere))
+    trainer(tiny_model(), config(tmp_path, **AHEAD, reference_store=elsewhere))
+    assert counting.scored == NUM_UNLIKE
+    assert len(stores(tmp_path / "store")) == 1
+    assert stores(default_root()) == []
+
+
+def test_a_file_where_the_store_is_to_be(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("in the way")
+    with pytest.raises(ValueError, match=r"log-prob store .*store.*cannot be written"):
+        trainer(tiny_model(), config(tmp_path, **AHEAD, reference_store=str(tmp_path / "store")))
+
+
+def test_completions_of_many_pairs_are_scored_in_few_rows(tmp_path: Path, counting: Counting) -> None:
+    """Four completions of each prompt in all six pairs: four rows where the pairs have twelve, and less padding."""
+    table = []
+    for row in rows(8, seed=2).to_list():
+        draw = torch.Generator().manual_seed(len(table))
+        ends = [torch.randint(3, 90, (int(n),), generator=draw).tolist() for n in (2, 7, 12, 30)]
+        pairs = [(a, b) for i, a in enumerate(ends) for b in ends[i + 1 :]]
+        table += [{"prompt_ids": row["prompt_ids"], "chosen_ids": a, "rejected_ids": b} for a, b in pairs]
+    data = Dataset.from_list(table)
+    ours = trainer(tiny_model(), config(tmp_path, **AHEAD), train_dataset=data)
+    assert counting.scored == 8 * 4
+    live = trainer(tiny_model(), config(tmp_path, reference="model"), train_dataset=data)
+    ours.train()
+    live.train()
+    assert logged(ours) == pytest.approx(logged(live), abs=1e-5)

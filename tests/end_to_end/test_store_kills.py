@@ -1,0 +1,332 @@
+"""Filling a store that is killed with SIGKILL, at random instants and at every step of writing: nothing wrong is ever
+stored, and a kill costs one shard at most. And several processes that fill one store at once.
+
+The file is also the program that fills: a process that has everything imported, and forks for each life.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+import holdfast
+from holdfast.reference import store
+from holdfast.reference.claims import claimed_blocks
+from holdfast.reference.index import ContentId
+from holdfast.reference.manifest import StoreKey
+from holdfast.reference.shards import PARTIAL, shard_paths
+from holdfast.reference.store import LogpStore
+from holdfast.reference.upkeep import carry_out, merge, plan, verify
+
+pytestmark = pytest.mark.slow
+
+KEY = StoreKey(weights="5a" * 16, config="c0" * 16, numerics={"dtype": "torch.float32"}, description="killed")
+NUM_COMPLETIONS, NUM_PER_SHARD, NUM_PER_BATCH = 2_000, 64, 8
+NUM_KILLS = 30
+
+
+def content_id(number: int) -> ContentId:
+    """That of the completion of this number."""
+    return (number * 0x9E3779B97F4A7C15 % 2**64 - 2**63, number)
+
+
+def logps(number: int) -> Tensor:
+    """Its log-probs, as a model would compute them: always the same."""
+    return -torch.frac(torch.arange(1 + number % 37) * 0.37 + number * 0.11).float()
+
+
+IDS = [content_id(number) for number in range(NUM_COMPLETIONS)]
+EXPECTED = {content_id(number): logps(number) for number in range(NUM_COMPLETIONS)}
+
+# Filling -------------------------------------------------------------------------------------------------------------
+
+
+def compute(ids: Sequence[ContentId], log: int) -> dict[ContentId, Tensor]:
+    """What a model would do for a batch; says in a file, which a kill leaves, for how many completions."""
+    time.sleep(0.0005 * len(ids))
+    found = {key: logps(key[1]) for key in ids}
+    os.write(log, b"." * len(ids))
+    return found
+
+
+def fill(folder: str, log: int, num_completions: int) -> None:
+    """Completes a store, in the order of the completions."""
+    with LogpStore.open(folder, KEY) as opened:
+        missing = opened.missing(IDS[:num_completions])
+        for begin in range(0, len(missing), NUM_PER_BATCH):
+            opened.add(compute(missing[begin : begin + NUM_PER_BATCH], log))
+
+
+def share(folder: str, log: int, num_completions: int) -> None:
+    """Completes a store together with others."""
+    with LogpStore.open(folder, KEY) as opened:
+        for block in claimed_blocks(opened, IDS[:num_completions], NUM_PER_SHARD):
+            for begin in range(0, len(block), NUM_PER_BATCH):
+                opened.add(compute(block[begin : begin + NUM_PER_BATCH], log))
+
+
+def deadly(last: int) -> None:
+    """From now on this process does not get beyond file operation number `last`; of a write, the half is done."""
+    count = 0
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == last:
+                if name == "write":
+                    original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return called
+
+    for name in ("mkdir", "open", "write", "fsync", "close", "replace", "unlink", "utime"):
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def live(asked: dict[str, Any]) -> None:
+    """A life."""
+    store.SHARD_COMPLETIONS = NUM_PER_SHARD
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if asked["deadly"]:
+        deadly(asked["deadly"])
+    if asked["work"] == "merge":
+        merge(Path(asked["folder"]) / KEY.digest())
+    else:
+        {"fill": fill, "share": share}[asked["work"]](asked["folder"], log, asked["num_completions"])
+
+
+def main() -> None:
+    """Asked for a life, forks and tells its process; asked for `{"wait": process}`, tells its status when it ends."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            tell(os.waitpid(asked["wait"], 0)[1])
+            continue
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                live(asked)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        tell(child)
+
+
+def tell(number: int) -> None:
+    """Answers."""
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+# Killing -------------------------------------------------------------------------------------------------------------
+
+
+class Lives:
+    """The process that fills."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def begin(self, folder: Path, **asked: Any) -> int:
+        """Begins a life, and returns its process."""
+        defaults = {"work": "fill", "deadly": 0, "num_completions": NUM_COMPLETIONS}
+        return self._ask(defaults | {"folder": str(folder), "log": str(folder) + ".log"} | asked)
+
+    def end(self, process: int) -> bool:
+        """Waits for a life's end: True if it was killed, False if it had done its work."""
+        status = self._ask({"wait": process})
+        assert status in (0, signal.SIGKILL), f"a life ended by itself: {status}"
+        return status == signal.SIGKILL
+
+    def _ask(self, asked: dict[str, Any]) -> int:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def lives() -> Iterator[Lives]:
+    """Lives as they are asked for."""
+    environment = os.environ | {"PYTHONPATH": str(Path(holdfast.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, __file__], env=environment, **pipes) as process:
+        yield Lives(process)
+        assert process.stdin
+        process.stdin.close()
+
+
+def num_computed(folder: Path) -> int:
+    """Completions computed so far, in all lives."""
+    log = Path(f"{folder}.log")
+    return log.stat().st_size if log.exists() else 0
+
+
+def is_as_expected(folder: Path, ids: Sequence[ContentId] = IDS) -> bool:
+    """Whether a store holds these completions, all with the values of a filling that nothing interrupted."""
+    found = LogpStore.open(folder, KEY).get(ids, [len(EXPECTED[key]) for key in ids])
+    return found.keys() == set(ids) and all(torch.equal(found[key], EXPECTED[key]) for key in ids)
+
+
+def num_stored(folder: Path) -> int:
+    """Completions in the shards, as often as they are there."""
+    return sum(len(load_file(path)["content"]) for path in shard_paths(folder / KEY.digest()))
+
+
+def test_a_kill_at_any_instant_costs_one_shard_at_most(lives, tmp_path, caplog):
+    folder = tmp_path / "killed"
+    draw = random.Random(0)
+    for _ in range(NUM_KILLS):
+        enough = num_computed(folder) + draw.randint(0, NUM_PER_SHARD * 3 // 2)
+        process = lives.begin(folder)
+        while num_computed(folder) < enough:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(process, signal.SIGKILL)
+        assert lives.end(process)
+        before = LogpStore.open(folder, KEY)
+        found = before.get(IDS)
+        assert all(torch.equal(found[key], EXPECTED[key]) for key in found)
+        assert verify(folder) == []
+    assert 0 < before.num_completions < NUM_COMPLETIONS
+    assert not lives.end(lives.begin(folder))
+    assert num_computed(folder) <= NUM_COMPLETIONS + NUM_KILLS * NUM_PER_SHARD
+    assert num_stored(folder) == NUM_COMPLETIONS
+    assert is_as_expected(folder)
+    assert verify(folder) == []
+    assert caplog.records == []
+
+    assert not lives.end(lives.begin(tmp_path / "whole"))
+    assert num_computed(tmp_path / "whole") == NUM_COMPLETIONS
+    shards = [sorted(path.name for path in shard_paths(root / KEY.digest())) for root in (folder, tmp_path / "whole")]
+    assert shards[0] == shards[1]  # digests: the same files, byte for byte
+
+
+def test_a_kill_at_every_step_of_writing(lives, tmp_path, caplog):
+    """Each life has all to do and ends a step later than the one before, until one lives."""
+    num = NUM_PER_SHARD
+    place, is_killed = 0, True
+    while is_killed:
+        place += 1
+        folder = tmp_path / f"{place}"
+        is_killed = lives.end(lives.begin(folder, deadly=place, num_completions=2 * num))
+        num_kept = LogpStore.open(folder, KEY).num_completions
+        assert num_kept in (0, num, 2 * num)
+        assert [damage for damage in verify(folder) if damage.reason != "it is missing"] == []
+        assert not lives.end(lives.begin(folder, num_completions=2 * num))
+        assert num_computed(folder) <= 3 * num
+        assert num_stored(folder) == 2 * num
+        assert is_as_expected(folder, IDS[: 2 * num])
+        assert verify(folder) == []
+        for left in folder.glob(f"*/*{PARTIAL}"):
+            os.utime(left, (0, 0))
+        for step in plan(folder):
+            carry_out(step)
+        assert is_as_expected(folder, IDS[: 2 * num])
+        assert not list(folder.glob(f"*/*{PARTIAL}"))
+    assert place > 20  # so the steps were steps of writing
+    assert caplog.records == []
+
+
+def test_a_kill_at_every_step_of_merging(lives, tmp_path, caplog):
+    num = 4 * NUM_PER_SHARD
+    place, is_killed = 0, True
+    while is_killed:
+        place += 1
+        folder = tmp_path / f"{place}"
+        assert not lives.end(lives.begin(folder, num_completions=num))
+        is_killed = lives.end(lives.begin(folder, work="merge", deadly=place))
+        assert is_as_expected(folder, IDS[:num])
+        assert verify(folder) == []
+        merge(folder / KEY.digest())
+        assert num_stored(folder) == num
+        assert is_as_expected(folder, IDS[:num])
+    assert place > 10
+    assert caplog.records == []
+
+
+def test_four_processes_fill_one_store(lives, tmp_path, caplog):
+    """No completion is done twice but in blocks that were in progress at the end, one of each other process."""
+    folder = tmp_path / "shared"
+    processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(4)]
+    reader = LogpStore.open(folder, KEY)
+    while reader.num_completions < NUM_COMPLETIONS:
+        reader.refresh()
+        found = reader.get(IDS)
+        assert all(torch.equal(found[key], EXPECTED[key]) for key in found)
+        time.sleep(0.02)
+    assert [lives.end(process) for process in processes] == [False] * 4
+    parts = [Path(f"{folder}.{number}").stat().st_size for number in range(4)]
+    assert min(parts) > 0
+    assert NUM_COMPLETIONS <= sum(parts) <= NUM_COMPLETIONS + 4 * 3 * NUM_PER_SHARD
+    assert num_stored(folder) <= sum(parts)
+    assert is_as_expected(folder)
+    assert verify(folder) == []
+    merge(folder / KEY.digest())
+    assert num_stored(folder) == NUM_COMPLETIONS
+    assert is_as_expected(folder)
+    assert caplog.records == []
+
+
+def test_the_others_do_what_a_killed_one_has_left(lives, tmp_path):
+    folder = tmp_path / "shared"
+    processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(3)]
+    while not Path(f"{folder}.0").exists() or Path(f"{folder}.0").stat().st_size < 3 * NUM_PER_SHARD // 2:
+        time.sleep(0.001)
+    os.kill(processes[0], signal.SIGKILL)
+    assert [lives.end(process) for process in processes] == [True, False, False]
+    assert is_as_expected(folder)
+    assert verify(folder) == []
+
+
+def test_processes_that_do_not_share_out_do_no_harm(lives, tmp_path):
+    """All four compute the same at the same time."""
+    folder = tmp_path / "same"
+    processes = [lives.begin(folder, num_completions=300) for _ in range(4)]
+    assert [lives.end(process) for process in processes] == [False] * 4
+    assert LogpStore.open(folder, KEY).num_completions == 300
+    assert is_as_expected(folder, IDS[:300])
+    assert verify(folder) == []
+
+
+def test_merging_under_readers_and_writers(lives, tmp_path):
+    folder = tmp_path / "merged"
+    processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(2)]
+    num_merged = 0
+    while (opened := LogpStore.open(folder, KEY)).num_completions != NUM_COMPLETIONS:
+        found = opened.get(IDS)
+        assert all(torch.equal(found[key], EXPECTED[key]) for key in found)
+        if (folder / KEY.digest()).exists():
+            num_merged += merge(folder / KEY.digest())
+        time.sleep(0.01)
+    assert [lives.end(process) for process in processes] == [False] * 2
+    assert num_merged > 0
+    assert is_as_expected(folder)
+    assert verify(folder) == []
+    assert np.sum([len(logps) for logps in EXPECTED.values()]) == LogpStore.open(folder, KEY).num_tokens
+
+
+if __name__ == "__main__":
+    main()
