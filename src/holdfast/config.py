@@ -140,6 +140,9 @@ class DPOConfig(TrainingArguments):
         "else a folder among the platform's caches.",
         default=None,
     )
+    reference_store_versions: bool = _option(
+        "Keep the stored log-probs of a moving reference's past versions, which are removed otherwise.", default=False
+    )
     sync_ref_model: bool = _option("Move the reference towards the policy while training (TR-DPO).", default=False)
     ref_model_mixup_alpha: float = _option("alpha: ref <- alpha * policy + (1 - alpha) * ref.", default=0.6)
     ref_model_sync_steps: int = _option("tau: optimizer steps between two such moves.", default=512)
@@ -190,6 +193,7 @@ class DPOConfig(TrainingArguments):
             sync_steps=self.ref_model_sync_steps if self.sync_ref_model else None,
             mixup_alpha=self.ref_model_mixup_alpha if self.sync_ref_model else 0.0,
             weights=self.ref_model_weights,
+            keeps_versions=self.reference_store_versions,
             store=Path(self.reference_store) if self.reference_store is not None else None,
             place=cast(Place, self.snapshot_device),
             file=Path(str(self.output_dir)) / "_reference" / f"snapshot-{process_index}.safetensors",
@@ -252,11 +256,14 @@ class DPOConfig(TrainingArguments):
                 "Choose one of them."
             )
         self._check_places()
-        if self.reference_store is not None and not (self.precompute_ref_log_probs or self.reference == "precomputed"):
-            raise ValueError(
-                f"reference_store={self.reference_store!r} was asked for, but no log-probs are computed ahead. Set "
-                "precompute_ref_log_probs=True, or drop it."
-            )
+        is_ahead = self.precompute_ref_log_probs or self.reference == "precomputed"
+        for name in ("reference_store", "reference_store_versions"):
+            if getattr(self, name) and not (is_ahead and (self.sync_ref_model or name == "reference_store")):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} was asked for, but no log-probs "
+                    f"{'of a moving reference ' if name != 'reference_store' else ''}are computed ahead. Set "
+                    "precompute_ref_log_probs=True, or drop it."
+                )
         if self.ref_model_weights is not None:
             check_weights(self.ref_model_weights)
         if self.ref_adapter_name is not None and (

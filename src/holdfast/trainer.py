@@ -198,7 +198,9 @@ class DPOTrainer(Trainer):
         checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
         self._place = StreamPlace(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
-        return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
+        return output
 
     def restore(self, checkpoint: str | bool = True) -> None:
         """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer

@@ -199,3 +199,65 @@ def test_completions_of_many_pairs_are_scored_in_few_rows(tmp_path: Path, counti
     ours.train()
     live.train()
     assert logged(ours) == pytest.approx(logged(live), abs=1e-5)
+
+
+# --- streams and moving references ------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_scored_once(tmp_path: Path, counting: Counting) -> None:
+    """Window by window in the first run; in a second pass and a second run everything is found, weights untouched."""
+    options = AHEAD | {"reference_window": 2, "max_steps": 8}
+    first = trainer(tiny_model(), config(tmp_path / "a", **options), train_dataset=rows().to_iterable_dataset())
+    first.train()
+    once = counting.scored
+    assert NUM_UNLIKE <= once <= 2 * len(rows()) + 6, "two sides of each pair, and the audit's batch"
+    args = config(tmp_path / "b", **options | {"beta": 0.7})
+    second = trainer(tiny_model(), args, train_dataset=rows().to_iterable_dataset())
+    second.train()
+    assert counting.scored == once
+    live = trainer(tiny_model(), config(tmp_path, reference="model", max_steps=8), train_dataset=_streamed())
+    live.train()
+    assert logged(first) == pytest.approx(logged(live), abs=1e-5)
+
+
+def _streamed() -> Any:
+    return rows().to_iterable_dataset()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_past_versions_leave_the_store(alpha: float, keeps: bool, tmp_path: Path) -> None:
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha}
+    ours = trainer(tiny_model(), config(tmp_path, **AHEAD, **moving, max_steps=6, reference_store_versions=keeps))
+    ours.train()
+    assert ours.reference.version == 3
+    ours.reference.state_dict()  # what is in memory is written
+    versions = sorted(facts.manifest.key.version for facts in stores(default_root()) if facts.manifest is not None)
+    assert versions == ([0, 1, 2] if keeps else [])
+    live = trainer(tiny_model(), config(tmp_path, **moving, max_steps=6))
+    live.train()
+    assert logged(ours) == pytest.approx(logged(live), abs=1e-5)
+
+
+def test_training_goes_on_where_the_store_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from holdfast.reference.store import LogpStore
+
+    def full(self: Any, logps: Any) -> None:
+        raise ValueError("there is no room for them.")
+
+    monkeypatch.setattr(LogpStore, "add", full)
+    ours = trainer(tiny_model(), config(tmp_path, **AHEAD, reference_window=2))
+    ours.train()
+    assert caplog.text.count("there is no room for them. Training goes on") == 1
+    live = trainer(tiny_model(), config(tmp_path, reference="model"))
+    live.train()
+    assert logged(ours) == pytest.approx(logged(live), abs=1e-5)
+
+
+def test_versions_are_kept_of_a_moving_reference_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reference_store_versions=True was asked for, but no log-probs of a moving"):
+        config(tmp_path, **AHEAD, reference_store_versions=True)
+    with pytest.raises(ValueError, match=r"reference_store='here' was asked for, but no log-probs are computed ahead"):
+        config(tmp_path, reference_store="here")

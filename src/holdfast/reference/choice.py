@@ -36,7 +36,7 @@ class Wish:
     snapshot is held (in `file`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
     (`window`; None where that is left open), whether the data is a stream, how often and how far the reference moves
     (None and 0 for a fixed one), the weights of several references (None for equal ones), and the folder of stored
-    log-probs (None for the default)."""
+    log-probs (None for the default), with or without those of versions that are over."""
 
     way: str = "auto"
     adapter: str | None = None
@@ -49,6 +49,7 @@ class Wish:
     mixup_alpha: float = 0.0
     weights: Sequence[float] | None = None
     store: Path | None = None
+    keeps_versions: bool = False
 
     @property
     def motion(self) -> Motion:
@@ -80,16 +81,22 @@ def choose_reference(
         return None
     wish = replace(wish, is_ahead=wish.is_ahead or wish.way == "precomputed")
     held = _mixed(wish, policy, ref_models, autocast)
-    if wish.is_ahead and wish.motion == "fixed" and not wish.is_stream and wish.window is None:
-        key = partial(store_key, reference=held, policy=policy, mixed_precision=mixed_precision)
-        return PrecomputedReference(
-            held,
-            open_store=lambda weights: LogpStore.open(wish.store or default_root(), key(weights)),
-            park=partial(_parked, wish, autocast),
-            is_quiet=is_quiet,
-            is_main=is_main,
-        )
-    return _windowed(wish, held)
+    if not wish.is_ahead:
+        return _windowed(wish, held)
+    key = partial(store_key, reference=held, policy=policy, mixed_precision=mixed_precision)
+    moves = wish.motion != "fixed"
+    is_whole = not moves and wish.window is None
+    stored = PrecomputedReference(
+        held,
+        open_store=lambda weights, version: LogpStore.open(wish.store or default_root(), key(weights, version=version)),
+        park=partial(_parked, wish, autocast),
+        is_whole=is_whole,
+        moves=moves,
+        keeps_versions=wish.keeps_versions,
+        is_quiet=is_quiet,
+        is_main=is_main,
+    )
+    return stored if is_whole and not wish.is_stream else _windowed(wish, stored)
 
 
 def _mixed(wish: Wish, policy: nn.Module, ref_models: Sequence[nn.Module | None], autocast: Autocast) -> Reference:

@@ -30,7 +30,9 @@ _OF_NO_ACCOUNT = {
 _OF_ADAPTERS = {"base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "task_type", "peft_version"}
 
 
-def store_key(weights: str, reference: Reference, policy: nn.Module, mixed_precision: str) -> StoreKey:
+def store_key(
+    weights: str, *, version: int | None, reference: Reference, policy: nn.Module, mixed_precision: str
+) -> StoreKey:
     """The key of what `reference`, whose weights have the digest `weights`, says in a run over `policy`."""
     configs = [_config(module) for module in _modules(reference, policy)]
     first = next(iter(_modules(reference, policy)))
@@ -45,6 +47,7 @@ def store_key(weights: str, reference: Reference, policy: nn.Module, mixed_preci
             "device": next(policy.parameters()).device.type,
             "tf32": torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest",
         },
+        version=version,
         description=description,
     )
 

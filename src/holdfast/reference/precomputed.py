@@ -1,14 +1,17 @@
-"""Log-probs computed ahead: the datasets are scored before training, and the reference need not be in memory after.
+"""Log-probs computed ahead: before training, or window by window, and the reference need not be in memory after.
 
 Wraps the reference that does the scoring. What it gives goes into the store (`reference.store`): per completion, by
 content (token ids of prompt and completion after truncation), per token. So a completion of many pairs is scored once,
 what an earlier run scored is found, and every loss and modifier can be computed from what is kept. Costs disk: 4 bytes
 per completion token.
+
+A reference that moves has a store for each of its versions, and leaves the one before behind.
 """
 
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,7 +24,7 @@ from tqdm.auto import tqdm
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import ContentId, Pending
 from holdfast.reference.adapter import null_ref_context
-from holdfast.reference.base import PER_BATCH, FixedReference, Reference
+from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.claims import claimed_blocks
 from holdfast.reference.store import LogpStore
 
@@ -29,51 +32,113 @@ logger = logging.getLogger(__name__)
 
 
 @final
-class PrecomputedReference(FixedReference):
+class PrecomputedReference(Reference):
     """The log-probs of `inner`, stored.
 
-    `open_store` gives the store for a reference whose weights have a digest. `park` turns `inner` into what is kept of
-    it once the datasets are scored, None for nothing. `is_quiet` hides the progress bar, `is_main` is the process that
-    reports.
+    `open_store` gives the store for a reference whose weights have a digest, in a version (None if it never moves).
+    With `is_whole` the datasets are scored when they are announced, and `park` then turns `inner` into what is kept of
+    it, None for nothing; otherwise batches are scored when they are asked about. `keeps_versions` leaves the stores of
+    past versions. `is_quiet` hides the progress bar, `is_main` is the process that reports.
     """
 
     def __init__(
         self,
         inner: Reference,
         *,
-        open_store: Callable[[str], LogpStore],
+        open_store: Callable[[str, int | None], LogpStore],
         park: Callable[[Reference], Reference | None],
+        is_whole: bool = True,
+        moves: bool = False,
+        keeps_versions: bool = False,
         is_quiet: bool = False,
         is_main: bool = True,
     ) -> None:
-        super().__init__()
+        self.version = inner.version
+        self.drift = inner.drift
         self._inner: Reference | None = inner
-        self._source = inner.describe("asked ahead")
-        self._open_store: Callable[[str], LogpStore] | None = open_store
+        self._source = inner.describe
+        self._open_store: Callable[[str, int | None], LogpStore] | None = open_store
         self._park = park
+        self._is_whole = is_whole
+        self._moves = moves
+        self._keeps_versions = keeps_versions
         self._is_quiet = is_quiet
         self._is_main = is_main
         self._fingerprint = ""
         self._store: LogpStore | None = None
+        self._holding: contextlib.ExitStack | None = None
+        self._is_told = False
 
-    def held(self) -> AbstractContextManager[None]:
-        """That of the reference that does the scoring."""
-        return self._inner.held() if self._inner is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See `Reference.held`: the inner reference is held from the first completion on that is not stored."""
+        if self._holding is not None:
+            yield
+            return
+        with contextlib.ExitStack() as self._holding:
+            try:
+                yield
+            finally:
+                self._holding = None
 
     def prepare(self, datasets: Mapping[str, Pending]) -> None:
-        """Score every completion of the datasets that is not stored yet, and let go of the inner reference's memory.
-        ValueError where the log-probs are not finite or the store cannot be written."""
+        """Score every completion of the datasets that is not stored yet, and let go of the inner reference's memory,
+        where that is how it is used. ValueError where log-probs are not finite or the store cannot be written."""
         if self._store is None:
-            assert self._inner is not None
-            assert self._open_store is not None
-            self._fingerprint = self._inner.fingerprint()
-            self._store = self._open_store(self._fingerprint)
-            self._open_store = None  # it refers to the reference, which may be about to go
+            self._open()
+        assert self._store is not None
+        _flushed(self._store)
+        if not self._is_whole:
+            return
         with self.held():
             for name, data in datasets.items():
                 self._fill(self._store, name, data)
         if self._inner is not None:
             self._inner = self._park(self._inner)
+            self._source = self._inner.describe if self._inner is not None else self._source
+        self._open_store = None  # it refers to the reference, which may be about to go
+
+    def _open(self) -> None:
+        """The store for the reference as it is now."""
+        assert self._inner is not None
+        assert self._open_store is not None
+        fingerprint = self._inner.fingerprint()
+        self._fingerprint = self._fingerprint or fingerprint
+        self._store = self._open_store(fingerprint, self.version if self._moves else None)
+        weakref.finalize(self, _flushed, self._store)
+
+    def sync(self, mixup_alpha: float) -> None:
+        """See `Reference.sync`; from here on there is another store."""
+        assert self._inner is not None
+        self._inner.sync(mixup_alpha)
+        self.version, self.drift = self._inner.version, self._inner.drift
+        self._leave()
+        self._open()
+
+    def _leave(self) -> None:
+        """The store of a version that is over is flushed and, unless versions are kept, removed."""
+        if self._store is None:
+            return
+        if self._keeps_versions:
+            self._store.flush()
+        else:
+            self._store.drop()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of the inner reference. What was scored is written, so that a resumed run finds the same numbers."""
+        if self._store is not None:
+            _flushed(self._store)
+        return self._inner.state_dict() if self._inner is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
+        """See `Reference.load_state_dict`."""
+        if self._inner is None:
+            assert not state
+            return
+        self._inner.load_state_dict(state, version, drift)
+        if version != self.version:
+            self.version, self.drift = version, drift
+            self._open()
 
     def _fill(self, store: LogpStore, name: str, data: Pending) -> None:
         begin, num_scored, num_tokens = time.monotonic(), 0, 0
@@ -103,36 +168,45 @@ class PrecomputedReference(FixedReference):
         if self._inner is None:
             raise ValueError(
                 "Log-probs of completions that were not precomputed were asked for, and the reference "
-                f"({self._source}) is no longer in memory. Hand every dataset to the trainer when it is made "
+                f"({self._source()}) is no longer in memory. Hand every dataset to the trainer when it is made "
                 "(`eval_dataset` may be a dict of several), or use reference='model'."
             )
+        if self._holding is not None:
+            self._holding.enter_context(self._inner.held())
         logps = self._inner.logps(batch)
         per_token = logps.per_token.cpu()
         if not bool(per_token.isfinite().all()):
             row = int(batch.sequence[int((~per_token.isfinite()).nonzero()[0])])
             raise ValueError(
-                f"The reference ({self._source}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
+                f"The reference ({self._source()}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
                 f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
             )
         return dict(zip(content_ids(batch), per_token.split(logps.lengths().tolist()), strict=True))
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
-        """See `Reference.logps`; looked up. A batch that was not prepared is scored by the inner reference where that
-        is still there, else ValueError."""
+        """See `Reference.logps`; looked up. A batch of which something is not stored is scored by the inner reference
+        where that is still there, else ValueError; what is stored stays as it is, in whatever batch it was scored."""
         assert self._store is not None, "nothing was prepared"
-        template = SequenceLogps(
-            per_token=torch.zeros(batch.target.shape[0], device=batch.sequence.device),
-            sequence=batch.sequence,
-            num_sequences=batch.num_sequences,
-        )
         ids = content_ids(batch)
-        known = self._store.get(ids, template.lengths().tolist())
+        known = self._store.get(ids, _lengths(batch))
         if any(key not in known for key in ids):
-            known = self._scored(batch)
+            scored = self._scored(batch)
+            self._add(scored)
+            known = scored | known
         per_token = torch.cat([known[key] for key in ids]) if ids else torch.zeros(0)
         return SequenceLogps(
             per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
         )
+
+    def _add(self, scored: Mapping[ContentId, Tensor]) -> None:
+        """Stores what was scored while training, which goes on where there is no room: the numbers are at hand."""
+        assert self._store is not None
+        try:
+            self._store.add(scored)
+        except ValueError as error:
+            if not self._is_told and self._is_main:
+                logger.warning("%s Training goes on; log-probs are not stored.", error)
+            self._is_told = True
 
     def release(self) -> None:
         """Tells the inner reference, where it is still there."""
@@ -152,7 +226,8 @@ class PrecomputedReference(FixedReference):
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""
         where = f" in {self._store.folder}" if self._store is not None else ""
-        return f"{self._source}; its log-probs stored{where}"
+        when = "asked ahead" if asked == PER_BATCH else asked
+        return f"{self._source(when)}; its log-probs stored{where}"
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """That of the inner reference, where it is still there."""
@@ -162,6 +237,17 @@ class PrecomputedReference(FixedReference):
     def module(self) -> nn.Module | None:
         """None: no module is kept."""
         return None
+
+
+def _flushed(store: LogpStore) -> None:
+    """What was added is written, where it can be."""
+    with contextlib.suppress(ValueError):
+        store.flush()
+
+
+def _lengths(batch: PairBatch) -> list[int]:
+    """Number of tokens of each of the batch's sequences."""
+    return torch.bincount(batch.sequence, minlength=batch.num_sequences).tolist()
 
 
 def content_ids(batch: PairBatch) -> list[ContentId]:
