@@ -13,6 +13,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HOME": _caches,
+    "HOLDFAST_HOME": os.path.join(_caches, "holdfast"),
     "HF_DATASETS_CACHE": os.path.join(_caches, "datasets"),
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",

@@ -30,6 +30,7 @@ def main() -> None:
     for name in names:
         began = time.time()
         (folder / name).mkdir(parents=True, exist_ok=True)
+        os.environ["HOLDFAST_HOME"] = str(folder / name / "home")
         try:
             results[name] = table[name](folder / name)
         except BaseException:

@@ -181,14 +181,6 @@ def test_precomputed_shares_are_complete(runs: Runs) -> None:
     assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_precomputed_values_are_sent_alone(num_processes: int, runs: Runs) -> None:
-    """4 bytes a token in a storage of their own: a view would drag its whole batch through every process."""
-    found = of(runs, "precomputed_values", num_processes)
-    values = found["kept_by_each_process"][0]
-    assert found["num_bytes"] == {completion: 4 * len(logps) for completion, logps in values.items()}
-
-
 def test_a_wrong_reference_is_refused_on_every_process(runs: Runs) -> None:
     refused = of(runs, "audit_of_a_wrong_reference")["refused_by_each_process"]
     assert len(refused) == 2
