@@ -1,0 +1,110 @@
+"""Killed at any instant and resumed = never interrupted (law L5): bit for bit, for every way to hold a reference.
+
+Each run is killed ten times at random instants, anywhere between the making of its trainer and its end, and taken up
+each time from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import holdfast
+import kills
+
+pytestmark = pytest.mark.slow
+
+NUM_KILLS = 10
+MOST_KILLS = 60
+PLACES = {"save": [0.2, 0.6, 0.9], "sync": [0.2, 0.7], "window": [0.5]}
+"""Where a run is killed deliberately, after which parts of what happens there."""
+
+Life = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    """The process that runs and kills."""
+    paths = [Path(kills.__file__).parent, Path(holdfast.__file__).parent.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, kills.__file__], env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def life(server: subprocess.Popen[str]) -> Life:
+    """(kind, folder, seconds until it is killed, where it is killed) -> what came of it; see `kills`."""
+
+    def lived(
+        kind: str, folder: Path, *, seconds: float | None = None, ends: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        assert server.stdin
+        assert server.stdout
+        asked = {"kind": kind, "folder": str(folder), "seconds": seconds, "ends": ends or {}}
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        if not answer["killed"] and answer["result"] is None:
+            pytest.fail(f"{asked}: {answer['output']}", pytrace=False)
+        return answer
+
+    return lived
+
+
+@pytest.mark.parametrize("kind", kills.KINDS)
+def test_a_kill_loses_nothing(kind: str, life: Life, tmp_path: Path) -> None:
+    places = ["save"] + ["sync"] * ("synced" in kind) + ["window"] * ("windowed" in kind)
+    whole = life(kind, tmp_path / "whole", ends={place: [0, None] for place in places})
+    assert whole["events"].keys() == set(places)
+    expected = whole["result"]
+    assert [entry["step"] for entry in expected["log"] if "loss" in entry] == [*range(1, kills.NUM_STEPS + 1)]
+    assert (expected["version"] > 0) == ("synced" in kind)
+    finished = life(kind, tmp_path / "whole")  # nothing is left to do, so it lasts as long as a life's beginning
+    assert finished["resumed"] == kills.NUM_STEPS
+    assert finished["result"] == expected
+
+    average = finished["seconds"] + whole["seconds"] / NUM_KILLS
+    assert killed_at_random(kind, life, tmp_path / "random", average) == expected
+    assert killed_at_places(kind, life, tmp_path / "places", whole["events"]) == expected
+
+
+def killed_at_random(kind: str, life: Life, folder: Path, average: float) -> dict[str, Any]:
+    """What a run comes to that was killed and resumed ten times, after `average` seconds on average. One that gets to
+    its end before that begins anew, and must come to the same."""
+    draw = random.Random(kind)
+    results = []
+    num_killed = num_resumed = 0
+    while num_killed < NUM_KILLS or not num_resumed:
+        answer = life(kind, folder, seconds=draw.uniform(0, 2 * average))
+        num_killed += answer["killed"]
+        num_resumed += answer["resumed"] > 0
+        assert num_killed < MOST_KILLS, "no checkpoint was ever complete"
+        if not answer["killed"]:
+            results.append(answer["result"])
+            shutil.rmtree(folder)
+    results.append(life(kind, folder)["result"])
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def killed_at_places(kind: str, life: Life, folder: Path, events: dict[str, list[list[int]]]) -> dict[str, Any]:
+    """What a run comes to that was killed and resumed at all `PLACES` that it has, one after the other; `events` are
+    what an uninterrupted run counted there."""
+    ends = [(place, fraction) for place in events for fraction in PLACES[place]]
+    for index, (place, fraction) in enumerate(ends, 1):
+        step = kills.NUM_STEPS * index // (len(ends) + 1)
+        fewest = min(number for at, number in events[place] if at >= step)
+        answer = life(kind, folder, ends={place: [step, max(1, int(fraction * fewest))]})
+        assert answer["killed"], f"{place} after step {step}"
+    answer = life(kind, folder)
+    assert answer["resumed"] > 0
+    return answer["result"]
