@@ -21,7 +21,9 @@ os.environ |= {
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
-install_import_hook(["holdfast.batch", "holdfast.logprobs", "holdfast.losses"], "shapes.checked")
+install_import_hook(
+    ["holdfast.attention", "holdfast.batch", "holdfast.head", "holdfast.logprobs", "holdfast.losses"], "shapes.checked"
+)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

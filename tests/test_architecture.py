@@ -22,11 +22,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"batch", "document"},
-    {"logprobs", "losses", "data"},
+    {"attention", "head", "logprobs", "losses", "data"},
     {"reference"},
     {"config"},
     {"arguments", "card", "metrics", "models", "trainer", "windows"},
-    {"runfile", "demo", "store_cli"},
+    {"runfile", "demo"},
+    {"assembly"},
+    {"store_cli"},
     {"cli"},
 )
 EXPORTED = {

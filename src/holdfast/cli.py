@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,13 +25,9 @@ from rich.table import Table
 
 from holdfast import store_cli
 from holdfast.document import RunFileError, dumped
-from holdfast.runfile import RunFile, Source, read_run_file
+from holdfast.runfile import RunFile, read_run_file
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-    from transformers import PreTrainedTokenizerBase
-
-    from holdfast import DPOTrainer
     from holdfast.config import DPOConfig
 
 _rank = int(os.environ.get("RANK", "0"))
@@ -102,10 +98,12 @@ def precompute(
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
-        reference = _trainer(run, arguments).reference
         from holdfast import PrecomputedReference
+        from holdfast.assembly import trainer_of
+        from holdfast.reference.given import GivenReference
 
-        if not isinstance(reference, PrecomputedReference):
+        reference = trainer_of(run, arguments).reference
+        if not isinstance(reference, PrecomputedReference | GivenReference):
             raise ValueError(
                 "Log-probs were to be computed ahead, but this run's cannot be: its data are a stream, its reference "
                 "moves (sync_ref_model), is asked in windows (reference_window), or there is none. `holdfast train` "
@@ -129,26 +127,11 @@ def demo(
     raise typer.Exit(result.exit_code)
 
 
-def _trainer(run: RunFile, arguments: "DPOConfig") -> "DPOTrainer":
-    """The trainer of a run file."""
-    from holdfast import DPOTrainer
-
-    peft_config = run.peft_config()
-    tokenizer = _tokenizer(run.tokenizer, arguments.trust_remote_code)
-    return DPOTrainer(
-        model=run.model.path,
-        ref_model=None if run.ref_model is None else run.ref_model.path,
-        args=arguments,
-        train_dataset=_dataset(run, "data.train", run.train),
-        eval_dataset=_evaluation_datasets(run),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
     """Trains, saves and evaluates into `folder`; the metrics."""
-    trainer = _trainer(run, arguments)
+    from holdfast.assembly import trainer_of
+
+    trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -163,37 +146,6 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return metrics
-
-
-def _tokenizer(source: Source, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer was to be loaded from {source.path!r}, which failed: {error}\n"
-            "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
-        ) from error
-
-
-def _dataset(run: RunFile, where: str, source: Source) -> "Dataset | IterableDataset":
-    from holdfast.data.load import load_preferences
-
-    dataset = load_preferences(source.path, **source.options)
-    if isinstance(dataset, dict):
-        raise run.document.error(
-            where,
-            f"`{where}` must be one dataset; found the splits {', '.join(map(str, dataset))} in {source.path!r}. "
-            f"Choose one of them: {{path: {source.path}, split: {next(iter(dataset))}}}.",
-        )
-    return dataset
-
-
-def _evaluation_datasets(run: RunFile) -> Any:
-    if isinstance(run.evaluation, dict):
-        return {name: _dataset(run, f"data.eval.{name}", source) for name, source in run.evaluation.items()}
-    return None if run.evaluation is None else _dataset(run, "data.eval", run.evaluation)
 
 
 def _check_writable(folder: Path) -> None:

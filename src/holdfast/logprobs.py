@@ -2,13 +2,15 @@
 
 The model runs its own forward pass, whatever wraps it (DDP, FSDP, PEFT, autocast), up to its output embeddings; there
 only the N completion positions are taken, projected in chunks, and reduced to numbers per token. So neither prompts nor
-padding reach the head, and no tensor of `[N V]` is alive: a chunk's logits are made again in the backward pass.
+padding reach the head, and no tensor of `[N V]` is alive. A head that is a plain matrix goes through `holdfast.head`;
+any other (adapters, hooks, quantised or sharded weights) through its own forward, with a chunk's logits made again in
+the backward pass.
 
 What a model does to its logits after the head (soft-capping in Gemma, scaling in Cohere and Granite) is read from its
 configuration and *checked against the model itself* on first use, by sending known values through the real forward.
 A model that does something else (masks some tokens, say) is scored exactly through its own logits, at `[N V]` memory.
 
-Given up: one more matrix product of the head per step (the recomputation) against keeping the logits.
+Given up: one more matrix product of a trained head per step (the recomputation) against keeping the logits.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast, final
+from typing import Any, Literal, cast, final
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -27,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns, token_columns
 
 CHUNK_LOGITS = 2**24
 """Logits alive at once: 64 MiB in fp32, which is 512 tokens of a 32k vocabulary and 110 of a 152k one."""
@@ -57,20 +60,6 @@ class Scores:
     aux_loss: Float[Tensor, ""] | None = None
 
 
-class LogitTransform(NamedTuple):
-    """What a model does to the output of its head: `cap * tanh(scale * x / cap)`; no cap where it is None."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = self.cap * torch.tanh(logits / self.cap)
-        return logits
-
-
 def score(
     model: nn.Module,
     batch: PairBatch,
@@ -86,11 +75,10 @@ def score(
     `router_logits` the model's own load-balancing loss. `chunk_tokens` bounds the tokens projected at a time; its
     default keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
-    causal_lm = unwrap(model)
     inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
     if router_logits:
         inputs["output_router_logits"] = True
-    with _CompletionHead(causal_lm, batch, statistics, chunk_tokens).installed():
+    with _CompletionHead(model, batch, statistics, chunk_tokens).installed():
         outputs = model(**inputs)
     # A model that is split over devices ends on another one than it began on.
     columns = tuple(column.to(batch.sequence.device) for column in outputs["columns"])
@@ -116,20 +104,6 @@ def _statistics(columns: tuple[Tensor, ...]) -> TokenStatistics:
 # --- the head -------------------------------------------------------------------------------------------------------
 
 
-def _token_columns(logits: Float[Tensor, "n V"], target: Int[Tensor, "n"], with_statistics: bool) -> tuple[Tensor, ...]:
-    """The log-prob of each target, and four statistics without gradients; from final logits, in fp32."""
-    logits = logits.float()
-    log_normalizer = logits.logsumexp(-1)  # [n]
-    logps = logits.gather(-1, target[:, None]).squeeze(-1) - log_normalizer
-    if not with_statistics:
-        return (logps,)
-    with torch.no_grad():
-        entropy = log_normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
-        log_sum_sq_probs = (2 * logits).logsumexp(-1) - 2 * log_normalizer
-        is_top1 = (logits.argmax(-1) == target).float()
-    return logps, entropy, logits.detach().mean(-1), is_top1, log_sum_sq_probs
-
-
 @final
 class _CompletionHead:
     """Stands in for a model's head during one forward pass, and makes the model return per-token columns.
@@ -137,15 +111,14 @@ class _CompletionHead:
     The columns travel as the model's own output, because wrappers such as FSDP hook the tensors a forward returns.
     """
 
-    def __init__(
-        self, causal_lm: PreTrainedModel, batch: PairBatch, with_statistics: bool, chunk_tokens: int | None
-    ) -> None:
-        self.causal_lm = causal_lm
+    def __init__(self, model: nn.Module, batch: PairBatch, with_statistics: bool, chunk_tokens: int | None) -> None:
+        self.causal_lm = causal_lm = unwrap(model)
         self.batch = batch
         self.with_statistics = with_statistics
         self.vocabulary = vocabulary_size(causal_lm)
         self.chunk_tokens = chunk_tokens or max(CHUNK_TOKENS_MIN, CHUNK_LOGITS // self.vocabulary)
         self.head = output_embeddings(causal_lm)
+        self.is_plain = is_plain_linear(self.head) and not is_sharded(model)
         self.head_forward = self.head.forward
         self.model_forward = causal_lm.forward
         self.states: Tensor | None = None
@@ -183,7 +156,7 @@ class _CompletionHead:
             else:
                 anchor = self.head(self.states)  # through `__call__`: sharding hooks on the head must run
         if self.columns is None:
-            self.columns = _token_columns(outputs.logits[0], self._target(outputs.logits), self.with_statistics)
+            self.columns = token_columns(outputs.logits[0], self._target(outputs.logits), self.with_statistics)
         else:
             # Adds zero. The gradient so passes through the head's output first, where the hooks of a head that is
             # sharded by itself wait for it to gather the weights that the recomputation needs.
@@ -204,10 +177,20 @@ class _CompletionHead:
         return hidden.reshape(-1, hidden.shape[-1])[self.batch.source.to(hidden.device)]
 
     def _columns(self, transform: LogitTransform, states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        return _token_columns(transform(self.head_forward(states).float()), target, self.with_statistics)
+        return token_columns(transform(self.head_forward(states).float()), target, self.with_statistics)
 
     def _chunked_columns(self, transform: LogitTransform, states: Float[Tensor, "N h"]) -> tuple[Tensor, ...]:
-        """`_token_columns` a chunk at a time; with gradients enabled a chunk's logits are made again in backward."""
+        """`token_columns` a chunk at a time.
+
+        Heads that are more than a matrix run through their own forward; with gradients enabled a chunk's logits are
+        then made again in the backward pass.
+        """
+        if self.is_plain:
+            head = cast(nn.Linear, self.head)
+            return linear_columns(
+                states, head.weight, head.bias, self._target(states), transform,
+                chunk_tokens=self.chunk_tokens, with_statistics=self.with_statistics,
+            )  # fmt: skip
         columns = partial(self._columns, transform)
         chunks = zip(states.split(self.chunk_tokens), self._target(states).split(self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():

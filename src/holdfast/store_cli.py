@@ -1,7 +1,7 @@
 """The commands `holdfast store list | verify | gc | export | import`: what there is, is it sound, making room, moving.
 
-Nothing here needs a model. Given up: clearing out without being asked twice; `gc` only says what it would do unless
-`--yes` is given.
+Nothing here but `import --run` needs a model. Given up: clearing out without being asked twice; `gc` only says what it
+would do unless `--yes` is given.
 """
 
 import re
@@ -133,12 +133,16 @@ def import_one(
     key: Annotated[
         str, typer.Option(metavar="KEY", help="Refuse a file whose store's key does not begin with these digits.")
     ] = "",
+    run_file: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN.YAML", help="Refuse what this run would not use, and say what it covers."),
+    ] = None,
     root: _Root = None,
     debug: _Debug = False,
 ) -> None:
     """Add an exported store to those here, once all of it is checked."""
     with _messages(debug):
-        from holdfast.reference.transfer import import_store, read_exported
+        from holdfast.reference.transfer import coverage, import_store, read_exported
 
         if key:
             found = read_exported(file).key
@@ -147,8 +151,19 @@ def import_one(
                     f"the store {key} was to be imported; {file} holds {found.digest()} "
                     f"({found.description or 'without a description'}). Give its key, or another file."
                 )
-        done = import_store(_folder(root), file)
+        if run_file is None:
+            done = import_store(_folder(root), file)
+            _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+            return
+        read_exported(file)  # what can be refused at once is
+        from holdfast.assembly import needed
+        from holdfast.runfile import read_run_file
+
+        wanted = needed(read_run_file(run_file, []))
+        done = import_store(wanted.store.folder.parent if root is None else root, file, wanted.store.key)
         _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+        num_found, num_asked = coverage(file, wanted.ids)
+        _print(f"{num_found:,} of the {num_asked:,} completions of {run_file} are in it")
 
 
 def human_bytes(num_bytes: int) -> str:

@@ -46,6 +46,7 @@ from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
+from holdfast.reference.given import with_given
 from holdfast.reference.sync import SyncCallback
 from holdfast.windows import Windows
 
@@ -167,12 +168,10 @@ class DPOTrainer(Trainer):
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
             is_main=self.is_world_process_zero(),
         )
-        if reference is not None:
-            self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
-        return reference
+        return self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
 
-    def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> None:
-        if reference is not None:
+    def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
+        if (reference := with_given(reference, datasets, self.model, self.args, self.accelerator)) is not None:
             sizes = {"train": self.args.per_device_train_batch_size}
             given, otherwise = self.args.precompute_ref_batch_size, self.args.per_device_eval_batch_size
             how = self.data_collator, self._pair_batch, self._collated, self.accelerator
@@ -181,6 +180,7 @@ class DPOTrainer(Trainer):
                 for name, part in datasets.items()
                 if isinstance(part, Dataset)  # a stream is not read ahead of its turn
             })  # fmt: skip
+        return reference
 
     def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
         self._is_introduced = True
@@ -305,7 +305,7 @@ class DPOTrainer(Trainer):
         """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
-            self._announce(self.reference, by_name(eval_dataset))
+            self.reference = self._announce(self.reference, by_name(eval_dataset))
             if isinstance(eval_dataset, dict):
                 metrics: dict[str, float] = {}
                 for name, part in eval_dataset.items():
@@ -317,7 +317,7 @@ class DPOTrainer(Trainer):
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
         test_dataset = prepare_dataset(test_dataset, name="test", **self._prepare_options)
-        self._announce(self.reference, {"test": test_dataset})
+        self.reference = self._announce(self.reference, {"test": test_dataset})
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -109,7 +109,7 @@ def test_columns(columns: list[str], kind: str) -> None:
         (["prompt", "chosen", "rejected", "images"], r"column\(s\) \['images'\], but only text.*Drop them"),
         (
             ["prompt", "chosen", "rejected", "ref_chosen_logps"],
-            r"\['ref_chosen_logps'\].*Drop these columns; reference log-probs are computed and kept by holdfast",
+            r"two columns .*has only \['ref_chosen_logps'\]. Add the other, or drop it: reference log-probs are comp",
         ),
         (["prompt", "chosen", "rejected", "prompt_ids"], r"found only \['prompt_ids'\].*Add the others"),
     ],

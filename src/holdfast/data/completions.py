@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import PairBatch
+from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
 
 ContentId = tuple[int, int]
@@ -35,6 +36,20 @@ class Pending(Protocol):
         """How many completions there are."""
         ...
 
+    def given(self) -> "Iterator[GivenSum]":
+        """The log-prob sums that the data bring along, of both completions of every pair, or none at all."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenSum:
+    """What a row of a dataset says the log-prob of a completion of `num_tokens` tokens is (nats; not checked)."""
+
+    content: ContentId
+    num_tokens: int
+    value: Any
+    where: str
+
 
 @final
 class Completions:
@@ -49,6 +64,7 @@ class Completions:
         num_pairs: int,
     ) -> None:
         self._dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        self._columns = dataset.select_columns(_given_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
         self._num_pairs = num_pairs
@@ -58,6 +74,10 @@ class Completions:
         """Unlike ones."""
         return len(self._found())
 
+    def ids(self) -> Iterable[ContentId]:
+        """Of the unlike ones."""
+        return self._found()
+
     def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
         """See `Pending.batches`: what `blocks` asks for, the longest first."""
         places = self._found()
@@ -66,6 +86,20 @@ class Completions:
         for block in blocks(ids):
             for keys in _within(budget, block, [places[key].length for key in block]):
                 yield self._pair_batch(self._layout.of_completions(self._rows([places[key] for key in keys])))
+
+    def given(self) -> Iterator[GivenSum]:
+        """See `Pending.given`: what the columns `ref_chosen_logps` and `ref_rejected_logps` hold."""
+        if not self._columns.column_names:
+            return
+        columns = [self._columns[name][:] for name in REFERENCE_COLUMNS]
+        for start in range(0, len(self._dataset), _ROWS_AT_A_TIME):
+            for side, index, row in self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._dataset)))):
+                yield GivenSum(
+                    content=content_of(row),
+                    num_tokens=len(row.ids) - max(row.num_prompt, 1),
+                    value=columns[side][index],
+                    where=f"row {index} of {REFERENCE_COLUMNS[side]!r}",
+                )
 
     def _found(self) -> "dict[ContentId, _Place]":
         if self._places is None:
@@ -136,10 +170,23 @@ class CollatedPairs:
                 yield batch
         self.accelerator.wait_for_everyone()
 
+    def given(self) -> Iterator[GivenSum]:
+        """None. ValueError where the dataset has the columns: of what they are the log-probs cannot be known."""
+        if columns := _given_columns(self.dataset):
+            raise ValueError(
+                f"the dataset brings reference log-probs along, in the columns {columns}, but how its rows are cut is "
+                "up to a data collator of your own. Drop the columns, or leave `data_collator` out."
+            )
+        return iter(())
+
     def _rows(self) -> range:
         share = -(-len(self.dataset) // self.accelerator.num_processes)
         first = min(self.accelerator.process_index * share, len(self.dataset))
         return range(first, min(first + share, len(self.dataset)))
+
+
+def _given_columns(dataset: Dataset) -> list[str]:
+    return [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
 
 
 def pending(

@@ -46,8 +46,8 @@ class Preference:
 def check_columns(columns: Iterable[str]) -> ColumnKind:
     """Which of the three accepted sets of columns is there: token ids, or an explicit or an implicit prompt.
 
-    Raises `ValueError` for images, for reference log-probs brought along, for token ids next to only some of the other
-    token ids, and when none of the sets is complete.
+    Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
+    other token ids, and when none of the sets is complete.
     """
     found = set(columns)
     if images := sorted(found & set(IMAGE_COLUMNS)):
@@ -55,10 +55,10 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
             f"the dataset has the column(s) {images}, but only text is supported. Drop them (and the rows that cannot "
             "be answered without them)."
         )
-    if logps := sorted(found & set(REFERENCE_COLUMNS)):
+    if len(logps := sorted(found & set(REFERENCE_COLUMNS))) == 1:
         raise ValueError(
-            f"the dataset has the column(s) {logps}, and log-probs of unknown weights cannot be trusted. Drop these "
-            "columns; reference log-probs are computed and kept by holdfast."
+            f"reference log-probs come in the two columns {list(REFERENCE_COLUMNS)}; the dataset has only {logps}. Add "
+            "the other, or drop it: reference log-probs are computed and kept by holdfast."
         )
     token_ids = found & set(TOKENIZED_COLUMNS)
     if len(token_ids) == len(TOKENIZED_COLUMNS):

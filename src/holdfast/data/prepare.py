@@ -20,7 +20,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.formats import TOKENIZED_COLUMNS, check_columns, read_preference
+from holdfast.data.formats import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, check_columns, read_preference
 from holdfast.data.tokenize import (
     PROMPT_FILLS,
     TokenizedPair,
@@ -121,6 +121,12 @@ def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTr
         kind = check_columns(first)
     except ValueError as error:
         raise ValueError(f"{name} dataset: {error}") from error
+    if isinstance(dataset, IterableDataset) and REFERENCE_COLUMNS[0] in first:
+        raise ValueError(
+            f"the {name} dataset is a stream and brings reference log-probs along, in the columns "
+            f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
+            "columns, or load it whole."
+        )
     if kind != "tokenized":
         check_tokenizer(processing_class, is_conversational=isinstance(first["chosen"], list))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import Reference, frozen_logps, num_bytes
+from holdfast.reference.given import GivenReference
 
 TOLERANCE_NATS = 1e-3
 """Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
@@ -77,7 +78,8 @@ def audit(
 ) -> str:
     """What was measured on `batch`, in a clause. ValueError when a captured reference is not the policy, naming what
     differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
-    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), reference.logps(batch))
+    asked = reference.inner if isinstance(reference, GivenReference) else reference  # sums have no single tokens
+    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), asked.logps(batch))
     is_half_precision = (
         accelerator.mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
     )

@@ -234,6 +234,12 @@ class PrecomputedReference(Reference):
         return null_ref_context(self._inner)
 
     @property
+    def store(self) -> LogpStore:
+        """Where its log-probs are, once it was told of the datasets."""
+        assert self._store is not None, "nothing was prepared"
+        return self._store
+
+    @property
     def module(self) -> nn.Module | None:
         """None: no module is kept."""
         return None

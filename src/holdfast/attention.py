@@ -1,0 +1,400 @@
+"""Attention for rows that hold several completions of a prompt: each completion sees the prompt and itself, no more.
+
+A row is a run of pieces: a prompt, its completions, the next prompt, and so on (`holdfast.data.shared` makes them).
+Prompts are attended causally and completions against the keys of their prompt and their own, piece by piece, so no
+row pays for its neighbours and no [T T] mask exists. It reaches the model through transformers' attention interface:
+for the length of one forward pass the model's configuration names it, and the pieces travel as a keyword argument to
+every attention layer. Layers that activation checkpointing computes again in the backward pass find it again.
+
+Which earlier tokens a layer may see (sliding windows, chunks) is asked of the model's own mask function, in
+*positions*, not in columns: the same answer that the model gives itself when it has a row alone.
+
+Given up: models that are not on the attention interface, carry state along the row (Mamba, convolutions) or count
+distance in columns (ALiBi); `shared_problem` finds them. On a GPU this is exact but not yet fast.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from holdfast.batch import PairBatch, SequenceLogps
+
+NAME = "holdfast_shared"
+"""Under which transformers knows this attention."""
+
+PIECES = "shared_pieces"
+"""The batch's tensor of pieces [K 3], and the keyword argument under which attention layers find them."""
+
+GROUP_TOKENS = 256
+"""Completions of a prompt are attended together up to so many tokens: fewer calls, little computed for nothing."""
+
+LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""The kinds of layer that see what their mask lets them see."""
+
+TOLERANCE_NATS = 1e-3
+"""Largest gap of one token's log-prob in fp32: rounding makes 1e-5, a completion that sees the other one 1e-2."""
+
+TOLERANCE_NATS_HALF = 0.05
+"""Largest mean gap per token under bf16 or fp16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A prompt's number of tokens, and its completions' in groups that are attended together."""
+
+    prompt: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """The pieces of every row of a batch, in reading order; what is left of a row's `num_columns` is padding."""
+
+    rows: tuple[tuple[Segment, ...], ...]
+    num_columns: int
+
+    @classmethod
+    def of(cls, pieces: Int[Tensor, "K 3"], num_rows: int, num_columns: int) -> "Pieces":
+        """From the batch's tensor: (row, number of tokens, 1 for a prompt and 0 for a completion of the last one)."""
+        rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_rows)]
+        for row, length, is_prompt in pieces.tolist():
+            if is_prompt:
+                rows[row].append((length, []))
+            else:
+                rows[row][-1][1].append(length)
+        made = tuple(tuple(Segment(prompt=p, groups=_grouped(completions)) for p, completions in row) for row in rows)
+        return cls(rows=made, num_columns=num_columns)
+
+    def segments(self) -> Iterator[Segment]:
+        """Those of all rows."""
+        for row in self.rows:
+            yield from row
+
+    def lengths(self, row: int) -> list[int]:
+        """The tokens of each prompt and each group of a row, then of its padding."""
+        lengths = [n for segment in self.rows[row] for n in (segment.prompt, *map(sum, segment.groups))]
+        return [*lengths, self.num_columns - sum(lengths)]
+
+    def masks(self, visible: Callable[..., Tensor], device: torch.device) -> Bool[Tensor, "M"]:
+        """Which keys each query sees, all pieces one after another, True where it does.
+
+        First that of the prompts, unless it is plainly causal; then for each group [tokens of the group, tokens of
+        its prompt and of itself]. `visible` is a mask function of transformers, asked with positions.
+        """
+        prompts = [] if visible is causal_mask_function else self._prompt_masks(visible, device)
+        groups = [
+            _group_mask(visible, segment.prompt, group, device)
+            for segment in self.segments()
+            for group in segment.groups
+        ]
+        return torch.cat([mask.flatten() for mask in (*prompts, *groups)])
+
+    def _prompt_masks(self, visible: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
+        masks = []
+        for segment in self.segments():
+            positions = torch.arange(segment.prompt, device=device)
+            masks.append(_seen(visible, positions, positions))
+        is_causal = all(bool((mask == mask.new_ones(mask.shape).tril()).all()) for mask in masks)
+        return [] if is_causal else masks
+
+    def split(self, masks: Tensor) -> tuple[Iterator[Tensor | None], Iterator[Tensor]]:
+        """`masks` taken apart again: one for each prompt (None: plainly causal), and one for each group."""
+        prompts = [(segment.prompt, segment.prompt) for segment in self.segments()]
+        groups = [(sum(group), segment.prompt + sum(group)) for segment in self.segments() for group in segment.groups]
+        num_of_groups = sum(queries * keys for queries, keys in groups)
+        of_prompts, of_groups = masks.flatten().split([masks.numel() - num_of_groups, num_of_groups])
+        shaped = _shaped(of_prompts, prompts) if of_prompts.numel() > 0 else [None] * len(prompts)
+        return iter(shaped), iter(_shaped(of_groups, groups))
+
+
+def _grouped(completions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    groups: list[list[int]] = []
+    for length in completions:
+        if groups and sum(groups[-1]) + length <= GROUP_TOKENS:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return tuple(map(tuple, groups))
+
+
+def _group_mask(
+    visible: Callable[..., Tensor], prompt: int, group: Sequence[int], device: torch.device
+) -> Bool[Tensor, "q k"]:
+    lengths = torch.tensor(group, device=device)
+    which = torch.repeat_interleave(torch.arange(len(group), device=device), lengths)  # of the group's completions
+    starts = (lengths.cumsum(0) - lengths)[which]
+    positions = prompt + torch.arange(len(which), device=device) - starts
+    keys = torch.cat([torch.arange(prompt, device=device), positions])
+    owner = torch.cat([which.new_full((prompt,), -1), which])  # -1: everybody's
+    return _seen(visible, positions, keys) & ((owner < 0) | (owner == which[:, None]))
+
+
+def _seen(visible: Callable[..., Tensor], queries: Int[Tensor, "q"], keys: Int[Tensor, "k"]) -> Bool[Tensor, "q k"]:
+    first = torch.zeros((), dtype=torch.int64, device=queries.device)  # row and head
+    return visible(first, first, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+
+
+def _shaped(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = flat.split([queries * keys for queries, keys in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+# --- for the length of a forward pass ---------------------------------------------------------------------------------
+
+_ACTIVE: ContextVar[Pieces | None] = ContextVar("holdfast_shared_pieces", default=None)
+
+
+@contextlib.contextmanager
+def attending(causal_lm: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The keyword arguments to call the model with; inside, its attention is that of the pieces among `inputs`.
+
+    Without pieces nothing changes. On leaving, the model's own attention is back, also when the forward pass failed.
+    """
+    inputs = dict(inputs)
+    if not isinstance(inputs.get(PIECES), Tensor):
+        yield inputs
+        return
+    pieces = Pieces.of(inputs.pop(PIECES), *inputs["input_ids"].shape)
+    switched = partial(_switched, _configs(causal_lm), pieces)
+    with switched(), _kept_in_recomputation(causal_lm, switched):
+        yield inputs | {PIECES: pieces}
+
+
+def _configs(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configuration objects that the model's modules read, each once."""
+    found = (module.__dict__.get("config") for module in causal_lm.modules())
+    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
+
+
+@contextlib.contextmanager
+def _switched(configs: Sequence[PretrainedConfig], pieces: Pieces) -> Iterator[None]:
+    # The internal attribute: the public one also writes to the configurations nested in each.
+    before = [config._attn_implementation_internal for config in configs]
+    token = _ACTIVE.set(pieces)
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        _ACTIVE.reset(token)
+
+
+@contextlib.contextmanager
+def _kept_in_recomputation(
+    causal_lm: PreTrainedModel, switched: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Activation checkpointing runs layers again after the forward pass is left: those runs switch for themselves."""
+    patched: list[tuple[Any, Callable[..., Any]]] = []
+
+    def wrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            @wraps(function, assigned=())
+            def layer(*args: Any, **kwargs: Any) -> Any:
+                with switched():
+                    return function(*args, **kwargs)
+
+            return checkpoint(layer, *args, **kwargs)
+
+        return run
+
+    try:
+        modules: Iterator[Any] = causal_lm.modules()
+        for module in modules:
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None:
+                patched.append((module, checkpoint))
+                module._gradient_checkpointing_func = wrapped(checkpoint)
+        yield
+    finally:
+        for module, checkpoint in patched:
+            module._gradient_checkpointing_func = checkpoint
+
+
+# --- what transformers calls ------------------------------------------------------------------------------------------
+
+
+def shared_mask(
+    *, mask_function: Callable[..., Any] = causal_mask_function, device: Any = "cpu", **_: Any
+) -> Bool[Tensor, "M"]:
+    """`Pieces.masks`, where transformers would make a [T T] mask. No other attention can use it: its shape is wrong."""
+    pieces = _ACTIVE.get()
+    if pieces is None:
+        raise ValueError(
+            f"the attention {NAME!r} computes rows of shared prompts, and works inside `attending` only; found a "
+            "forward pass outside of it. Leave `attn_implementation` as it was."
+        )
+    return pieces.masks(mask_function, torch.device(device))
+
+
+def shared_attention(
+    module: nn.Module,
+    query: Float[Tensor, "R H T d"],
+    key: Float[Tensor, "R Hkv T d"],
+    value: Float[Tensor, "R Hkv T dv"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "R T H dv"], None]:
+    """What each token gathers from the tokens that it sees: softmax(scaling q k^T) v, piece by piece.
+
+    `softcap` bounds the scores by cap * tanh(score / cap) (Gemma 2), `s_aux` [H] are sinks that take a share of the
+    softmax (gpt-oss). Padding gets zeros. Raises ValueError where the pieces do not describe what there is to attend.
+    """
+    pieces, masks = _checked_call(module, query, key, kwargs.get(PIECES), attention_mask, position_bias)
+    attend: Callable[..., Tensor] = partial(_attend, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
+    prompt_masks, group_masks = pieces.split(masks)
+    gathered: list[Tensor] = []
+    for row, states in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)):
+        # Split once, because each slice's own gradient would be a row of zeros with a piece in it.
+        parts = iter(zip(*(state.split(pieces.lengths(row), dim=1) for state in states), strict=True))
+        for segment in pieces.rows[row]:
+            prompt_query, prompt_key, prompt_value = next(parts)
+            prompt_mask = next(prompt_masks)
+            if segment.prompt > 0:
+                gathered.append(attend(prompt_query, prompt_key, prompt_value, prompt_mask))
+            for _ in segment.groups:
+                own_query, own_key, own_value = next(parts)
+                seen_key, seen_value = torch.cat([prompt_key, own_key], 1), torch.cat([prompt_value, own_value], 1)
+                gathered.append(attend(own_query, seen_key, seen_value, next(group_masks)))
+        padding = next(parts)[0]
+        gathered.append(padding.new_zeros(padding.shape[1], padding.shape[0], value.shape[-1]))
+    num_rows, num_heads, num_columns, _ = query.shape
+    return torch.cat(gathered).view(num_rows, num_columns, num_heads, value.shape[-1]), None
+
+
+def _attend(
+    query: Float[Tensor, "H q d"],
+    key: Float[Tensor, "Hkv k d"],
+    value: Float[Tensor, "Hkv k dv"],
+    mask: Bool[Tensor, "q k"] | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Float[Tensor, "q H dv"]:
+    """One piece; `mask` None is causal. Nobody sees nothing: a token sees itself."""
+    if softcap is None and sinks is None:
+        gathered = scaled_dot_product_attention(
+            query[None],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )[0]
+        return gathered.transpose(0, 1)
+    num_groups = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
+    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [H q k]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]
+    return (drop(weights, p=dropout) @ value).transpose(0, 1)
+
+
+def _checked_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    pieces: Any,
+    attention_mask: Tensor | None,
+    position_bias: Tensor | None,
+) -> tuple[Pieces, Tensor]:
+    """Pieces and masks; ValueError for what would be silently wrong, which `shared_problem` makes a fall-back."""
+    name = type(module).__name__
+    if not isinstance(pieces, Pieces) or attention_mask is None:
+        raise ValueError(
+            f"{name} was called for rows of shared prompts, but the pieces of the rows did not reach it; found "
+            f"{PIECES}={pieces!r}. Use the padded layout for this model."
+        )
+    if position_bias is not None or query.shape[2] != pieces.num_columns or key.shape[2] != pieces.num_columns:
+        raise ValueError(
+            f"{name} attends rows of shared prompts of {pieces.num_columns} tokens; found {query.shape[2]} queries, "
+            f"{key.shape[2]} keys{' and a bias by position' if position_bias is not None else ''}. Use the padded "
+            "layout with virtual tokens, caches and position biases."
+        )
+    return pieces, attention_mask
+
+
+AttentionInterface.register(NAME, shared_attention)
+AttentionMaskInterface.register(NAME, shared_mask)
+
+
+# --- whether a model can be computed so -------------------------------------------------------------------------------
+
+
+def shared_problem(
+    causal_lm: PreTrainedModel,
+    logps: Callable[[PairBatch], SequenceLogps],
+    shared: PairBatch,
+    padded: PairBatch,
+    *,
+    is_half_precision: bool = False,
+) -> str | None:
+    """Why `causal_lm` must not be given shared prompts, in a clause; None when it computes them as it does padded rows.
+
+    `shared` and `padded` are the same pairs in the two layouts, and `logps` scores a batch with the model, without
+    dropout or gradients. Compared token by token, `TOLERANCE_NATS` in fp32 and the mean with `TOLERANCE_NATS_HALF`
+    below it. Raises what `logps` raises for the padded batch.
+    """
+    if (reason := _known_problem(causal_lm)) is not None:
+        return f"{type(causal_lm).__name__} {reason}"
+    expected = _by_content(padded, logps(padded))
+    try:
+        found = _by_content(shared, logps(shared))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(causal_lm).__name__} fails on them ({type(error).__name__}: {str(error).splitlines()[0]})"
+    assert found.keys() == expected.keys(), "the same pairs"
+    gaps = torch.cat([(found[content] - expected[content]).abs() for content in expected])
+    gap, tolerance = (gaps.mean(), TOLERANCE_NATS_HALF) if is_half_precision else (gaps.max(), TOLERANCE_NATS)
+    if float(gap) <= tolerance:  # NaN is not
+        return None
+    return (
+        f"{type(causal_lm).__name__} gives log-probs that differ by {float(gap):.3g} nats per token from those of "
+        f"padded rows ({tolerance:g} is rounding)"
+    )
+
+
+def _known_problem(causal_lm: PreTrainedModel) -> str | None:
+    """What needs no numbers: before training, the state of a hybrid model may be too faint to be seen in them."""
+    if not causal_lm._can_set_attn_implementation():
+        return "is not on the attention interface of transformers"
+    others = {kind for config in _configs(causal_lm) for kind in getattr(config, "layer_types", None) or ()} - LAYERS
+    if others:
+        return f"has layers that are not attention ({', '.join(sorted(others))})"
+    is_carried = causal_lm._is_stateful or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
+    return "carries state along its rows" if is_carried else None
+
+
+def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[tuple[int, int], Tensor]:
+    parts = logps.per_token.detach().float().split(logps.lengths().tolist())
+    return {(high, low): part for (high, low), part in zip(batch.content.tolist(), parts, strict=True)}

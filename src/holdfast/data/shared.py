@@ -1,0 +1,187 @@
+"""Tokenized pairs -> rows in which every prompt stands once, followed by its completions.
+
+`SharedLayout` groups the completions of a batch by prompt; a completion that several pairs have stands once as well.
+One prompt with its completions is a segment, and segments fill rows up to a budget of tokens, so that padding is what
+rows differ by. The pieces of each row go along for `holdfast.attention`, which keeps completions apart; positions go
+on from the prompt for each. What is scored, its order and its content ids are those of `PaddedLayout`.
+
+Given up: rows that a model can be given without that attention. Its answers would be wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.attention import PIECES
+from holdfast.data.layouts import PaddedLayout, Row, _check_counts, content_of, truncated_rows
+from holdfast.data.tokenize import TruncationMode
+
+ROW_TOKENS = 1_000
+"""Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SharedLayout:
+    """A data collator: rows with `prompt_ids`, `chosen_ids` and `rejected_ids` -> what `PairBatch.from_tensors` takes.
+
+    `input_ids`, `position_ids` and `attention_mask` [R T]: R rows of at most `row_tokens` tokens (or of one segment, if
+    that has more), as evenly filled as they come, padded on the right to the longest (and to a multiple of
+    `pad_to_multiple_of`). `shared_pieces` [K 3] are the pieces of the rows: (row, number of tokens, 1 for a prompt or 0
+    for a completion of the last one). `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2]
+    as in `PaddedLayout`, with a completion that occurs again left out the second time.
+
+    Raises `ValueError` for a row that has no completion token to predict after truncation.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    pad_to_multiple_of: int | None = None
+    row_tokens: int = ROW_TOKENS
+
+    def __post_init__(self) -> None:
+        PaddedLayout(self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of)  # checks them
+        if self.row_tokens < 1:
+            raise ValueError(
+                f"row_tokens is how many tokens a row may have; found {self.row_tokens}. Give at least 1, such as "
+                f"{ROW_TOKENS}."
+            )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        tensors, places = self._laid_out(truncated_rows(features, self.max_length, self.truncation_mode))
+        chosen, rejected = torch.from_numpy(places).chunk(2)
+        return tensors | {"chosen": chosen, "rejected": rejected}
+
+    def of_completions(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The same for completions without pairs: `chosen` and `rejected` are empty."""
+        none = torch.empty(0, dtype=torch.int64)
+        return self._laid_out(rows)[0] | {"chosen": none, "rejected": none}
+
+    def _laid_out(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], np.ndarray]:
+        """All tensors but `chosen` and `rejected`, and which sequence each of `rows` has become."""
+        _check_counts(np.array([len(row.ids) - max(row.num_prompt, 1) for row in rows]))
+        sequences, places = _distinct(rows)
+        segments = _segments(sequences)
+        packed = _packed([segment.num_tokens for segment in segments], self.row_tokens)
+        laid = _Rows.empty(len(packed), self._width(segments, packed), self.pad_token_id)
+        predicted: dict[int, np.ndarray] = {}  # by sequence, the flat positions that predict its tokens
+        for row, members in enumerate(packed):
+            for member in members:
+                predicted |= laid.append(row, segments[member], sequences)
+        sources = [predicted[index] for index in range(len(sequences))]
+        targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in sequences]
+        tensors = {
+            "input_ids": laid.input_ids,
+            "position_ids": laid.position_ids,
+            "attention_mask": laid.attention_mask,
+            PIECES: np.array(laid.pieces, dtype=np.int64),
+            "source": np.concatenate(sources),
+            "target": np.concatenate(targets),
+            "sequence": np.repeat(np.arange(len(sequences)), [len(source) for source in sources]),
+            "content": np.array([content_of(sequence) for sequence in sequences]),
+        }
+        return {name: torch.from_numpy(array) for name, array in tensors.items()}, places
+
+    def _width(self, segments: "Sequence[_Segment]", packed: Sequence[Sequence[int]]) -> int:
+        longest = max(sum(segments[member].num_tokens for member in members) for members in packed)
+        multiple = self.pad_to_multiple_of or 1
+        return -(-longest // multiple) * multiple
+
+
+@dataclass(slots=True, kw_only=True)
+class _Segment:
+    """A prompt and the sequences that begin with it."""
+
+    prompt: np.ndarray
+    sequences: list[int] = field(default_factory=list)
+    num_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rows:
+    """Rows while they are filled."""
+
+    input_ids: np.ndarray  # [R T]
+    position_ids: np.ndarray
+    attention_mask: np.ndarray
+    pieces: list[tuple[int, int, int]]
+    filled: list[int]
+
+    @classmethod
+    def empty(cls, num_rows: int, num_columns: int, pad_token_id: int) -> "_Rows":
+        """Nothing but padding."""
+        zeros = np.zeros((num_rows, num_columns), dtype=np.int64)
+        ids = np.full_like(zeros, pad_token_id)
+        return cls(
+            input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), pieces=[], filled=[0] * num_rows
+        )  # fmt: skip
+
+    def append(self, row: int, segment: _Segment, sequences: Sequence[Row]) -> dict[int, np.ndarray]:
+        """Where the tokens of each of the segment's sequences are predicted, once it stands in the row."""
+        prompt = len(segment.prompt)
+        last = row * self.input_ids.shape[1] + self._append(row, segment.prompt, 0, is_prompt=True) + prompt - 1
+        predicted = {}
+        for index in segment.sequences:
+            completion = sequences[index].ids[prompt:]
+            start = row * self.input_ids.shape[1] + self._append(row, completion, prompt, is_prompt=False)
+            within = start + np.arange(len(completion) - 1)  # each token is predicted where the one before it stands
+            predicted[index] = np.concatenate([[last], within]) if prompt > 0 else within
+        return predicted
+
+    def _append(self, row: int, ids: np.ndarray, position: int, *, is_prompt: bool) -> int:
+        start = self.filled[row]
+        end = self.filled[row] = start + len(ids)
+        self.input_ids[row, start:end] = ids
+        self.position_ids[row, start:end] = position + np.arange(len(ids))
+        self.attention_mask[row, start:end] = 1
+        self.pieces.append((row, len(ids), int(is_prompt)))
+        return start
+
+
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
+    """The rows without repetitions, in their order, and the place of each row among them."""
+    found: dict[tuple[int, bytes], int] = {}
+    sequences, places = [], []
+    for row in rows:
+        key = (row.num_prompt, row.ids.tobytes())
+        if key not in found:
+            found[key] = len(sequences)
+            sequences.append(row)
+        places.append(found[key])
+    return sequences, np.array(places)
+
+
+def _segments(sequences: Sequence[Row]) -> list[_Segment]:
+    """One for each prompt, in the order of the prompts."""
+    segments: dict[bytes, _Segment] = {}
+    for index, (ids, num_prompt) in enumerate(sequences):
+        prompt = ids[:num_prompt]
+        segment = segments.setdefault(prompt.tobytes(), _Segment(prompt=prompt, num_tokens=num_prompt))
+        segment.sequences.append(index)
+        segment.num_tokens += len(ids) - num_prompt
+    return list(segments.values())
+
+
+def _packed(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Which segments each row has: few rows of at most `budget` tokens, or of the largest segment, alike in length.
+
+    The longest first, each into the row that has least. With as many rows as segments that always fits.
+    """
+    capacity = max(budget, *sizes) if sizes else budget
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    num_rows = -(-sum(sizes) // capacity)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        filled = [0] * num_rows
+        for index in order:
+            row = filled.index(min(filled))
+            rows[row].append(index)
+            filled[row] += sizes[index]
+        if max(filled) <= capacity:
+            return [sorted(row) for row in rows]
+        num_rows += 1

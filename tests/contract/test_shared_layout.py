@@ -1,0 +1,299 @@
+"""Shared prompts against the oracle, which has one row a completion: log-probs and gradients, family by family."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+import holdfast.attention as attention
+import oracle
+from families import CONFIGS, VOCABULARY, tiny_model
+from holdfast.attention import PIECES, Pieces, attending, shared_mask, shared_problem
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.layouts import PaddedLayout
+from holdfast.data.shared import SharedLayout
+from holdfast.logprobs import score, unwrap
+
+WRONG = {"lfm2", "falcon_h1"}
+EXACT = sorted(CONFIGS.keys() - WRONG)
+
+
+def made_rows() -> list[dict[str, list[int]]]:
+    """Four prompts; the first one has three pairs with four completions, the last one is longer than the windows."""
+    draw = random.Random(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(low, high))]
+
+    rows = [{"prompt_ids": ids(3, 9), "chosen_ids": ids(2, 8), "rejected_ids": ids(1, 8)} for _ in range(3)]
+    more = {**rows[0], "rejected_ids": ids(3, 6)}
+    last = {**rows[0], "chosen_ids": more["rejected_ids"], "rejected_ids": ids(4, 7)}
+    return [*rows, more, last, {"prompt_ids": ids(14, 14), "chosen_ids": ids(9, 9), "rejected_ids": ids(7, 7)}]
+
+
+ROWS = made_rows()
+
+
+def shared_batch(rows: Sequence[dict] = ROWS, row_tokens: int = 40) -> PairBatch:
+    return PairBatch.from_tensors(SharedLayout(0, row_tokens=row_tokens)(rows))
+
+
+def padded_batch(rows: Sequence[dict] = ROWS) -> PairBatch:
+    return PairBatch.from_tensors(PaddedLayout(0)(rows))
+
+
+def logps_of(model: nn.Module, batch: PairBatch) -> SequenceLogps:
+    """`score` of a batch in either layout."""
+    causal_lm = unwrap(model)
+    with attending(causal_lm, batch.inputs) as inputs:
+        pieces = {PIECES: inputs.pop(PIECES)} if PIECES in inputs else {}
+        own = causal_lm.__dict__.get("forward")
+        causal_lm.forward = partial(causal_lm.forward, **pieces)
+        try:
+            return score(model, replace(batch, inputs=inputs)).logps
+        finally:
+            if own is None:
+                del causal_lm.forward
+            else:
+                causal_lm.forward = own
+
+
+def oracle_logps(model: nn.Module, rows: Sequence[dict] = ROWS) -> Tensor:
+    """Of each distinct sequence, in the order of a batch: the chosen ones, then the rejected ones."""
+    completions = [
+        (tuple(row["prompt_ids"]), tuple(row[side])) for side in ("chosen_ids", "rejected_ids") for row in rows
+    ]
+    return torch.cat([oracle.sequence_logps(model, *completion) for completion in dict.fromkeys(completions)])
+
+
+def gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, row_tokens: int = 40) -> None:
+    """Log-probs to 1e-5, and the gradient of a random combination of them to 1e-5 of its size."""
+    expected = oracle_logps(oracle_model or model)
+    batch = shared_batch(row_tokens=row_tokens)
+    found = logps_of(model, batch).per_token
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    direction = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
+    expected_gradients = gradients(expected @ direction, oracle_model or model)
+    found_gradients = gradients(found @ direction, model)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max()))
+        )
+
+
+def problem(model: tf.PreTrainedModel, rows: Sequence[dict] = ROWS) -> str | None:
+    with torch.no_grad():
+        return shared_problem(model, partial(logps_of, model), shared_batch(rows), padded_batch(rows))
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_equals_the_oracle(family: str) -> None:
+    """In three rows, one of them of two segments, with padding."""
+    batch = shared_batch()
+    assert len(batch.inputs["input_ids"]) == 3
+    assert (batch.inputs["attention_mask"] == 0).any()
+    model = tiny_model(family)
+    assert_same(model)
+    assert problem(model) is None
+
+
+@pytest.mark.parametrize("row_tokens", [1, 10_000])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_however_rows_are_filled(family: str, row_tokens: int) -> None:
+    """One segment a row, and everything in one row."""
+    assert len(shared_batch(row_tokens=row_tokens).inputs["input_ids"]) == (4 if row_tokens == 1 else 1)
+    assert_same(tiny_model(family), row_tokens=row_tokens)
+
+
+@pytest.mark.parametrize("group_tokens", [0, 11])
+def test_however_completions_are_grouped(group_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GROUP_TOKENS", group_tokens)
+    assert_same(tiny_model("mistral"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_rows_without_a_prompt(family: str) -> None:
+    """Their first token is predicted by nothing; the oracle begins with the second."""
+    rows = [{**row, "prompt_ids": []} for row in ROWS[-2:]]
+    model = tiny_model(family)
+    completions = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+    expected = torch.cat([oracle.sequence_logps(model, ids[:1], ids[1:]) for ids in completions])
+    torch.testing.assert_close(logps_of(model, shared_batch(rows)).per_token, expected, rtol=0, atol=1e-5)
+
+
+def test_chunks_are_counted_in_positions() -> None:
+    """Llama 4: a layer sees its chunk of 6 positions only. A second copy of the prompt's tokens would shift them."""
+    model = tiny_model("llama4")
+    assert "chunked_attention" in model.config.layer_types
+    assert_same(model)
+
+
+CONFIGS_MORE = {
+    "llama4": lambda: tf.Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        attention_chunk_size=6, layer_types=["chunked_attention", "full_attention"], max_position_embeddings=128,
+        no_rope_layers=[1, 0],
+    ),
+    "stablelm": lambda: tf.StableLmConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128,
+    ),
+    "bloom": lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": lambda: tf.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
+    "mamba": lambda: tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family, config in CONFIGS_MORE.items():
+        monkeypatch.setitem(CONFIGS, family, config)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("lfm2", r"has layers that are not attention \(conv\)"),
+        ("falcon_h1", r"has layers that are not attention \(hybrid\)"),
+        ("stablelm", r"fails on them \(ValueError: .*the pieces of the rows did not reach it"),
+        ("bloom", "is not on the attention interface"),
+        ("mpt", "is not on the attention interface"),
+        ("mamba", r"has layers that are not attention \(linear_attention\)"),
+    ],
+)
+def test_families_that_need_padded_rows_are_found(family: str, reason: str) -> None:
+    found = problem(tiny_model(family))
+    assert found is not None
+    assert re.search(reason, found), found
+
+
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "mamba"])
+def test_convolutions_are_found_whatever_the_layers_are_called(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LAYERS", {"conv", "hybrid", "linear_attention", "full_attention"})
+    assert str(problem(tiny_model(family))).endswith("carries state along its rows")
+
+
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "mamba"])
+def test_state_along_the_row_is_also_found_in_the_numbers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_known_problem", lambda causal_lm: None)
+    assert "gives log-probs that differ by" in str(problem(tiny_model(family)))
+
+
+def test_a_broken_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rejected completion sees the chosen one: every number is finite and plausible, and wrong."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(attention, "_group_mask", lambda visible, prompt, group, device: (
+        torch.ones(sum(group), prompt + sum(group), dtype=torch.bool).tril(prompt)
+    ))  # fmt: skip
+    assert "gives log-probs that differ by" in str(problem(model))
+
+
+def test_positions_that_run_on_are_found() -> None:
+    """As if the rejected completion stood behind the chosen one."""
+    model, shared = tiny_model("llama"), shared_batch()
+    places = torch.arange(shared.inputs["position_ids"].shape[1]).expand_as(shared.inputs["position_ids"])
+    wrong = replace(shared, inputs=shared.inputs | {"position_ids": places})
+    with torch.no_grad():
+        found = shared_problem(model, partial(logps_of, model), wrong, padded_batch())
+    assert "gives log-probs that differ by" in str(found)
+
+
+def test_the_tolerance_of_half_precision_is_a_mean() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).bfloat16()
+    with torch.no_grad():
+        compared = partial(shared_problem, model, partial(logps_of, model), shared_batch(), padded_batch())
+        assert compared(is_half_precision=True) is None
+        assert "0.001 is rounding" in str(compared(is_half_precision=False))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_activation_checkpointing_computes_the_same_again(family: str, use_reentrant: bool) -> None:
+    """The backward pass runs when the model's own attention is back in its place."""
+    model, plain = tiny_model(family), tiny_model(family)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert_same(model.train(), oracle_model=plain)
+
+
+def test_lora() -> None:
+    assert_same(get_peft_model(tiny_model("llama"), LoraConfig(r=4, init_lora_weights=False)).eval())
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_virtual_tokens_are_refused() -> None:
+    model = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(ValueError, match=r"rows of shared prompts of \d+ tokens; found \d+ queries.*Use the padded"):
+        logps_of(model, shared_batch())
+
+
+def test_ordinary_calls_are_untouched() -> None:
+    model = tiny_model("gemma2")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    before, implementation = model(ids).logits, model.config._attn_implementation
+    logps_of(model, shared_batch())
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids).logits, before)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 10)
+    with attending(model, padded_batch().inputs) as inputs:
+        assert model.config._attn_implementation == implementation
+        assert inputs.keys() == {"input_ids", "attention_mask"}
+
+
+def test_the_model_s_attention_is_back_after_a_failure() -> None:
+    model, batch = tiny_model("llama"), shared_batch()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    functions = {name: vars(module).get("_gradient_checkpointing_func") for name, module in model.named_modules()}
+    broken = replace(batch, inputs=batch.inputs | {"input_ids": batch.inputs["input_ids"] + VOCABULARY})
+    with pytest.raises(IndexError):
+        logps_of(model, broken)
+    assert model.config._attn_implementation == "sdpa"
+    after = {name: vars(module).get("_gradient_checkpointing_func") for name, module in model.named_modules()}
+    assert after == functions
+
+
+def test_it_is_refused_where_no_pieces_are() -> None:
+    with pytest.raises(ValueError, match=r"works inside `attending` only; found a forward pass outside"):
+        shared_mask()
+    model = tiny_model("llama")
+    model.config._attn_implementation = attention.NAME
+    with pytest.raises(ValueError, match="Leave `attn_implementation` as it was"):
+        model(torch.tensor([[5, 6, 7]]))
+
+
+def test_no_other_attention_can_use_the_mask() -> None:
+    """A layer that computes something again by other means than transformers' fails, and is not silently wrong."""
+    model, batch = tiny_model("llama"), shared_batch()
+    with attending(model, batch.inputs) as inputs:
+        mask = shared_mask()
+    num_rows, num_columns = inputs["input_ids"].shape
+    states = torch.zeros(num_rows, 4, num_columns, 8)
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.nn.functional.scaled_dot_product_attention(states, states, states, attn_mask=mask)
+
+
+def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> None:
+    """Twice the segments, twice the mask; and sixteen completions of 300 tokens are masked one by one."""
+    visible, device = attention.causal_mask_function, torch.device("cpu")
+    segment = [[0, 40, 1], [0, 20, 0], [0, 10, 0]]
+    sizes = [
+        Pieces.of(torch.tensor(segment * times), 1, 70 * times).masks(visible, device).numel() for times in (1, 2, 4)
+    ]
+    assert sizes == [30 * 70, 2 * 30 * 70, 4 * 30 * 70]
+    long = torch.tensor([[0, 40, 1], *[[0, 300, 0]] * 16])
+    assert Pieces.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
