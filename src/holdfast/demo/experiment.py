@@ -262,6 +262,7 @@ def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> d
         "use_cpu": True,
         "bf16": False,
         "seed": seed,
+        **({"reference_store": str(output_dir / "store")} if arm.reference == "precomputed" else {}),
         **arm.settings,
     }
 
