@@ -63,14 +63,10 @@ def test_what_is_expected_of_the_arms(result: DemoResult) -> None:
 
 
 def test_bytes_held_for_the_reference(result: DemoResult) -> None:
-    """Precomputed: nothing in memory; stored are fp32 log-probs of 11 tokens of each of the two texts of 1024 pairs, a
-    repeated text once."""
+    """A second model takes its weights; adapters that are off, log-probs in the store and no reference take nothing."""
     held = {arm.name: arm.num_reference_bytes for arm in result.arms}
-    assert held["adapter"] == held["none"] == 0
+    assert held["adapter"] == held["precomputed"] == held["none"] == 0
     assert held["model"] > 84_000 * 4
-    assert held["precomputed"] == 0
-    stored = sum(path.stat().st_size for path in (result.output_dir / "store").rglob("*.safetensors"))
-    assert 0.8 * 2 * 1024 * 11 * 4 < stored < 2 * 2 * 1024 * 11 * 4
 
 
 def test_the_numbers_are_written(result: DemoResult, printed: io.StringIO) -> None:
