@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
 from holdfast import DPOConfig, DPOTrainer
@@ -159,3 +159,9 @@ def trainer(policy: nn.Module | str, args: DPOConfig, **options: Any) -> DPOTrai
 def logged(trainer: DPOTrainer, name: str = "loss") -> list[float]:
     """The logged values of a metric, step by step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry and "train_runtime" not in entry]
+
+
+def sums_of_pairs(trainer: DPOTrainer, rows: list[dict[str, Any]]) -> Tensor:
+    """What the trainer's reference says of the chosen completions of `rows`, then of the rejected ones, nats [2P]."""
+    batch = trainer._collated(rows)
+    return trainer.reference.logps(batch).sums()[torch.cat([batch.chosen, batch.rejected])]

@@ -25,7 +25,7 @@ LAYERS = (
     {"attention", "head", "logprobs", "losses", "data"},
     {"reference"},
     {"config"},
-    {"arguments", "card", "metrics", "models", "trainer", "windows"},
+    {"arguments", "card", "layout", "metrics", "models", "trainer", "windows"},
     {"runfile", "demo"},
     {"assembly"},
     {"store_cli"},

@@ -14,7 +14,11 @@ from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_
 
 
 def checked_arguments(
-    args: DPOConfig | None, model: str | nn.Module, ref_model: RefModel | Sequence[RefModel], train_dataset: Any
+    args: DPOConfig | None,
+    model: str | nn.Module,
+    ref_model: RefModel | Sequence[RefModel],
+    train_dataset: Any,
+    data_collator: Any = None,
 ) -> DPOConfig:
     """The options of the run: `args`, or the defaults where it is None.
 
@@ -32,6 +36,11 @@ def checked_arguments(
         raise TypeError(
             f"`train_dataset` is a {type(train_dataset).__name__}; pass a `datasets.Dataset` or `IterableDataset`: "
             'one split (`dataset["train"]`), or `Dataset.from_list(rows)`.'
+        )
+    if data_collator is not None and (args.layout != "auto" or args.padding_free):
+        option = "padding_free=True" if args.padding_free else f"layout={args.layout!r}"
+        raise ValueError(
+            f"{option} was asked for together with a `data_collator`, which lays the rows out itself. Drop one of them."
         )
     check_ref_models(ref_model, args)
     if not isinstance(model, str) and any(entry is model for entry in ref_model_entries(ref_model)):

@@ -16,6 +16,7 @@ from holdfast.data.completions import Completions, ContentId, by_name
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.load import load_preferences
+from holdfast.data.shared import SharedLayout
 from holdfast.reference.precomputed import PrecomputedReference
 from holdfast.reference.store import LogpStore
 from holdfast.runfile import RunFile, Source
@@ -68,7 +69,7 @@ def needed(run: RunFile) -> Needed:
                 f"listed: {obstacle}. Name a run over data with an end and a reference that stays."
             )
         layout = trainer.data_collator
-        assert isinstance(layout, PaddedLayout)
+        assert isinstance(layout, PaddedLayout | SharedLayout)
         ids: set[ContentId] = set()
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())

@@ -10,7 +10,7 @@ Which earlier tokens a layer may see (sliding windows, chunks) is asked of the m
 *positions*, not in columns: the same answer that the model gives itself when it has a row alone.
 
 Given up: models that are not on the attention interface, carry state along the row (Mamba, convolutions) or count
-distance in columns (ALiBi); `shared_problem` finds them. On a GPU this is exact but not yet fast.
+distance in columns (ALiBi); `holdfast.layout` finds them. On a GPU this is exact but not yet fast.
 """
 
 import contextlib
@@ -28,8 +28,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from holdfast.batch import PairBatch, SequenceLogps
-
 NAME = "holdfast_shared"
 """Under which transformers knows this attention."""
 
@@ -38,15 +36,6 @@ PIECES = "shared_pieces"
 
 GROUP_TOKENS = 256
 """Completions of a prompt are attended together up to so many tokens: fewer calls, little computed for nothing."""
-
-LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""The kinds of layer that see what their mask lets them see."""
-
-TOLERANCE_NATS = 1e-3
-"""Largest gap of one token's log-prob in fp32: rounding makes 1e-5, a completion that sees the other one 1e-2."""
-
-TOLERANCE_NATS_HALF = 0.05
-"""Largest mean gap per token under bf16 or fp16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +88,8 @@ class Pieces:
             for segment in self.segments()
             for group in segment.groups
         ]
-        return torch.cat([mask.flatten() for mask in (*prompts, *groups)])
+        none = torch.empty(0, dtype=torch.bool, device=device)
+        return torch.cat([none, *(mask.flatten() for mask in (*prompts, *groups))])
 
     def _prompt_masks(self, visible: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
         masks = []
@@ -167,12 +157,12 @@ def attending(causal_lm: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator
         yield inputs
         return
     pieces = Pieces.of(inputs.pop(PIECES), *inputs["input_ids"].shape)
-    switched = partial(_switched, _configs(causal_lm), pieces)
+    switched = partial(_switched, configs_of(causal_lm), pieces)
     with switched(), _kept_in_recomputation(causal_lm, switched):
         yield inputs | {PIECES: pieces}
 
 
-def _configs(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
+def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
     """The configuration objects that the model's modules read, each once."""
     found = (module.__dict__.get("config") for module in causal_lm.modules())
     return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
@@ -327,7 +317,7 @@ def _checked_call(
     attention_mask: Tensor | None,
     position_bias: Tensor | None,
 ) -> tuple[Pieces, Tensor]:
-    """Pieces and masks; ValueError for what would be silently wrong, which `shared_problem` makes a fall-back."""
+    """Pieces and masks; ValueError for what would be silently wrong, which `holdfast.layout` makes a fall-back."""
     name = type(module).__name__
     if not isinstance(pieces, Pieces) or attention_mask is None:
         raise ValueError(
@@ -345,56 +335,3 @@ def _checked_call(
 
 AttentionInterface.register(NAME, shared_attention)
 AttentionMaskInterface.register(NAME, shared_mask)
-
-
-# --- whether a model can be computed so -------------------------------------------------------------------------------
-
-
-def shared_problem(
-    causal_lm: PreTrainedModel,
-    logps: Callable[[PairBatch], SequenceLogps],
-    shared: PairBatch,
-    padded: PairBatch,
-    *,
-    is_half_precision: bool = False,
-) -> str | None:
-    """Why `causal_lm` must not be given shared prompts, in a clause; None when it computes them as it does padded rows.
-
-    `shared` and `padded` are the same pairs in the two layouts, and `logps` scores a batch with the model, without
-    dropout or gradients. Compared token by token, `TOLERANCE_NATS` in fp32 and the mean with `TOLERANCE_NATS_HALF`
-    below it. Raises what `logps` raises for the padded batch.
-    """
-    if (reason := _known_problem(causal_lm)) is not None:
-        return f"{type(causal_lm).__name__} {reason}"
-    expected = _by_content(padded, logps(padded))
-    try:
-        found = _by_content(shared, logps(shared))
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(causal_lm).__name__} fails on them ({type(error).__name__}: {str(error).splitlines()[0]})"
-    assert found.keys() == expected.keys(), "the same pairs"
-    gaps = torch.cat([(found[content] - expected[content]).abs() for content in expected])
-    gap, tolerance = (gaps.mean(), TOLERANCE_NATS_HALF) if is_half_precision else (gaps.max(), TOLERANCE_NATS)
-    if float(gap) <= tolerance:  # NaN is not
-        return None
-    return (
-        f"{type(causal_lm).__name__} gives log-probs that differ by {float(gap):.3g} nats per token from those of "
-        f"padded rows ({tolerance:g} is rounding)"
-    )
-
-
-def _known_problem(causal_lm: PreTrainedModel) -> str | None:
-    """What needs no numbers: before training, the state of a hybrid model may be too faint to be seen in them."""
-    if not causal_lm._can_set_attn_implementation():
-        return "is not on the attention interface of transformers"
-    others = {kind for config in _configs(causal_lm) for kind in getattr(config, "layer_types", None) or ()} - LAYERS
-    if others:
-        return f"has layers that are not attention ({', '.join(sorted(others))})"
-    is_carried = causal_lm._is_stateful or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
-    return "carries state along its rows" if is_carried else None
-
-
-def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[tuple[int, int], Tensor]:
-    parts = logps.per_token.detach().float().split(logps.lengths().tolist())
-    return {(high, low): part for (high, low), part in zip(batch.content.tolist(), parts, strict=True)}

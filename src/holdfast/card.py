@@ -8,9 +8,12 @@ import peft
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 
 import holdfast
 from holdfast.config import DPOConfig
+from holdfast.logprobs import unwrap
+from holdfast.reference.base import Reference
 
 TAGS = ("holdfast", "dpo")
 
@@ -43,17 +46,19 @@ Trained with {{ versions }}.
 
 def write_card(
     args: DPOConfig,
-    base_model: str | None,
-    reference: str,
+    model: nn.Module,
+    reference: Reference | None,
     *,
     title: str | None,
     dataset: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
 ) -> None:
-    """Writes `README.md` into the run's output folder. `base_model` is named in its header only where it can be a hub
-    id; `metadata` is what else the header says (`language`, `license`, ...)."""
+    """Writes `README.md` into the run's output folder. What `model` was loaded from is named in its header only where
+    it can be a hub id; `metadata` is what else the header says (`language`, `license`, ...)."""
     folder = Path(str(args.output_dir))
+    base_model = getattr(unwrap(model).config, "_name_or_path", "") or None
+    dataset = metadata.pop("dataset", None) or dataset
     on_hub = base_model is not None and base_model.count("/") <= 1 and not base_model.startswith((".", "/"))
     data = ModelCardData(
         base_model=base_model if on_hub else None,
@@ -71,7 +76,7 @@ def write_card(
         dataset=dataset or "not named",
         loss=", ".join(args.loss_types),
         beta=args.beta,
-        reference=reference,
+        reference="none" if reference is None else reference.describe(),
         versions=", ".join(
             f"{module.__name__} {module.__version__}" for module in (holdfast, transformers, torch, peft)
         ),

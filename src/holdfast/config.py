@@ -18,6 +18,7 @@ from holdfast.reference.choice import Way, Wish
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import check_weights
 
+LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
 
 
@@ -73,7 +74,12 @@ class DPOConfig(TrainingArguments):
         "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
         default="keep_start",
     )
-    padding_free: bool = _option("Rows without padding. Refused: the layout is padded.", default=False)
+    layout: str = _option(
+        "How sequences are laid out in rows: `prefix_shared` (each prompt once, many completions a row), `packed` "
+        "(many sequences a row), `padded` (a row each), or `auto`, the first that computes the models right.",
+        default="auto",
+    )
+    padding_free: bool = _option("Refuse to fall back to padded rows where `layout` is `auto`.", default=False)
     pad_to_multiple_of: int | str | None = _option("Pad rows to a multiple of this many tokens.", default=None)
     pad_token: str | None = _option("Padding token. Default: the tokenizer's, else its end-of-sequence.", default=None)
 
@@ -205,10 +211,13 @@ class DPOConfig(TrainingArguments):
         return {name: getattr(self, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
     def _check_ranges(self) -> None:
-        if self.padding_free:
+        if self.layout not in LAYOUTS:
             raise ValueError(
-                "padding_free=True was asked for, and the layout here is padded: the option would have no effect. "
-                "Set padding_free=False."
+                f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUTS)}. Choose one of them."
+            )
+        if self.padding_free and self.layout == "padded":
+            raise ValueError(
+                "padding_free=True was asked for with layout='padded', whose rows are padded. Drop one of them."
             )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(

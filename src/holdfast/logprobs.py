@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from holdfast.attention import attending
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns, token_columns
 
@@ -75,11 +76,10 @@ def score(
     `router_logits` the model's own load-balancing loss. `chunk_tokens` bounds the tokens projected at a time; its
     default keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
-    inputs: dict[str, Any] = {**batch.inputs, "use_cache": False}
-    if router_logits:
-        inputs["output_router_logits"] = True
-    with _CompletionHead(model, batch, statistics, chunk_tokens).installed():
-        outputs = model(**inputs)
+    options = {"use_cache": False} | ({"output_router_logits": True} if router_logits else {})
+    head = _CompletionHead(model, batch, statistics, chunk_tokens)
+    with attending(head.causal_lm, batch.inputs) as inputs, head.installed():
+        outputs = model(**inputs, **options)
     # A model that is split over devices ends on another one than it began on.
     columns = tuple(column.to(batch.sequence.device) for column in outputs["columns"])
     logps = SequenceLogps(per_token=columns[0], sequence=batch.sequence, num_sequences=batch.num_sequences)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from holdfast.attention import PIECES
 from holdfast.batch import PairBatch
 from holdfast.data.fill import rows_of_pairs
 from holdfast.logprobs import Scores
@@ -38,7 +39,8 @@ def batch_metrics(
     `loss`; `rewards/chosen|rejected|margins` (beta * nats) and `rewards/accuracies` (share of pairs whose chosen reward
     is the higher); `logps/*` log pi_theta(y|x), nats; with statistics also, over completion tokens, `entropy` (nats),
     `logits/*` (mean over tokens and vocabulary) and `mean_token_accuracy` (share of chosen tokens that are top-1).
-    A sequence that no pair has counts for nothing. With a reference, `reference/kl_*`; of training, `num_tokens`.
+    A sequence counts as often as there are pairs that have it. With a reference, `reference/kl_*`; of training,
+    `num_tokens`.
     """
     chosen, rejected = rewards
     metrics = {
@@ -68,9 +70,9 @@ def _token_metrics(batch: PairBatch, scores: Scores) -> dict[str, SumAndCount]:
     assert statistics is not None
 
     def over_tokens(values: Tensor, sequences: tuple[Tensor, ...]) -> SumAndCount:
-        # A sequence counts once, however many pairs it is in.
-        is_counted = values.new_zeros(batch.num_sequences).index_fill(0, torch.cat(sequences), 1)
-        weight = is_counted[batch.sequence]  # [N]
+        which = torch.cat(sequences)
+        count = values.new_zeros(batch.num_sequences).index_add(0, which, values.new_ones(len(which)))
+        weight = count[batch.sequence]  # [N]
         return (values * weight).sum(), weight.sum()
 
     return {
@@ -91,10 +93,16 @@ def _reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, Sum
 
 
 def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
-    """`num_tokens`, a sum and no mean: tokens of the rows that hold a pair's completion, padding left out."""
+    """`num_tokens`, a sum and no mean: the prompt and completion of both sides of each pair, padding left out. So it
+    does not depend on the layout: a prompt counts as often as it is read in rows of one sequence."""
     ids = batch.inputs["input_ids"]
-    lengths = batch.inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
-    num_tokens = (lengths * rows_of_pairs(batch)).sum()
+    if PIECES in batch.inputs:
+        ends = batch.inputs["position_ids"].flatten()[batch.source] + 2  # tokens of a sequence up to each that counts
+        lengths = ends.new_zeros(batch.num_sequences).scatter_reduce(0, batch.sequence, ends, "amax")
+        num_tokens = lengths[torch.cat([batch.chosen, batch.rejected])].sum()
+    else:
+        lengths = batch.inputs.get("attention_mask", torch.ones_like(ids)).sum(1)
+        num_tokens = (lengths * rows_of_pairs(batch)).sum()
     return {"num_tokens": (num_tokens, torch.zeros_like(num_tokens))}
 
 

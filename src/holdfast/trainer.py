@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
 from holdfast.data.completions import by_name, pending
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
-from holdfast.data.layouts import PaddedLayout, with_positions
+from holdfast.data.layouts import with_positions
 from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
+from holdfast.data.shared import unshared
 from holdfast.data.tokenize import check_vocabulary
+from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import score, unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, check_loss, means, motion, tokens_logged
@@ -60,11 +63,10 @@ class DPOTrainer(Trainer):
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
     None for the policy as it starts to train, which is captured from memory; a list of these for their mixture with
-    `ref_model_weights`. `args`: `DPOConfig`. `train_dataset`,
-    `eval_dataset`: `datasets` of rows with `prompt`, `chosen` and `rejected` (text or messages), with `chosen` and
-    `rejected` that both begin with the prompt, or with token ids; for evaluation also a dict of them.
-    `processing_class`: the tokenizer (or a processor with one). `peft_config`: trains a fresh adapter. The other
-    arguments are those of `transformers.Trainer`.
+    `ref_model_weights`. `args`: `DPOConfig`. `train_dataset`, `eval_dataset`: `datasets` of rows with `prompt`,
+    `chosen` and `rejected` (text or messages), with `chosen` and `rejected` that both begin with the prompt, or with
+    token ids; for evaluation also a dict of them. `processing_class`: the tokenizer (or a processor with one).
+    `peft_config`: trains a fresh adapter. The other arguments are those of `transformers.Trainer`.
 
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
@@ -72,6 +74,7 @@ class DPOTrainer(Trainer):
     args: DPOConfig
     model: nn.Module
     _is_introduced = False
+    _provenance: checkpoints.Provenance | None = None
 
     def __init__(
         self,
@@ -88,12 +91,12 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = checked_arguments(args, model, ref_model, train_dataset)
+        args = checked_arguments(args, model, ref_model, train_dataset, data_collator)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = make_policy(model, args, quantization_config, peft_config)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         check_vocabulary(tokenizer, vocabulary_size(unwrap(policy)))
-        pad_token_id = padding_id(tokenizer, args.pad_token)
+        self._pad_token_id = padding_id(tokenizer, args.pad_token)
         self._captured = checksums(policy)
 
         self._prepare_options: dict[str, Any] = {
@@ -111,7 +114,7 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or PaddedLayout(pad_token_id, **args.layout_options),
+            data_collator=data_collator or make_layout(args, self._pad_token_id),
             train_dataset=prepared,
             eval_dataset=prepared_eval,
             processing_class=processing_class,
@@ -120,11 +123,11 @@ class DPOTrainer(Trainer):
             optimizers=optimizers,
         )  # fmt: skip
         check_devices(args)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled) and same_on_all_processes(policy):
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self._is_sharded and same_on_all_processes(policy):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
-        self._provenance: checkpoints.Provenance | None = None
         self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
@@ -165,10 +168,17 @@ class DPOTrainer(Trainer):
             ref_models,
             self.accelerator.autocast,
             mixed_precision=self.accelerator.mixed_precision,
+            layout=lambda: getattr(self.data_collator, "name", "padded"),
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
             is_main=self.is_world_process_zero(),
         )
+        how = [self.model, *filter(None, ref_models)], self._pair_batch, self.accelerator, self._is_sharded
+        self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
         return self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        dataset: Any = self.train_dataset
+        return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
         if (reference := with_given(reference, datasets, self.model, self.args, self.accelerator)) is not None:
@@ -212,16 +222,14 @@ class DPOTrainer(Trainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """The reference recorded, audited, and brought to where it was at `checkpoint`."""
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
-            weights = "not recorded: sharded" if is_sharded else self.reference.fingerprint()
+            weights = "not recorded: sharded" if self._is_sharded else self.reference.fingerprint()
             self._provenance = checkpoints.provenance(weights, self.args, self.model, self.train_dataset)
         if self.reference is not None:
             self.reference.release()
-        if not self._is_introduced and not is_sharded:
-            dataset: Any = self.train_dataset
-            self._introduce(self._collated(list(islice(iter(dataset), self.args.per_device_train_batch_size))))
+        if not self._is_introduced and not self._is_sharded:
+            self._introduce(self._collated(self._first_rows()))
         if checkpoint is not None:
             checkpoints.load_reference(checkpoint, self.reference, self._provenance)
 
@@ -267,7 +275,8 @@ class DPOTrainer(Trainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**batch.inputs, use_cache=False)
+            rows = self._pair_batch(unshared(inputs, self._pad_token_id))
+            return loss, model(**rows.inputs, use_cache=False)
 
     def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
         drops_last = self.args.dataloader_drop_last
@@ -340,9 +349,9 @@ class DPOTrainer(Trainer):
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            batch, _ = self._real_pairs(self._pair_batch(inputs))
+            batch, _ = self._real_pairs(self._pair_batch(unshared(inputs, self._pad_token_id)))
             self._is_real_row = rows_of_pairs(batch)
-            return loss, outputs.logits, inputs["input_ids"].to(loss.device)
+            return loss, outputs.logits, batch.inputs["input_ids"]
 
     def _gathered(self, values: Any) -> Any:
         return gather_rows(values, self._is_real_row, self.accelerator)
@@ -377,24 +386,14 @@ class DPOTrainer(Trainer):
     ) -> None:  # fmt: skip
         """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, ...)."""
         if self.is_world_process_zero():
-            base_model = getattr(unwrap(self.model).config, "_name_or_path", "") or None
-            reference = self.reference.describe() if self.reference is not None else "none"
-            dataset = metadata.pop("dataset", None) or dataset_name
             write_card(
-                self.args, base_model, reference, title=model_name, dataset=dataset, tags=tags, metadata=metadata
-            )
+                self.args, self.model, self.reference, title=model_name, dataset=dataset_name, tags=tags,
+                metadata=metadata,
+            )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.reopen(checkpoint)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is complete
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
-        if self.args.should_save:
-            checkpoints.save_reference(checkpoint, self.reference, self._provenance, self._place.record())
-            checkpoints.rotate(checkpoint.parent, limit, self.state.best_model_checkpoint)
+        save = partial(super()._save_checkpoint, model, trial)
+        what = self.reference, self._provenance, self._place.record()
+        checkpoints.save_complete(checkpoint, save, *what, self.args, self.state, self.accelerator)

@@ -15,13 +15,16 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.data.layouts import PaddedLayout, truncated_rows
 from holdfast.losses import LOSSES
 from holdfast.reference import given
+from holdfast.reference.base import digest
 from holdfast.reference.given import GivenReference
+from holdfast.reference.precomputed import PrecomputedReference
 from naive import logp, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -101,6 +104,43 @@ def test_every_loss_of_sums(loss: str, tmp_path: Path) -> None:
         assert logged(ours, name) == pytest.approx(logged(live, name), abs=1e-5)
 
 
+def test_the_gap_to_a_chosen_reference_is_that_of_the_sums(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once the sums are there, nobody is asked for them."""
+    other, plain = _other(tiny_model()), rows().select(range(1, 12))  # no two with one completion
+    data, theirs = with_sums(plain, other), with_sums(plain, tiny_model())
+    ours = made(tmp_path, data, ref_model=copy.deepcopy(other), per_device_train_batch_size=11, max_steps=1)
+    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.inner, PrecomputedReference)
+    ours.reference.inner._inner = None
+    ours.train()
+    gaps = [abs(a - b) for name in (CHOSEN, REJECTED) for a, b in zip(data[name], theirs[name], strict=True)]
+    (line,) = [record.message for record in caplog.records if "differs from the policy by" in record.message]
+    assert f"by {sum(gaps) / len(gaps):.3g} nats per completion on the first batch, {max(gaps):.3g} at most" in line
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_reference_that_is_gone(bits: int, tmp_path: Path) -> None:
+    """Its weights are not kept once its sums are known, and the run needs them no more."""
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_model(**shape).save_pretrained(tmp_path / "base")
+    quantised = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+
+    def run(data: Dataset, **options: Any) -> DPOTrainer:
+        args = config(tmp_path, ref_model_init_kwargs={"quantization_config": quantised}, **options)
+        return trainer(tiny_model(**shape), args, ref_model=str(tmp_path / "base"), train_dataset=data)
+
+    live = run(rows(), reference="model")
+    table = rows().to_list()
+    sums = [live.reference.logps(live._collated([row])).sums().tolist() for row in table]
+    live.train()
+    data = Dataset.from_list([row | {CHOSEN: a, REJECTED: b} for row, (a, b) in zip(table, sums, strict=True)])
+    ours = run(data, **AHEAD)
+    assert isinstance(ours.reference, GivenReference)
+    ours.train()
+    assert logged(ours) == pytest.approx(logged(live), abs=1e-5 if bits == 4 else 1e-3)
+
+
 def test_only_a_sample_is_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of 40 completions 16, whatever the run; the gap is told once. The second run scores none."""
     data = with_sums(rows(20), tiny_model())
@@ -140,6 +180,25 @@ def test_columns_of_data_that_come_later(tmp_path: Path) -> None:
     assert ours.evaluate(with_sums(later, tiny_model()))["eval_loss"] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match=r"the eval dataset's columns .*the gap is .*Drop them"):
         ours.evaluate(changed(with_sums(rows(6, seed=6), tiny_model()), lambda row, _: {CHOSEN: row[CHOSEN] - 1}))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_sft"])
+def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
+    """Stopped after two of four steps: the sums are those of the policy as it began, not as it is in the checkpoint."""
+    data = with_sums(rows(), POLICIES[kind]())
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    whole = made(tmp_path / "whole", data, POLICIES[kind](), **saving)
+    whole.train()
+    made(tmp_path / "parts", data, POLICIES[kind](), **saving, max_steps=2).train()
+    resumed = made(tmp_path / "parts", data, POLICIES[kind](), **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert isinstance(resumed.reference, GivenReference)
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "num_tokens"):
+        assert logged(resumed, name) == logged(whole, name)
+    assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
+    live = trainer(POLICIES[kind](), config(tmp_path / "live", reference="model", **saving))
+    live.train()
+    assert logged(resumed) == pytest.approx(logged(live), abs=1e-5)
 
 
 def _other(model: nn.Module) -> nn.Module:

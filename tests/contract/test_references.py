@@ -23,7 +23,7 @@ from holdfast.reference.model import ModelReference
 from holdfast.reference.store import default_root
 from holdfast.reference.upkeep import stores
 from naive import NUM_STEPS, Recording, logp, naive_run
-from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
+from policies import POLICIES, config, logged, rows, sums_of_pairs, tiny_tokenizer, trainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "model": {"reference": "model"},
@@ -226,7 +226,7 @@ def test_explicit_references(tmp_path: Path) -> None:
     for given, module in ((other, other), (str(tmp_path / "other"), other), (adapted, adapted)):
         ours = trainer(tiny_model(), config(tmp_path / "out"), ref_model=given)
         batch = rows().to_list()[:3]
-        found = ours.reference.logps(ours._collated(batch)).sums()
+        found = sums_of_pairs(ours, batch)
         expected = torch.stack(
             [logp(module.eval(), row, side) for side in ("chosen_ids", "rejected_ids") for row in batch]
         )

@@ -24,6 +24,8 @@ from torch import nn
 from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.reference.base import digest
+from holdfast.reference.precomputed import PrecomputedReference
+from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
 
 GLOBAL_BATCH = 4
@@ -160,17 +162,29 @@ def unlike_adapters(folder: Path) -> Any:
     return trained(make(folder, policy), folder)
 
 
-def resumed(folder: Path, **reference: Any) -> Any:
+def resumed(folder: Path, train_dataset: Dataset | None = None, **reference: Any) -> Any:
     """Stopped after 2 of 4 steps and resumed in a new trainer."""
     saving = {"save_strategy": "steps", "save_steps": 2}
     options = reference | saving | {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4}
-    options["train_dataset"] = rows(10)
+    options["train_dataset"] = rows(10) if train_dataset is None else train_dataset
     whole = trained(make(folder / "whole", POLICIES["lora_sft"](), **options), folder)
     make(folder / "parts", POLICIES["lora_sft"](), **options | {"max_steps": 2}).train()
     (folder / "again").mkdir(exist_ok=True)
     again = make(folder / "parts", POLICIES["lora_sft"](), **options)
     parts = trained(again, folder / "again", resume_from_checkpoint=True)
     return whole | {"resumed": parts}
+
+
+def resumed_given(folder: Path) -> Any:
+    """The same, with the reference's sums in the dataset's own columns, obtained from one row at a time."""
+    table, policy = rows(10), POLICIES["lora_sft"]().eval()
+    with torch.no_grad():
+        for side in ("chosen", "rejected"):
+            sums = [float(logp(policy, row, f"{side}_ids")) for row in table.to_list()]
+            table = table.add_column(f"ref_{side}_logps", sums)
+    found = resumed(folder, train_dataset=table, reference="precomputed")
+    kinds = gather_object([type(make(folder, policy, train_dataset=table, reference="precomputed").reference).__name__])
+    return found | {"kind_of_each_process": kinds}
 
 
 def checkpoint_order(folder: Path) -> Any:
@@ -205,16 +219,25 @@ def train_stream_in_shards(folder: Path) -> Any:
 
 
 def precomputed_values(folder: Path) -> Any:
-    """What every process finds after 5 and 1 rows were prepared, without asking the reference again."""
+    """What every process scores of 5 and 1 rows, and finds when they were prepared, without asking again."""
     held_out = rows(5, seed=1).select([0])
+    scored: list[int] = []
+    plain = PrecomputedReference._scored
+
+    def counted(self: PrecomputedReference, batch: Any) -> Any:
+        scored.append(batch.num_sequences)
+        return plain(self, batch)
+
+    PrecomputedReference._scored = counted
     ours = make(folder, tiny_model(), train_dataset=rows(5), eval_dataset=held_out, reference="precomputed")
+    PrecomputedReference._scored = plain
     ours.reference._inner = None
     found = {}
     for row in (*rows(5).to_list(), *held_out.to_list()):
         batch = ours._collated([row])
         parts = ours.reference.logps(batch).per_token.split(torch.bincount(batch.sequence).tolist())
         found |= {str(key): part.tolist() for key, part in zip(batch.content.tolist(), parts, strict=True)}
-    return {"kept_by_each_process": gather_object([found])}
+    return {"kept_by_each_process": gather_object([found]), "scored_by_each_process": gather_object([sum(scored)])}
 
 
 def audit_of_a_wrong_reference(folder: Path) -> Any:
@@ -338,6 +361,7 @@ SCENARIOS: dict[str, Scenario] = (
             unlike_beginnings_captured,
             unlike_adapters,
             resumed,
+            resumed_given,
             checkpoint_order,
             train_stream,
             train_stream_in_shards,

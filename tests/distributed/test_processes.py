@@ -43,6 +43,7 @@ TRAININGS = [
     "unlike_beginnings_captured",
     "unlike_adapters",
     "resumed",
+    "resumed_given",
     "resumed_synced",
 ]
 NOT_AT_ZERO_MARGIN = {"reference_none", "reference_chosen", "unlike_beginnings"}
@@ -124,7 +125,9 @@ def test_tokens_of_fillers_do_not_count(num_processes: int, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("name", ["resumed", "resumed_synced", "resumed_in_windows", "resumed_synced_in_windows"])
+@pytest.mark.parametrize(
+    "name", ["resumed", "resumed_given", "resumed_synced", "resumed_in_windows", "resumed_synced_in_windows"]
+)
 def test_resumed_is_uninterrupted(name: str, num_processes: int, runs: Runs) -> None:
     """Bit for bit, in losses, metrics and weights, a moved reference's too; the first logs are the checkpoint's."""
     whole = of(runs, name, num_processes)
@@ -133,6 +136,15 @@ def test_resumed_is_uninterrupted(name: str, num_processes: int, runs: Runs) -> 
     logs = [[{k: v for k, v in entry.items() if k not in unlike} for entry in run["logs"]] for run in (whole, again)]
     assert logs[0] == logs[1]
     assert whole["weights_of_each_process"] == again["weights_of_each_process"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sums_that_came_with_the_data_are_used_on_every_process(num_processes: int, runs: Runs) -> None:
+    """And train as a reference that is asked; at the first step, rounding decides which reward is the higher."""
+    given, live = (of(runs, name, num_processes) for name in ("resumed_given", "resumed"))
+    assert given["kind_of_each_process"] == ["GivenReference"] * num_processes
+    assert list(differences(given["losses"], live["losses"])) == []
+    assert list(differences(given["logs"][1:4], live["logs"][1:4])) == []
 
 
 def test_a_checkpoint_is_complete_when_its_manifest_is_there(runs: Runs) -> None:
@@ -170,10 +182,12 @@ def test_logits_that_compute_metrics_sees(runs: Runs) -> None:
 
 
 def test_precomputed_shares_are_complete(runs: Runs) -> None:
-    """Each of two processes scores its share, and both then hold what one process alone computes."""
+    """Two processes score each completion once between them, and both then hold what one process alone computes."""
     (alone,) = of(runs, "precomputed_values", 1)["kept_by_each_process"]
     both = of(runs, "precomputed_values", 2)["kept_by_each_process"]
     assert len(alone) == 2 * 6 - 1  # two rows share their chosen completion
+    assert sum(of(runs, "precomputed_values", 1)["scored_by_each_process"]) == 2 * 6 - 1
+    assert sum(of(runs, "precomputed_values", 2)["scored_by_each_process"]) == 2 * 6 - 1
     for kept in both:
         assert kept.keys() == alone.keys()
         for completion, values in alone.items():

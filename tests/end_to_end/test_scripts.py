@@ -128,7 +128,7 @@ def test_a_collator_sees_all_columns_that_are_kept(way: str, tmp_path: Path) -> 
     args = config(tmp_path, remove_unused_columns=False, reference=way)
     ours = trainer(tiny_model(), args, train_dataset=weighed, data_collator=reads_weight)
     ours.train()
-    plain = trainer(tiny_model(), config(tmp_path, reference=way))
+    plain = trainer(tiny_model(), config(tmp_path, reference=way, layout="padded"))
     plain.train()
     assert logged(ours) == logged(plain)
     assert len(seen) == 3 + 12 + (12 if way == "precomputed" else 0)  # audited, trained, scored ahead

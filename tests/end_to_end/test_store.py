@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from families import tiny_model
 from holdfast.losses import LOSSES
+from holdfast.reference import claims, precomputed
 from holdfast.reference.store import default_root
 from holdfast.reference.upkeep import stores
 from policies import POLICIES, config, logged, rows, trainer
@@ -70,7 +71,7 @@ SAME: dict[str, dict[str, Any]] = {
     "other columns": {"train_dataset": lambda: rows().add_column("source", ["web"] * 12)},
     "in memory": {"train_dataset": lambda: Dataset.from_dict(rows().to_dict())},
     "evaluation": {"eval_dataset": lambda: rows().select(range(3))},
-    "optimizer": {"optim": "adamw_torch", "weight_decay": 0.1},
+    "optimizer": {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01},
     "no truncation": {"max_length": None},
 }
 
@@ -87,6 +88,10 @@ def test_what_changes_no_number_is_found(change: str, tmp_path: Path, counting: 
     assert again.reference.fingerprint() == first.reference.fingerprint()
     again.train()
     assert counting.scored == NUM_UNLIKE
+    args.reference = "model"
+    live = trainer(tiny_model(), args, **parts)
+    live.train()
+    assert logged(again) == pytest.approx(logged(live), rel=1e-5, abs=1e-5)
 
 
 def _one_ulp(model: Any) -> Any:
@@ -101,7 +106,9 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "rope_theta": (lambda: tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {}),
     "norm epsilon": (lambda: tiny_model(rms_norm_eps=1e-3), {}),
     "dtype": (lambda: tiny_model().bfloat16(), {}),
+    "autocast": (tiny_model, {"bf16": True}),
     "attention": (lambda: tiny_model(attn_implementation="eager"), {}),
+    "layout": (tiny_model, {"layout": "padded"}),
     "trained adapter": (lambda: POLICIES["lora_sft"](), {}),
 }
 
@@ -110,8 +117,16 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_what_changes_numbers_is_scored_again(change: str, tmp_path: Path, counting: Counting) -> None:
     trainer(tiny_model(), config(tmp_path, **AHEAD))
     make, options = OTHER[change]
-    assert counting.during(lambda: trainer(make(), config(tmp_path, **AHEAD, **options))) == NUM_UNLIKE
+    made: list[Any] = []
+    assert counting.during(lambda: made.append(trainer(make(), config(tmp_path, **AHEAD, **options)))) == NUM_UNLIKE
     assert len(stores(default_root())) == 2
+    made[0].train()
+    assert counting.during(lambda: trainer(tiny_model(), config(tmp_path, **AHEAD))) == 0
+    assert counting.during(lambda: trainer(make(), config(tmp_path, **AHEAD, **options))) == 0
+    live = trainer(make(), config(tmp_path, reference="model", **options))
+    live.train()
+    is_rounded = change in ("dtype", "autocast")  # batches of another shape are rounded in another way
+    assert logged(made[0]) == pytest.approx(logged(live), abs=1e-2 if is_rounded else 1e-5)
 
 
 def test_truncation_scores_only_the_rows_it_touches(tmp_path: Path, counting: Counting) -> None:
@@ -199,6 +214,26 @@ def test_completions_of_many_pairs_are_scored_in_few_rows(tmp_path: Path, counti
     ours.train()
     live.train()
     assert logged(ours) == pytest.approx(logged(live), abs=1e-5)
+
+
+def test_the_progress_bar_says_what_is_waited_for(
+    tmp_path: Path, counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has claimed the only block, until it gives it up."""
+    said, answers, claim = [], iter([False, False]), claims._claim
+
+    class Bar(precomputed.tqdm):
+        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            said.append(s)
+            super().set_postfix_str(s, refresh)
+
+    monkeypatch.setattr(precomputed, "tqdm", Bar)
+    monkeypatch.setattr(claims, "_claim", lambda *parts: next(answers, True) and claim(*parts))
+    monkeypatch.setattr(claims, "SHORTEST_POLL_SECONDS", 0.001)
+    trainer(tiny_model(), config(tmp_path, **AHEAD))
+    assert counting.scored == NUM_UNLIKE
+    assert said[0] == "waiting for 1 block of other processes"
+    assert said[1].endswith(" tokens/s")
 
 
 # --- streams and moving references ------------------------------------------------------------------------------------

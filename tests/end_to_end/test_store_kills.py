@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import holdfast
-from holdfast.reference import store
-from holdfast.reference.claims import claimed_blocks
+from holdfast.reference import claims, store
+from holdfast.reference.claims import CLAIM, claimed_blocks
 from holdfast.reference.index import ContentId
 from holdfast.reference.manifest import StoreKey
 from holdfast.reference.shards import PARTIAL, shard_paths
@@ -100,6 +100,7 @@ def deadly(last: int) -> None:
 def live(asked: dict[str, Any]) -> None:
     """A life."""
     store.SHARD_COMPLETIONS = NUM_PER_SHARD
+    claims.PATIENCE_SECONDS = asked["patience"]
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if asked["deadly"]:
         deadly(asked["deadly"])
@@ -150,7 +151,12 @@ class Lives:
 
     def begin(self, folder: Path, **asked: Any) -> int:
         """Begins a life, and returns its process."""
-        defaults = {"work": "fill", "deadly": 0, "num_completions": NUM_COMPLETIONS}
+        defaults = {
+            "work": "fill",
+            "deadly": 0,
+            "num_completions": NUM_COMPLETIONS,
+            "patience": claims.PATIENCE_SECONDS,
+        }
         return self._ask(defaults | {"folder": str(folder), "log": str(folder) + ".log"} | asked)
 
     def end(self, process: int) -> bool:
@@ -267,8 +273,13 @@ def test_a_kill_at_every_step_of_merging(lives, tmp_path, caplog):
     assert caplog.records == []
 
 
+def sizes(folder: Path, num: int) -> list[int]:
+    """Completions computed by each of the processes that share a store."""
+    return [Path(f"{folder}.{number}").stat().st_size for number in range(num)]
+
+
 def test_four_processes_fill_one_store(lives, tmp_path, caplog):
-    """No completion is done twice but in blocks that were in progress at the end, one of each other process."""
+    """No completion is done twice, and none by a process that has nothing left to do: it waits for the others."""
     folder = tmp_path / "shared"
     processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(4)]
     reader = LogpStore.open(folder, KEY)
@@ -278,25 +289,53 @@ def test_four_processes_fill_one_store(lives, tmp_path, caplog):
         assert all(torch.equal(found[key], EXPECTED[key]) for key in found)
         time.sleep(0.02)
     assert [lives.end(process) for process in processes] == [False] * 4
-    parts = [Path(f"{folder}.{number}").stat().st_size for number in range(4)]
-    assert min(parts) > 0
-    assert NUM_COMPLETIONS <= sum(parts) <= NUM_COMPLETIONS + 4 * 3 * NUM_PER_SHARD
-    assert num_stored(folder) <= sum(parts)
-    assert is_as_expected(folder)
-    assert verify(folder) == []
-    merge(folder / KEY.digest())
+    assert min(sizes(folder, 4)) > 0
+    assert sum(sizes(folder, 4)) == NUM_COMPLETIONS
     assert num_stored(folder) == NUM_COMPLETIONS
     assert is_as_expected(folder)
+    assert verify(folder) == []
+    assert list(folder.glob(f"*/*{CLAIM}")) == []
     assert caplog.records == []
 
 
+def stopped_in_a_block(process: int, log: Path) -> None:
+    """Stops a process that has done a block, and is in the midst of another."""
+    while True:
+        os.kill(process, signal.SIGSTOP)
+        done = log.stat().st_size if log.exists() else 0
+        if done > NUM_PER_SHARD and done % NUM_PER_SHARD:
+            return
+        os.kill(process, signal.SIGCONT)
+        time.sleep(0.002)
+
+
 def test_the_others_do_what_a_killed_one_has_left(lives, tmp_path):
+    """And wait for each other while they do: what is done twice is the killed one's part of a block."""
     folder = tmp_path / "shared"
-    processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(3)]
-    while not Path(f"{folder}.0").exists() or Path(f"{folder}.0").stat().st_size < 3 * NUM_PER_SHARD // 2:
-        time.sleep(0.001)
+    processes = [lives.begin(folder, work="share", log=f"{folder}.{number}") for number in range(4)]
+    stopped_in_a_block(processes[0], Path(f"{folder}.0"))
+    time.sleep(0.5)  # the others come to wait for it
     os.kill(processes[0], signal.SIGKILL)
-    assert [lives.end(process) for process in processes] == [True, False, False]
+    assert [lives.end(process) for process in processes[1:]] == [False] * 3  # it has ended, and nobody has asked
+    assert lives.end(processes[0])
+    num_lost = sizes(folder, 4)[0] % NUM_PER_SHARD
+    assert 0 < num_lost < NUM_PER_SHARD
+    assert sum(sizes(folder, 4)) == NUM_COMPLETIONS + num_lost
+    assert num_stored(folder) == NUM_COMPLETIONS
+    assert is_as_expected(folder)
+    assert verify(folder) == []
+    assert list(folder.glob(f"*/*{CLAIM}")) == []
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(lives, tmp_path):
+    folder = tmp_path / "shared"
+    shared = [lives.begin(folder, work="share", patience=1.0, log=f"{folder}.{number}") for number in range(3)]
+    stopped_in_a_block(shared[0], Path(f"{folder}.0"))
+    assert [lives.end(process) for process in shared[1:]] == [False] * 2
+    assert is_as_expected(folder)
+    os.kill(shared[0], signal.SIGCONT)
+    assert not lives.end(shared[0])
+    assert sum(sizes(folder, 3)) <= NUM_COMPLETIONS + 3 * NUM_PER_SHARD
     assert is_as_expected(folder)
     assert verify(folder) == []
 

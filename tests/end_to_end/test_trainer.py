@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
+from holdfast.data.layouts import PaddedLayout
 from holdfast.losses import LOSSES
 from holdfast.reference.base import digest
 from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
@@ -181,10 +182,10 @@ def test_load_balancing_loss(coef: float | None, tmp_path: Path) -> None:
     """loss = ln 2 + coef * aux, with the model's own aux loss of the batch."""
     policy = tiny_model("mixtral", router_aux_loss_coef=0.25)
     ours = trainer(policy, config(tmp_path, router_aux_loss_coef=coef))
-    inputs = ours.data_collator(rows().to_list()[:3])
+    inputs = PaddedLayout(0)(rows().to_list()[:3])
     weight = 0.25 if coef is None else coef
     own = policy(inputs["input_ids"], attention_mask=inputs["attention_mask"], output_router_logits=True).aux_loss
-    loss = ours.compute_loss(policy, inputs)
+    loss = ours.compute_loss(policy, ours.data_collator(rows().to_list()[:3]))
     assert loss.item() == pytest.approx(math.log(2) + weight * own.item(), abs=1e-5)
 
 
@@ -246,7 +247,7 @@ def test_streams(tmp_path: Path) -> None:
 def test_the_common_collator_by_name(tmp_path: Path) -> None:
     collator = DataCollatorForPreference(pad_token_id=0, max_length=12)
     named = trainer(tiny_model(), config(tmp_path, max_length=12), data_collator=collator)
-    plain = trainer(tiny_model(), config(tmp_path, max_length=12))
+    plain = trainer(tiny_model(), config(tmp_path, max_length=12, layout="padded"))
     named.train()
     plain.train()
     assert logged(named) == logged(plain)
@@ -473,7 +474,8 @@ def test_other_arguments_than_a_dpo_config_are_refused(tmp_path: Path) -> None:
         ({"snapshot_device": "cpu"}, r"snapshot_device='cpu' was asked for with reference='auto'.*no snapshot"),
         ({"max_length": 1}, "max_length=1"),
         ({"truncation_mode": "keep_middle"}, "'keep_start' or 'keep_end'"),
-        ({"padding_free": True}, "padding_free=True"),
+        ({"padding_free": True, "layout": "padded"}, "padding_free=True was asked for with layout='padded'"),
+        ({"layout": "flat"}, r"layout='flat'.*auto, prefix_shared, packed, padded"),
     ],
 )
 def test_options_that_cannot_be_right(options: dict[str, Any], message: str, tmp_path: Path) -> None:

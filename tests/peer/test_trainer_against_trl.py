@@ -60,6 +60,11 @@ RELATIVE = 1e-5
 ABSOLUTE = 2e-6
 """Of numbers of size 1 that are differences of larger ones: a log-prob of -100 has a rounding error of 1e-5 itself."""
 
+RELATIVE_OF_RATIOS = 3e-5
+"""Of the gradient of a forward KL, which is scaled by pi_ref / pi_theta: the relative error of a ratio is the absolute
+error of its logarithm, and a completion's log-prob is the fp32 sum of tens of numbers. From the same weights, single
+steps of this test lie up to 1.7e-5 (TRL's; rms 5e-6) from the same step in fp64, and ours no nearer to it than that."""
+
 NATS = 3e-5
 """The same of `logps/*` and what is made of them: sums of many token log-probs, added up in another order."""
 
@@ -406,8 +411,9 @@ def test_losses(options: dict[str, Any], saved: Any, tmp_path: Path) -> None:
     def make() -> dict[str, Any]:
         return {"model": loaded(saved()), "ref_model": loaded(saved("llama", seed)), "eval_dataset": HELD_OUT}
 
+    is_ratio = options.get("f_divergence_type") == "forward_kl"
     theirs, ours = trainers(tmp_path, make, eval_strategy="steps", eval_steps=4, **options)
-    assert_same_run(theirs, ours)
+    assert_same_run(theirs, ours, RELATIVE_OF_RATIOS if is_ratio else RELATIVE)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

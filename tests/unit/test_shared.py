@@ -42,7 +42,7 @@ def pieces(tensors: dict[str, Tensor]) -> Iterator[tuple[list[int], list[int], l
         yield tensors["input_ids"][row, here].tolist(), tensors["position_ids"][row, here].tolist(), places.tolist(), (
             bool(is_prompt)
         )  # fmt: skip
-    assert filled == tensors["attention_mask"].sum(1).tolist()
+    assert filled == tensors["attention_mask"].count_nonzero(1).tolist()
 
 
 def test_a_batch_by_hand() -> None:
@@ -50,12 +50,13 @@ def test_a_batch_by_hand() -> None:
 
     It has 8 tokens, the other prompt 4: at 8 tokens a row that is two rows. Sequences are the chosen ones (3 4, 7),
     then the rejected ones (5, 8 9, 10 11 12); the first token of each is predicted at its prompt's end (flat 1, 8).
+    The first prompt begins 4 of the 6 rows that the padded layout would have, its completion 3 4 is in 2 of them.
     """
     batch = PairBatch.from_tensors(tensors := SharedLayout(PAD, row_tokens=8)(EXAMPLES))
     assert sorted(batch.inputs) == ["attention_mask", "input_ids", "position_ids", PIECES]
     assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 5, 10, 11, 12], [6, 7, 8, 9, 0, 0, 0, 0]]
     assert tensors["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 3, 4], [0, 1, 1, 2, 0, 0, 0, 0]]
-    assert tensors["attention_mask"].tolist() == [[1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert tensors["attention_mask"].tolist() == [[4, 4, 2, 2, 1, 1, 1, 1], [2, 1, 1, 1, 0, 0, 0, 0]]
     assert tensors[PIECES].tolist() == [[0, 2, 1], [0, 2, 0], [0, 1, 0], [0, 3, 0], [1, 1, 1], [1, 1, 0], [1, 2, 0]]
     assert batch.source.tolist() == [1, 2, 8, 1, 8, 10, 1, 5, 6]
     assert batch.target.tolist() == [3, 4, 7, 5, 8, 9, 10, 11, 12]

@@ -1,20 +1,23 @@
 """What a reference is to score ahead: the completions of a dataset, each once, in batches of like length.
 
-A completion of many pairs is one row, and rows are sorted by length and cut to a budget of tokens, so that little of a
-batch is padding. No batch is larger than the longest pairs would make the training's own. That needs to know how rows
-are laid out; under a user's own data collator the batches are its pairs, in the order of the dataset.
+A completion of many pairs is scored once. Completions are sorted by length and cut to a budget of tokens, so that
+little of a batch is padding; where the layout shares prompts, those of a prompt stay together. No batch is larger than
+the longest pairs would make the training's own. That needs to know how rows are laid out; under a user's own data
+collator the batches are its pairs, in the order of the dataset.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
+import xxhash
 from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import PairBatch
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
+from holdfast.data.shared import SharedLayout
 
 ContentId = tuple[int, int]
 Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
@@ -53,13 +56,13 @@ class GivenSum:
 
 @final
 class Completions:
-    """The completions of `dataset`, truncated as `layout` does it. `pair_batch` makes a batch of what a layout gives;
-    `num_pairs` is how many pairs a batch of the training has."""
+    """The completions of `dataset`, truncated and laid out by `layout`. `pair_batch` makes a batch of what a layout
+    gives; `num_pairs` is how many pairs a batch of the training has."""
 
     def __init__(
         self,
         dataset: Dataset,
-        layout: PaddedLayout,
+        layout: PaddedLayout | SharedLayout,
         pair_batch: Callable[[Mapping[str, Any]], PairBatch],
         num_pairs: int,
     ) -> None:
@@ -81,11 +84,21 @@ class Completions:
     def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
         """See `Pending.batches`: what `blocks` asks for, the longest first."""
         places = self._found()
-        ids = sorted(places, key=lambda key: (-places[key].length, key))
         budget = 2 * self._num_pairs * max(place.length for place in places.values())
-        for block in blocks(ids):
-            for keys in _within(budget, block, [places[key].length for key in block]):
-                yield self._pair_batch(self._layout.of_completions(self._rows([places[key] for key in keys])))
+        for block in blocks(self._order(places)):
+            for group in _within(budget, [places[key] for key in block], self._layout):
+                yield self._pair_batch(self._layout.of_completions(self._rows(group)))
+
+    def _order(self, places: "dict[ContentId, _Place]") -> list[ContentId]:
+        """The longest first, each with the others of its prompt where they are laid out together."""
+        if not _shares(self._layout):
+            return sorted(places, key=lambda key: (-places[key].length, key))
+        longest: dict[int, int] = {}
+        for place in places.values():
+            longest[place.prompt] = max(place.length, longest.get(place.prompt, 0))
+        return sorted(
+            places, key=lambda key: (-longest[places[key].prompt], places[key].prompt, -places[key].length, key)
+        )
 
     def given(self) -> Iterator[GivenSum]:
         """See `Pending.given`: what the columns `ref_chosen_logps` and `ref_rejected_logps` hold."""
@@ -106,7 +119,14 @@ class Completions:
             self._places = {}
             for start in range(0, len(self._dataset), _ROWS_AT_A_TIME):
                 for side, index, row in self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._dataset)))):
-                    self._places.setdefault(content_of(row), _Place(index=index, side=side, length=len(row.ids)))
+                    place = _Place(
+                        index=index,
+                        side=side,
+                        length=len(row.ids),
+                        num_prompt=row.num_prompt,
+                        prompt=xxhash.xxh3_64_intdigest(row.ids[: row.num_prompt].tobytes()),
+                    )
+                    self._places.setdefault(content_of(row), place)
         return self._places
 
     def _sides(self, indices: Sequence[int]) -> Iterator[tuple[int, int, Row]]:
@@ -125,23 +145,32 @@ class Completions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
-    """Where a completion stands in the dataset, and its tokens, prompt included."""
+    """Where a completion stands in the dataset, its tokens, prompt included, and those of the prompt, with a number
+    that is another for another prompt (if not, batches are larger than they should be)."""
 
     index: int
     side: int
     length: int
+    num_prompt: int
+    prompt: int
 
 
-def _within(budget: int, keys: Sequence[ContentId], lengths: Sequence[int]) -> Iterator[list[ContentId]]:
-    """`keys` in groups of which the longest, times their number, is within `budget`."""
-    group: list[ContentId] = []
-    longest = 0
-    for key, length in zip(keys, lengths, strict=True):
-        longest = max(longest, length)
-        if group and longest * (len(group) + 1) > budget:
+def _shares(layout: PaddedLayout | SharedLayout) -> bool:
+    return isinstance(layout, SharedLayout) and layout.shares_prompts
+
+
+def _within(budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout) -> "Iterator[list[_Place]]":
+    """`places` in groups that take at most `budget` tokens in rows of `layout`, padding included."""
+    group: list[_Place] = []
+    num_tokens = longest = 0
+    for place in places:
+        longest = max(longest, place.length)
+        is_prompt_there = _shares(layout) and group and group[-1].prompt == place.prompt
+        num_tokens += place.length - (place.num_prompt if is_prompt_there else 0)
+        if group and (longest * (len(group) + 1) if isinstance(layout, PaddedLayout) else num_tokens) > budget:
             yield group
-            group, longest = [], length
-        group.append(key)
+            group, num_tokens, longest = [], place.length, place.length
+        group.append(place)
     if group:
         yield group
 
@@ -201,7 +230,7 @@ def pending(
     if type(collator) is DataCollatorForPreference:
         options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
         collator = PaddedLayout(collator.pad_token_id, *options)
-    if isinstance(collator, PaddedLayout):
+    if isinstance(collator, PaddedLayout | SharedLayout):
         return Completions(dataset, collator, pair_batch, size)
     return CollatedPairs(dataset, size, collate, accelerator)
 

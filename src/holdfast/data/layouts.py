@@ -12,7 +12,7 @@ rest to such a dict, so that a user's own collator works as well.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class PaddedLayout:
     Raises `ValueError` for a row that has no completion token to predict after truncation.
     """
 
+    name: ClassVar[str] = "padded"
+
     pad_token_id: int
     max_length: int | None = None
     truncation_mode: TruncationMode = "keep_start"
@@ -45,7 +47,10 @@ class PaddedLayout:
         _check_options(self)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = truncated_rows(features, self.max_length, self.truncation_mode)
+        return self.of_pairs(truncated_rows(features, self.max_length, self.truncation_mode))
+
+    def of_pairs(self, rows: Sequence["Row"]) -> dict[str, Tensor]:
+        """The same for rows that are cut already: all chosen ones, then all rejected ones."""
         return self._laid_out(rows) | _halves(len(rows))
 
     def of_completions(self, rows: Sequence["Row"]) -> dict[str, Tensor]:
@@ -58,7 +63,7 @@ class PaddedLayout:
         num_tokens = input_ids.shape[1]
         first = np.array([max(row.num_prompt, 1) for row in rows])
         counts = np.array([len(row.ids) for row in rows]) - first
-        _check_counts(counts)
+        check_counts(counts)
         sequence = np.repeat(np.arange(len(rows)), counts)
         rank = np.arange(len(sequence)) - np.repeat(counts.cumsum() - counts, counts)
         position = sequence * num_tokens + first[sequence] + rank
@@ -134,7 +139,7 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     num_rows, num_tokens = ids.shape
     counts_as_target = torch.zeros_like(completion)
     counts_as_target[:, 1:] = completion[:, 1:] & attended[:, :-1]
-    _check_counts(counts_as_target.sum(1).cpu().numpy())
+    check_counts(counts_as_target.sum(1).cpu().numpy())
     sequence, column = counts_as_target.nonzero(as_tuple=True)  # [N] each, row by row
     content = [
         _masked_content_id(*arrays)
@@ -211,7 +216,8 @@ def _check_options(layout: PaddedLayout | DataCollatorForPreference) -> None:
         )
 
 
-def _check_counts(counts: np.ndarray) -> None:
+def check_counts(counts: np.ndarray) -> None:
+    """ValueError where one of the numbers of completion tokens, of all chosen rows and then all rejected ones, is 0."""
     empty = np.flatnonzero(counts <= 0)
     if len(empty) > 0:
         num_pairs = len(counts) // 2

@@ -1,23 +1,24 @@
-"""Tokenized pairs -> rows in which every prompt stands once, followed by its completions.
+"""Tokenized pairs -> rows filled with many sequences, in which every prompt stands once, followed by its completions.
 
 `SharedLayout` groups the completions of a batch by prompt; a completion that several pairs have stands once as well.
 One prompt with its completions is a segment, and segments fill rows up to a budget of tokens, so that padding is what
 rows differ by. The pieces of each row go along for `holdfast.attention`, which keeps completions apart; positions go
-on from the prompt for each. What is scored, its order and its content ids are those of `PaddedLayout`.
+on from the prompt for each. What is scored, its order and its content ids are those of `PaddedLayout`. With
+`shares_prompts=False` each sequence is a segment of its own, prompt and all (packed).
 
 Given up: rows that a model can be given without that attention. Its answers would be wrong.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.attention import PIECES
-from holdfast.data.layouts import PaddedLayout, Row, _check_counts, content_of, truncated_rows
+from holdfast.data.layouts import PaddedLayout, Row, check_counts, content_of, truncated_rows
 from holdfast.data.tokenize import TruncationMode
 
 ROW_TOKENS = 1_000
@@ -35,6 +36,10 @@ class SharedLayout:
     for a completion of the last one). `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2]
     as in `PaddedLayout`, with a completion that occurs again left out the second time.
 
+    `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
+    load-balancing loss of models with experts) are those of padded rows. With `shares_prompts=False` every sequence is
+    one piece, which counts as a prompt without completions.
+
     Raises `ValueError` for a row that has no completion token to predict after truncation.
     """
 
@@ -43,6 +48,7 @@ class SharedLayout:
     truncation_mode: TruncationMode = "keep_start"
     pad_to_multiple_of: int | None = None
     row_tokens: int = ROW_TOKENS
+    shares_prompts: bool = True
 
     def __post_init__(self) -> None:
         PaddedLayout(self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of)  # checks them
@@ -51,6 +57,11 @@ class SharedLayout:
                 f"row_tokens is how many tokens a row may have; found {self.row_tokens}. Give at least 1, such as "
                 f"{ROW_TOKENS}."
             )
+
+    @property
+    def name(self) -> Literal["prefix_shared", "packed"]:
+        """The value of the option `layout`."""
+        return "prefix_shared" if self.shares_prompts else "packed"
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         tensors, places = self._laid_out(truncated_rows(features, self.max_length, self.truncation_mode))
@@ -64,15 +75,16 @@ class SharedLayout:
 
     def _laid_out(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], np.ndarray]:
         """All tensors but `chosen` and `rejected`, and which sequence each of `rows` has become."""
-        _check_counts(np.array([len(row.ids) - max(row.num_prompt, 1) for row in rows]))
+        check_counts(np.array([len(row.ids) - max(row.num_prompt, 1) for row in rows]))
         sequences, places = _distinct(rows)
-        segments = _segments(sequences)
+        segments = _segments(sequences) if self.shares_prompts else _lone_segments(sequences)
         packed = _packed([segment.num_tokens for segment in segments], self.row_tokens)
+        counts = np.bincount(places)
         laid = _Rows.empty(len(packed), self._width(segments, packed), self.pad_token_id)
         predicted: dict[int, np.ndarray] = {}  # by sequence, the flat positions that predict its tokens
         for row, members in enumerate(packed):
             for member in members:
-                predicted |= laid.append(row, segments[member], sequences)
+                predicted |= laid.append(row, segments[member], sequences, counts)
         sources = [predicted[index] for index in range(len(sequences))]
         targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in sequences]
         tensors = {
@@ -93,9 +105,29 @@ class SharedLayout:
         return -(-longest // multiple) * multiple
 
 
+def unshared(tensors: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """The pairs of a batch of `SharedLayout` as `PaddedLayout` lays them out; any other batch as it is.
+
+    For who needs a row a completion, [2P T], such as a function that is shown logits.
+    """
+    if PIECES not in tensors:
+        return dict(tensors)
+    ids, positions, source, target, sequence = (
+        tensors[name].reshape(-1).cpu().numpy()
+        for name in ("input_ids", "position_ids", "source", "target", "sequence")
+    )
+    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
+    rows = []
+    for first, completion in zip(source[starts], np.split(target, starts[1:]), strict=True):
+        num_prompt = positions[first] + 1  # or the completion's own first token, where there is no prompt
+        rows.append(Row(np.concatenate([ids[first + 1 - num_prompt : first + 1], completion]), int(num_prompt)))
+    order = torch.cat([tensors["chosen"], tensors["rejected"]]).tolist()
+    return PaddedLayout(pad_token_id).of_pairs([rows[index] for index in order])
+
+
 @dataclass(slots=True, kw_only=True)
 class _Segment:
-    """A prompt and the sequences that begin with it."""
+    """A prompt and the sequences that begin with it, or a whole sequence that is its only one."""
 
     prompt: np.ndarray
     sequences: list[int] = field(default_factory=list)
@@ -121,26 +153,34 @@ class _Rows:
             input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), pieces=[], filled=[0] * num_rows
         )  # fmt: skip
 
-    def append(self, row: int, segment: _Segment, sequences: Sequence[Row]) -> dict[int, np.ndarray]:
-        """Where the tokens of each of the segment's sequences are predicted, once it stands in the row."""
+    def append(
+        self, row: int, segment: _Segment, sequences: Sequence[Row], counts: np.ndarray
+    ) -> dict[int, np.ndarray]:
+        """Where the tokens of each of the segment's sequences, which occur so often, are predicted, once it stands in
+        the row."""
         prompt = len(segment.prompt)
-        last = row * self.input_ids.shape[1] + self._append(row, segment.prompt, 0, is_prompt=True) + prompt - 1
+        shared = self._append(row, segment.prompt, 0, counts[segment.sequences].sum(), is_prompt=True)
         predicted = {}
         for index in segment.sequences:
-            completion = sequences[index].ids[prompt:]
-            start = row * self.input_ids.shape[1] + self._append(row, completion, prompt, is_prompt=False)
-            within = start + np.arange(len(completion) - 1)  # each token is predicted where the one before it stands
-            predicted[index] = np.concatenate([[last], within]) if prompt > 0 else within
+            ids, num_prompt = sequences[index]
+            places = shared
+            if len(ids) > prompt:
+                places = np.concatenate(
+                    [shared, self._append(row, ids[prompt:], prompt, counts[index], is_prompt=False)]
+                )
+            # Each token is predicted where the one before it stands.
+            predicted[index] = places[max(num_prompt, 1) - 1 : -1]
         return predicted
 
-    def _append(self, row: int, ids: np.ndarray, position: int, *, is_prompt: bool) -> int:
+    def _append(self, row: int, ids: np.ndarray, position: int, count: int, *, is_prompt: bool) -> np.ndarray:
+        """The flat positions at which `ids` stand now."""
         start = self.filled[row]
         end = self.filled[row] = start + len(ids)
         self.input_ids[row, start:end] = ids
         self.position_ids[row, start:end] = position + np.arange(len(ids))
-        self.attention_mask[row, start:end] = 1
+        self.attention_mask[row, start:end] = count
         self.pieces.append((row, len(ids), int(is_prompt)))
-        return start
+        return row * self.input_ids.shape[1] + np.arange(start, end)
 
 
 def _distinct(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
@@ -165,6 +205,11 @@ def _segments(sequences: Sequence[Row]) -> list[_Segment]:
         segment.sequences.append(index)
         segment.num_tokens += len(ids) - num_prompt
     return list(segments.values())
+
+
+def _lone_segments(sequences: Sequence[Row]) -> list[_Segment]:
+    """One for each sequence."""
+    return [_Segment(prompt=row.ids, sequences=[index], num_tokens=len(row.ids)) for index, row in enumerate(sequences)]
 
 
 def _packed(sizes: Sequence[int], budget: int) -> list[list[int]]:

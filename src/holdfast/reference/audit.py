@@ -28,15 +28,16 @@ Checksums = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """How far two models' log-probs of the same tokens are apart, nats per token."""
+    """How far two models' log-probs of the same tokens are apart, nats per token, or per completion for sums."""
 
     mean: float
     largest: float
 
     @classmethod
-    def between(cls, policy: SequenceLogps, reference: SequenceLogps) -> "Gap":
+    def between(cls, policy: SequenceLogps, reference: SequenceLogps, *, of_sums: bool = False) -> "Gap":
         """The gap on one batch."""
-        difference = (policy.per_token.detach() - reference.per_token).abs()
+        ours, theirs = (logps.sums() if of_sums else logps.per_token for logps in (policy, reference))
+        difference = (ours.detach() - theirs).abs()
         return cls(mean=float(difference.mean()), largest=float(difference.max()))
 
     def is_zero(self, *, is_half_precision: bool) -> bool:
@@ -78,8 +79,10 @@ def audit(
 ) -> str:
     """What was measured on `batch`, in a clause. ValueError when a captured reference is not the policy, naming what
     differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
-    asked = reference.inner if isinstance(reference, GivenReference) else reference  # sums have no single tokens
-    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), asked.logps(batch))
+    # Sums that came with the data have no single tokens. What gave them may be gone, but not where it is the policy.
+    of_sums = is_users_choice and isinstance(reference, GivenReference)
+    asked = reference.inner if isinstance(reference, GivenReference) and not of_sums else reference
+    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), asked.logps(batch), of_sums=of_sums)
     is_half_precision = (
         accelerator.mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
     )
@@ -89,9 +92,8 @@ def audit(
             f"of both. Reference: {reference.describe()}."
         )
     if is_users_choice:
-        return (
-            f"it differs from the policy by {gap.mean:.3g} nats per token on the first batch, {gap.largest:.3g} at most"
-        )
+        found = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
+        return f"it differs from the policy by {found} on the first batch, {gap.largest:.3g} at most"
     if not gap.is_zero(is_half_precision=is_half_precision):
         raise ValueError(
             "The reference is the policy as it starts to train, so at the first step both must give the same "

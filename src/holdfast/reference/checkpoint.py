@@ -11,14 +11,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState, TrainingArguments
 
 from holdfast.reference.base import Reference, digest
 
@@ -177,6 +179,30 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"{path} has format {manifest['format']}; this version of holdfast reads up to {FORMAT}. Update holdfast."
         )
     return manifest
+
+
+def save_complete(
+    checkpoint: Path,
+    save: Callable[[], None],
+    reference: Reference | None,
+    provenance: Provenance | None,
+    place: Mapping[str, int],
+    args: TrainingArguments,
+    state: TrainerState,
+    accelerator: Accelerator,
+) -> None:
+    """What `save()` writes and `save_reference` after it; older checkpoints go only when this one is complete."""
+    if args.should_save:
+        reopen(checkpoint)
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        save()
+    finally:
+        args.save_total_limit = limit
+    accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
+    if args.should_save:
+        save_reference(checkpoint, reference, provenance, place)
+        rotate(checkpoint.parent, limit, state.best_model_checkpoint)
 
 
 def reopen(checkpoint: Path) -> None:

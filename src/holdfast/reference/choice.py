@@ -3,7 +3,7 @@
 A way is a class in a file of its own; a new one is added to `Way` and `_held`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ def choose_reference(
     autocast: Autocast,
     *,
     mixed_precision: str = "no",
+    layout: Callable[[], str] = lambda: "padded",
     is_quiet: bool = False,
     is_main: bool = True,
 ) -> Reference | None:
@@ -88,7 +89,9 @@ def choose_reference(
     is_whole = not moves and wish.window is None
     stored = PrecomputedReference(
         held,
-        open_store=lambda weights, version: LogpStore.open(wish.store or default_root(), key(weights, version=version)),
+        open_store=lambda weights, version: LogpStore.open(
+            wish.store or default_root(), key(weights, version=version, layout=layout())
+        ),
         park=partial(_parked, wish, autocast),
         is_whole=is_whole,
         moves=moves,

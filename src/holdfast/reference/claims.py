@@ -2,18 +2,21 @@
 
 Each process takes the next block of completions that is missing and that nobody else has claimed; so they share the
 work evenly however fast each is, more may join at any time, and none needs to know how many there are. A claim is a
-file that one process made, and no lock: what is stored never depends on it. When only claimed blocks are left, they
-are computed as well, since who claimed them may have died; so each process repeats at most the blocks in progress at
-the end. Given up: use where all processes must compute together (sharded parameters); share out by rank there.
+file that one process made, and no lock: what is stored never depends on it. When only claimed blocks are left, a
+process waits for them, and takes over each whose owner has died or shows no progress. It holds no claim while it
+waits, and no wait for a claim that stays as it is lasts longer than `PATIENCE_SECONDS`; so none is for ever.
+
+Given up: an even end, since a block is never divided, and use where all processes must compute together (sharded
+parameters); share out by rank there.
 """
 
 import contextlib
+import logging
 import os
 import random
 import socket
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,47 +26,94 @@ from holdfast.reference.index import ContentId
 from holdfast.reference.shards import remove
 from holdfast.reference.store import SHARD_COMPLETIONS, LogpStore
 
+logger = logging.getLogger(__name__)
+
 CLAIM = ".claim"
 CLAIM_SECONDS = 900.0
-"""A claim of another machine is void after this time; one of this machine as soon as its process has ended."""
+"""A claim of this age is void; one of this machine as soon as its process has ended. Each batch renews it."""
+PATIENCE_SECONDS = 120.0
+"""For how long a claim that nobody renews is waited for, by the clock of who waits. Longer than a batch takes, and than
+a network's file system hides from one machine what another has done (60 s). Too short costs double work, no more."""
+SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
+
+_Seen = dict[Path, tuple[int, float]]
+"""When a claim was last renewed, by its file, and when that was seen to be so first, by this process's clock."""
 
 
 def claimed_blocks(
-    store: LogpStore, ids: Sequence[ContentId], num_per_block: int = SHARD_COMPLETIONS
-) -> Iterator[list[ContentId]]:
+    store: LogpStore,
+    ids: Sequence[ContentId],
+    num_per_block: int = SHARD_COMPLETIONS,
+    on_wait: Callable[[int], None] = lambda num_blocks: None,
+) -> Generator[list[ContentId], None, None]:
     """Those of `ids` that are missing from `store`, block by block, until none is: each block to be computed and added
     before the next is asked for, when it is written. All processes must give the same `ids` in the same order.
 
-    Of a block's `num_per_block` ids, which stand together in `ids`, only the missing ones are yielded."""
+    Of a block's `num_per_block` ids, which stand together in `ids`, only the missing ones are yielded. `on_wait` is
+    told of how many blocks are with other processes while there is nothing else to do, each time it is looked."""
     ids = list(dict.fromkeys(ids))
     blocks = [ids[begin : begin + num_per_block] for begin in range(0, len(ids), num_per_block)]
-    claimed: list[list[ContentId]] = []
+    seen: _Seen = {}
+    with_others: dict[Path, list[ContentId]] = {}
     for block in blocks:
         store.refresh()
-        if not (missing := store.missing(block)):
+        if not store.missing(block):
             continue
         path = store.folder / f"{_digest(block)}{CLAIM}"
-        if not _claim(store, path):
-            claimed.append(block)
-            continue
-        try:
-            yield missing
-            store.flush()
-        finally:
-            remove(path)
-    random.Random(uuid.uuid4().int).shuffle(claimed)
-    for block in claimed:
+        if _claim(store, path, seen):
+            yield from _work(store, path, block)
+        else:
+            with_others[path] = block
+    yield from _taken_over(store, with_others, seen, on_wait)
+
+
+def _work(store: LogpStore, path: Path, block: Sequence[ContentId]) -> Generator[list[ContentId], None, None]:
+    """What is missing of a block that this process has claimed, if anything is."""
+    store.claim = path
+    try:
+        # Whoever had the claim before wrote the block, and then removed the claim.
         store.refresh()
         if missing := store.missing(block):
             yield missing
             store.flush()
-
-
-def _claim(store: LogpStore, path: Path) -> bool:
-    """True if the claim is this process's now."""
-    store.check_writable()
-    if _is_void(path):
+    finally:
+        store.claim = None
         remove(path)
+
+
+def _taken_over(
+    store: LogpStore,
+    with_others: Mapping[Path, list[ContentId]],
+    seen: _Seen,
+    on_wait: Callable[[int], None],
+) -> Generator[list[ContentId], None, None]:
+    """What other processes leave of the blocks that they claimed; returns when all of it is stored."""
+    left, pause = dict(with_others), SHORTEST_POLL_SECONDS
+    while left:
+        num_left = len(left)
+        store.refresh()
+        left = {path: block for path, block in left.items() if store.missing(block)}
+        for path in random.sample([*left], len(left)):  # several wait, and should not want the same one
+            if _is_own(path):  # of another generator, which would be waited for in vain
+                yield store.missing(left.pop(path))
+                store.flush()
+                break
+            if _claim(store, path, seen):
+                yield from _work(store, path, left.pop(path))
+                break
+        if len(left) < num_left:
+            pause = SHORTEST_POLL_SECONDS
+        elif left:
+            on_wait(len(left))
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
+
+
+def _claim(store: LogpStore, path: Path, seen: _Seen) -> bool:
+    """True if the work is this process's now. A claim that is void goes; one that cannot be removed is no obstacle."""
+    store.check_writable()
+    if (_is_void(path) or _is_stale(path, seen)) and not remove(path):
+        return True
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
@@ -71,8 +121,21 @@ def _claim(store: LogpStore, path: Path) -> bool:
     except OSError:  # a claim is not needed; that the store cannot be written to is said elsewhere
         return True
     with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
-        file.write(f"{os.getpid()} {socket.gethostname()}")
+        file.write(f"{os.getpid()} {_machine()}")
     return True
+
+
+def _owner(path: Path) -> tuple[int, str]:
+    """(process, machine). OSError where the claim is gone, ValueError where it is not written yet."""
+    process, machine = path.read_text().split(" ", 1)
+    return int(process), machine
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this process made a claim."""
+    with contextlib.suppress(OSError, ValueError):
+        return _owner(path) == (os.getpid(), _machine())
+    return False
 
 
 def _is_void(path: Path) -> bool:
@@ -80,13 +143,42 @@ def _is_void(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if time.time() - path.stat().st_mtime > CLAIM_SECONDS:
             return True
-        process, host = path.read_text().split(" ", 1)
-        if host == socket.gethostname() and os.name == "posix":
-            try:
-                os.kill(int(process), 0)  # asks whether it is there
-            except ProcessLookupError:
-                return True
+        process, machine = _owner(path)
+        return machine == _machine() and _has_ended(process)
     return False
+
+
+def _is_stale(path: Path, seen: _Seen) -> bool:
+    """Whether a claim has been seen for long without being renewed."""
+    try:
+        renewed = path.stat().st_mtime_ns
+    except OSError:
+        return False
+    if seen.get(path, (None, 0.0))[0] != renewed:
+        seen[path] = renewed, time.monotonic()
+    return time.monotonic() - seen[path][1] > PATIENCE_SECONDS
+
+
+def _machine() -> str:
+    """Where the numbers of processes mean the same: containers may have one host name, and their own numbers."""
+    try:
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _has_ended(process: int) -> bool:
+    """Whether a process of this machine is gone, or waits for nothing but that its parent notices; if in doubt, not."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)  # asks whether it is there
+        # "number (command) state ...", and a command may have brackets and spaces.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except ProcessLookupError:
+        return True
+    except (OSError, IndexError):
+        return False
 
 
 def _digest(block: Sequence[ContentId]) -> str:

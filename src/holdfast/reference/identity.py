@@ -31,7 +31,7 @@ _OF_ADAPTERS = {"base_model_name_or_path", "revision", "inference_mode", "lora_d
 
 
 def store_key(
-    weights: str, *, version: int | None, reference: Reference, policy: nn.Module, mixed_precision: str
+    weights: str, *, version: int | None, reference: Reference, policy: nn.Module, mixed_precision: str, layout: str
 ) -> StoreKey:
     """The key of what `reference`, whose weights have the digest `weights`, says in a run over `policy`."""
     configs = [_config(module) for module in _modules(reference, policy)]
@@ -43,6 +43,7 @@ def store_key(
         numerics={
             "dtype": " ".join(sorted({str(p.dtype) for module in _modules(reference, policy) for p in _few(module)})),
             "autocast": mixed_precision,
+            "layout": layout,  # as much as rounding
             "attention": " ".join(_attention(module) for module in _modules(reference, policy)),
             "device": next(policy.parameters()).device.type,
             "tf32": torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest",

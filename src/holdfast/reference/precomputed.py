@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -144,11 +144,12 @@ class PrecomputedReference(Reference):
         begin, num_scored, num_tokens = time.monotonic(), 0, 0
         description, unit = f"Reference log-probs ({name})", "completions"
         with store, tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar:
-            for batch in data.batches(partial(claimed_blocks, store), store.missing):
+            blocks = partial(claimed_blocks, store, on_wait=partial(_say_what_is_left, bar))
+            for batch in data.batches(blocks, store.missing):
                 scored = self._scored(batch)
                 store.add(scored)
                 num_scored += len(scored)
-                num_tokens += int(batch.inputs["attention_mask"].sum())
+                num_tokens += int(batch.inputs["attention_mask"].count_nonzero())
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(scored))
@@ -243,6 +244,11 @@ class PrecomputedReference(Reference):
     def module(self) -> nn.Module | None:
         """None: no module is kept."""
         return None
+
+
+def _say_what_is_left(bar: Any, num_blocks: int) -> None:
+    """In the progress bar, while other processes work."""
+    bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
 def _flushed(store: LogpStore) -> None:

@@ -85,6 +85,8 @@ class LogpStore:
         self._buffer: dict[ContentId, Tensor] = {}
         self._flushed_at = time.monotonic()
         self._is_begun = False
+        self.claim: Path | None = None
+        """A file of `holdfast.reference.claims`, renewed with each addition: work goes on under it."""
 
     @classmethod
     def open(cls, root: Path | str, key: StoreKey) -> Self:
@@ -172,6 +174,9 @@ class LogpStore:
                 if key in self._buffer:  # with another length
                     self.flush()
                 self._buffer[key] = tensors[key].clone()
+            if self.claim is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self.claim)
             is_late = time.monotonic() - self._flushed_at >= SHARD_SECONDS
             if len(self._buffer) >= SHARD_COMPLETIONS or (self._buffer and is_late):
                 self.flush()
