@@ -3,10 +3,11 @@
 `linear_columns` is one differentiable operation for a plain linear head. Where the head is frozen, the gradient of the
 hidden states is made in the forward pass, while a chunk's probabilities are at hand: a loss reaches them through one
 number per token, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is kept (`[N h]`), and the backward pass scales its
-rows. A trained head's gradient mixes the tokens, so a chunk's logits are made again in the backward pass, once.
-No tensor of `[N V]` is alive in either, and two buffers of a chunk serve all chunks.
+rows. A trained head's gradient mixes the tokens, so a chunk's logits are made again in the backward pass, once; only
+where one chunk is all there is, its probabilities are kept until then. No tensor of `[N V]` beyond a chunk is alive in
+either, and two buffers of a chunk serve all chunks.
 
-Given up: gradients of gradients (they raise), and one matrix product of a trained head against keeping the logits.
+Given up: gradients of gradients (they raise), and one matrix product of a trained head against keeping all logits.
 """
 
 from typing import Any, NamedTuple, cast, final
@@ -134,12 +135,14 @@ class _Chunks:
         size = min(plan.chunk_tokens, len(states))
         self.slices = [slice(i, min(i + size, len(states))) for i in range(0, len(states), max(size, 1))]
         self.wide_dtype = torch.promote_types(self.states.dtype, torch.float32)
-        self.buffers = torch.empty((2, size, len(weight)), dtype=self.wide_dtype, device=states.device)
+        self.logits, self.probs = (
+            torch.empty((size, len(weight)), dtype=self.wide_dtype, device=states.device) for _ in range(2)
+        )
 
     def softmax(self, here: slice) -> tuple[Tensor, Tensor]:
         """Final logits and probabilities of a chunk, both [n V]; overwritten by the next chunk's."""
         states = self.states[here]
-        logits, probs = self.buffers[:, : len(states)]
+        logits, probs = self.made(here)
         if states.dtype == self.wide_dtype:
             if self.bias is None:
                 torch.mm(states, self.weight.T, out=logits)
@@ -150,6 +153,17 @@ class _Chunks:
         self.transform.apply_(logits)
         torch.softmax(logits, -1, out=probs)
         return logits, probs
+
+    def made(self, here: slice) -> tuple[Tensor, Tensor]:
+        """The buffers, which hold what `softmax` gave last."""
+        num_tokens = here.stop - here.start
+        return self.logits[:num_tokens], self.probs[:num_tokens]
+
+    def kept(self) -> "_Chunks | None":
+        """Itself, to be used once more, if it has but one chunk; less what `logit_gradient` does not read."""
+        if self.transform.cap is None:
+            self.logits = self.logits.new_empty((0, len(self.weight)))
+        return self if len(self.slices) == 1 else None
 
     def logit_gradient(self, here: slice, logits: Tensor, probs: Tensor, scale: Tensor | None) -> Tensor:
         """`scale` (one per token, or 1) times the gradient of the log-probs by what the head gives, over `probs`."""
@@ -172,11 +186,12 @@ def _forward(chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | N
     made = torch.empty((5 if with_statistics else 1, len(target)), dtype=chunks.wide_dtype, device=target.device)
     for here in chunks.slices:
         logits, probs = chunks.softmax(here)
-        largest, top1 = logits.max(-1)
-        log_normalizer = largest - probs.gather(-1, top1[:, None]).squeeze(-1).log()
-        made[0, here] = logits.gather(-1, target[here, None]).squeeze(-1) - log_normalizer
+        largest = logits.amax(-1)
+        log_normalizer = largest - probs.amax(-1).log()  # the largest probability is that of the largest logit
+        of_target = logits.gather(-1, target[here, None]).squeeze(-1)
+        made[0, here] = of_target - log_normalizer
         if with_statistics:
-            columns = _statistics(logits, probs, log_normalizer, top1 == target[here])
+            columns = _statistics(logits, probs, log_normalizer, of_target == largest)
             for row, column in zip(made[1:], columns, strict=True):
                 row[here] = column
         if states_gradient is not None:
@@ -210,6 +225,7 @@ class _LinearColumns(torch.autograd.Function):
             formed = torch.empty_like(chunks.states) if ctx.is_formed else None
             columns = _forward(chunks, plan.with_statistics, formed)
         ctx.plan = plan
+        ctx.kept = chunks.kept() if any(needs_head) else None
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (states, weight, bias))
         if ctx.is_formed:
             ctx.save_for_backward(formed)
@@ -226,19 +242,23 @@ class _LinearColumns(torch.autograd.Function):
             (formed,) = ctx.saved_tensors
             return (formed * upstream[:, None]).to(ctx.dtypes[0]), None, None, None, None
         states, weight, bias, target = ctx.saved_tensors  # once: checkpointing hands them out a single time
+        chunks, ctx.kept = ctx.kept, None  # a second backward pass finds them overwritten, and makes them again
         with torch.autocast(states.device.type, enabled=False):
-            return *_recompute(ctx, _Chunks(states, weight, bias, target, ctx.plan), upstream), None, None
+            is_made = chunks is not None
+            chunks = chunks or _Chunks(states, weight, bias, target, ctx.plan)
+            return *_gradients(ctx, chunks, upstream, is_made=is_made), None, None
 
 
-def _recompute(ctx: Any, chunks: _Chunks, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden states, weight and bias that are needed, from logits made again."""
+def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden states, weight and bias that are needed, from logits made again unless they are there."""
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     for_states = torch.empty_like(chunks.states) if needs_states else None
     wide = {"dtype": chunks.wide_dtype, "device": upstream.device}
     for_weight = torch.zeros(chunks.weight.shape, **wide) if needs_weight else None
     for_bias = torch.zeros(len(chunks.weight), **wide) if needs_bias else None
     for here in chunks.slices:
-        gradient = chunks.logit_gradient(here, *chunks.softmax(here), upstream[here])
+        logits, probs = chunks.made(here) if is_made else chunks.softmax(here)
+        gradient = chunks.logit_gradient(here, logits, probs, upstream[here])
         if for_states is not None:
             torch.mm(gradient, chunks.weight, out=for_states[here])
         if for_weight is not None:

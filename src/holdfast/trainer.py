@@ -49,7 +49,7 @@ from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
-from holdfast.reference.given import with_given
+from holdfast.reference.given import with_given, without_given
 from holdfast.reference.sync import SyncCallback
 from holdfast.windows import Windows
 
@@ -75,6 +75,7 @@ class DPOTrainer(Trainer):
     model: nn.Module
     _is_introduced = False
     _provenance: checkpoints.Provenance | None = None
+    reference: Reference | None = None
 
     def __init__(
         self,
@@ -240,7 +241,7 @@ class DPOTrainer(Trainer):
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
-        return PairBatch.from_tensors(self._prepare_inputs(with_positions(dict(tensors))))
+        return PairBatch.from_tensors(self._prepare_inputs(with_positions(without_given(tensors, self.reference))))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from families import tiny_model
-from holdfast import DPOTrainer
+from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.data.layouts import PaddedLayout, truncated_rows
 from holdfast.losses import LOSSES
 from holdfast.reference import given
@@ -316,6 +316,20 @@ def test_a_collator_that_cuts_rows_itself_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"how its rows are cut is up to a data collator of your own. Drop the columns"
     ):
         made(tmp_path, with_sums(rows(), tiny_model()), data_collator=lambda features: layout(features))
+
+
+def test_a_collator_that_passes_the_columns_on(tmp_path: Path) -> None:
+    """With all columns kept, the common collator's batches hold the sums, which are known already."""
+    model = tiny_model()
+    data = with_sums(rows(), model)
+    runs = []
+    for keeps in (True, False):
+        args = config(tmp_path, precompute_ref_log_probs=True, remove_unused_columns=not keeps)
+        ours = trainer(copy.deepcopy(model), args, train_dataset=data, data_collator=DataCollatorForPreference(0))
+        assert isinstance(ours.reference, GivenReference)
+        ours.train()
+        runs.append(logged(ours))
+    assert runs[0] == runs[1]
 
 
 def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:

@@ -142,9 +142,12 @@ def test_autocast_keeps_the_graph_of_a_later_use_of_the_weight() -> None:
 
 
 @trained
-def test_a_second_backward_adds_the_same_again(is_trained: bool) -> None:
+@transforms
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+def test_a_second_backward_adds_the_same_again(chunk_tokens: int, transform: LogitTransform, is_trained: bool) -> None:
+    """Also where the first one used what was kept of the only chunk."""
     given = leaves(is_trained)
-    value = ours(given)[0] @ direction()
+    value = ours(given, transform, chunk_tokens=chunk_tokens)[0] @ direction()
     value.backward(retain_graph=True)
     once = {name: leaf.grad.clone() for name, leaf in given.items() if leaf.grad is not None}
     value.backward()
@@ -220,7 +223,7 @@ class Watch(TorchDispatchMode):
 
 @trained
 def test_no_tensor_of_all_tokens_by_vocabulary_is_made(is_trained: bool) -> None:
-    """The largest thing made is two chunks of logits; a frozen head takes half the products and no weight gradient."""
+    """The largest thing made is a chunk of logits; a frozen head takes half the products and no weight gradient."""
     num_tokens, chunk, vocabulary = 40, 8, 1_009
     states = torch.randn(num_tokens, WIDTH, requires_grad=True)
     weight = torch.randn(vocabulary, WIDTH, requires_grad=is_trained)
@@ -232,11 +235,21 @@ def test_no_tensor_of_all_tokens_by_vocabulary_is_made(is_trained: bool) -> None
         )
         columns[0].sum().backward()
     sizes = [torch.Size(shape).numel() for _, shape, _ in watch.seen]
-    assert max(sizes) == 2 * chunk * vocabulary
+    assert max(sizes) == chunk * vocabulary
     # Frozen: logits and the gradient of the states. Trained: logits, logits again, and a gradient each.
     assert watch.num_products() == (4 if is_trained else 2) * num_tokens // chunk
     made_like_weight = [name for name, shape, is_view in watch.seen if shape == (vocabulary, WIDTH) and not is_view]
     assert bool(made_like_weight) == is_trained
+
+
+def test_a_trained_head_of_one_chunk_makes_its_logits_once() -> None:
+    """Logits, and the gradients of states and weight: three products, where four are needed chunk by chunk."""
+    given, watch = leaves(is_trained=True), Watch()
+    with watch:
+        linear_columns(
+            given["states"], given["weight"], None, targets(), LogitTransform(), chunk_tokens=100
+        )[0].sum().backward()  # fmt: skip
+    assert watch.num_products() == 3
 
 
 def test_nothing_is_kept_without_gradients() -> None:

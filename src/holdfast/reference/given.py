@@ -254,3 +254,9 @@ def with_given(
         f"the {names[0]} dataset brings reference log-probs along, in the columns {list(REFERENCE_COLUMNS)}, but "
         f"{obstacle}. Drop the columns{way_out}."
     )
+
+
+def without_given(tensors: Mapping[str, Any], reference: Reference | None) -> dict[str, Any]:
+    """A collated batch less the sums that a collator passes on, where `reference` has them from the dataset."""
+    known = REFERENCE_COLUMNS if isinstance(reference, GivenReference) else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in known}
