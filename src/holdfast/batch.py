@@ -84,8 +84,11 @@ class SequenceLogps:
         return torch.arange(len(self.sequence), device=self.sequence.device) - starts[self.sequence]
 
     def segment_sum(self, values: Float[Tensor, "N"]) -> Float[Tensor, "S"]:
-        """Sum of one value per token over the tokens of each sequence."""
-        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+        """Sum of one value per token over the tokens of each sequence, added up in fp64: one after another in fp32, the
+        errors of a long completion would show in exp(log ratio)."""
+        wide = values.dtype if values.device.type == "mps" else torch.float64  # which MPS does not have
+        total = values.new_zeros(self.num_sequences, dtype=wide).index_add(0, self.sequence, values.to(wide))
+        return total.to(values.dtype)
 
     def in_sequences(self, sequences: Int[Tensor, "K"]) -> Bool[Tensor, "N"]:
         """True where a token belongs to one of the given sequences."""

@@ -191,7 +191,10 @@ def _forward(chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | N
         of_target = logits.gather(-1, target[here, None]).squeeze(-1)
         made[0, here] = of_target - log_normalizer
         if with_statistics:
-            columns = _statistics(logits, probs, log_normalizer, of_target == largest)
+            # In half precision the largest logit is often there twice, and to look for the first takes a while.
+            is_exact = chunks.states.dtype == chunks.wide_dtype
+            is_top1 = of_target == largest if is_exact else logits.argmax(-1) == target[here]
+            columns = _statistics(logits, probs, log_normalizer, is_top1)
             for row, column in zip(made[1:], columns, strict=True):
                 row[here] = column
         if states_gradient is not None:

@@ -1,0 +1,315 @@
+"""How near a training step comes to the machine's arithmetic, and how its cost grows with the length of a row.
+
+    python benchmarks/bench_limit.py
+
+`share`: the floating-point operations that a step needs by formula (`step_flops`), over its time, as a share of the
+rate at which the machine multiplies matrices of the step's own shapes. The step is the trainer's, optimizer included,
+on rows of 1,000 tokens and more. The formula counts neither padding nor anything that is computed again, so padding,
+recomputed logits and activations, and everything that is no matrix product, all lower the share.
+
+`growth`: seconds of a forward and backward pass over one row of up to 32k tokens, made longer by more pairs of dialogue
+length (`pairs`) or by more completions of one prompt (`completions`): the tokens a completion sees stay the same. The
+exponent of a power law through the points is 1 where cost is linear.
+
+Adds to results/limit.json.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import workload
+
+BATCH = 4
+STEP = {"prompt": 600, "chosen": 250, "rejected": 250}
+"""Tokens of the pairs of `share`, each a row of 1,100 where prompts are shared."""
+
+PAIR = {"prompt": 116, "chosen": 37, "rejected": 49}
+TREE = {"prompt": 512, "completion": 40}
+ROWS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "live": {},
+    "stored": {"precompute_ref_log_probs": True},
+}
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+def body_parameters(size: workload.Size) -> int:
+    """Weights of the matrices in the layers: four of the attention, three of the feed-forward part."""
+    keys = size.hidden // size.heads * size.key_heads
+    return size.layers * (2 * size.hidden * (size.hidden + keys) + 3 * size.hidden * size.intermediate)
+
+
+def seen_pairs(prompt: int, completions: Sequence[int]) -> int:
+    """(query, key) pairs in a prompt with these completions, each of which sees the prompt and itself, causally."""
+    return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in completions)
+
+
+def forward_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """Of trees (prompt, completions): 2 * body parameters per token, 4 * hidden per layer and pair of positions that
+    see each other (scores and mixing), and 2 * hidden * vocabulary per completion token."""
+    num_tokens = sum(prompt + sum(completions) for prompt, completions in trees)
+    num_completion = sum(sum(completions) for _, completions in trees)
+    body = 2 * body_parameters(size) * num_tokens
+    attention = 4 * size.hidden * size.layers * sum(seen_pairs(*tree) for tree in trees)
+    return body + attention + 2 * size.hidden * size.vocabulary * num_completion
+
+
+def step_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]], reference: str) -> int:
+    """Forward, twice that for the backward pass, and another forward where the reference is live."""
+    return forward_flops(size, trees) * (4 if reference == "live" else 3)
+
+
+def products(size: workload.Size, num_tokens: int, num_completion: int) -> list[tuple[int, int, int, int]]:
+    """(rows, inputs, outputs, how often) of a forward pass's matrix products."""
+    keys = size.hidden // size.heads * size.key_heads
+    return [
+        (num_tokens, size.hidden, size.hidden, 2 * size.layers),
+        (num_tokens, size.hidden, keys, 2 * size.layers),
+        (num_tokens, size.hidden, size.intermediate, 2 * size.layers),
+        (num_tokens, size.intermediate, size.hidden, size.layers),
+        (num_completion, size.hidden, size.vocabulary, 1),
+    ]
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def product_rate(size: workload.Size, num_tokens: int, num_completion: int, repeats: int) -> float:
+    """FLOPs per second of the products of a step, forward and backward, each alone and again and again."""
+    import torch
+
+    flops = seconds = 0.0
+    for rows, inputs, outputs, count in products(size, num_tokens, num_completion):
+        x, w, y = (_operand(*shape) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        for left, right in ((x, w.T), (y, w), (y.T, x)):
+            out = torch.empty((left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device)
+            times = [_seconds_of(torch.mm, left, right, out=out) for _ in range(repeats + 1)][1:]
+            seconds += count * statistics.median(times)
+            flops += count * 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    return flops / seconds
+
+
+def _operand(*shape: int) -> Any:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return made.to("cuda", torch.bfloat16) if has_gpu else made
+
+
+def _seconds_of(function: Any, *args: Any, **kwargs: Any) -> float:
+    start = measure.clock()
+    function(*args, **kwargs)
+    return measure.clock() - start
+
+
+# --- one measurement, in a process of its own -------------------------------------------------------------------------
+
+
+def ids(count: int, vocabulary: int, seed: int) -> list[int]:
+    """Random token ids without the special ones."""
+    import torch
+
+    return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def rows_of(lengths: Mapping[str, int], count: int, vocabulary: int) -> list[dict[str, list[int]]]:
+    """Tokenized pairs of these lengths."""
+    return [
+        {f"{side}_ids": ids(num, vocabulary, 3 * row + place) for place, (side, num) in enumerate(lengths.items())}
+        for row in range(count)
+    ]
+
+
+def measured_share(work: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the trainer's steps, and the rate of their matrix products before and after."""
+    import torch
+    from datasets import Dataset
+
+    from holdfast import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(work["threads"])
+    size, inputs = workload.SIZES[work["size"]], Path(work["inputs"])
+    num_tokens, num_completion = BATCH * sum(STEP.values()), BATCH * (STEP["chosen"] + STEP["rejected"])
+    before = product_rate(size, num_tokens, num_completion, work["repeats"])
+    watch = measure.watch(work["warmup"], work["timed"])
+    steps = work["warmup"] + work["timed"]
+    has_gpu = torch.cuda.is_available()
+    trainer = DPOTrainer(
+        str(inputs / "model"),
+        args=DPOConfig(
+            output_dir=str(Path(work["folder"]) / "run"), max_steps=steps, per_device_train_batch_size=BATCH,
+            gradient_checkpointing=False, max_length=None, save_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=not has_gpu, bf16=has_gpu, model_init_kwargs={"dtype": "float32"}, **REFERENCES[work["reference"]],
+        ),
+        train_dataset=Dataset.from_list(rows_of(STEP, BATCH * steps, size.vocabulary)),
+        callbacks=[watch],
+    )  # fmt: skip
+    trainer.train()
+    after = product_rate(size, num_tokens, num_completion, work["repeats"])
+    return {"seconds": watch.seconds, "rates": [before, after], "layout": getattr(trainer.data_collator, "name", "")}
+
+
+def measured_growth(work: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a forward and backward pass over one row, by its tokens; lengths take turns."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(work["threads"])
+    torch.manual_seed(0)
+    size = workload.SIZES[work["size"]]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM(size.config()).to(device)
+    batches = [long_row(work["kind"], num_tokens, size.vocabulary, device) for num_tokens in work["rows"]]
+    points = [
+        {
+            "tokens": int(batch.inputs["attention_mask"].count_nonzero()),
+            "rows": len(batch.inputs["input_ids"]),
+            "seconds": [],
+        }
+        for batch in batches
+    ]
+    for repeat in range(work["repeats"] + 1):
+        for point, batch in zip(points, batches, strict=True):
+            seconds = _seconds_of(forward_and_backward, model, batch)
+            if repeat:
+                point["seconds"].append(seconds)
+    return {"points": points}
+
+
+def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
+    """One row of at most that many tokens: of `pairs`, or of one prompt's `completions`."""
+    from holdfast.batch import PairBatch
+    from holdfast.data.shared import SharedLayout
+
+    layout = SharedLayout(pad_token_id=0, row_tokens=num_tokens)
+    if kind == "pairs":
+        rows = rows_of(PAIR, num_tokens // sum(PAIR.values()), vocabulary)
+    else:
+        rows = rows_of({"chosen": TREE["completion"], "rejected": TREE["completion"]}, num_tokens, vocabulary)
+        rows = rows[: (num_tokens - TREE["prompt"]) // (2 * TREE["completion"])]
+        prompt = ids(TREE["prompt"], vocabulary, num_tokens)
+        rows = [{"prompt_ids": prompt, **row} for row in rows]
+    return PairBatch.from_tensors({name: tensor.to(device) for name, tensor in layout(rows).items()})
+
+
+def forward_and_backward(model: Any, batch: Any) -> None:
+    """Of the log-probs of all completions."""
+    import torch
+
+    from holdfast.logprobs import score
+
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        logps = score(model, batch).logps
+    logps.per_token.sum().backward()
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The summary of all runs with the reference held in that way."""
+    size = workload.SIZES[options.size]
+    flops = step_flops(size, [(STEP["prompt"], (STEP["chosen"], STEP["rejected"]))] * BATCH, reference)
+    runs = []
+    for repeat in range(options.repeats):
+        work = {
+            "kind": "share", "reference": reference, "size": options.size, "inputs": str(folder),
+            "warmup": 1, "timed": options.timed, "repeats": 3,
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as own:
+            run = measure.in_a_process(__file__, work, threads=options.threads, folder=Path(own))
+        rate = statistics.mean(run["rates"])
+        run["share"] = flops / statistics.median(run["seconds"]) / rate
+        label = f"{options.size}/share/{reference}  {repeat + 1}/{options.repeats}"
+        measure.say(f"{label}  {run['share']:.1%} of {rate / 1e9:,.1f} GFLOP/s")
+        runs.append(run)
+    return {
+        "tokens": STEP, "batch_pairs": BATCH, "model": size.facts(), "gflop": round(flops / 1e9, 2),
+        "seconds": round(statistics.median(statistics.median(run["seconds"]) for run in runs), 4),
+        "gflop_per_second_of_products": round(statistics.median(statistics.mean(r["rates"]) for r in runs) / 1e9, 2),
+        "share": round(statistics.median(run["share"] for run in runs), 4),
+        "runs": runs,
+    }  # fmt: skip
+
+
+def growth(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The summary of the run over rows of that kind."""
+    size = options.growth_size
+    work = {"kind": kind, "size": size, "rows": options.rows, "repeats": options.repeats}
+    with tempfile.TemporaryDirectory() as own:
+        run = measure.in_a_process(__file__, work, threads=options.threads, folder=Path(own))
+    points = run["points"]
+    for point in points:
+        assert point["rows"] == 1
+        point["microseconds_per_token"] = round(1e6 * statistics.median(point["seconds"]) / point["tokens"], 2)
+        measure.say(f"{size}/growth/{kind}  {point['tokens']:>6} tokens{point['microseconds_per_token']:>9} us each")
+    costs = [(point["tokens"], statistics.median(point["seconds"])) for point in points]
+    lengths = {"pairs": PAIR, "completions": TREE}[kind]
+    model = workload.SIZES[size].facts()
+    found = {"exponent": round(exponent(costs), 4), "idle_before": run["idle_before"], "points": points}
+    return {"lengths": lengths, "model": model} | found
+
+
+def exponent(costs: Sequence[tuple[float, float]]) -> float:
+    """b of the least-squares fit log seconds = a + b log tokens."""
+    x, y = [math.log(tokens) for tokens, _ in costs], [math.log(seconds) for _, seconds in costs]
+    return statistics.linear_regression(x, y).slope
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--one", help="measure here, and print it as JSON")
+    parser.add_argument("--only", nargs="+", choices=("share", "growth"), default=["share", "growth"])
+    parser.add_argument("--references", nargs="+", choices=REFERENCES, default=list(REFERENCES))
+    parser.add_argument("--data", type=Path, default=workload.DATA, help="JSONL file on which the tokenizer is trained")
+    parser.add_argument("--size", choices=workload.SIZES, default="medium")
+    parser.add_argument("--growth-size", choices=workload.SIZES, default="small")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens of the rows of `growth`")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timed", type=int, default=4, help="steps of a run that are timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one repeat, short rows")
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/limit.json; with --quick, none)")
+    options = parser.parse_args()
+    if not options.quick:
+        options.output = options.output or measure.RESULTS / "limit.json"
+    else:
+        options.size, options.growth_size, options.repeats, options.rows = "tiny", "tiny", 1, [1024, 2048]
+    return options
+
+
+def main() -> None:
+    """Measures one part and prints it as JSON (`--one`), or all of them and writes the results."""
+    options = parsed()
+    if options.one:
+        work = json.loads(options.one)
+        found = measured_share(work) if work["kind"] == "share" else measured_growth(work)
+        sys.stdout.write("\n" + json.dumps(found) + "\n")
+        return
+    results = measure.Results(options.output, "limit", options.threads)
+    size = workload.SIZES[options.size]
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer = workload.make_tokenizer(workload.read_pairs(options.data), size.vocabulary)
+        workload.write_model(Path(name) / "model", size, tokenizer)
+        for reference in options.references if "share" in options.only else ():
+            results.add(f"{options.size}/share/{reference}", share(reference, options, Path(name)))
+    for kind in ("pairs", "completions") if "growth" in options.only else ():
+        results.add(f"{options.growth_size}/growth/{kind}", growth(kind, options))
+
+
+if __name__ == "__main__":
+    main()
