@@ -85,4 +85,10 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
     if not has_router:
         return 0.0
     own = getattr(config, "router_aux_loss_coef", 0.0)
-    return float(own if args.router_aux_loss_coef is None else args.router_aux_loss_coef)
+    coefficient = float(own if args.router_aux_loss_coef is None else args.router_aux_loss_coef)
+    if coefficient != 0 and args.tokens_per_batch is not None:
+        raise ValueError(
+            f"tokens_per_batch={args.tokens_per_batch} was asked for, but the load-balancing loss of "
+            f"{type(causal_lm).__name__} is a mean over all tokens of a batch. Set router_aux_loss_coef=0, or drop it."
+        )
+    return coefficient

@@ -31,9 +31,7 @@ Row = Sequence[tuple[int, Sequence[int]]]
 PADDING = -1
 
 
-def block_mask(
-    rows: Sequence[Row], num_columns: int, visible: Callable[..., Tensor], device: torch.device
-) -> BlockMask:
+def block_mask(rows: Sequence[Row], num_columns: int, visible: Callable[..., Any], device: torch.device) -> BlockMask:
     """Which keys each query of the rows sees: of its segment the prompt's and its own completion's, as far as
     `visible`, a mask function of transformers, lets its position see theirs. Padding sees itself."""
     segment, completion, position = (torch.from_numpy(ids).to(device) for ids in _token_ids(rows, num_columns))
@@ -96,7 +94,8 @@ def _gap(device: torch.device, dtype: torch.dtype) -> float:
     rows: list[Row] = [[(40, (30, 20)), (10, (25, 35))], [(70, (40,))]]
     mask = block_mask(rows, 160, causal_mask_function, device)
     upstream = torch.randn(2, 160, 4, 32, generator=draw).to(device, dtype)
-    found = flex_attention(nn.Identity().train(), *given, mask, scaling=0.2)
+    query, key, value = given
+    found = flex_attention(nn.Identity().train(), query, key, value, mask, scaling=0.2)
     gradients = torch.autograd.grad(found, given, upstream)
     wide = [part.detach().float().requires_grad_(True) for part in given]
     scores = (wide[0] @ wide[1].transpose(-1, -2) * 0.2).masked_fill(~dense(rows, 160, device), float("-inf"))

@@ -202,11 +202,15 @@ def _forward(chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | N
     return tuple(row.clone() for row in made)  # no views of each other
 
 
-def _add_product(total: Float[Tensor, "V h"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n h"]) -> None:
-    """Adds `gradient.T @ states` to `total`, which is of fp32 or wider."""
+def _add_product(
+    total: Float[Tensor, "V h"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n h"], *, is_first: bool
+) -> None:
+    """Adds `gradient.T @ states` to `total`, which is of fp32 or wider and has no values yet where that `is_first`."""
     if gradient.dtype == total.dtype:
-        total.addmm_(gradient.T, states)
+        torch.mm(gradient.T, states, out=total) if is_first else total.addmm_(gradient.T, states)
         return
+    if is_first:
+        total.zero_()
     num_rows = max(1, _PRODUCT // max(1, total.shape[1]))
     for part, columns in zip(total.split(num_rows), gradient.split(num_rows, dim=1), strict=True):
         part.add_(columns.T @ states)
@@ -257,7 +261,10 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) ->
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     for_states = torch.empty_like(chunks.states) if needs_states else None
     wide = {"dtype": chunks.wide_dtype, "device": upstream.device}
-    for_weight = torch.zeros(chunks.weight.shape, **wide) if needs_weight else None
+    # Not zeros: to write a tensor of that size is a good part of a small product.
+    for_weight = torch.empty(chunks.weight.shape, **wide) if needs_weight else None
+    if for_weight is not None and not chunks.slices:
+        for_weight.zero_()
     for_bias = torch.zeros(len(chunks.weight), **wide) if needs_bias else None
     for here in chunks.slices:
         logits, probs = chunks.made(here) if is_made else chunks.softmax(here)
@@ -265,7 +272,7 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) ->
         if for_states is not None:
             torch.mm(gradient, chunks.weight, out=for_states[here])
         if for_weight is not None:
-            _add_product(for_weight, gradient, chunks.states[here])
+            _add_product(for_weight, gradient, chunks.states[here], is_first=here.start == 0)
         if for_bias is not None:
             for_bias += gradient.sum(0, dtype=chunks.wide_dtype)
     found = zip((for_states, for_weight, for_bias), ctx.dtypes, strict=True)

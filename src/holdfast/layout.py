@@ -28,7 +28,7 @@ from holdfast.attention import configs_of
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.config import DPOConfig
 from holdfast.data.layouts import PaddedLayout
-from holdfast.data.shared import SharedLayout
+from holdfast.data.shared import ROW_TOKENS, SharedLayout
 from holdfast.logprobs import unwrap
 from holdfast.reference.base import Autocast, frozen_logps
 
@@ -53,7 +53,9 @@ def make_layout(args: DPOConfig, pad_token_id: int) -> Layout:
     """The layout named `args.layout`, untried; for `auto` the prefix-shared one."""
     if args.layout == "padded":
         return PaddedLayout(pad_token_id, **args.layout_options)
-    return SharedLayout(pad_token_id, **args.layout_options, shares_prompts=args.layout != "packed")
+    row_tokens = min(ROW_TOKENS, args.tokens_per_batch or ROW_TOKENS)
+    how = {"row_tokens": row_tokens, "shares_prompts": args.layout != "packed"}
+    return SharedLayout(pad_token_id, **args.layout_options, **how)
 
 
 def choose_layout(
@@ -72,6 +74,11 @@ def choose_layout(
     Raises ValueError where the layout that was named is wrong for a model, or where padded rows are all that is right
     and `args.padding_free` forbids them.
     """
+    if is_sharded and args.tokens_per_batch is not None:
+        raise ValueError(
+            f"tokens_per_batch={args.tokens_per_batch} was asked for, but the weights are sharded: all processes must "
+            "compute equally many parts, and their batches differ. Lower per_device_train_batch_size instead."
+        )
     if not isinstance(collator, SharedLayout):
         return collator
     options = (collator.pad_token_id, collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)

@@ -31,7 +31,7 @@ from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import unshared
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.layout import choose_layout, make_layout
-from holdfast.logprobs import score, unwrap, vocabulary_size
+from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, check_loss, means, motion, tokens_logged
 from holdfast.models import (
@@ -44,6 +44,7 @@ from holdfast.models import (
     ref_model_entries,
     same_on_all_processes,
 )
+from holdfast.parts import score_in_parts
 from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
@@ -129,7 +130,7 @@ class DPOTrainer(Trainer):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
-        self._router_aux_loss_coef = router_aux_loss_coef(unwrap(policy), args)
+        self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
         self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args)
@@ -251,9 +252,8 @@ class DPOTrainer(Trainer):
         if not self._is_introduced and self.model.training and self.state.global_step == 0:
             self._introduce(batch)
         with self.accelerator.autocast():
-            scores = score(model, batch, statistics=True, router_logits=self._router_aux_loss_coef != 0)
-        assert scores.statistics is not None
-        likelihoods = scores.statistics.log_sum_sq_probs
+            scores = score_in_parts(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
+        assert (statistics := scores.statistics) is not None
         batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
@@ -264,11 +264,11 @@ class DPOTrainer(Trainer):
             policy,
             reference,
             loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            weights=wpo_weights(scores.logps, likelihoods, batch) if self.args.use_weighting else None,
+            weights=wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if self.args.use_weighting else None,
             **options,
         )
         if scores.aux_loss is not None:
-            losses = losses + self._router_aux_loss_coef * scores.aux_loss
+            losses = losses + self._router_coef * scores.aux_loss
         rewards = implicit_rewards(policy, reference, **options)
         tally = self._tallies["train" if self.model.training else "eval"]
         tally.add(batch_metrics(batch, losses, rewards, policy, reference, scores, is_training=self.model.training))

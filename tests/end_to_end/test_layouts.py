@@ -211,3 +211,43 @@ def test_a_collator_of_the_user_lays_the_rows_out(tmp_path: Path) -> None:
             trainer(tiny_model(), config(tmp_path, **options), data_collator=collator)
     wrong = trainer(tiny_model("lfm2"), config(tmp_path), data_collator=SharedLayout(0, max_length=20))
     assert wrong.data_collator == PaddedLayout(0, max_length=20)
+
+
+# --- in parts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
+@pytest.mark.parametrize("policy", ["full", "lora_sft"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_batch_in_parts_gives_the_same_run(tokens: int, policy: str, layout: str, tmp_path: Path) -> None:
+    """A row at a time, or two; also under a loss that compares all pairs of a batch."""
+    runs = []
+    for limit in (tokens, None):
+        args = config(tmp_path, layout=layout, tokens_per_batch=limit, loss_type=["sigmoid", "aot"])
+        runs.append(trainer(POLICIES[policy](), args, train_dataset=tree()))
+        runs[-1].train()
+    assert_same_run(*runs)
+
+
+def test_a_batch_in_parts_keeps_one_part_s_activations(tmp_path: Path) -> None:
+    """Bytes kept for the backward pass, at the end of the forward pass: of one row a part next to none."""
+    kept = {}
+    for limit in (None, 1):
+        ours = trainer(tiny_model(), config(tmp_path, layout="padded", tokens_per_batch=limit), train_dataset=tree())
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
+        kept[limit] = sum(sizes)
+    assert kept[1] < 0.02 * kept[None]
+
+
+def test_parts_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens_per_batch=50 was asked for, but the load-balancing loss of Mixtral"):
+        trainer(tiny_model("mixtral", router_aux_loss_coef=0.1), config(tmp_path, tokens_per_batch=50))
+    with pytest.raises(ValueError, match="tokens_per_batch=0 was asked for; it counts from 1"):
+        config(tmp_path, tokens_per_batch=0)
