@@ -14,7 +14,7 @@ distance in columns (ALiBi); `holdfast.layout` finds them. On a GPU this is exac
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -32,7 +32,7 @@ NAME = "holdfast_shared"
 """Under which transformers knows this attention."""
 
 PIECES = "shared_pieces"
-"""The batch's tensor of pieces [K 3], and the keyword argument under which attention layers find them."""
+"""Where a batch has its `Pieces`, and the keyword argument under which attention layers find them."""
 
 GROUP_TOKENS = 256
 """Completions of a prompt are attended together up to so many tokens: fewer calls, little computed for nothing."""
@@ -49,16 +49,20 @@ class Segment:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
-    """The pieces of every row of a batch, in reading order; what is left of a row's `num_columns` is padding."""
+    """The pieces of every row of a batch, in reading order; what is left of a row's `num_columns` is padding.
+
+    Python numbers and no tensor, so that they stay in host memory wherever the batch goes: to read lengths from a
+    device is to wait for it.
+    """
 
     rows: tuple[tuple[Segment, ...], ...]
     num_columns: int
 
     @classmethod
-    def of(cls, pieces: Int[Tensor, "K 3"], num_rows: int, num_columns: int) -> "Pieces":
-        """From the batch's tensor: (row, number of tokens, 1 for a prompt and 0 for a completion of the last one)."""
+    def of(cls, pieces: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Pieces":
+        """From (row, number of tokens, whether it is a prompt or else a completion of the last one) of each piece."""
         rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_rows)]
-        for row, length, is_prompt in pieces.tolist():
+        for row, length, is_prompt in pieces:
             if is_prompt:
                 rows[row].append((length, []))
             else:
@@ -92,12 +96,15 @@ class Pieces:
         return torch.cat([none, *(mask.flatten() for mask in (*prompts, *groups))])
 
     def _prompt_masks(self, visible: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
-        masks = []
-        for segment in self.segments():
-            positions = torch.arange(segment.prompt, device=device)
-            masks.append(_seen(visible, positions, positions))
-        is_causal = all(bool((mask == mask.new_ones(mask.shape).tril()).all()) for mask in masks)
-        return [] if is_causal else masks
+        """Every prompt begins at position 0, so its mask is a corner of that of the longest one."""
+        longest = max((segment.prompt for segment in self.segments()), default=0)
+        positions = torch.arange(longest)
+        seen = _seen(visible, positions, positions)  # asked in host memory, which is not waited for
+        if torch.equal(seen, torch.ones_like(seen).tril()):
+            return []
+        positions = torch.arange(longest, device=device)
+        seen = _seen(visible, positions, positions)
+        return [seen[: segment.prompt, : segment.prompt] for segment in self.segments()]
 
     def split(self, masks: Tensor) -> tuple[Iterator[Tensor | None], Iterator[Tensor]]:
         """`masks` taken apart again: one for each prompt (None: plainly causal), and one for each group."""
@@ -122,10 +129,9 @@ def _grouped(completions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def _group_mask(
     visible: Callable[..., Tensor], prompt: int, group: Sequence[int], device: torch.device
 ) -> Bool[Tensor, "q k"]:
-    lengths = torch.tensor(group, device=device)
-    which = torch.repeat_interleave(torch.arange(len(group), device=device), lengths)  # of the group's completions
-    starts = (lengths.cumsum(0) - lengths)[which]
-    positions = prompt + torch.arange(len(which), device=device) - starts
+    # Nothing here is copied from the host, which would wait for the device.
+    which = torch.cat([torch.full((length,), index, device=device) for index, length in enumerate(group)])
+    positions = torch.cat([torch.arange(prompt, prompt + length, device=device) for length in group])
     keys = torch.cat([torch.arange(prompt, device=device), positions])
     owner = torch.cat([which.new_full((prompt,), -1), which])  # -1: everybody's
     return _seen(visible, positions, keys) & ((owner < 0) | (owner == which[:, None]))
@@ -153,13 +159,13 @@ def attending(causal_lm: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator
     Without pieces nothing changes. On leaving, the model's own attention is back, also when the forward pass failed.
     """
     inputs = dict(inputs)
-    if not isinstance(inputs.get(PIECES), Tensor):
+    pieces = inputs.get(PIECES)
+    if not isinstance(pieces, Pieces):
         yield inputs
         return
-    pieces = Pieces.of(inputs.pop(PIECES), *inputs["input_ids"].shape)
     switched = partial(_switched, configs_of(causal_lm), pieces)
     with switched(), _kept_in_recomputation(causal_lm, switched):
-        yield inputs | {PIECES: pieces}
+        yield inputs
 
 
 def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
@@ -333,5 +339,6 @@ def _checked_call(
     return pieces, attention_mask
 
 
-AttentionInterface.register(NAME, shared_attention)
-AttentionMaskInterface.register(NAME, shared_mask)
+# Not compiled: to the compiler other pieces would be another function.
+AttentionInterface.register(NAME, torch.compiler.disable(shared_attention))
+AttentionMaskInterface.register(NAME, torch.compiler.disable(shared_mask))

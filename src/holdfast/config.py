@@ -31,7 +31,9 @@ class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`. What is not listed here is `transformers.TrainingArguments`'.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
-    checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU).
+    checkpointing on, `bf16` on where the accelerator computes in it (never by default on a CPU), and two that spare
+    the host to wait for the device: `logging_nan_inf_filter` off (a NaN is an error when it is logged) and batches
+    copied ahead (`accelerator_config["non_blocking"]`), where memory is pinned.
 
     Raises ValueError on values out of range and on combinations without a meaning; each message names the way out.
     """
@@ -44,6 +46,7 @@ class DPOConfig(TrainingArguments):
 
     learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
     logging_steps: float = _option("Log every so many optimizer steps; a fraction below 1 is of the run.", default=10)
+    logging_nan_inf_filter: bool = _option("Leave losses that are NaN or infinite out of logs.", default=False)
     gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", default=True)
     bf16: bool | None = _option("bf16 autocast. Default: on where the accelerator supports it.", default=None)
 
@@ -78,6 +81,11 @@ class DPOConfig(TrainingArguments):
         "How sequences are laid out in rows: `prefix_shared` (each prompt once, many completions a row), `packed` "
         "(many sequences a row), `padded` (a row each), or `auto`, the first that computes the models right.",
         default="auto",
+    )
+    tokens_per_batch: int | None = _option(
+        "Tokens that the policy computes at a time, padding included. A batch of more is computed in parts, to the "
+        "same loss and gradient in less memory, each once more in the backward pass. Default: all at once.",
+        default=None,
     )
     padding_free: bool = _option("Refuse to fall back to padded rows where `layout` is `auto`.", default=False)
     pad_to_multiple_of: int | str | None = _option("Pad rows to a multiple of this many tokens.", default=None)
@@ -156,12 +164,16 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        is_copied_ahead = self.accelerator_config is None
         with warnings.catch_warnings():
             # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which wins
             # where it is set.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"  # nothing to copy to
+        if is_copied_ahead:
+            accelerator_config: Any = self.accelerator_config
+            accelerator_config.non_blocking = self.dataloader_pin_memory
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if isinstance(self.pad_to_multiple_of, str):  # "auto" and "none" are values of the common trainer's
@@ -225,8 +237,8 @@ class DPOConfig(TrainingArguments):
                 "Choose one of them."
             )
         for name, lowest in (
-            ("max_length", 2), ("pad_to_multiple_of", 1), ("dataset_num_proc", 1), ("precompute_ref_batch_size", 1),
-            ("ref_model_sync_steps", 1), ("reference_window", 1),
+            ("max_length", 2), ("pad_to_multiple_of", 1), ("tokens_per_batch", 1), ("dataset_num_proc", 1),
+            ("precompute_ref_batch_size", 1), ("ref_model_sync_steps", 1), ("reference_window", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < lowest:

@@ -25,6 +25,7 @@ from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -78,8 +79,8 @@ def score(
     """
     options = {"use_cache": False} | ({"output_router_logits": True} if router_logits else {})
     head = _CompletionHead(model, batch, statistics, chunk_tokens)
-    with attending(head.causal_lm, batch.inputs) as inputs, head.installed():
-        outputs = model(**inputs, **options)
+    with attending(head.causal_lm, batch.inputs) as inputs, head.installed(), _body_compiled(model, head) as run:
+        outputs = run(**inputs, **options)
     # A model that is split over devices ends on another one than it began on.
     columns = tuple(column.to(batch.sequence.device) for column in outputs["columns"])
     logps = SequenceLogps(per_token=columns[0], sequence=batch.sequence, num_sequences=batch.num_sequences)
@@ -198,6 +199,26 @@ class _CompletionHead:
         else:
             results = [columns(*chunk) for chunk in chunks]
         return tuple(torch.cat(column) for column in zip(*results, strict=True))
+
+
+@contextlib.contextmanager
+def _body_compiled(model: nn.Module, head: _CompletionHead) -> Iterator[nn.Module]:
+    """What to call instead of a `model` under `torch.compile`: itself as it was before, with its body compiled alone.
+
+    The head that stands in is another one in every forward pass, and so would be the whole model to the compiler.
+    """
+    if type(model) is not OptimizedModule:
+        yield model
+        return
+    body: Any = head.causal_lm.base_model
+    if body is head.causal_lm:
+        raise ValueError(
+            f"{type(body).__name__} was to be scored under torch.compile, which compiles a model's body without its "
+            f"head; found none at {body.base_model_prefix!r}. Use torch_compile=False."
+        )
+    compiled: Any = model.dynamo_ctx
+    with _patched(body, compiled(body.forward)):
+        yield cast(nn.Module, model._orig_mod)
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def batch_metrics(
 
 
 def _over_pairs(values: Float[Tensor, "P"]) -> SumAndCount:
-    return values.detach().sum(), values.new_tensor(len(values))
+    return values.detach().sum(), values.new_full((), len(values))  # `new_tensor` would wait for the device
 
 
 def _token_metrics(batch: PairBatch, scores: Scores) -> dict[str, SumAndCount]:

@@ -253,7 +253,7 @@ class DPOTrainer(Trainer):
             self._introduce(batch)
         with self.accelerator.autocast():
             scores = score_in_parts(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
-        assert (statistics := scores.statistics) is not None
+        assert (statistics := scores.statistics) is not None  # noqa: RUF018
         batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)

@@ -280,10 +280,8 @@ def test_no_other_attention_can_use_the_mask() -> None:
 def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> None:
     """Twice the segments, twice the mask; and sixteen completions of 300 tokens are masked one by one."""
     visible, device = attention.causal_mask_function, torch.device("cpu")
-    segment = [[0, 40, 1], [0, 20, 0], [0, 10, 0]]
-    sizes = [
-        Pieces.of(torch.tensor(segment * times), 1, 70 * times).masks(visible, device).numel() for times in (1, 2, 4)
-    ]
+    segment = [(0, 40, True), (0, 20, False), (0, 10, False)]
+    sizes = [Pieces.of(segment * times, 1, 70 * times).masks(visible, device).numel() for times in (1, 2, 4)]
     assert sizes == [30 * 70, 2 * 30 * 70, 4 * 30 * 70]
-    long = torch.tensor([[0, 40, 1], *[[0, 300, 0]] * 16])
+    long = [(0, 40, True), *[(0, 300, False)] * 16]
     assert Pieces.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340

@@ -3,14 +3,14 @@
 import pickle
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from holdfast.attention import PIECES
+from holdfast.attention import PIECES, Pieces, Segment
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout, truncated_rows
 from holdfast.data.shared import SharedLayout, _packed
@@ -32,15 +32,23 @@ EXAMPLES = [
 ]
 
 
-def pieces(tensors: dict[str, Tensor]) -> Iterator[tuple[list[int], list[int], list[int], bool]]:
+def lengths(pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
+    """(row, number of tokens, whether it is a prompt) of every piece, in reading order."""
+    for row, segments in enumerate(pieces.rows):
+        for segment in segments:
+            yield row, segment.prompt, True
+            yield from ((row, length, False) for group in segment.groups for length in group)
+
+
+def pieces(tensors: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int], bool]]:
     """(ids, positions, flat places, whether it is a prompt) of every piece, in reading order."""
     filled = [0] * len(tensors["input_ids"])
-    for row, length, is_prompt in tensors[PIECES].tolist():
+    for row, length, is_prompt in lengths(tensors[PIECES]):
         here = slice(filled[row], filled[row] + length)
         places = row * tensors["input_ids"].shape[1] + torch.arange(here.start, here.stop)
         filled[row] += length
         yield tensors["input_ids"][row, here].tolist(), tensors["position_ids"][row, here].tolist(), places.tolist(), (
-            bool(is_prompt)
+            is_prompt
         )  # fmt: skip
     assert filled == tensors["attention_mask"].count_nonzero(1).tolist()
 
@@ -57,7 +65,8 @@ def test_a_batch_by_hand() -> None:
     assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 5, 10, 11, 12], [6, 7, 8, 9, 0, 0, 0, 0]]
     assert tensors["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 3, 4], [0, 1, 1, 2, 0, 0, 0, 0]]
     assert tensors["attention_mask"].tolist() == [[4, 4, 2, 2, 1, 1, 1, 1], [2, 1, 1, 1, 0, 0, 0, 0]]
-    assert tensors[PIECES].tolist() == [[0, 2, 1], [0, 2, 0], [0, 1, 0], [0, 3, 0], [1, 1, 1], [1, 1, 0], [1, 2, 0]]
+    first, second = Segment(prompt=2, groups=((2, 1, 3),)), Segment(prompt=1, groups=((1, 2),))
+    assert tensors[PIECES] == Pieces(rows=((first,), (second,)), num_columns=8)
     assert batch.source.tolist() == [1, 2, 8, 1, 8, 10, 1, 5, 6]
     assert batch.target.tolist() == [3, 4, 7, 5, 8, 9, 10, 11, 12]
     assert batch.sequence.tolist() == [0, 0, 1, 2, 3, 3, 4, 4, 4]
@@ -86,7 +95,7 @@ def test_every_pair_has_the_sequences_of_the_padded_layout(rows: list[dict], mul
     assert (shared["sequence"].diff() >= 0).all()
     assert len(shared["content"]) == len({tuple(ids) for ids in shared["content"].tolist()})
     assert shared["input_ids"].shape[1] % (multiple or 1) == 0
-    assert all(tensor.dtype == torch.int64 for tensor in shared.values())
+    assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name != PIECES)
 
 
 @given(ROWS, st.sampled_from([1, 12, 100]))
@@ -169,6 +178,8 @@ def test_completions_without_pairs() -> None:
 def test_it_travels_to_workers() -> None:
     collator = SharedLayout(3, max_length=9, truncation_mode="keep_end", pad_to_multiple_of=4, row_tokens=7)
     assert pickle.loads(pickle.dumps(collator)) == collator
+    batch = collator(EXAMPLES)
+    assert pickle.loads(pickle.dumps(batch[PIECES])) == batch[PIECES]
 
 
 def test_options_that_are_refused() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.attention import PIECES
+from holdfast.attention import PIECES, Pieces
 from holdfast.data.layouts import PaddedLayout, Row, check_counts, content_of, truncated_rows
 from holdfast.data.tokenize import TruncationMode
 
@@ -32,9 +32,9 @@ class SharedLayout:
 
     `input_ids`, `position_ids` and `attention_mask` [R T]: R rows of at most `row_tokens` tokens (or of one segment, if
     that has more), as evenly filled as they come, padded on the right to the longest (and to a multiple of
-    `pad_to_multiple_of`). `shared_pieces` [K 3] are the pieces of the rows: (row, number of tokens, 1 for a prompt or 0
-    for a completion of the last one). `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2]
-    as in `PaddedLayout`, with a completion that occurs again left out the second time.
+    `pad_to_multiple_of`). `shared_pieces`, the only value that is no tensor, are the `Pieces` of the rows. `source`,
+    `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a completion that
+    occurs again left out the second time.
 
     `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
     load-balancing loss of models with experts) are those of padded rows. With `shares_prompts=False` every sequence is
@@ -63,18 +63,18 @@ class SharedLayout:
         """The value of the option `layout`."""
         return "prefix_shared" if self.shares_prompts else "packed"
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tensors, places = self._laid_out(truncated_rows(features, self.max_length, self.truncation_mode))
         chosen, rejected = torch.from_numpy(places).chunk(2)
         return tensors | {"chosen": chosen, "rejected": rejected}
 
-    def of_completions(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def of_completions(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The same for completions without pairs: `chosen` and `rejected` are empty."""
         none = torch.empty(0, dtype=torch.int64)
         return self._laid_out(rows)[0] | {"chosen": none, "rejected": none}
 
-    def _laid_out(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], np.ndarray]:
-        """All tensors but `chosen` and `rejected`, and which sequence each of `rows` has become."""
+    def _laid_out(self, rows: Sequence[Row]) -> tuple[dict[str, Any], np.ndarray]:
+        """Everything but `chosen` and `rejected`, and which sequence each of `rows` has become."""
         check_counts(np.array([len(row.ids) - max(row.num_prompt, 1) for row in rows]))
         sequences, places = _distinct(rows)
         segments = _segments(sequences) if self.shares_prompts else _lone_segments(sequences)
@@ -91,13 +91,13 @@ class SharedLayout:
             "input_ids": laid.input_ids,
             "position_ids": laid.position_ids,
             "attention_mask": laid.attention_mask,
-            PIECES: np.array(laid.pieces, dtype=np.int64),
             "source": np.concatenate(sources),
             "target": np.concatenate(targets),
             "sequence": np.repeat(np.arange(len(sequences)), [len(source) for source in sources]),
             "content": np.array([content_of(sequence) for sequence in sequences]),
         }
-        return {name: torch.from_numpy(array) for name, array in tensors.items()}, places
+        pieces = Pieces.of(laid.pieces, *laid.input_ids.shape)
+        return {name: torch.from_numpy(array) for name, array in tensors.items()} | {PIECES: pieces}, places
 
     def _width(self, segments: "Sequence[_Segment]", packed: Sequence[Sequence[int]]) -> int:
         longest = max(sum(segments[member].num_tokens for member in members) for members in packed)
@@ -105,7 +105,7 @@ class SharedLayout:
         return -(-longest // multiple) * multiple
 
 
-def unshared(tensors: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]:
     """The pairs of a batch of `SharedLayout` as `PaddedLayout` lays them out; any other batch as it is.
 
     For who needs a row a completion, [2P T], such as a function that is shown logits.
@@ -141,7 +141,7 @@ class _Rows:
     input_ids: np.ndarray  # [R T]
     position_ids: np.ndarray
     attention_mask: np.ndarray
-    pieces: list[tuple[int, int, int]]
+    pieces: list[tuple[int, int, bool]]
     filled: list[int]
 
     @classmethod
@@ -179,7 +179,7 @@ class _Rows:
         self.input_ids[row, start:end] = ids
         self.position_ids[row, start:end] = position + np.arange(len(ids))
         self.attention_mask[row, start:end] = count
-        self.pieces.append((row, len(ids), int(is_prompt)))
+        self.pieces.append((row, len(ids), is_prompt))
         return row * self.input_ids.shape[1] + np.arange(start, end)
 
 

@@ -109,7 +109,8 @@ def beside(module: nn.Module, batch: PairBatch) -> PairBatch:
     device = next(module.parameters()).device
     if device.type == "meta":
         return batch
-    return replace(batch, inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()})
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+    return replace(batch, inputs=inputs)
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,91 @@
+"""Runs under `torch.compile`: the numbers of the run without it, and no more compilations once shapes have varied."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from families import tiny_model
+from holdfast import DPOTrainer
+from holdfast.batch import PairBatch
+from holdfast.data.shared import SharedLayout
+from holdfast.logprobs import score
+from policies import POLICIES, config, logged, rows, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared": ("full", {}),
+    "padded": ("full", {"layout": "padded"}),
+    "packed": ("full", {"layout": "packed"}),
+    "checkpointing": ("full", {"activation_checkpointing": True}),
+    "lora": ("lora_sft", {}),
+    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def trained(policy: str, folder: Path, **options: Any) -> tuple[DPOTrainer, list[int]]:
+    """The trainer after ten batches of different shapes, and how many graphs there were after each."""
+    num_graphs: list[int] = []
+    args = config(folder, **{"max_steps": 10} | options)
+    ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
+    compute_loss = ours.compute_loss
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+        return loss
+
+    ours.compute_loss = counted
+    ours.train()
+    return ours, num_graphs
+
+
+def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
+    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"):
+        assert logged(found, name) == pytest.approx(logged(expected, name), rel=1e-5, abs=1e-5), name
+    for ours, theirs in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_compiled_runs_train_alike(run: str, tmp_path: Path) -> None:
+    """Graphs are made for the first batch, once more when lengths turn out to vary, and then for few more shapes (one
+    row is another graph than several)."""
+    policy, options = RUNS[run]
+    found, num_graphs = trained(policy, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    assert 0 < num_graphs[0] < num_graphs[-1] <= 3 * num_graphs[0], num_graphs
+    assert num_graphs[4:] == num_graphs[4:5] * 6, num_graphs
+    assert not counters["recompile_limit"]
+    expected, none = trained(policy, tmp_path, **options)
+    assert none[-1] == num_graphs[-1], "nothing is compiled that was not asked for"
+    assert_same_run(found, expected)
+    assert found.evaluate(rows(8))["eval_loss"] == pytest.approx(expected.evaluate(rows(8))["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor(tmp_path: Path) -> None:
+    found, num_graphs = trained("full", tmp_path, torch_compile=True, max_steps=3)
+    assert num_graphs[-1] > 0
+    assert_same_run(found, trained("full", tmp_path, max_steps=3)[0])
+
+
+def test_a_model_without_a_body_is_refused() -> None:
+    model = tiny_model()
+    model.base_model_prefix = "body"
+    compiled: nn.Module = torch.compile(model, backend="eager")
+    batch = PairBatch.from_tensors(SharedLayout(0)(rows().to_list()[:2]))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM was to be.*found none at 'body'.*torch_compile=False"):
+        score(compiled, batch)

@@ -1,0 +1,140 @@
+"""What a step waits for on a GPU: nothing. Operations that need a value of the device in host memory, counted by name.
+
+On a CPU nobody waits, but the same operations are called, so they are seen here, with the line that asks for them.
+"""
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from holdfast import DPOConfig, DPOTrainer
+from holdfast.data.shared import SharedLayout
+from policies import POLICIES, config, rows, trainer
+
+READS = {
+    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2",
+    "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave", "aten::bincount",
+}  # fmt: skip
+"""Operations whose result, or its size, must be known to the host."""
+
+CALLS = {"tolist", "item", "numpy", "cpu", "tensor", "as_tensor", "new_tensor", "from_numpy"}
+"""Functions that copy to the host, or from it (which waits as well, unless memory is pinned)."""
+
+LOOKS_UP = {"content_ids", "_lengths"}
+"""Stored log-probs are looked up by the batch's content ids and checked by its lengths, each read once a step."""
+
+RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "full": ("full", {}, set()),
+    "lora": ("lora_fresh", {}, set()),
+    "lora_sft": ("lora_sft", {}, set()),
+    "clipped": ("full", {"max_grad_norm": 1.0, "activation_checkpointing": True}, set()),
+    "losses": ("full", {"loss_type": ["ipo", "sppo_hard"], "use_weighting": True, "ld_alpha": 0.5}, set()),
+    "packed": ("full", {"layout": "packed"}, set()),
+    "window": ("full", {"reference": "snapshot", "reference_window": 2}, set()),
+    "no reference": ("full", {"loss_type": "simpo"}, set()),
+    "accumulated": ("full", {"gradient_accumulation_steps": 2}, set()),
+    "precomputed": ("full", {"precompute_ref_log_probs": True}, LOOKS_UP),
+    # The length of the move, once per sync.
+    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"move"}),
+    # transformers looks whether there is any padding in the attention mask, in every forward pass.
+    "padded": ("full", {"layout": "padded"}, {"_ignore_causal_mask_sdpa"}),
+}
+"""By name: the policy, options, and the functions that do read something."""
+
+NOT_ON_THE_DEVICE = ("torch/utils/data/", "holdfast/data/shared.py", "holdfast/data/layouts.py", "reference/store.py")
+"""Where batches are made, and stored log-probs found, in host memory."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts, while the trainer is between its logs, what would wait for a device, by the function that asks."""
+
+    def __init__(self, watched: DPOTrainer) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.watched = watched
+
+    def count(self, operation: str) -> None:
+        """One more, unless it is in host memory on a GPU, too, or at a log."""
+        if not 0 < self.watched.state.global_step < self.watched.args.logging_steps - 1:
+            return
+        asking = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+        if any(place in frame.filename for frame in asking for place in NOT_ON_THE_DEVICE):
+            return
+        known = [f for f in asking if any(name in f.filename for name in ("holdfast/", "transformers/", "accelerate/"))]
+        last = [frame for frame in known if not frame.name.startswith("<")][-1]
+        self.found[f"{last.name} ({Path(last.filename).name}:{last.lineno}, {operation})"] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        indices = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_") else []
+        if name in READS or any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices):
+            self.count(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """The same for functions that are seen by their Python name only."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in CALLS:
+            self.waits.count(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def waits_between_logs(policy: str, folder: Path, **options: Any) -> Counter[str]:
+    args = config(folder, max_steps=5, logging_steps=5, **options)
+    ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
+    with Waits(ours) as waits, Copies(waits):
+        ours.train()
+    assert ours.state.global_step == 5
+    return waits.found
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_waits_between_logs(run: str, tmp_path: Path) -> None:
+    policy, options, exceptions = RUNS[run]
+    found = waits_between_logs(policy, tmp_path, **options)
+    assert {where.split(" ")[0] for where in found} == exceptions, found
+
+
+def test_the_counter_counts(tmp_path: Path) -> None:
+    """transformers' own filter of NaN asks twice a step, of whatever the loss is; three steps are watched."""
+    found = waits_between_logs("full", tmp_path, logging_nan_inf_filter=True)
+    assert [(where.split(" ")[0], count) for where, count in found.items()] == [("_run_epoch", 2 * 3)]
+
+
+def test_pieces_stay_in_host_memory(tmp_path: Path) -> None:
+    """Through workers, accelerate and the trainer: the ones that the collator made, and tensors beside them."""
+    dataset, layout = rows(), SharedLayout(0)
+    ours = trainer(POLICIES["full"](), config(tmp_path, dataloader_num_workers=1))
+    loader = DataLoader(dataset.to_list(), batch_size=3, collate_fn=layout, num_workers=1)  # type: ignore[arg-type]
+    prepared: Any = ours.accelerator.prepare_data_loader(loader)
+    batches = [ours._prepare_inputs(batch) for batch in prepared]
+    expected = [layout(dataset.to_list()[start : start + 3]) for start in range(0, len(dataset), 3)]
+    for found, made in zip(batches, expected, strict=True):
+        assert found["shared_pieces"] == made["shared_pieces"]
+        assert torch.equal(found["input_ids"], made["input_ids"])
+
+
+def test_batches_are_copied_ahead_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is pinned memory, and nobody has decided otherwise."""
+    assert config(tmp_path).accelerator_config.non_blocking is False
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    for expected, options in (
+        (True, {}),
+        (False, {"dataloader_pin_memory": False}),
+        (False, {"accelerator_config": {"even_batches": False}}),
+    ):
+        assert config(tmp_path, use_cpu=False, bf16=False, **options).accelerator_config.non_blocking is expected
