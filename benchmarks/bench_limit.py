@@ -201,7 +201,10 @@ def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
         rows = rows[: (num_tokens - TREE["prompt"]) // (2 * TREE["completion"])]
         prompt = ids(TREE["prompt"], vocabulary, num_tokens)
         rows = [{"prompt_ids": prompt, **row} for row in rows]
-    return PairBatch.from_tensors({name: tensor.to(device) for name, tensor in layout(rows).items()})
+    batch = layout(rows).items()
+    return PairBatch.from_tensors({
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch
+    })  # fmt: skip
 
 
 def forward_and_backward(model: Any, batch: Any) -> None:

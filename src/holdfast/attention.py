@@ -10,7 +10,8 @@ Which earlier tokens a layer may see (sliding windows, chunks) is asked of the m
 *positions*, not in columns: the same answer that the model gives itself when it has a row alone.
 
 Given up: models that are not on the attention interface, carry state along the row (Mamba, convolutions) or count
-distance in columns (ALiBi); `holdfast.layout` finds them. On a GPU this is exact but not yet fast.
+distance in columns (ALiBi); `holdfast.layout` finds them. On a GPU so many small products wait for
+each other; there `holdfast.flex` does the same in one kernel a layer.
 """
 
 import contextlib
@@ -18,15 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import chain
 from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
+
+from holdfast import flex
 
 NAME = "holdfast_shared"
 """Under which transformers knows this attention."""
@@ -130,6 +135,9 @@ def _group_mask(
     visible: Callable[..., Tensor], prompt: int, group: Sequence[int], device: torch.device
 ) -> Bool[Tensor, "q k"]:
     # Nothing here is copied from the host, which would wait for the device.
+    if visible is causal_mask_function:
+        own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in group))
+        return torch.cat([own.new_ones(len(own), prompt), own], 1)
     which = torch.cat([torch.full((length,), index, device=device) for index, length in enumerate(group)])
     positions = torch.cat([torch.arange(prompt, prompt + length, device=device) for length in group])
     keys = torch.cat([torch.arange(prompt, device=device), positions])
@@ -224,16 +232,27 @@ def _kept_in_recomputation(
 
 
 def shared_mask(
-    *, mask_function: Callable[..., Any] = causal_mask_function, device: Any = "cpu", **_: Any
-) -> Bool[Tensor, "M"]:
-    """`Pieces.masks`, where transformers would make a [T T] mask. No other attention can use it: its shape is wrong."""
+    *,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **_: Any,
+) -> Bool[Tensor, "M"] | BlockMask:
+    """`Pieces.masks`, where transformers would make a [T T] mask, or a block mask where flex attention works. No other
+    attention can use the first: its shape is wrong."""
     pieces = _ACTIVE.get()
     if pieces is None:
         raise ValueError(
             f"the attention {NAME!r} computes rows of shared prompts, and works inside `attending` only; found a "
             "forward pass outside of it. Leave `attn_implementation` as it was."
         )
-    return pieces.masks(mask_function, torch.device(device))
+    device = torch.device(device)
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if flex.is_usable(device, dtype):
+        rows = [[(s.prompt, [*chain.from_iterable(s.groups)]) for s in row] for row in pieces.rows]
+        return flex.block_mask(rows, pieces.num_columns, mask_function, device)
+    return pieces.masks(mask_function, device)
 
 
 def shared_attention(
@@ -241,7 +260,7 @@ def shared_attention(
     query: Float[Tensor, "R H T d"],
     key: Float[Tensor, "R Hkv T d"],
     value: Float[Tensor, "R Hkv T dv"],
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
@@ -250,12 +269,16 @@ def shared_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "R T H dv"], None]:
-    """What each token gathers from the tokens that it sees: softmax(scaling q k^T) v, piece by piece.
+    """What each token gathers from the tokens that it sees: softmax(scaling q k^T) v, piece by piece, or at once under
+    a block mask.
 
     `softcap` bounds the scores by cap * tanh(score / cap) (Gemma 2), `s_aux` [H] are sinks that take a share of the
     softmax (gpt-oss). Padding gets zeros. Raises ValueError where the pieces do not describe what there is to attend.
     """
     pieces, masks = _checked_call(module, query, key, kwargs.get(PIECES), attention_mask, position_bias)
+    if isinstance(masks, BlockMask):
+        options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return flex.flex_attention(module, query, key, value, masks, dropout=dropout, **options), None
     attend: Callable[..., Tensor] = partial(_attend, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
     prompt_masks, group_masks = pieces.split(masks)
     gathered: list[Tensor] = []
@@ -320,9 +343,9 @@ def _checked_call(
     query: Tensor,
     key: Tensor,
     pieces: Any,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     position_bias: Tensor | None,
-) -> tuple[Pieces, Tensor]:
+) -> tuple[Pieces, Tensor | BlockMask]:
     """Pieces and masks; ValueError for what would be silently wrong, which `holdfast.layout` makes a fall-back."""
     name = type(module).__name__
     if not isinstance(pieces, Pieces) or attention_mask is None:

@@ -63,10 +63,22 @@ def _token_ids(rows: Sequence[Row], num_columns: int) -> tuple[np.ndarray, np.nd
 
 
 def flex_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """What each token gathers, [R T H dv]; `options` are `scaling`, `softcap` and `s_aux`, as attention layers give
-    them."""
+    them. ValueError with dropout."""
+    if dropout > 0:
+        raise ValueError(
+            f"{type(module).__name__} drops attention weights with a probability of {dropout}, which flex attention "
+            "cannot. Use disable_dropout=True, or layout='padded'."
+        )
     return flex_attention_forward(module, query, key, value, mask, **options)[0]
 
 

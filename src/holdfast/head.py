@@ -80,7 +80,7 @@ def linear_columns(
     if torch.is_grad_enabled():
         return cast(tuple[Tensor, ...], _LinearColumns.apply(states, weight, bias, target, plan))
     with torch.autocast(states.device.type, enabled=False):
-        return _forward(_Chunks(states, weight, bias, target, plan), with_statistics)
+        return _forward(_Chunks(states, weight, bias, target, plan), with_statistics, is_frozen=True)
 
 
 def is_plain_linear(head: nn.Module) -> bool:
@@ -139,10 +139,10 @@ class _Chunks:
             torch.empty((size, len(weight)), dtype=self.wide_dtype, device=states.device) for _ in range(2)
         )
 
-    def softmax(self, here: slice) -> tuple[Tensor, Tensor]:
-        """Final logits and probabilities of a chunk, both [n V]; overwritten by the next chunk's."""
+    def log_softmax(self, here: slice) -> tuple[Tensor, Tensor]:
+        """Final logits and log-probabilities of a chunk, both [n V]; overwritten by the next chunk's."""
         states = self.states[here]
-        logits, probs = self.made(here)
+        logits, log_probs = self.made(here)
         if states.dtype == self.wide_dtype:
             if self.bias is None:
                 torch.mm(states, self.weight.T, out=logits)
@@ -151,11 +151,11 @@ class _Chunks:
         else:
             logits.copy_(nn.functional.linear(states, self.weight, self.bias))
         self.transform.apply_(logits)
-        torch.softmax(logits, -1, out=probs)
-        return logits, probs
+        torch.log_softmax(logits, -1, out=log_probs)
+        return logits, log_probs
 
     def made(self, here: slice) -> tuple[Tensor, Tensor]:
-        """The buffers, which hold what `softmax` gave last."""
+        """The buffers, which hold what came last."""
         num_tokens = here.stop - here.start
         return self.logits[:num_tokens], self.probs[:num_tokens]
 
@@ -180,21 +180,25 @@ class _Chunks:
         return probs.to(self.states.dtype)
 
 
-def _forward(chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The columns; and into `states_gradient` the gradient of each token's log-prob by its hidden state."""
+def _forward(
+    chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None, *, is_frozen: bool = False
+) -> tuple[Tensor, ...]:
+    """The columns; and into `states_gradient` the gradient of each token's log-prob by its hidden state. Unless all
+    `is_frozen`, a chunk's probabilities are left in its buffer."""
     target = chunks.target
     made = torch.empty((5 if with_statistics else 1, len(target)), dtype=chunks.wide_dtype, device=target.device)
     for here in chunks.slices:
-        logits, probs = chunks.softmax(here)
-        largest = logits.amax(-1)
-        log_normalizer = largest - probs.amax(-1).log()  # the largest probability is that of the largest logit
-        of_target = logits.gather(-1, target[here, None]).squeeze(-1)
-        made[0, here] = of_target - log_normalizer
+        logits, log_probs = chunks.log_softmax(here)
+        made[0, here] = log_probs.gather(-1, target[here, None]).squeeze(-1)
+        if is_frozen and not with_statistics:
+            continue
+        probs = log_probs.exp_()
         if with_statistics:
+            of_target = logits.gather(-1, target[here, None]).squeeze(-1)
             # In half precision the largest logit is often there twice, and to look for the first takes a while.
             is_exact = chunks.states.dtype == chunks.wide_dtype
-            is_top1 = of_target == largest if is_exact else logits.argmax(-1) == target[here]
-            columns = _statistics(logits, probs, log_normalizer, is_top1)
+            is_top1 = of_target == logits.amax(-1) if is_exact else logits.argmax(-1) == target[here]
+            columns = _statistics(logits, probs, of_target - made[0, here], is_top1)
             for row, column in zip(made[1:], columns, strict=True):
                 row[here] = column
         if states_gradient is not None:
@@ -267,7 +271,9 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) ->
         for_weight.zero_()
     for_bias = torch.zeros(len(chunks.weight), **wide) if needs_bias else None
     for here in chunks.slices:
-        logits, probs = chunks.made(here) if is_made else chunks.softmax(here)
+        logits, probs = chunks.made(here) if is_made else chunks.log_softmax(here)
+        if not is_made:
+            probs.exp_()
         gradient = chunks.logit_gradient(here, logits, probs, upstream[here])
         if for_states is not None:
             torch.mm(gradient, chunks.weight, out=for_states[here])

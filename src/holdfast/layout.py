@@ -2,9 +2,9 @@
 
 Rows that hold several sequences are read wrongly, and without a word, by models that carry state along a row, count
 distance in columns, or drop the arguments of their attention. So before anything is scored every model of the run,
-policy and references alike, is given the first batch in that layout and in the padded one, which is always right, and
-must say the same. One layout holds for all of them: padded and shared rows differ by rounding, and a margin is a
-difference of two log-probs.
+policy and references alike (one of each class), is given the first batch in that layout and in the padded one, which is
+always right, and must say the same. One layout holds for all of them: padded and shared rows differ by rounding, and a
+margin is a difference of two log-probs.
 
 Given up: rows with several sequences for weights that are sharded over processes (FSDP, DeepSpeed): the comparison
 would come before they are put together.
@@ -123,7 +123,7 @@ def _problem(
     if reason is None:
         features = rows()
         shared, expected = pair_batch(layout(features)), pair_batch(padded(features))
-        for model in models:
+        for model in {type(unwrap(model)): model for model in reversed(models)}.values():  # one of each class
             reason = reason or shared_problem(
                 unwrap(model),
                 partial(frozen_logps, model, autocast=_exact(model, accelerator)),

@@ -23,9 +23,10 @@ from holdfast.arguments import check_devices, checked_arguments, router_aux_loss
 from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
-from holdfast.data.completions import by_name, pending
+from holdfast.data.completions import all_pending, by_name
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.layouts import with_positions
+from holdfast.data.order import order_by_length
 from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import unshared
@@ -184,14 +185,8 @@ class DPOTrainer(Trainer):
 
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
         if (reference := with_given(reference, datasets, self.model, self.args, self.accelerator)) is not None:
-            sizes = {"train": self.args.per_device_train_batch_size}
-            given, otherwise = self.args.precompute_ref_batch_size, self.args.per_device_eval_batch_size
             how = self.data_collator, self._pair_batch, self._collated, self.accelerator
-            reference.prepare({
-                name: pending(part, given or sizes.get(name, otherwise), *how)
-                for name, part in datasets.items()
-                if isinstance(part, Dataset)  # a stream is not read ahead of its turn
-            })  # fmt: skip
+            reference.prepare(all_pending(datasets, self.args, *how))
         return reference
 
     def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
@@ -375,6 +370,11 @@ class DPOTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         return super()._get_dataloader(filled(dataset, batch_size, self.accelerator), description, batch_size, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "group_by_length":
+            return order_by_length(self.train_dataset if train_dataset is None else train_dataset, self.args)
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)

@@ -136,9 +136,7 @@ def test_a_quantised_reference(bits: str, base: str, tmp_path: Path, caplog: pyt
     assert ours.reference.fingerprint() == before
     (line,) = [r.getMessage() for r in caplog.records if "differs from the policy by" in r.getMessage()]
     mean = float(line.split("differs from the policy by ")[1].split()[0])
-    lower = float(
-        (plain - expected).abs().sum() / found.lengths()[which].sum()
-    )
+    lower = float((plain - expected).abs().sum() / found.lengths()[which].sum())
     assert 0 < lower <= mean * 1.01
     assert mean < 1
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,10 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 
 import holdfast.attention as attention
+import holdfast.flex as flex
 import holdfast.layout as layout
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
@@ -24,6 +27,7 @@ from holdfast.layout import shared_problem
 from holdfast.logprobs import score
 
 WRONG = {"lfm2", "falcon_h1"}
+_FLEX_ATTENTION = flex.flex_attention
 EXACT = sorted(CONFIGS.keys() - WRONG)
 
 
@@ -285,3 +289,28 @@ def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> N
     assert sizes == [30 * 70, 2 * 30 * 70, 4 * 30 * 70]
     long = [(0, 40, True), *[(0, 300, False)] * 16]
     assert Pieces.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel is compiled")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_flex_attention_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, of which this is the forward pass; soft-capped and in windows, too."""
+    monkeypatch.setattr(flex, "is_usable", lambda device, dtype: True)
+    model, calls = tiny_model(family), []
+    monkeypatch.setattr(flex, "flex_attention", lambda *given, **options: (
+        calls.append(1) or _FLEX_ATTENTION(*given, **options)
+    ))  # fmt: skip
+    with torch.no_grad():
+        found = logps_of(model, shared_batch()).per_token
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(found, oracle_logps(model), rtol=0, atol=1e-5)
+
+
+def test_flex_attention_drops_nothing() -> None:
+    mask = flex.block_mask([[(3, (2,))]], 5, causal_mask_function, torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"Identity drops attention weights with a probability of 0.1.*disable_dropout"
+    ):
+        flex.flex_attention(nn.Identity(), *torch.zeros(3, 1, 1, 5, 8), mask, dropout=0.1)

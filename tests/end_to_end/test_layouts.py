@@ -251,3 +251,22 @@ def test_parts_that_cannot_be(tmp_path: Path) -> None:
         trainer(tiny_model("mixtral", router_aux_loss_coef=0.1), config(tmp_path, tokens_per_batch=50))
     with pytest.raises(ValueError, match="tokens_per_batch=0 was asked for; it counts from 1"):
         config(tmp_path, tokens_per_batch=0)
+
+
+# --- batches of like length -------------------------------------------------------------------------------------------
+
+
+def test_grouped_by_length_is_deterministic_and_resumes(tmp_path: Path) -> None:
+    """The same run twice, and once in two halves, over three epochs; not the run of another order."""
+    args = {"train_sampling_strategy": "group_by_length", "max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    runs = []
+    for name in ("one", "two"):
+        runs.append(trainer(tiny_model(), config(tmp_path / name, **args)))
+        runs[-1].train()
+    assert logged(runs[0]) == logged(runs[1])
+    resumed = trainer(tiny_model(), config(tmp_path / "one", **args))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    assert logged(resumed) == logged(runs[0])
+    plain = trainer(tiny_model(), config(tmp_path / "plain", max_steps=10))
+    plain.train()
+    assert logged(plain) != logged(runs[0])

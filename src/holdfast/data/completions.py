@@ -235,6 +235,18 @@ def pending(
     return CollatedPairs(dataset, size, collate, accelerator)
 
 
+def all_pending(datasets: Mapping[str, Any], args: Any, *how: Any) -> dict[str, Pending]:
+    """`pending` of those of the datasets that have an end, in batches as large as `args` (`DPOConfig`) says; a stream
+    is not read ahead of its turn."""
+    sizes = {"train": args.per_device_train_batch_size}
+    given, otherwise = args.precompute_ref_batch_size, args.per_device_eval_batch_size
+    return {
+        name: pending(part, given or sizes.get(name, otherwise), *how)
+        for name, part in datasets.items()
+        if isinstance(part, Dataset)
+    }
+
+
 def by_name(datasets: Any, name: str = "eval") -> dict[str, Any]:
     """One dataset, a dict of them or None as a dict of names."""
     if datasets is None:

@@ -1,0 +1,63 @@
+"""The order of `train_sampling_strategy="group_by_length"`: pairs of like length in a batch, in a shuffled order.
+
+Rows are shuffled, sorted by length within windows of so many batches, and cut into batches, whose order is shuffled
+again. Processes that step together get neighbours in the sorted order, so none waits long for the others, and padded
+rows hold little padding. The order of an epoch follows from the seed and the epoch's number, so a resumed run finds it.
+
+Given up: batches that are independent draws of pairs. That is why it is an option and not the default.
+"""
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+WINDOW_BATCHES = 50
+"""Batches whose pairs are sorted together: enough for likeness, few enough for pairs to meet others in each epoch."""
+
+
+@final
+class OrderByLength(torch.utils.data.Sampler[int]):
+    """Indices of rows with these `lengths`, `batch_size` of like length at a time; the odd ones come last."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices, each once."""
+        draw = np.random.default_rng([self._seed, self._epoch])
+        order = draw.permutation(len(self._lengths))
+        whole = len(order) - len(order) % self._batch_size
+        window = WINDOW_BATCHES * self._batch_size
+        for start in range(0, whole, window):
+            rows = order[start : min(start + window, whole)]
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")]
+            yield from draw.permutation(rows.reshape(-1, self._batch_size)).ravel().tolist()
+        yield from order[whole:].tolist()
+
+
+def order_by_length(dataset: Any, args: TrainingArguments) -> OrderByLength | None:
+    """That order for the batches of a run, over all its processes, by the tokens of both sides before truncation; None
+    for a stream, which has an order of its own."""
+    if not isinstance(dataset, Dataset):
+        return None
+    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    parts = [
+        sum(np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
+        for part in table.iter(1_000)
+    ]
+    num_pairs = args.per_device_train_batch_size * args.world_size
+    return OrderByLength(np.concatenate(parts), num_pairs, args.seed if args.data_seed is None else args.data_seed)
