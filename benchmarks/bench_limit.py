@@ -203,7 +203,7 @@ def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
         rows = [{"prompt_ids": prompt, **row} for row in rows]
     batch = layout(rows).items()
     return PairBatch.from_tensors({
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch
+        name: value.to(device) if hasattr(value, "to") else value for name, value in batch
     })  # fmt: skip
 
 

@@ -69,17 +69,20 @@ def flex_attention(
     value: Tensor,
     mask: BlockMask,
     *,
+    scaling: float | None = None,
     dropout: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """What each token gathers, [R T H dv]; `options` are `scaling`, `softcap` and `s_aux`, as attention layers give
-    them. ValueError with dropout."""
+    """What each token gathers, [R T H dv]; `options` are `softcap` and `s_aux`, as attention layers give them.
+    ValueError with dropout."""
     if dropout > 0:
         raise ValueError(
             f"{type(module).__name__} drops attention weights with a probability of {dropout}, which flex attention "
             "cannot. Use disable_dropout=True, or layout='padded'."
         )
-    return flex_attention_forward(module, query, key, value, mask, **options)[0]
+    # Scaled here, since another number would be another kernel.
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return flex_attention_forward(module, query, key, value, mask, scaling=1.0, **options)[0]
 
 
 @functools.cache

@@ -298,6 +298,7 @@ def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> N
 def test_flex_attention_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, of which this is the forward pass; soft-capped and in windows, too."""
     monkeypatch.setattr(flex, "is_usable", lambda device, dtype: True)
+    torch._dynamo.reset()
     model, calls = tiny_model(family), []
     monkeypatch.setattr(flex, "flex_attention", lambda *given, **options: (
         calls.append(1) or _FLEX_ATTENTION(*given, **options)
