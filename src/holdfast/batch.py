@@ -10,7 +10,7 @@ Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N comp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,14 +21,15 @@ from torch import Tensor
 class PairBatch:
     """A batch of preference pairs, laid out for one forward pass.
 
-    `inputs` are the model's keyword arguments (`input_ids [R T]`, `attention_mask`, ...). Completion token n is the
-    token `target[n]`, predicted by the hidden state at the flat position `source[n]` (row * T + column), and belongs to
-    sequence `sequence[n]`; `sequence` never decreases, and within a sequence tokens stand in reading order. `chosen[p]`
-    and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s (see
-    `data.tokenize.content_id`). `reference[n]` is the reference's log-prob of token n, where it was computed ahead.
+    `inputs` are the model's keyword arguments (`input_ids [R T]`, `attention_mask`, ..., and what a layout tells the
+    attention). Completion token n is the token `target[n]`, predicted by the hidden state at the flat position
+    `source[n]` (row * T + column), and belongs to sequence `sequence[n]`; `sequence` never decreases, and within a
+    sequence tokens stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]`
+    is the 128-bit content id of sequence s (see `data.tokenize.content_id`). `reference[n]` is the reference's log-prob
+    of token n, where it was computed ahead.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     source: Int[Tensor, "N"]
     target: Int[Tensor, "N"]
     sequence: Int[Tensor, "N"]
@@ -46,7 +47,7 @@ class PairBatch:
         return self.content.shape[0]
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
         names = {field.name for field in fields(cls)} - {"inputs"}
         missing = sorted(names - tensors.keys() - {"reference"})

@@ -21,6 +21,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 _PRODUCT = 2**24
 """Elements of the weight's gradient that are alive in half precision before they are added up in fp32."""
 
+_CACHED_LOGITS = 2**21
+_CACHED_TOKENS = 64
+"""Logits of a chunk on a CPU, 8 MiB in fp32, and tokens that it has at least."""
+
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,6 +83,8 @@ def linear_columns(
     plan = _Plan(transform, chunk_tokens, with_statistics, _autocast_dtype(states))
     if torch.is_grad_enabled():
         return cast(tuple[Tensor, ...], _LinearColumns.apply(states, weight, bias, target, plan))
+    if states.device.type == "cpu":  # nothing is summed up over chunks, so those that caches hold are fastest
+        plan = plan._replace(chunk_tokens=min(chunk_tokens, max(_CACHED_LOGITS // len(weight), _CACHED_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
         return _forward(_Chunks(states, weight, bias, target, plan), with_statistics, is_frozen=True)
 

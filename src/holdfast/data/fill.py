@@ -98,7 +98,7 @@ def rows_of_pairs(batch: PairBatch) -> Bool[Tensor, "R"]:
 def mean_over_processes(losses: Float[Tensor, "P"], accelerator: Accelerator) -> Float[Tensor, ""]:
     """This process's part of the mean loss over the pairs of all processes, times their number: gradients are averaged
     over processes, which gives the gradient of that mean however unlike the numbers of pairs are."""
-    num_pairs: Any = accelerator.reduce(losses.new_tensor(len(losses)), reduction="sum")
+    num_pairs: Any = accelerator.reduce(losses.new_full((), len(losses)), reduction="sum")
     return losses.sum() * accelerator.num_processes / num_pairs
 
 
