@@ -81,7 +81,8 @@ def test_the_numbers_are_written(result: DemoResult, printed: io.StringIO) -> No
     ]
     table = (result.output_dir / "table.txt").read_text(encoding="utf-8")
     for text in (table, printed.getvalue()):
-        rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+        lines = [line.split() for line in text.splitlines() if line.strip()]
+        rows = {words[0]: words for words in reversed(lines)}  # the first: prose below may begin with the same word
         for arm in result.arms:
             reward = arm.measurement.reward
             assert rows[arm.name][1] == f"{reward.value:.2f}±{reward.error:.2f}"
