@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 import holdfast.attention as attention
+import holdfast.head as head
 from families import CONFIGS, tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.attention import PIECES
@@ -244,6 +245,26 @@ def test_a_batch_in_parts_keeps_one_part_s_activations(tmp_path: Path) -> None:
             ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
         kept[limit] = sum(sizes)
     assert kept[1] < 0.02 * kept[None]
+
+
+def test_the_head_of_a_part_keeps_no_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunks are no saved tensors, which a checkpoint would drop: with parts none is kept, without them one is."""
+    kept: dict[int | None, list[bool]] = {}
+    plain = head._Chunks.kept
+    for limit in (None, 30):
+        found = kept.setdefault(limit, [])
+
+        def noting(chunks: Any, found: list[bool] = found) -> Any:
+            result = plain(chunks)
+            found.append(result is not None)
+            return result
+
+        monkeypatch.setattr(head._Chunks, "kept", noting)
+        ours = trainer(tiny_model(), config(tmp_path, layout="padded", tokens_per_batch=limit), train_dataset=tree())
+        ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
+    assert kept[None] == [True]
+    assert len(kept[30]) > 1
+    assert not any(kept[30])
 
 
 def test_parts_that_cannot_be(tmp_path: Path) -> None:
