@@ -230,7 +230,7 @@ def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str
     for repeat in range(options.repeats):
         work = {
             "kind": "share", "reference": reference, "size": options.size, "inputs": str(folder),
-            "warmup": 1, "timed": options.timed, "repeats": 3,
+            "warmup": 2, "timed": options.timed, "repeats": 3,
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as own:
             run = measure.in_a_process(__file__, work, threads=options.threads, folder=Path(own))

@@ -67,6 +67,7 @@ SIZES = {
     "tiny": Size(hidden=64, layers=2, heads=2, key_heads=2, intermediate=176, vocabulary=2048),
     "small": Size(hidden=256, layers=4, heads=4, key_heads=4, intermediate=688, vocabulary=16_384),
     "medium": Size(hidden=512, layers=6, heads=8, key_heads=8, intermediate=1376, vocabulary=32_768),
+    "large": Size(hidden=1024, layers=8, heads=16, key_heads=16, intermediate=2752, vocabulary=32_768),
     "0.5b": Size(
         hidden=896, layers=24, heads=14, key_heads=2, intermediate=4864, vocabulary=151_936, is_tied=True
     ),

@@ -21,9 +21,8 @@ os.environ |= {
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
-install_import_hook(
-    ["holdfast.attention", "holdfast.batch", "holdfast.head", "holdfast.logprobs", "holdfast.losses"], "shapes.checked"
-)
+SHAPED = ("attention", "batch", "head", "logprobs", "losses", "pieces")
+install_import_hook([f"holdfast.{name}" for name in SHAPED], "shapes.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,13 +1,9 @@
 """Attention for rows that hold several completions of a prompt: each completion sees the prompt and itself, no more.
 
-A row is a run of pieces: a prompt, its completions, the next prompt, and so on (`holdfast.data.shared` makes them).
-Prompts are attended causally and completions against the keys of their prompt and their own, piece by piece, so no
-row pays for its neighbours and no [T T] mask exists. It reaches the model through transformers' attention interface:
-for the length of one forward pass the model's configuration names it, and the pieces travel as a keyword argument to
-every attention layer. Layers that activation checkpointing computes again in the backward pass find it again.
-
-Which earlier tokens a layer may see (sliding windows, chunks) is asked of the model's own mask function, in
-*positions*, not in columns: the same answer that the model gives itself when it has a row alone.
+Rows are attended piece by piece, as `holdfast.pieces` takes them apart. That reaches the model through transformers'
+attention interface: for the length of one forward pass the model's configuration names it, and the pieces travel as a
+keyword argument to every attention layer. Layers that activation checkpointing computes again in the backward pass find
+it again.
 
 Given up: models that are not on the attention interface, carry state along the row (Mamba, convolutions) or count
 distance in columns (ALiBi); `holdfast.layout` finds them. On a GPU so many small products wait for
@@ -15,15 +11,14 @@ each other; there `holdfast.flex` does the same in one kernel a layer.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import chain
-from typing import Any, final
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import dropout as drop
@@ -32,127 +27,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import causal_mask_function
 
 from holdfast import flex
+from holdfast.pieces import PIECES, Pieces
 
 NAME = "holdfast_shared"
 """Under which transformers knows this attention."""
 
-PIECES = "shared_pieces"
-"""Where a batch has its `Pieces`, and the keyword argument under which attention layers find them."""
-
-GROUP_TOKENS = 256
-"""Completions of a prompt are attended together up to so many tokens: fewer calls, little computed for nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """A prompt's number of tokens, and its completions' in groups that are attended together."""
-
-    prompt: int
-    groups: tuple[tuple[int, ...], ...]
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
-    """The pieces of every row of a batch, in reading order; what is left of a row's `num_columns` is padding.
-
-    Python numbers and no tensor, so that they stay in host memory wherever the batch goes: to read lengths from a
-    device is to wait for it.
-    """
-
-    rows: tuple[tuple[Segment, ...], ...]
-    num_columns: int
-
-    @classmethod
-    def of(cls, pieces: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Pieces":
-        """From (row, number of tokens, whether it is a prompt or else a completion of the last one) of each piece."""
-        rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_rows)]
-        for row, length, is_prompt in pieces:
-            if is_prompt:
-                rows[row].append((length, []))
-            else:
-                rows[row][-1][1].append(length)
-        made = tuple(tuple(Segment(prompt=p, groups=_grouped(completions)) for p, completions in row) for row in rows)
-        return cls(rows=made, num_columns=num_columns)
-
-    def segments(self) -> Iterator[Segment]:
-        """Those of all rows."""
-        for row in self.rows:
-            yield from row
-
-    def lengths(self, row: int) -> list[int]:
-        """The tokens of each prompt and each group of a row, then of its padding."""
-        lengths = [n for segment in self.rows[row] for n in (segment.prompt, *map(sum, segment.groups))]
-        return [*lengths, self.num_columns - sum(lengths)]
-
-    def masks(self, visible: Callable[..., Tensor], device: torch.device) -> Bool[Tensor, "M"]:
-        """Which keys each query sees, all pieces one after another, True where it does.
-
-        First that of the prompts, unless it is plainly causal; then for each group [tokens of the group, tokens of
-        its prompt and of itself]. `visible` is a mask function of transformers, asked with positions.
-        """
-        prompts = [] if visible is causal_mask_function else self._prompt_masks(visible, device)
-        groups = [
-            _group_mask(visible, segment.prompt, group, device)
-            for segment in self.segments()
-            for group in segment.groups
-        ]
-        none = torch.empty(0, dtype=torch.bool, device=device)
-        return torch.cat([none, *(mask.flatten() for mask in (*prompts, *groups))])
-
-    def _prompt_masks(self, visible: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
-        """Every prompt begins at position 0, so its mask is a corner of that of the longest one."""
-        longest = max((segment.prompt for segment in self.segments()), default=0)
-        positions = torch.arange(longest)
-        seen = _seen(visible, positions, positions)  # asked in host memory, which is not waited for
-        if torch.equal(seen, torch.ones_like(seen).tril()):
-            return []
-        positions = torch.arange(longest, device=device)
-        seen = _seen(visible, positions, positions)
-        return [seen[: segment.prompt, : segment.prompt] for segment in self.segments()]
-
-    def split(self, masks: Tensor) -> tuple[Iterator[Tensor | None], Iterator[Tensor]]:
-        """`masks` taken apart again: one for each prompt (None: plainly causal), and one for each group."""
-        prompts = [(segment.prompt, segment.prompt) for segment in self.segments()]
-        groups = [(sum(group), segment.prompt + sum(group)) for segment in self.segments() for group in segment.groups]
-        num_of_groups = sum(queries * keys for queries, keys in groups)
-        of_prompts, of_groups = masks.flatten().split([masks.numel() - num_of_groups, num_of_groups])
-        shaped = _shaped(of_prompts, prompts) if of_prompts.numel() > 0 else [None] * len(prompts)
-        return iter(shaped), iter(_shaped(of_groups, groups))
-
-
-def _grouped(completions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    groups: list[list[int]] = []
-    for length in completions:
-        if groups and sum(groups[-1]) + length <= GROUP_TOKENS:
-            groups[-1].append(length)
-        else:
-            groups.append([length])
-    return tuple(map(tuple, groups))
-
-
-def _group_mask(
-    visible: Callable[..., Tensor], prompt: int, group: Sequence[int], device: torch.device
-) -> Bool[Tensor, "q k"]:
-    # Nothing here is copied from the host, which would wait for the device.
-    if visible is causal_mask_function:
-        own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in group))
-        return torch.cat([own.new_ones(len(own), prompt), own], 1)
-    which = torch.cat([torch.full((length,), index, device=device) for index, length in enumerate(group)])
-    positions = torch.cat([torch.arange(prompt, prompt + length, device=device) for length in group])
-    keys = torch.cat([torch.arange(prompt, device=device), positions])
-    owner = torch.cat([which.new_full((prompt,), -1), which])  # -1: everybody's
-    return _seen(visible, positions, keys) & ((owner < 0) | (owner == which[:, None]))
-
-
-def _seen(visible: Callable[..., Tensor], queries: Int[Tensor, "q"], keys: Int[Tensor, "k"]) -> Bool[Tensor, "q k"]:
-    first = torch.zeros((), dtype=torch.int64, device=queries.device)  # row and head
-    return visible(first, first, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
-
-
-def _shaped(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    parts = flat.split([queries * keys for queries, keys in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+PLAIN_SCORES = 2**16
+"""Up to so many scores per head plain products are faster on a CPU than its fused kernel, and take little memory."""
 
 
 # --- for the length of a forward pass ---------------------------------------------------------------------------------
@@ -286,6 +167,10 @@ def shared_attention(
         # Split once, because each slice's own gradient would be a row of zeros with a piece in it.
         parts = iter(zip(*(state.split(pieces.lengths(row), dim=1) for state in states), strict=True))
         for segment in pieces.rows[row]:
+            if segment.is_joined:
+                own_query, own_key, own_value = next(parts)
+                gathered.append(attend(own_query, own_key, own_value, next(group_masks)))
+                continue
             prompt_query, prompt_key, prompt_value = next(parts)
             prompt_mask = next(prompt_masks)
             if segment.prompt > 0:
@@ -312,7 +197,9 @@ def _attend(
     sinks: Tensor | None,
 ) -> Float[Tensor, "q H dv"]:
     """One piece; `mask` None is causal. Nobody sees nothing: a token sees itself."""
-    if softcap is None and sinks is None:
+    num_scores = query.shape[1] * key.shape[1]
+    is_small = num_scores <= PLAIN_SCORES and query.device.type == "cpu" and query.dtype.itemsize >= 4
+    if softcap is None and sinks is None and not is_small:
         gathered = scaled_dot_product_attention(
             query[None],
             key[None],
@@ -325,13 +212,16 @@ def _attend(
         )[0]
         return gathered.transpose(0, 1)
     num_groups = query.shape[0] // key.shape[0]
-    key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
-    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [H q k]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    if num_groups > 1:
+        key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if mask is None:
-        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, float("-inf"))
+        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+    if softcap is None:
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)  # [H q k]
+    else:
+        scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (scale / softcap)) + bias
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]

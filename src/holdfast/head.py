@@ -1,15 +1,17 @@
 """From hidden states to log-probs: the head, its softmax and both gradients, a chunk of tokens at a time.
 
-`linear_columns` is one differentiable operation for a plain linear head. Where the head is frozen, the gradient of the
-hidden states is made in the forward pass, while a chunk's probabilities are at hand: a loss reaches them through one
-number per token, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is kept (`[N h]`), and the backward pass scales its
-rows. A trained head's gradient mixes the tokens, so a chunk's logits are made again in the backward pass, once; only
-where one chunk is all there is, its probabilities are kept until then. No tensor of `[N V]` beyond a chunk is alive in
-either, and two buffers of a chunk serve all chunks.
+`linear_columns` is one differentiable operation for a plain linear head. A chunk's logits are made in a buffer, and
+overwritten a block at a time, while the caches hold it, by what both gradients are made of: the error p - 1[y] of each
+token. Where the head is frozen, the gradient of the hidden states is made in the forward pass: a loss reaches them
+through one number per token, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is kept (`[N h]`), and the backward pass
+scales its rows. A trained head's gradient mixes the tokens, so the backward pass makes a chunk's logits again, once,
+but for those of the last chunk, whose errors are kept. No tensor of `[N V]` beyond a chunk is alive in either.
 
 Given up: gradients of gradients (they raise), and one matrix product of a trained head against keeping all logits.
 """
 
+import math
+from functools import cached_property
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -21,9 +23,12 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 _PRODUCT = 2**24
 """Elements of the weight's gradient that are alive in half precision before they are added up in fp32."""
 
-_CACHED_LOGITS = 2**21
-_CACHED_TOKENS = 64
-"""Logits of a chunk on a CPU, 8 MiB in fp32, and tokens that it has at least."""
+_CPU_LOGITS = 2**21
+_CPU_TOKENS = 128
+_CPU_BLOCK_LOGITS = 2**18
+_BLOCK_LOGITS = 2**23
+"""On a CPU: logits of a chunk of which nothing is summed up, 8 MiB in fp32, and the tokens that it has at least; and
+logits of a block, which caches hold. Elsewhere a block is what keeps a device busy, 32 MiB."""
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,13 +60,13 @@ def token_columns(logits: Float[Tensor, "n V"], target: Int[Tensor, "n"], with_s
     The statistics are the entropy, the mean logit, whether the target is the most likely token, and log sum_v p(v)^2.
     """
     logits = logits.float()
-    log_normalizer = logits.logsumexp(-1)  # [n]
-    logps = logits.gather(-1, target[:, None]).squeeze(-1) - log_normalizer
+    logps = logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
     if not with_statistics:
         return (logps,)
     with torch.no_grad():
-        probs, top1 = torch.softmax(logits, -1), logits.argmax(-1)
-        return logps, *_statistics(logits.detach(), probs, log_normalizer.detach(), top1 == target)
+        probs = torch.softmax(logits, -1)
+        is_top1 = (logits.argmax(-1) == target).to(logits.dtype)
+        return logps, torch.special.entr(probs).sum(-1), logits.mean(-1), is_top1, _log_sum_sq(probs)
 
 
 def linear_columns(
@@ -83,10 +88,10 @@ def linear_columns(
     plan = _Plan(transform, chunk_tokens, with_statistics, _autocast_dtype(states))
     if torch.is_grad_enabled():
         return cast(tuple[Tensor, ...], _LinearColumns.apply(states, weight, bias, target, plan))
-    if states.device.type == "cpu":  # nothing is summed up over chunks, so those that caches hold are fastest
-        plan = plan._replace(chunk_tokens=min(chunk_tokens, max(_CACHED_LOGITS // len(weight), _CACHED_TOKENS)))
+    if states.device.type == "cpu":
+        plan = plan._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
-        return _forward(_Chunks(states, weight, bias, target, plan), with_statistics, is_frozen=True)
+        return _forward(_Chunks(states, weight, bias, target, plan), with_statistics)
 
 
 def is_plain_linear(head: nn.Module) -> bool:
@@ -119,16 +124,13 @@ def _autocast_dtype(states: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_cast else None
 
 
-def _statistics(logits: Tensor, probs: Tensor, log_normalizer: Tensor, is_top1: Tensor) -> tuple[Tensor, ...]:
-    """What `token_columns` adds to the log-probs, from the softmax that is at hand anyway."""
-    entropy = log_normalizer - torch.linalg.vecdot(probs, logits)
-    log_sum_sq_probs = 2 * torch.linalg.vector_norm(probs, dim=-1).log()
-    return entropy, logits.mean(-1), is_top1.to(logits.dtype), log_sum_sq_probs
+def _log_sum_sq(probs: Tensor) -> Tensor:
+    return 2 * torch.linalg.vector_norm(probs, dim=-1).log()
 
 
 @final
 class _Chunks:
-    """Logits and probabilities of a chunk, in two buffers that all chunks share."""
+    """Slices of the tokens, and the logits of one slice at a time, which what is made of them overwrites."""
 
     def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: _Plan) -> None:
         # Cast here and not by autocast, whose cache would keep a weight cast without a graph for later calls.
@@ -138,77 +140,86 @@ class _Chunks:
         self.bias = bias if dtype is None or bias is None else bias.to(dtype)
         self.target = target
         self.transform = plan.transform
-        size = min(plan.chunk_tokens, len(states))
-        self.slices = [slice(i, min(i + size, len(states))) for i in range(0, len(states), max(size, 1))]
+        num_chunks = math.ceil(len(states) / plan.chunk_tokens)
+        self.size = math.ceil(len(states) / max(1, num_chunks))  # alike: none is small, and a buffer fits all
+        self.slices = [slice(i, min(i + self.size, len(states))) for i in range(0, len(states), max(1, self.size))]
         self.wide_dtype = torch.promote_types(self.states.dtype, torch.float32)
-        self.logits, self.probs = (
-            torch.empty((size, len(weight)), dtype=self.wide_dtype, device=states.device) for _ in range(2)
-        )
+        block_logits = _CPU_BLOCK_LOGITS if states.device.type == "cpu" else _BLOCK_LOGITS
+        self.block = max(1, min(self.size, block_logits // len(weight)))
 
-    def log_softmax(self, here: slice) -> tuple[Tensor, Tensor]:
-        """Final logits and log-probabilities of a chunk, both [n V]; overwritten by the next chunk's."""
-        states = self.states[here]
-        logits, log_probs = self.made(here)
-        if states.dtype == self.wide_dtype:
-            if self.bias is None:
-                torch.mm(states, self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias, states, self.weight.T, out=logits)
-        else:
+    @cached_property
+    def buffer(self) -> Float[Tensor, "n V"]:
+        """A chunk's logits, then its errors."""
+        return self._empty(self.size)
+
+    @cached_property
+    def scratch(self) -> Float[Tensor, "b V"]:
+        """A block's log-probs."""
+        return self._empty(self.block)
+
+    def _empty(self, num_tokens: int) -> Tensor:
+        return torch.empty((num_tokens, len(self.weight)), dtype=self.wide_dtype, device=self.states.device)
+
+    def logits(self, here: slice) -> Float[Tensor, "n V"]:
+        """What the head gives for a chunk; overwritten by the next chunk's."""
+        states, logits = self.states[here], self.buffer[: here.stop - here.start]
+        if states.dtype != self.wide_dtype:
             logits.copy_(nn.functional.linear(states, self.weight, self.bias))
-        self.transform.apply_(logits)
-        torch.log_softmax(logits, -1, out=log_probs)
-        return logits, log_probs
-
-    def made(self, here: slice) -> tuple[Tensor, Tensor]:
-        """The buffers, which hold what came last."""
-        num_tokens = here.stop - here.start
-        return self.logits[:num_tokens], self.probs[:num_tokens]
-
-    def kept(self) -> "_Chunks | None":
-        """Itself, to be used once more, if it has but one chunk; less what `logit_gradient` does not read."""
-        if self.transform.cap is None:
-            self.logits = self.logits.new_empty((0, len(self.weight)))
-        return self if len(self.slices) == 1 else None
-
-    def logit_gradient(self, here: slice, logits: Tensor, probs: Tensor, scale: Tensor | None) -> Tensor:
-        """`scale` (one per token, or 1) times the gradient of the log-probs by what the head gives, over `probs`."""
-        ones = probs.new_ones(len(probs)) if scale is None else scale
-        if scale is None:
-            probs.neg_()
+        elif self.bias is None:
+            torch.mm(states, self.weight.T, out=logits)
         else:
-            probs.mul_(-scale[:, None])
-        probs.scatter_add_(-1, self.target[here, None], ones[:, None])
-        if self.transform.cap is not None:  # the slope of tanh, from its value
-            probs.addcmul_(probs, logits.square_(), value=-1 / self.transform.cap**2)
-        if self.transform.scale != 1.0:
-            probs.mul_(self.transform.scale)
-        return probs.to(self.states.dtype)
+            torch.addmm(self.bias, states, self.weight.T, out=logits)
+        return logits
+
+    def columns(self, here: slice, made: Float[Tensor, "c n"] | None, *, with_errors: bool) -> Float[Tensor, "n V"]:
+        """Writes a chunk's columns (one, or five with statistics) into `made`, if that is given; and returns its errors
+        where these are wanted: minus the gradient of each token's log-prob by what the head gives for it."""
+        chunk = self.logits(here)
+        for rows in (slice(i, i + self.block) for i in range(0, len(chunk), self.block)):
+            target = self.target[here][rows, None]
+            logits = chunk[rows]
+            self.transform.apply_(logits)
+            log_probs = torch.log_softmax(logits, -1, out=self.scratch[: len(logits)])
+            if made is not None:
+                made[0, rows] = log_probs.gather(-1, target).squeeze(-1)
+            if with_errors or (made is not None and len(made) > 1):
+                self._finish(logits, log_probs, target, None if made is None else made[1:, rows])
+        return chunk
+
+    def _finish(self, logits: Tensor, log_probs: Tensor, target: Tensor, statistics: Tensor | None) -> None:
+        """Writes the statistics of a block, if it has room for any, and overwrites its logits with its errors."""
+        cap, scale = self.transform.cap, self.transform.scale
+        slope = None if cap is None else 1 - (logits / cap).square_()  # of tanh, from its value
+        if statistics is not None and len(statistics) > 0:
+            # In half precision the largest logit is often there twice, and to look for the first takes a while.
+            is_exact = self.states.dtype == self.wide_dtype
+            largest = logits.amax(-1, keepdim=True) if is_exact else logits.argmax(-1, keepdim=True)
+            is_top1 = (logits.gather(-1, target) if is_exact else target) == largest
+            statistics[1], statistics[2] = logits.mean(-1), is_top1.squeeze(-1)
+        probs = torch.exp(log_probs, out=logits)
+        if statistics is not None and len(statistics) > 0:
+            statistics[0], statistics[3] = -log_probs.mul_(probs).sum(-1), _log_sum_sq(probs)
+        errors = probs.scatter_add_(-1, target, probs.new_full(target.shape, -1.0))
+        if slope is not None:
+            errors.mul_(slope)
+        if scale != 1.0:
+            errors.mul_(scale)
 
 
 def _forward(
-    chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None, *, is_frozen: bool = False
+    chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None, *, keeps_last: bool = False
 ) -> tuple[Tensor, ...]:
-    """The columns; and into `states_gradient` the gradient of each token's log-prob by its hidden state. Unless all
-    `is_frozen`, a chunk's probabilities are left in its buffer."""
-    target = chunks.target
-    made = torch.empty((5 if with_statistics else 1, len(target)), dtype=chunks.wide_dtype, device=target.device)
+    """The columns; and into `states_gradient` the gradient of each token's log-prob by its hidden state. Where it
+    `keeps_last`, the errors of the last chunk are left in the buffer."""
+    num_tokens = len(chunks.target)
+    made = torch.empty((5 if with_statistics else 1, num_tokens), dtype=chunks.wide_dtype, device=chunks.target.device)
     for here in chunks.slices:
-        logits, log_probs = chunks.log_softmax(here)
-        made[0, here] = log_probs.gather(-1, target[here, None]).squeeze(-1)
-        if is_frozen and not with_statistics:
-            continue
-        probs = log_probs.exp_()
-        if with_statistics:
-            of_target = logits.gather(-1, target[here, None]).squeeze(-1)
-            # In half precision the largest logit is often there twice, and to look for the first takes a while.
-            is_exact = chunks.states.dtype == chunks.wide_dtype
-            is_top1 = of_target == logits.amax(-1) if is_exact else logits.argmax(-1) == target[here]
-            columns = _statistics(logits, probs, of_target - made[0, here], is_top1)
-            for row, column in zip(made[1:], columns, strict=True):
-                row[here] = column
+        is_kept = keeps_last and here.stop == num_tokens
+        errors = chunks.columns(here, made[:, here], with_errors=is_kept or states_gradient is not None)
         if states_gradient is not None:
-            torch.mm(chunks.logit_gradient(here, logits, probs, None), chunks.weight, out=states_gradient[here])
+            torch.mm(errors.to(chunks.states.dtype), chunks.weight, out=states_gradient[here])
+    if states_gradient is not None:
+        states_gradient.neg_()
     return tuple(row.clone() for row in made)  # no views of each other
 
 
@@ -240,14 +251,14 @@ class _LinearColumns(torch.autograd.Function):
             needs_states, *needs_head = ctx.needs_input_grad[:3]
             ctx.is_formed = needs_states and not any(needs_head)
             formed = torch.empty_like(chunks.states) if ctx.is_formed else None
-            columns = _forward(chunks, plan.with_statistics, formed)
+            columns = _forward(chunks, plan.with_statistics, formed, keeps_last=any(needs_head))
         ctx.plan = plan
-        ctx.kept = chunks.kept() if any(needs_head) else None
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (states, weight, bias))
         if ctx.is_formed:
             ctx.save_for_backward(formed)
         else:
-            ctx.save_for_backward(states, weight, bias, target)
+            last = chunks.slices[-1] if chunks.slices else slice(0, 0)
+            ctx.save_for_backward(states, weight, bias, target, chunks.buffer[: last.stop - last.start])
         ctx.mark_non_differentiable(*columns[1:])
         return columns
 
@@ -258,16 +269,15 @@ class _LinearColumns(torch.autograd.Function):
         if ctx.is_formed:
             (formed,) = ctx.saved_tensors
             return (formed * upstream[:, None]).to(ctx.dtypes[0]), None, None, None, None
-        states, weight, bias, target = ctx.saved_tensors  # once: checkpointing hands them out a single time
-        chunks, ctx.kept = ctx.kept, None  # a second backward pass finds them overwritten, and makes them again
-        with torch.autocast(states.device.type, enabled=False):
-            is_made = chunks is not None
-            chunks = chunks or _Chunks(states, weight, bias, target, ctx.plan)
-            return *_gradients(ctx, chunks, upstream, is_made=is_made), None, None
+        states, weight, bias, target, kept = ctx.saved_tensors  # once: checkpointing hands them out a single time
+        with torch.autocast(upstream.device.type, enabled=False):
+            chunks = _Chunks(states, weight, bias, target, ctx.plan)
+            return *_gradients(ctx, chunks, upstream, kept), None, None
 
 
-def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden states, weight and bias that are needed, from logits made again unless they are there."""
+def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, kept: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden states, weight and bias that are needed; from the errors of the last chunk, which are
+    `kept`, and from those of the others, made again."""
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     for_states = torch.empty_like(chunks.states) if needs_states else None
     wide = {"dtype": chunks.wide_dtype, "device": upstream.device}
@@ -276,16 +286,21 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, *, is_made: bool) ->
     if for_weight is not None and not chunks.slices:
         for_weight.zero_()
     for_bias = torch.zeros(len(chunks.weight), **wide) if needs_bias else None
-    for here in chunks.slices:
-        logits, probs = chunks.made(here) if is_made else chunks.log_softmax(here)
-        if not is_made:
-            probs.exp_()
-        gradient = chunks.logit_gradient(here, logits, probs, upstream[here])
+    for here in reversed(chunks.slices):
+        is_last = here is chunks.slices[-1]
+        errors = kept if is_last else chunks.columns(here, None, with_errors=True)
+        states, scale = chunks.states[here], -upstream[here, None]
+        if errors.dtype == states.dtype:
+            scaled = states * scale  # the narrow side
+        else:  # what is scaled first cannot overflow in half precision
+            errors, scaled, scale = (errors * scale).to(states.dtype), states, None
         if for_states is not None:
-            torch.mm(gradient, chunks.weight, out=for_states[here])
+            torch.mm(errors, chunks.weight, out=for_states[here])
+            if scale is not None:
+                for_states[here].mul_(scale)
         if for_weight is not None:
-            _add_product(for_weight, gradient, chunks.states[here], is_first=here.start == 0)
+            _add_product(for_weight, errors, scaled, is_first=is_last)
         if for_bias is not None:
-            for_bias += gradient.sum(0, dtype=chunks.wide_dtype)
+            for_bias += errors.sum(0, dtype=chunks.wide_dtype) if scale is None else errors.T @ scale.squeeze(-1)
     found = zip((for_states, for_weight, for_bias), ctx.dtypes, strict=True)
     return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in found)

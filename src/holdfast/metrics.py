@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from holdfast.attention import PIECES
 from holdfast.batch import PairBatch
 from holdfast.data.fill import rows_of_pairs
 from holdfast.logprobs import Scores
 from holdfast.losses import PairLogps
+from holdfast.pieces import PIECES
 from holdfast.reference.base import Reference
 
 SumAndCount = tuple[Tensor, Tensor]

@@ -18,9 +18,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.attention import PIECES
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.logprobs import CHUNK_LOGITS, Scores, TokenStatistics, score, unwrap, vocabulary_size
+from holdfast.logprobs import Scores, TokenStatistics, score
+from holdfast.pieces import PIECES
 
 _COLUMNS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
@@ -49,9 +49,7 @@ def score_in_parts(
 
 
 def _columns(model: nn.Module, part: PairBatch) -> tuple[Tensor, ...]:
-    # In two chunks or more: of a lone one the head keeps the probabilities, which no checkpoint would let go of.
-    most = max(1, CHUNK_LOGITS // vocabulary_size(unwrap(model)))
-    scores = score(model, part, statistics=True, chunk_tokens=min(most, max(1, len(part.target) // 2)))
+    scores = score(model, part, statistics=True)
     return scores.logps.per_token, *(getattr(scores.statistics, name) for name in _COLUMNS)
 
 

@@ -17,14 +17,16 @@ from transformers.masking_utils import causal_mask_function
 import holdfast.attention as attention
 import holdfast.flex as flex
 import holdfast.layout as layout
+import holdfast.pieces as pieces
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
-from holdfast.attention import Pieces, attending, shared_mask
+from holdfast.attention import attending, shared_mask
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.shared import SharedLayout
 from holdfast.layout import shared_problem
 from holdfast.logprobs import score
+from holdfast.pieces import Pieces
 
 WRONG = {"lfm2", "falcon_h1"}
 _FLEX_ATTENTION = flex.flex_attention
@@ -94,10 +96,21 @@ def problem(model: tf.PreTrainedModel, rows: Sequence[dict] = ROWS) -> str | Non
         return shared_problem(model, partial(logps_of, model), shared_batch(rows), padded_batch(rows))
 
 
+@pytest.fixture(params=["joined", "apart"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether prompts are attended with their completions by plain products, as short ones are, or each by a kernel."""
+    if request.param == "apart":
+        monkeypatch.setattr(pieces, "GROUP_TOKENS", 11)
+        monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("family", EXACT)
-def test_equals_the_oracle(family: str) -> None:
+def test_equals_the_oracle(family: str, cut: str) -> None:
     """In three rows, one of them of two segments, with padding."""
     batch = shared_batch()
+    segments = batch.inputs[pieces.PIECES].segments()
+    assert {segment.is_joined for segment in segments} == ({True} if cut == "joined" else {False})
     assert len(batch.inputs["input_ids"]) == 3
     assert (batch.inputs["attention_mask"] == 0).any()
     model = tiny_model(family)
@@ -113,9 +126,9 @@ def test_however_rows_are_filled(family: str, row_tokens: int) -> None:
     assert_same(tiny_model(family), row_tokens=row_tokens)
 
 
-@pytest.mark.parametrize("group_tokens", [0, 11])
+@pytest.mark.parametrize("group_tokens", [0, 11, 25])
 def test_however_completions_are_grouped(group_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(pieces, "GROUP_TOKENS", group_tokens)
     assert_same(tiny_model("mistral"))
 
 
@@ -188,11 +201,11 @@ def test_state_along_the_row_is_also_found_in_the_numbers(family: str, monkeypat
     assert "gives log-probs that differ from" in str(problem(tiny_model(family)))
 
 
-def test_a_broken_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_mask_is_found(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rejected completion sees the chosen one: every number is finite and plausible, and wrong."""
     model = tiny_model("llama")
-    monkeypatch.setattr(attention, "_group_mask", lambda visible, prompt, group, device: (
-        torch.ones(sum(group), prompt + sum(group), dtype=torch.bool).tril(prompt)
+    monkeypatch.setattr(pieces, "_group_mask", lambda visible, prompt, group, device, is_joined: (
+        torch.ones(prompt + sum(group), prompt + sum(group), dtype=torch.bool).tril()[0 if is_joined else prompt :]
     ))  # fmt: skip
     assert "gives log-probs that differ from" in str(problem(model))
 
@@ -283,10 +296,12 @@ def test_no_other_attention_can_use_the_mask() -> None:
 
 def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> None:
     """Twice the segments, twice the mask; and sixteen completions of 300 tokens are masked one by one."""
-    visible, device = attention.causal_mask_function, torch.device("cpu")
-    segment = [(0, 40, True), (0, 20, False), (0, 10, False)]
-    sizes = [Pieces.of(segment * times, 1, 70 * times).masks(visible, device).numel() for times in (1, 2, 4)]
-    assert sizes == [30 * 70, 2 * 30 * 70, 4 * 30 * 70]
+    visible, device = pieces.causal_mask_function, torch.device("cpu")
+    for prompt, queries in ((40, 70), (240, 30)):  # a short prompt is masked with its completions
+        segment = [(0, prompt, True), (0, 20, False), (0, 10, False)]
+        length = prompt + 30
+        sizes = [Pieces.of(segment * times, 1, length * times).masks(visible, device).numel() for times in (1, 2, 4)]
+        assert sizes == [queries * length, 2 * queries * length, 4 * queries * length]
     long = [(0, 40, True), *[(0, 300, False)] * 16]
     assert Pieces.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
 

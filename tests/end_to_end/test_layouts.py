@@ -14,13 +14,12 @@ import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-import holdfast.attention as attention
-import holdfast.head as head
+import holdfast.pieces as pieces
 from families import CONFIGS, tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
-from holdfast.attention import PIECES
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.shared import SharedLayout, unshared
+from holdfast.pieces import PIECES
 from policies import POLICIES, config, logged, rows, trainer
 
 WRONG = ("lfm2", "falcon_h1")
@@ -193,8 +192,8 @@ def test_a_broken_mask_is_found_before_anything_is_scored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Completions of a prompt that see each other: rows without shared prompts are still right."""
-    monkeypatch.setattr(attention, "_group_mask", lambda visible, prompt, group, device: (
-        torch.ones(sum(group), prompt + sum(group), dtype=torch.bool).tril(prompt)
+    monkeypatch.setattr(pieces, "_group_mask", lambda visible, prompt, group, device, is_joined: (
+        torch.ones(prompt + sum(group), prompt + sum(group), dtype=torch.bool).tril()[0 if is_joined else prompt :]
     ))  # fmt: skip
     with caplog.at_level(logging.WARNING):
         ours = trainer(tiny_model(), config(tmp_path))
@@ -245,26 +244,6 @@ def test_a_batch_in_parts_keeps_one_part_s_activations(tmp_path: Path) -> None:
             ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
         kept[limit] = sum(sizes)
     assert kept[1] < 0.02 * kept[None]
-
-
-def test_the_head_of_a_part_keeps_no_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its chunks are no saved tensors, which a checkpoint would drop: with parts none is kept, without them one is."""
-    kept: dict[int | None, list[bool]] = {}
-    plain = head._Chunks.kept
-    for limit in (None, 30):
-        found = kept.setdefault(limit, [])
-
-        def noting(chunks: Any, found: list[bool] = found) -> Any:
-            result = plain(chunks)
-            found.append(result is not None)
-            return result
-
-        monkeypatch.setattr(head._Chunks, "kept", noting)
-        ours = trainer(tiny_model(), config(tmp_path, layout="padded", tokens_per_batch=limit), train_dataset=tree())
-        ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
-    assert kept[None] == [True]
-    assert len(kept[30]) > 1
-    assert not any(kept[30])
 
 
 def test_parts_that_cannot_be(tmp_path: Path) -> None:

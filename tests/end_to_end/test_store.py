@@ -91,7 +91,7 @@ def test_what_changes_no_number_is_found(change: str, tmp_path: Path, counting: 
     args.reference = "model"
     live = trainer(tiny_model(), args, **parts)
     live.train()
-    assert logged(again) == pytest.approx(logged(live), rel=1e-5, abs=1e-5)
+    assert logged(again) == pytest.approx(logged(live), rel=1e-4, abs=1e-4)
 
 
 def _one_ulp(model: Any) -> Any:

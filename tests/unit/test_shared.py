@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.attention import PIECES, Pieces, Segment
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout, truncated_rows
 from holdfast.data.shared import SharedLayout, _packed
 from holdfast.data.tokenize import content_id
+from holdfast.pieces import PIECES, Pieces, Segment
 
 PAD = 0
 # Few tokens and short sequences, so that prompts and completions occur again.

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.attention import PIECES, Pieces
 from holdfast.data.layouts import PaddedLayout, Row, check_counts, content_of, truncated_rows
 from holdfast.data.tokenize import TruncationMode
+from holdfast.pieces import PIECES, Pieces
 
 ROW_TOKENS = 1_000
 """Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
