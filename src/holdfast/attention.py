@@ -42,15 +42,23 @@ _ACTIVE: ContextVar[Pieces | None] = ContextVar("holdfast_shared_pieces", defaul
 
 
 @contextlib.contextmanager
-def attending(causal_lm: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def attending(
+    causal_lm: PreTrainedModel, inputs: Mapping[str, Any], *, needs_mask: bool = False
+) -> Iterator[dict[str, Any]]:
     """The keyword arguments to call the model with; inside, its attention is that of the pieces among `inputs`.
 
-    Without pieces nothing changes. On leaving, the model's own attention is back, also when the forward pass failed.
+    Without pieces nothing changes. FlashAttention, where the model has it, attends sequences that share no prompt by
+    itself, unless the model `needs_mask`s for something else: it would take them for padding. On leaving, the model's
+    own attention is back, also when the forward pass failed.
     """
     inputs = dict(inputs)
     pieces = inputs.get(PIECES)
     if not isinstance(pieces, Pieces):
         yield inputs
+        return
+    if pieces.are_whole and not needs_mask and "flash" in (causal_lm.config._attn_implementation or ""):
+        kept = {name: value for name, value in inputs.items() if name not in (PIECES, "attention_mask")}
+        yield kept | pieces.varlen(inputs["input_ids"].device)
         return
     switched = partial(_switched, configs_of(causal_lm), pieces)
     with switched(), _kept_in_recomputation(causal_lm, switched):

@@ -12,7 +12,8 @@ Given up: skipping what a group of completions computes for each other in vain.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from itertools import accumulate
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,6 +79,19 @@ class Pieces:
         """The tokens of what is attended in one in a row, then of its padding."""
         lengths = [n for segment in self.rows[row] for n in segment.lengths()]
         return [*lengths, self.num_columns - sum(lengths)]
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether every sequence stands for itself, and shares its prompt with none."""
+        return not any(segment.groups for segment in self.segments())
+
+    def varlen(self, device: torch.device) -> dict[str, Any]:
+        """What FlashAttention must be told of the sequences, if they `are_whole`: where they end in all rows laid end
+        to end, padding among them."""
+        lengths = [n for row in range(len(self.rows)) for n in self.lengths(row) if n > 0]
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        longest = max(lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     def masks(self, visible: Callable[..., Tensor], device: torch.device) -> Bool[Tensor, "M"]:
         """Which keys each query sees, all pieces one after another, True where it does.

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -330,3 +331,53 @@ def test_flex_attention_drops_nothing() -> None:
         ValueError, match=r"Identity drops attention weights with a probability of 0.1.*disable_dropout"
     ):
         flex.flex_attention(nn.Identity(), *torch.zeros(3, 1, 1, 5, 8), mask, dropout=0.1)
+
+
+# --- FlashAttention, which is played by what it is defined as: it needs a GPU -----------------------------------------
+
+
+def played_flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    sliding_window: int | None = None, *, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, max_length_q: int,
+    max_length_k: int, **kwargs: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Each sequence for itself, in all rows laid end to end, as the lengths have it."""
+    assert attention_mask is None
+    assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    assert cu_seq_lens_q.dtype == torch.int32
+    assert max_length_q == max_length_k == int(cu_seq_lens_q.diff().max())
+    num_rows, num_heads, num_columns, width = query.shape
+    ends = cu_seq_lens_q.tolist()
+    assert ends[-1] == num_rows * num_columns
+    laid = [state.transpose(1, 2).flatten(0, 1) for state in (query, key, value)]
+    gathered = []
+    for start, end in pairwise(ends):
+        one = [state[start:end].transpose(0, 1)[None] for state in laid]
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        if sliding_window is not None:
+            seen = seen.triu(1 - sliding_window)
+        attended = nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, enable_gqa=True)
+        gathered.append(attended[0].transpose(0, 1))
+    return torch.cat(gathered).view(num_rows, num_columns, num_heads, width), None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_flash_attention_attends_sequences_that_share_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model's own windows; shared prompts, and losses that need the mask, are attended piece by piece."""
+    model, calls = tiny_model(family), []
+    expected = oracle_logps(model)
+    monkeypatch.setitem(tf.AttentionInterface._global_mapping, "flash_attention_2", lambda *given, **options: (
+        calls.append(1) or played_flash_attention(*given, **options)
+    ))  # fmt: skip
+    for config in attention.configs_of(model):
+        config._attn_implementation_internal = "flash_attention_2"
+    packed = PairBatch.from_tensors(SharedLayout(0, row_tokens=40, shares_prompts=False)(ROWS))
+    assert (packed.inputs["attention_mask"] == 0).any()
+    for batch, num_calls in ((packed, model.config.num_hidden_layers), (shared_batch(), 0)):
+        calls.clear()
+        found = logps_of(model, batch).per_token
+        assert len(calls) == num_calls
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with attending(model, packed.inputs, needs_mask=True) as inputs:
+        assert "attention_mask" in inputs
+    assert model.config._attn_implementation == "flash_attention_2"
