@@ -53,7 +53,7 @@ def make_layout(args: DPOConfig, pad_token_id: int) -> Layout:
     """The layout named `args.layout`, untried; for `auto` the prefix-shared one."""
     if args.layout == "padded":
         return PaddedLayout(pad_token_id, **args.layout_options)
-    row_tokens = min(ROW_TOKENS, args.tokens_per_batch or ROW_TOKENS)
+    row_tokens = None if args.tokens_per_batch is None else min(ROW_TOKENS, args.tokens_per_batch)
     how = {"row_tokens": row_tokens, "shares_prompts": args.layout != "packed"}
     return SharedLayout(pad_token_id, **args.layout_options, **how)
 

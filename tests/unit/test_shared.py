@@ -167,6 +167,17 @@ def test_rows_keep_to_the_budget(sizes: list[int], budget: int) -> None:
     assert max(filled) - min(filled) <= max(sizes)
 
 
+@given(st.lists(st.integers(1, 3_000), min_size=1, max_size=40))
+def test_rows_without_a_budget_are_nearly_full(sizes: list[int]) -> None:
+    """And no fewer than that takes: of like segments, as many as there are rows of about a thousand tokens."""
+    rows = _packed(sizes, None)
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    longest = max(sum(sizes[index] for index in row) for row in rows)
+    assert len(rows) * longest <= 1.06 * sum(sizes)
+    assert len(rows) <= -(-sum(sizes) // 1_000)
+    assert [len(row) for row in _packed([500] * 12, None)] == [2] * 6
+
+
 def test_completions_without_pairs() -> None:
     rows = truncated_rows(EXAMPLES, None, "keep_start")[:2]
     tensors = SharedLayout(PAD).of_completions(rows)

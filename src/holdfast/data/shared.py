@@ -24,6 +24,9 @@ from holdfast.pieces import PIECES, Pieces
 ROW_TOKENS = 1_000
 """Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
 
+ROW_PADDING = 0.06
+"""But no more of a batch than this part of its tokens is to be padding: longer rows are better than that."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,10 @@ class SharedLayout:
 
     `input_ids`, `position_ids` and `attention_mask` [R T]: R rows of at most `row_tokens` tokens (or of one segment, if
     that has more), as evenly filled as they come, padded on the right to the longest (and to a multiple of
-    `pad_to_multiple_of`). `shared_pieces`, the only value that is no tensor, are the `Pieces` of the rows. `source`,
-    `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a completion that
-    occurs again left out the second time.
+    `pad_to_multiple_of`); by default of about `ROW_TOKENS`, or as many more as leave next to no padding.
+    `shared_pieces`, the only value that is no tensor, are the `Pieces` of the rows. `source`, `target`, `sequence` [N],
+    `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a completion that occurs again left out the
+    second time.
 
     `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
     load-balancing loss of models with experts) are those of padded rows. With `shares_prompts=False` every sequence is
@@ -47,15 +51,15 @@ class SharedLayout:
     max_length: int | None = None
     truncation_mode: TruncationMode = "keep_start"
     pad_to_multiple_of: int | None = None
-    row_tokens: int = ROW_TOKENS
+    row_tokens: int | None = None
     shares_prompts: bool = True
 
     def __post_init__(self) -> None:
         PaddedLayout(self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of)  # checks them
-        if self.row_tokens < 1:
+        if self.row_tokens is not None and self.row_tokens < 1:
             raise ValueError(
                 f"row_tokens is how many tokens a row may have; found {self.row_tokens}. Give at least 1, such as "
-                f"{ROW_TOKENS}."
+                f"{ROW_TOKENS}, or None."
             )
 
     @property
@@ -212,21 +216,32 @@ def _lone_segments(sequences: Sequence[Row]) -> list[_Segment]:
     return [_Segment(prompt=row.ids, sequences=[index], num_tokens=len(row.ids)) for index, row in enumerate(sequences)]
 
 
-def _packed(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Which segments each row has: few rows of at most `budget` tokens, or of the largest segment, alike in length.
-
-    The longest first, each into the row that has least. With as many rows as segments that always fits.
-    """
+def _packed(sizes: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Which segments each row has: few rows of at most `budget` tokens, or of the largest segment, alike in length; for
+    None rows of `ROW_TOKENS`, or fewer and longer ones until `ROW_PADDING` is all that they leave empty."""
+    total = sum(sizes)
+    if budget is None:
+        num_rows = max(1, min(-(-total // ROW_TOKENS), len(sizes)))
+        while True:
+            rows, longest = _spread(sizes, num_rows)
+            if num_rows == 1 or num_rows * longest <= (1 + ROW_PADDING) * total:
+                return rows
+            num_rows -= max(1, num_rows // 8)
     capacity = max(budget, *sizes) if sizes else budget
-    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
-    num_rows = -(-sum(sizes) // capacity)
-    while True:
-        rows: list[list[int]] = [[] for _ in range(num_rows)]
-        filled = [0] * num_rows
-        for index in order:
-            row = filled.index(min(filled))
-            rows[row].append(index)
-            filled[row] += sizes[index]
-        if max(filled) <= capacity:
-            return [sorted(row) for row in rows]
+    num_rows = -(-total // capacity)
+    while True:  # with as many rows as segments it fits
+        rows, longest = _spread(sizes, num_rows)
+        if longest <= capacity:
+            return rows
         num_rows += 1
+
+
+def _spread(sizes: Sequence[int], num_rows: int) -> tuple[list[list[int]], int]:
+    """So many rows, and the tokens of the longest: the longest segment first, each into the row that has least."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    filled = [0] * num_rows
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        row = filled.index(min(filled))
+        rows[row].append(index)
+        filled[row] += sizes[index]
+    return [sorted(row) for row in rows], max(filled, default=0)
