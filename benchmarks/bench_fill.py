@@ -26,7 +26,7 @@ from bench_step import BATCH, MAX_LENGTH, ratio
 
 SIDES = ("ours", "peer", "padded_pairs")
 PROFILES = (*workload.PROFILES, "four_completions")
-NUM_ROWS = {"dialogue": 300, "as_is": 60, "four_completions": 25}
+NUM_ROWS = {"dialogue": 150, "as_is": 60, "four_completions": 25}
 """Rows of the data that are taken; of `four_completions`, prompts."""
 
 

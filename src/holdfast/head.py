@@ -293,7 +293,8 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, kept: Tensor) -> tup
         if errors.dtype == states.dtype:
             scaled = states * scale  # the narrow side
         else:  # what is scaled first cannot overflow in half precision
-            errors, scaled, scale = (errors * scale).to(states.dtype), states, None
+            narrow = torch.empty_like(errors, dtype=states.dtype)
+            errors, scaled, scale = torch.mul(errors, scale, out=narrow), states, None
         if for_states is not None:
             torch.mm(errors, chunks.weight, out=for_states[here])
             if scale is not None:
