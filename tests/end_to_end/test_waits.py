@@ -8,13 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import holdfast
 from holdfast import DPOConfig, DPOTrainer
 from holdfast.data.shared import SharedLayout
 from policies import POLICIES, config, rows, trainer
@@ -53,6 +56,10 @@ NOT_ON_THE_DEVICE = ("torch/utils/data/", "holdfast/data/shared.py", "holdfast/d
 """Where batches are made, and stored log-probs found, in host memory."""
 
 
+WRITTEN_IN = tuple(f"{Path(str(package.__file__)).parent}/" for package in (holdfast, transformers, accelerate))
+"""The folders of what may ask."""
+
+
 class Waits(TorchDispatchMode):
     """Counts, while the trainer is between its logs, what would wait for a device, by the function that asks."""
 
@@ -68,7 +75,7 @@ class Waits(TorchDispatchMode):
         asking = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
         if any(place in frame.filename for frame in asking for place in NOT_ON_THE_DEVICE):
             return
-        known = [f for f in asking if any(name in f.filename for name in ("holdfast/", "transformers/", "accelerate/"))]
+        known = [frame for frame in asking if frame.filename.startswith(WRITTEN_IN)]
         last = [frame for frame in known if not frame.name.startswith("<")][-1]
         self.found[f"{last.name} ({Path(last.filename).name}:{last.lineno}, {operation})"] += 1
 

@@ -106,6 +106,23 @@ some_values = st.dictionaries(
 )
 
 
+def test_a_shard_that_goes_while_it_is_opened_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has merged it: its bytes were read, and its arrays cannot be. Any other failure stays one."""
+    path = shards.write_shard(
+        tmp_path, "key", np.zeros((1, 2), np.int64), np.ones(1, np.int64), np.zeros(1, np.float32)
+    )
+
+    def failing(path: Path) -> dict[str, Tensor]:
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    monkeypatch.setattr(shards, "load_file", failing)
+    with pytest.raises(RuntimeError, match="unable to open"):
+        shards.open_shard(path, "key")
+    monkeypatch.setattr(shards, "load_file", lambda path: path.unlink() or failing(path))
+    with pytest.raises(FileNotFoundError, match="went while it was opened"):
+        shards.open_shard(path, "key")
+
+
 @given(st.lists(st.tuples(some_values, st.sampled_from(["keep on", "flush", "reopen", "merge"])), max_size=8))
 def test_round_trip(added):
     """Against a plain dict, in which the first value of an id and length stays."""

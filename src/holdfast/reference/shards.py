@@ -87,6 +87,10 @@ def open_shard(path: Path, key: str) -> Shard:
             num_bytes=path.stat().st_size,
         )
         is_consistent = _is_consistent(shard)
+    except RuntimeError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(f"{path} went while it was opened") from error  # safetensors opens it twice
     except (SafetensorError, KeyError, TypeError) as error:
         raise Damaged(f"it is not a shard ({error})") from error
     if not is_consistent:
