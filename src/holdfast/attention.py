@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import dropout as drop
@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import causal_mask_function
 
 from holdfast import flex
+from holdfast.last_layer import narrowed
 from holdfast.pieces import PIECES, Pieces
 
 NAME = "holdfast_shared"
@@ -43,13 +44,14 @@ _ACTIVE: ContextVar[Pieces | None] = ContextVar("holdfast_shared_pieces", defaul
 
 @contextlib.contextmanager
 def attending(
-    causal_lm: PreTrainedModel, inputs: Mapping[str, Any], *, needs_mask: bool = False
+    causal_lm: PreTrainedModel, inputs: Mapping[str, Any], *, needs_mask: bool = False, narrows: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """The keyword arguments to call the model with; inside, its attention is that of the pieces among `inputs`.
+    """The keyword arguments to call the model with; inside, its attention is that of the pieces among `inputs`, and
+    `narrows` its last layer to what is read of it.
 
     Without pieces nothing changes. FlashAttention, where the model has it, attends sequences that share no prompt by
-    itself, unless the model `needs_mask`s for something else: it would take them for padding. On leaving, the model's
-    own attention is back, also when the forward pass failed.
+    itself, unless the model `needs_mask`s for something else: it would take them for padding. On leaving, the model is
+    as it was, also when the forward pass failed.
     """
     inputs = dict(inputs)
     pieces = inputs.get(PIECES)
@@ -60,7 +62,7 @@ def attending(
         kept = {name: value for name, value in inputs.items() if name not in (PIECES, "attention_mask")}
         yield kept | pieces.varlen(inputs["input_ids"].device)
         return
-    switched = partial(_switched, configs_of(causal_lm), pieces)
+    switched = partial(_switched, causal_lm, configs_of(causal_lm), pieces, narrows=narrows)
     with switched(), _kept_in_recomputation(causal_lm, switched):
         yield inputs
 
@@ -72,14 +74,20 @@ def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 @contextlib.contextmanager
-def _switched(configs: Sequence[PretrainedConfig], pieces: Pieces) -> Iterator[None]:
+def _switched(
+    causal_lm: PreTrainedModel, configs: Sequence[PretrainedConfig], pieces: Pieces, *, narrows: bool
+) -> Iterator[None]:
+    if _ACTIVE.get() is pieces:
+        yield
+        return
     # The internal attribute: the public one also writes to the configurations nested in each.
     before = [config._attn_implementation_internal for config in configs]
     token = _ACTIVE.set(pieces)
     try:
         for config in configs:
             config._attn_implementation_internal = NAME
-        yield
+        with narrowed(causal_lm, pieces) if narrows else contextlib.nullcontext():
+            yield
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -126,9 +134,9 @@ def shared_mask(
     device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
     **_: Any,
-) -> Bool[Tensor, "M"] | BlockMask:
-    """`Pieces.masks`, where transformers would make a [T T] mask, or a block mask where flex attention works. No other
-    attention can use the first: its shape is wrong."""
+) -> Float[Tensor, "M"] | BlockMask:
+    """What is added to the scores, 0 or -inf by `Pieces.masks`, where transformers would make a [T T] mask; or a block
+    mask where flex attention works. No other attention can use the first: its shape is wrong."""
     pieces = _ACTIVE.get()
     if pieces is None:
         raise ValueError(
@@ -141,7 +149,8 @@ def shared_mask(
     if flex.is_usable(device, dtype):
         rows = [[(s.prompt, [*chain.from_iterable(s.groups)]) for s in row] for row in pieces.rows]
         return flex.block_mask(rows, pieces.num_columns, mask_function, device)
-    return pieces.masks(mask_function, device)
+    seen = pieces.masks(mask_function, device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def shared_attention(
@@ -197,14 +206,15 @@ def _attend(
     query: Float[Tensor, "H q d"],
     key: Float[Tensor, "Hkv k d"],
     value: Float[Tensor, "Hkv k dv"],
-    mask: Bool[Tensor, "q k"] | None,
+    bias: Float[Tensor, "q k"] | None,
     *,
     dropout: float,
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Float[Tensor, "q H dv"]:
-    """One piece; `mask` None is causal. Nobody sees nothing: a token sees itself."""
+    """One piece; `bias` is added to its scores, and None is causal. Nobody sees nothing: a token sees itself."""
+    bias = bias if bias is None else bias.to(query.dtype)
     num_scores = query.shape[1] * key.shape[1]
     is_small = num_scores <= PLAIN_SCORES and query.device.type == "cpu" and query.dtype.itemsize >= 4
     if softcap is None and sinks is None and not is_small:
@@ -212,9 +222,9 @@ def _attend(
             query[None],
             key[None],
             value[None],
-            attn_mask=mask,
+            attn_mask=bias,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=bias is None,
             scale=scaling,
             enable_gqa=query.shape[0] != key.shape[0],
         )[0]
@@ -223,9 +233,8 @@ def _attend(
     if num_groups > 1:
         key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if mask is None:
-        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
-    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+    if bias is None:
+        bias = query.new_full((query.shape[1], key.shape[1]), float("-inf")).triu_(1)
     if softcap is None:
         scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)  # [H q k]
     else:

@@ -79,7 +79,8 @@ def score(
     """
     options = {"use_cache": False} | ({"output_router_logits": True} if router_logits else {})
     head = _CompletionHead(model, batch, statistics, chunk_tokens)
-    switched = attending(head.causal_lm, batch.inputs, needs_mask=router_logits)
+    narrows = type(model) is not OptimizedModule  # to the compiler a forward that comes and goes is another model
+    switched = attending(head.causal_lm, batch.inputs, needs_mask=router_logits, narrows=narrows)
     with switched as inputs, head.installed(), _body_compiled(model, head) as run:
         outputs = run(**inputs, **options)
     # A model that is split over devices ends on another one than it began on.

@@ -80,6 +80,23 @@ class Pieces:
         lengths = [n for segment in self.rows[row] for n in segment.lengths()]
         return [*lengths, self.num_columns - sum(lengths)]
 
+    def read_runs(self) -> list[int]:
+        """All rows laid end to end, as numbers of tokens in turn that predict no token of a completion, and that do:
+        each prompt's last one, and its completions. A sequence that stands for itself counts in full."""
+        runs = [0, 0]
+
+        def extend(unread: int, read: int) -> None:
+            if unread > 0 and runs[-1] > 0:
+                runs.extend([0, 0])
+            runs[-2:] = [runs[-2] + unread, runs[-1] + read]
+
+        for index, row in enumerate(self.rows):
+            for segment in row:
+                unread = max(0, segment.prompt - 1) if segment.groups else 0
+                extend(unread, segment.prompt - unread + sum(map(sum, segment.groups)))
+            extend(self.lengths(index)[-1], 0)
+        return runs
+
     @property
     def are_whole(self) -> bool:
         """Whether every sequence stands for itself, and shares its prompt with none."""

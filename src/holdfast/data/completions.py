@@ -2,8 +2,8 @@
 
 A completion of many pairs is scored once. Completions are sorted by length and cut to a budget of tokens, so that
 little of a batch is padding; where the layout shares prompts, those of a prompt stay together. No batch is larger than
-the longest pairs would make the training's own. That needs to know how rows are laid out; under a user's own data
-collator the batches are its pairs, in the order of the dataset.
+the longest pairs would make the training's own, nor, on a CPU, than its caches hold. That needs to know how rows are
+laid out; under a user's own data collator the batches are its pairs, in the order of the dataset.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +26,10 @@ Missing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
 """Those of the ids that are not known yet."""
 
 _ROWS_AT_A_TIME = 1_000
+
+CPU_TOKENS = 1_600
+"""On a CPU, the tokens of a batch (more where a prompt with a completion has more): it has what they become in its
+caches, and gains nothing by larger matrices."""
 
 
 class Pending(Protocol):
@@ -57,7 +61,7 @@ class GivenSum:
 @final
 class Completions:
     """The completions of `dataset`, truncated and laid out by `layout`. `pair_batch` makes a batch of what a layout
-    gives; `num_pairs` is how many pairs a batch of the training has."""
+    gives; `num_pairs` is how many pairs a batch of the training has, and `most_tokens` bounds those of a batch here."""
 
     def __init__(
         self,
@@ -65,12 +69,14 @@ class Completions:
         layout: PaddedLayout | SharedLayout,
         pair_batch: Callable[[Mapping[str, Any]], PairBatch],
         num_pairs: int,
+        most_tokens: int | None = None,
     ) -> None:
         self._dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         self._columns = dataset.select_columns(_given_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
         self._num_pairs = num_pairs
+        self._most_tokens = most_tokens
         self._places: dict[ContentId, _Place] | None = None
 
     def num_completions(self) -> int:
@@ -85,6 +91,7 @@ class Completions:
         """See `Pending.batches`: what `blocks` asks for, the longest first."""
         places = self._found()
         budget = 2 * self._num_pairs * max(place.length for place in places.values())
+        budget = min(budget, self._most_tokens or budget)
         for block in blocks(self._order(places)):
             for group in _within(budget, [places[key] for key in block], self._layout):
                 yield self._pair_batch(self._layout.of_completions(self._rows(group)))
@@ -231,7 +238,8 @@ def pending(
         options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
         collator = PaddedLayout(collator.pad_token_id, *options)
     if isinstance(collator, PaddedLayout | SharedLayout):
-        return Completions(dataset, collator, pair_batch, size)
+        most_tokens = CPU_TOKENS if accelerator.device.type == "cpu" else None
+        return Completions(dataset, collator, pair_batch, size, most_tokens)
     return CollatedPairs(dataset, size, collate, accelerator)
 
 
