@@ -22,7 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"batch", "document"},
-    {"attention", "flex", "head", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
+    {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
     {"config"},
     {"arguments", "card", "layout", "metrics", "models", "trainer", "windows"},

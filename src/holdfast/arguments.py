@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
+from holdfast.heap import keep_freed_memory
 from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_model_entries
 
 
@@ -64,13 +65,16 @@ def _check_writable(folder: str) -> None:
         ) from error
 
 
-def check_devices(args: DPOConfig) -> None:
-    """ValueError where one process sees several GPUs: `nn.DataParallel` would score with stale replicas."""
+def prepare_device(args: DPOConfig) -> None:
+    """Makes the process ready to train on the device of `args`. ValueError where it sees several GPUs:
+    `nn.DataParallel` would score with stale replicas."""
     if args.n_gpu > 1:
         raise ValueError(
             f"One process sees {args.n_gpu} GPUs, for which transformers would use `nn.DataParallel`. Launch with "
             "`accelerate launch` or `torchrun`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
         )
+    if args.device.type == "cpu":
+        keep_freed_memory()
 
 
 def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:

@@ -40,6 +40,8 @@ PLAIN_SCORES = 2**16
 # --- for the length of a forward pass ---------------------------------------------------------------------------------
 
 _ACTIVE: ContextVar[Pieces | None] = ContextVar("holdfast_shared_pieces", default=None)
+_NARROW: ContextVar[frozenset[nn.Module]] = ContextVar("holdfast_narrow_modules", default=frozenset())
+"""Those in which nobody reads what a prompt gathers, but for its last token."""
 
 
 @contextlib.contextmanager
@@ -86,8 +88,12 @@ def _switched(
     try:
         for config in configs:
             config._attn_implementation_internal = NAME
-        with narrowed(causal_lm, pieces) if narrows else contextlib.nullcontext():
-            yield
+        with narrowed(causal_lm, pieces) if narrows else contextlib.nullcontext(frozenset()) as modules:
+            narrow = _NARROW.set(modules)
+            try:
+                yield
+            finally:
+                _NARROW.reset(narrow)
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -179,6 +185,7 @@ def shared_attention(
         return flex.flex_attention(module, query, key, value, masks, dropout=dropout, **options), None
     attend: Callable[..., Tensor] = partial(_attend, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
     prompt_masks, group_masks = pieces.split(masks)
+    is_narrow = module in _NARROW.get()
     gathered: list[Tensor] = []
     for row, states in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)):
         # Split once, because each slice's own gradient would be a row of zeros with a piece in it.
@@ -190,7 +197,11 @@ def shared_attention(
                 continue
             prompt_query, prompt_key, prompt_value = next(parts)
             prompt_mask = next(prompt_masks)
-            if segment.prompt > 0:
+            if segment.prompt > 0 and is_narrow and segment.groups:
+                gathered.append(prompt_query.new_zeros(segment.prompt - 1, query.shape[1], value.shape[-1]))
+                last = prompt_query.new_zeros(1, segment.prompt) if prompt_mask is None else prompt_mask[-1:]
+                gathered.append(attend(prompt_query[:, -1:], prompt_key, prompt_value, last))
+            elif segment.prompt > 0:
                 gathered.append(attend(prompt_query, prompt_key, prompt_value, prompt_mask))
             for _ in segment.groups:
                 own_query, own_key, own_value = next(parts)

@@ -33,8 +33,8 @@ from holdfast.attention import attending
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns, token_columns
 
-CHUNK_LOGITS = 2**25
-"""Logits alive at once: 128 MiB in fp32, which is 1,024 tokens of a 32k vocabulary and 220 of a 152k one."""
+CHUNK_LOGITS = 2**26
+"""Logits alive at once: 256 MiB in fp32, which is 2,048 tokens of a 32k vocabulary and 441 of a 152k one."""
 
 CHUNK_TOKENS_MIN = 64
 

@@ -19,7 +19,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from holdfast.arguments import check_devices, checked_arguments, router_aux_loss_coef
+from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
@@ -125,7 +125,7 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )  # fmt: skip
-        check_devices(args)
+        prepare_device(args)
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._is_sharded and same_on_all_processes(policy):
             self._captured = checksums(policy)

@@ -1,9 +1,7 @@
 """Shared prompts against the oracle, which has one row a completion: log-probs and gradients, family by family."""
 
-import random
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -22,79 +20,15 @@ import holdfast.pieces as pieces
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.attention import attending, shared_mask
-from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.layouts import PaddedLayout
+from holdfast.batch import PairBatch
 from holdfast.data.shared import SharedLayout
 from holdfast.layout import shared_problem
-from holdfast.logprobs import score
 from holdfast.pieces import Pieces
+from shared_rows import ROWS, assert_same, logps_of, oracle_logps, padded_batch, problem, shared_batch
 
 WRONG = {"lfm2", "falcon_h1"}
 _FLEX_ATTENTION = flex.flex_attention
 EXACT = sorted(CONFIGS.keys() - WRONG)
-
-
-def made_rows() -> list[dict[str, list[int]]]:
-    """Four prompts; the first one has three pairs with four completions, the last one is longer than the windows."""
-    draw = random.Random(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(low, high))]
-
-    rows = [{"prompt_ids": ids(3, 9), "chosen_ids": ids(2, 8), "rejected_ids": ids(1, 8)} for _ in range(3)]
-    more = {**rows[0], "rejected_ids": ids(3, 6)}
-    last = {**rows[0], "chosen_ids": more["rejected_ids"], "rejected_ids": ids(4, 7)}
-    return [*rows, more, last, {"prompt_ids": ids(14, 14), "chosen_ids": ids(9, 9), "rejected_ids": ids(7, 7)}]
-
-
-ROWS = made_rows()
-
-
-def shared_batch(rows: Sequence[dict] = ROWS, row_tokens: int = 40) -> PairBatch:
-    return PairBatch.from_tensors(SharedLayout(0, row_tokens=row_tokens)(rows))
-
-
-def padded_batch(rows: Sequence[dict] = ROWS) -> PairBatch:
-    return PairBatch.from_tensors(PaddedLayout(0)(rows))
-
-
-def logps_of(model: nn.Module, batch: PairBatch) -> SequenceLogps:
-    return score(model, batch).logps
-
-
-def oracle_logps(model: nn.Module, rows: Sequence[dict] = ROWS) -> Tensor:
-    """Of each distinct sequence, in the order of a batch: the chosen ones, then the rejected ones."""
-    completions = [
-        (tuple(row["prompt_ids"]), tuple(row[side])) for side in ("chosen_ids", "rejected_ids") for row in rows
-    ]
-    return torch.cat([oracle.sequence_logps(model, *completion) for completion in dict.fromkeys(completions)])
-
-
-def gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    model.zero_grad()
-    value.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, row_tokens: int = 40) -> None:
-    """Log-probs to 1e-5, and the gradient of a random combination of them to 1e-5 of its size."""
-    expected = oracle_logps(oracle_model or model)
-    batch = shared_batch(row_tokens=row_tokens)
-    found = logps_of(model, batch).per_token
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    direction = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
-    expected_gradients = gradients(expected @ direction, oracle_model or model)
-    found_gradients = gradients(found @ direction, model)
-    assert found_gradients.keys() == expected_gradients.keys()
-    for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(
-            found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max()))
-        )
-
-
-def problem(model: tf.PreTrainedModel, rows: Sequence[dict] = ROWS) -> str | None:
-    with torch.no_grad():
-        return shared_problem(model, partial(logps_of, model), shared_batch(rows), padded_batch(rows))
 
 
 @pytest.fixture(params=["joined", "apart"])
