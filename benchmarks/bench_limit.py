@@ -5,7 +5,8 @@
 `share`: the floating-point operations that a step needs by formula (`step_flops`), over its time, as a share of the
 rate at which the machine multiplies matrices of the step's own shapes. The step is the trainer's, optimizer included,
 on rows of 1,000 tokens and more. The formula counts neither padding nor anything that is computed again, so padding,
-recomputed logits and activations, and everything that is no matrix product, all lower the share.
+recomputed logits and activations, and everything that is no matrix product, all lower the share. It has every layer
+compute every token, as is usual; `share_computed` counts what is left when the last layer leaves out what nobody reads.
 
 `growth`: seconds of a forward and backward pass over one row of up to 32k tokens, made longer by more pairs of dialogue
 length (`pairs`) or by more completions of one prompt (`completions`): the tokens a completion sees stay the same. The
@@ -63,6 +64,14 @@ def forward_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]
     body = 2 * body_parameters(size) * num_tokens
     attention = 4 * size.hidden * size.layers * sum(seen_pairs(*tree) for tree in trees)
     return body + attention + 2 * size.hidden * size.vocabulary * num_completion
+
+
+def unread_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """What of `forward_flops` holdfast leaves out, since nobody reads it: the last layer's feed-forward part, and what
+    attention gathers, for all tokens of a prompt but its last one."""
+    unread = sum(prompt - 1 for prompt, _ in trees)
+    asked = sum(prompt * (prompt - 1) // 2 for prompt, _ in trees)
+    return 2 * 3 * size.hidden * size.intermediate * unread + 4 * size.hidden * asked
 
 
 def step_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]], reference: str) -> int:
@@ -225,7 +234,8 @@ def forward_and_backward(model: Any, batch: Any) -> None:
 def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The summary of all runs with the reference held in that way."""
     size = workload.SIZES[options.size]
-    flops = step_flops(size, [(STEP["prompt"], (STEP["chosen"], STEP["rejected"]))] * BATCH, reference)
+    trees = [(STEP["prompt"], (STEP["chosen"], STEP["rejected"]))] * BATCH
+    flops, forward, unread = step_flops(size, trees, reference), forward_flops(size, trees), unread_flops(size, trees)
     runs = []
     for repeat in range(options.repeats):
         work = {
@@ -236,6 +246,7 @@ def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str
             run = measure.in_a_process(__file__, work, threads=options.threads, folder=Path(own))
         rate = statistics.mean(run["rates"])
         run["share"] = flops / statistics.median(run["seconds"]) / rate
+        run["share_computed"] = run["share"] * (1 - unread / forward)
         label = f"{options.size}/share/{reference}  {repeat + 1}/{options.repeats}"
         measure.say(f"{label}  {run['share']:.1%} of {rate / 1e9:,.1f} GFLOP/s")
         runs.append(run)
@@ -244,6 +255,7 @@ def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str
         "seconds": round(statistics.median(statistics.median(run["seconds"]) for run in runs), 4),
         "gflop_per_second_of_products": round(statistics.median(statistics.mean(r["rates"]) for r in runs) / 1e9, 2),
         "share": round(statistics.median(run["share"] for run in runs), 4),
+        "share_computed": round(statistics.median(run["share_computed"] for run in runs), 4),
         "runs": runs,
     }  # fmt: skip
 

@@ -58,6 +58,7 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": watch.seconds,
         "peaks": watch.peaks,
+        "resident": watch.resident,
         "first": {name: logs[0][name] for name in names},
         "last": {name: logs[-1][name] for name in names},
     }
@@ -121,6 +122,7 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         side: {
             "pairs_per_second": round(statistics.median(speeds[side]), 4),
             "peak_mib": round(statistics.median(peaks[side]), 1),
+            "resident_mib": round(statistics.median(run[side]["resident"] for run in runs), 1),
             "runs": [
                 {
                     "idle_before": run[side]["idle_before"],

@@ -130,14 +130,16 @@ def clock() -> float:
 
 
 def watch(warmup: int, timed: int) -> Any:
-    """A `TrainerCallback` with `seconds` of the `timed` steps after the first `warmup` (at least 1), and `peaks` in MiB
-    of those that follow."""
+    """A `TrainerCallback` with `seconds` of the `timed` steps after the first `warmup` (at least 1), the most MiB that
+    were `resident` until then, weights, libraries and free blocks included, and `peaks` in MiB of the steps that
+    follow."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
             self.peaks: list[float] = []
+            self.resident = 0.0
             self._start = 0.0
             self._peak = Peak()
 
@@ -148,6 +150,7 @@ def watch(warmup: int, timed: int) -> Any:
             if state.global_step > warmup + timed:
                 self.peaks.append(self._peak.end())
             if state.global_step == warmup + timed:
+                self.resident = resident("VmHWM")
                 hand_freed_memory_back()
             if state.global_step >= warmup + timed:
                 self._peak.begin()

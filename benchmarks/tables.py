@@ -26,7 +26,7 @@ def _times(value: Any) -> str:
 
 
 def _step(results: Mapping[str, Any]) -> list[Row]:
-    speed, peak = ["pairs/s", "TRL's", "faster", "than padded"], ["peak MiB", "TRL's", "share"]
+    speed, peak = ["pairs/s", "TRL's", "faster", "than padded"], ["peak MiB", "TRL's", "share", "resident MiB", "TRL's"]
     rows = [["model", "lengths", "mode", "recomputing", *speed, *peak]]
     for r in results.values():
         sides = r["sides"]
@@ -36,6 +36,7 @@ def _step(results: Mapping[str, Any]) -> list[Row]:
             f"{sides['ours']['pairs_per_second']:.2f}", _number(peer.get("pairs_per_second"), 2),
             _times(r.get("speed_over_peer")), _times(r.get("speed_over_ours_padded")),
             f"{sides['ours']['peak_mib']:.0f}", _number(peer.get("peak_mib"), 0), _number(r.get("peak_over_peer"), 2),
+            _number(sides["ours"].get("resident_mib"), 0), _number(peer.get("resident_mib"), 0),
         ])  # fmt: skip
     return rows
 
@@ -57,12 +58,13 @@ def _fill(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _share(results: Mapping[str, Any]) -> list[Row]:
-    rows = [["model", "reference", "GFLOP a step", "seconds", "GFLOP/s of products", "share"]]
+    rows = [["model", "reference", "GFLOP a step", "seconds", "GFLOP/s of products", "share", "of what is computed"]]
     for name, r in results.items():
         size, part, reference = name.split("/")
         if part == "share":
             rate = f"{r['gflop_per_second_of_products']:.0f}"
-            rows.append([size, reference, f"{r['gflop']:.0f}", f"{r['seconds']:.2f}", rate, f"{r['share']:.0%}"])
+            shares = [f"{r['share']:.1%}", "" if "share_computed" not in r else f"{r['share_computed']:.1%}"]
+            rows.append([size, reference, f"{r['gflop']:.0f}", f"{r['seconds']:.2f}", rate, *shares])
     return rows
 
 
