@@ -10,9 +10,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from holdfast.batch import PairBatch
+from holdfast.batch import ContentId, PairBatch
 from holdfast.config import DPOConfig
-from holdfast.data.completions import Completions, ContentId, by_name
+from holdfast.data.completions import Completions, by_name
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.load import load_preferences

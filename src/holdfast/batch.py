@@ -10,11 +10,31 @@ Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N comp
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+ContentId = tuple[int, int]
+"""A completion's 128-bit content id, as two signed 64-bit halves (see `data.tokenize.content_id`)."""
+
+SEQUENCES = "sequences"
+"""Where a batch has its `Sequences`."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """The content ids of a batch's sequences, how many of their tokens count, and the row in which each is predicted.
+
+    Python numbers and no tensor, so that they stay in host memory wherever the batch goes: to read them from a device
+    is to wait for it.
+    """
+
+    content: tuple[ContentId, ...]
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +46,8 @@ class PairBatch:
     `source[n]` (row * T + column), and belongs to sequence `sequence[n]`; `sequence` never decreases, and within a
     sequence tokens stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]`
     is the 128-bit content id of sequence s (see `data.tokenize.content_id`). `reference[n]` is the reference's log-prob
-    of token n, where it was computed ahead.
+    of token n, where it was computed ahead. `sequences` says of the sequences in host memory what `content` and
+    `sequence` say, where a layout does.
     """
 
     inputs: dict[str, Any]
@@ -37,6 +58,7 @@ class PairBatch:
     rejected: Int[Tensor, "P"]
     content: Int[Tensor, "S 2"]
     reference: Float[Tensor, "N"] | None = None
+    sequences: Sequences | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -46,14 +68,40 @@ class PairBatch:
     def num_sequences(self) -> int:
         return self.content.shape[0]
 
+    def content_ids(self) -> list[ContentId]:
+        """Of each of the S sequences; read from the device where the batch has no `sequences`."""
+        if self.sequences is not None:
+            return list(self.sequences.content)
+        content: Any = self.content
+        return [(high, low) for high, low in content.tolist()]
+
+    def lengths(self) -> list[int]:
+        """Number of completion tokens of each of the S sequences; read like `content_ids`."""
+        if self.sequences is not None:
+            return list(self.sequences.lengths)
+        counts: Any = torch.bincount(self.sequence, minlength=self.num_sequences)
+        return counts.tolist()
+
+    def tokens_of_rows(self) -> list[int]:
+        """Number of completion tokens that are predicted in each of the R rows; read like `content_ids`."""
+        num_rows, num_columns = self.inputs["input_ids"].shape
+        if self.sequences is None:
+            counts: Any = torch.bincount(self.source // num_columns, minlength=num_rows)
+            return counts.tolist()
+        tokens = [0] * num_rows
+        for row, length in zip(self.sequences.rows, self.sequences.lengths, strict=True):
+            tokens[row] += length
+        return tokens
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        missing = sorted(names - tensors.keys() - {"reference"})
+        optional = {"reference", SEQUENCES}
+        missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(
-                f"a batch of preference pairs needs the tensors {sorted(names - {'reference'})}; "
+                f"a batch of preference pairs needs the tensors {sorted(names - optional)}; "
                 f"{missing} are missing from {sorted(tensors)}. Use `holdfast.data.layouts.PaddedLayout` as the data "
                 "collator, or return the keys of `DataCollatorForPreference`."
             )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.attention import configs_of
-from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.config import DPOConfig
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.shared import ROW_TOKENS, SharedLayout
@@ -198,6 +198,6 @@ def known_problem(model: nn.Module) -> str | None:
     return f"{name} carries state along its rows" if is_carried else None
 
 
-def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[tuple[int, int], Tensor]:
-    parts = logps.per_token.detach().float().split(logps.lengths().tolist())
-    return {(high, low): part for (high, low), part in zip(batch.content.tolist(), parts, strict=True)}
+def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[ContentId, Tensor]:
+    parts = logps.per_token.detach().float().split(batch.lengths())
+    return dict(zip(batch.content_ids(), parts, strict=True))

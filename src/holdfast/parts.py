@@ -11,6 +11,7 @@ loss stays a function of the whole batch that way, whatever it compares.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,10 +58,11 @@ def _parts(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, Int[Ten
     """The batch `num_rows` rows at a time, with which of its completion tokens are in them, none left out."""
     ids = batch.inputs["input_ids"]
     num_columns = ids.shape[1]
-    row = batch.source // num_columns  # [N]
+    by_row = (batch.source // num_columns).argsort(stable=True)  # [N]
+    ends = [0, *accumulate(batch.tokens_of_rows())]
     for first in range(0, len(ids), num_rows):
         last = min(first + num_rows, len(ids))
-        here = ((row >= first) & (row < last)).nonzero().squeeze(-1)
+        here = by_row[ends[first] : ends[last]].sort().values
         yield _rows(batch, first, last, here), here
 
 
@@ -84,4 +86,5 @@ def _rows(batch: PairBatch, first: int, last: int, here: Int[Tensor, "n"]) -> Pa
         chosen=batch.chosen[:0],
         rejected=batch.rejected[:0],
         reference=None,
+        sequences=None,
     )

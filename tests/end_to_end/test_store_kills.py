@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import holdfast
+from holdfast.batch import ContentId
 from holdfast.reference import claims, store
 from holdfast.reference.claims import CLAIM, claimed_blocks
-from holdfast.reference.index import ContentId
 from holdfast.reference.manifest import StoreKey
 from holdfast.reference.shards import PARTIAL, shard_paths
 from holdfast.reference.store import LogpStore

@@ -31,9 +31,6 @@ READS = {
 CALLS = {"tolist", "item", "numpy", "cpu", "tensor", "as_tensor", "new_tensor", "from_numpy"}
 """Functions that copy to the host, or from it (which waits as well, unless memory is pinned)."""
 
-LOOKS_UP = {"content_ids", "_lengths"}
-"""Stored log-probs are looked up by the batch's content ids and checked by its lengths, each read once a step."""
-
 RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "full": ("full", {}, set()),
     "lora": ("lora_fresh", {}, set()),
@@ -43,8 +40,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "packed": ("full", {"layout": "packed"}, set()),
     "window": ("full", {"reference": "snapshot", "reference_window": 2}, set()),
     "no reference": ("full", {"loss_type": "simpo"}, set()),
+    "parts": ("full", {"tokens_per_batch": 20}, set()),
     "accumulated": ("full", {"gradient_accumulation_steps": 2}, set()),
-    "precomputed": ("full", {"precompute_ref_log_probs": True}, LOOKS_UP),
+    "precomputed": ("full", {"precompute_ref_log_probs": True}, set()),
     # The length of the move, once per sync.
     "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"move"}),
     # transformers looks whether there is any padding in the attention mask, in every forward pass.
@@ -116,14 +114,18 @@ def test_nothing_waits_between_logs(run: str, tmp_path: Path) -> None:
     assert {where.split(" ")[0] for where in found} == exceptions, found
 
 
+def test_the_run_in_parts_has_parts() -> None:
+    assert len(SharedLayout(0, row_tokens=20)(rows(36).to_list()[:3])["input_ids"]) > 1
+
+
 def test_the_counter_counts(tmp_path: Path) -> None:
     """transformers' own filter of NaN asks twice a step, of whatever the loss is; three steps are watched."""
     found = waits_between_logs("full", tmp_path, logging_nan_inf_filter=True)
     assert [(where.split(" ")[0], count) for where, count in found.items()] == [("_run_epoch", 2 * 3)]
 
 
-def test_pieces_stay_in_host_memory(tmp_path: Path) -> None:
-    """Through workers, accelerate and the trainer: the ones that the collator made, and tensors beside them."""
+def test_what_is_no_tensor_stays_in_host_memory(tmp_path: Path) -> None:
+    """Through workers, accelerate and the trainer: what the collator made, and tensors beside it."""
     dataset, layout = rows(), SharedLayout(0)
     ours = trainer(POLICIES["full"](), config(tmp_path, dataloader_num_workers=1))
     loader = DataLoader(dataset.to_list(), batch_size=3, collate_fn=layout, num_workers=1)  # type: ignore[arg-type]
@@ -132,6 +134,7 @@ def test_pieces_stay_in_host_memory(tmp_path: Path) -> None:
     expected = [layout(dataset.to_list()[start : start + 3]) for start in range(0, len(dataset), 3)]
     for found, made in zip(batches, expected, strict=True):
         assert found["shared_pieces"] == made["shared_pieces"]
+        assert found["sequences"] == made["sequences"]
         assert torch.equal(found["input_ids"], made["input_ids"])
 
 

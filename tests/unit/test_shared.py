@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.batch import PairBatch
+from holdfast.batch import SEQUENCES, PairBatch
 from holdfast.data.layouts import PaddedLayout, truncated_rows
 from holdfast.data.shared import SharedLayout, _packed
 from holdfast.data.tokenize import content_id
@@ -95,7 +96,27 @@ def test_every_pair_has_the_sequences_of_the_padded_layout(rows: list[dict], mul
     assert (shared["sequence"].diff() >= 0).all()
     assert len(shared["content"]) == len({tuple(ids) for ids in shared["content"].tolist()})
     assert shared["input_ids"].shape[1] % (multiple or 1) == 0
-    assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name != PIECES)
+    assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name not in (PIECES, SEQUENCES))
+
+
+@given(ROWS, st.sampled_from([None, 4]), st.sampled_from([1, 12, 100]), st.booleans())
+def test_host_memory_says_of_sequences_what_the_tensors_say(
+    rows: list[dict], multiple: int | None, budget: int, shares: bool
+) -> None:
+    layout = SharedLayout(PAD, pad_to_multiple_of=multiple, row_tokens=budget, shares_prompts=shares)
+    batch = PairBatch.from_tensors(layout(rows))
+    read = replace(batch, sequences=None)
+    assert batch.sequences is not None
+    assert batch.content_ids() == read.content_ids()
+    assert batch.lengths() == read.lengths()
+    assert batch.tokens_of_rows() == read.tokens_of_rows()
+
+
+def test_what_host_memory_says_by_hand() -> None:
+    batch = PairBatch.from_tensors(SharedLayout(PAD, row_tokens=8)(EXAMPLES))
+    assert batch.lengths() == [2, 1, 1, 2, 3]
+    assert batch.tokens_of_rows() == [6, 3]
+    assert batch.content_ids()[1] == content_id([6], [7])
 
 
 @given(ROWS, st.sampled_from([1, 12, 100]))

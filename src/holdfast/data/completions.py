@@ -14,12 +14,11 @@ import xxhash
 from accelerate import Accelerator
 from datasets import Dataset
 
-from holdfast.batch import PairBatch
+from holdfast.batch import ContentId, PairBatch
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
 from holdfast.data.shared import SharedLayout
 
-ContentId = tuple[int, int]
 Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
 """From all ids to those that are to be scored now, block by block; the next is asked for when one is done."""
 Missing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
@@ -202,7 +201,7 @@ class CollatedPairs:
         for start in rows[:: self.size]:
             stop = min(start + self.size, rows.stop)
             batch = self.collate([self.dataset[row] for row in range(start, stop)])
-            if missing([(high, low) for high, low in batch.content.tolist()]):
+            if missing(batch.content_ids()):
                 yield batch
         self.accelerator.wait_for_everyone()
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.batch import SEQUENCES, Sequences
 from holdfast.data.layouts import PaddedLayout, Row, check_counts, content_of, truncated_rows
 from holdfast.data.tokenize import TruncationMode
 from holdfast.pieces import PIECES, Pieces
@@ -36,9 +37,9 @@ class SharedLayout:
     `input_ids`, `position_ids` and `attention_mask` [R T]: R rows of at most `row_tokens` tokens (or of one segment, if
     that has more), as evenly filled as they come, padded on the right to the longest (and to a multiple of
     `pad_to_multiple_of`); by default of about `ROW_TOKENS`, or as many more as leave next to no padding.
-    `shared_pieces`, the only value that is no tensor, are the `Pieces` of the rows. `source`, `target`, `sequence` [N],
-    `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a completion that occurs again left out the
-    second time.
+    `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a
+    completion that occurs again left out the second time. Two values are no tensors, and stay in host memory:
+    `shared_pieces`, the `Pieces` of the rows, and `sequences`, the `Sequences`.
 
     `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
     load-balancing loss of models with experts) are those of padded rows. With `shares_prompts=False` every sequence is
@@ -91,17 +92,25 @@ class SharedLayout:
                 predicted |= laid.append(row, segments[member], sequences, counts)
         sources = [predicted[index] for index in range(len(sequences))]
         targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in sequences]
+        content, lengths = [content_of(sequence) for sequence in sequences], [*map(len, targets)]
         tensors = {
             "input_ids": laid.input_ids,
             "position_ids": laid.position_ids,
             "attention_mask": laid.attention_mask,
             "source": np.concatenate(sources),
             "target": np.concatenate(targets),
-            "sequence": np.repeat(np.arange(len(sequences)), [len(source) for source in sources]),
-            "content": np.array([content_of(sequence) for sequence in sequences]),
+            "sequence": np.repeat(np.arange(len(sequences)), lengths),
+            "content": np.array(content),
         }
-        pieces = Pieces.of(laid.pieces, *laid.input_ids.shape)
-        return {name: torch.from_numpy(array) for name, array in tensors.items()} | {PIECES: pieces}, places
+        in_host_memory = {
+            PIECES: Pieces.of(laid.pieces, *laid.input_ids.shape),
+            SEQUENCES: Sequences(
+                content=tuple(content),
+                lengths=tuple(lengths),
+                rows=tuple(int(source[0]) // laid.input_ids.shape[1] for source in sources),
+            ),
+        }
+        return {name: torch.from_numpy(array) for name, array in tensors.items()} | in_host_memory, places
 
     def _width(self, segments: "Sequence[_Segment]", packed: Sequence[Sequence[int]]) -> int:
         longest = max(sum(segments[member].num_tokens for member in members) for members in packed)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from holdfast.reference.index import ContentId
+from holdfast.batch import ContentId
 from holdfast.reference.shards import remove
 from holdfast.reference.store import SHARD_COMPLETIONS, LogpStore
 

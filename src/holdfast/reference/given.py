@@ -21,12 +21,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Blocks, ContentId, GivenSum, Missing, Pending
+from holdfast.batch import ContentId, PairBatch, SequenceLogps
+from holdfast.data.completions import Blocks, GivenSum, Missing, Pending
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
-from holdfast.reference.precomputed import PrecomputedReference, content_ids
+from holdfast.reference.precomputed import PrecomputedReference, beside_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class GivenReference(Reference):
         gaps: list[float] = []
         worst: tuple[float, GivenSum, float] | None = None
         for batch in sample.batches(lambda ids: [ids], lambda ids: ids):
-            for key, computed in zip(content_ids(batch), self._inner.logps(batch).sums().tolist(), strict=True):
+            for key, computed in zip(batch.content_ids(), self._inner.logps(batch).sums().tolist(), strict=True):
                 gap = abs(given[key].value - computed)
                 gaps.append(gap)
                 excess = gap / self._tolerance(given[key].num_tokens)
@@ -131,11 +131,11 @@ class GivenReference(Reference):
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`, but only the sums are meaningful where all of the batch's completions are given: a
         sum stands on the first token, and 0 on the others. Any other batch is the inner reference's."""
-        known = [self._known.get(key) for key in content_ids(batch)]
+        known = [self._known.get(key) for key in batch.content_ids()]
         sums = [entry.value for entry in known if entry is not None]
         if len(sums) < len(known):
             return self._inner.logps(batch)
-        values = torch.tensor(sums, dtype=torch.float32, device=batch.source.device)
+        values = beside_tokens(torch.tensor(sums, dtype=torch.float32), batch)
         zeros = torch.zeros(len(batch.sequence), device=batch.source.device)
         logps = SequenceLogps(per_token=zeros, sequence=batch.sequence, num_sequences=batch.num_sequences)
         per_token = torch.where(logps.ranks() == 0, values[batch.sequence], zeros)

@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 
 from holdfast.reference.shards import Shard
 
-ContentId = tuple[int, int]
-"""A completion's 128-bit content id, as two signed 64-bit halves (see `data.tokenize.content_id`)."""
-
 _ID_BYTES, _KEY_BYTES = 16, 20
 
 Ints = NDArray[np.int64]

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import ContentId, Pending
+from holdfast.batch import ContentId, PairBatch, SequenceLogps
+from holdfast.data.completions import Pending
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.claims import claimed_blocks
@@ -182,21 +182,21 @@ class PrecomputedReference(Reference):
                 f"The reference ({self._source()}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
                 f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
             )
-        return dict(zip(content_ids(batch), per_token.split(logps.lengths().tolist()), strict=True))
+        return dict(zip(batch.content_ids(), per_token.split(batch.lengths()), strict=True))
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`; looked up. A batch of which something is not stored is scored by the inner reference
         where that is still there, else ValueError; what is stored stays as it is, in whatever batch it was scored."""
         assert self._store is not None, "nothing was prepared"
-        ids = content_ids(batch)
-        known = self._store.get(ids, _lengths(batch))
+        ids = batch.content_ids()
+        known = self._store.get(ids, batch.lengths())
         if any(key not in known for key in ids):
             scored = self._scored(batch)
             self._add(scored)
             known = scored | known
         per_token = torch.cat([known[key] for key in ids]) if ids else torch.zeros(0)
         return SequenceLogps(
-            per_token=per_token.to(batch.source.device), sequence=batch.sequence, num_sequences=batch.num_sequences
+            per_token=beside_tokens(per_token, batch), sequence=batch.sequence, num_sequences=batch.num_sequences
         )
 
     def _add(self, scored: Mapping[ContentId, Tensor]) -> None:
@@ -257,11 +257,7 @@ def _flushed(store: LogpStore) -> None:
         store.flush()
 
 
-def _lengths(batch: PairBatch) -> list[int]:
-    """Number of tokens of each of the batch's sequences."""
-    return torch.bincount(batch.sequence, minlength=batch.num_sequences).tolist()
-
-
-def content_ids(batch: PairBatch) -> list[ContentId]:
-    """The content id of each of the batch's sequences."""
-    return [(high, low) for high, low in batch.content.tolist()]
+def beside_tokens(values: Tensor, batch: PairBatch) -> Tensor:
+    """`values` of host memory on the device of the batch, which is not waited for: a copy from pinned memory."""
+    device = batch.sequence.device
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.reference.index import ContentId, Index
+from holdfast.batch import ContentId
+from holdfast.reference.index import Index
 from holdfast.reference.manifest import MANIFEST, StoreKey, read_manifest, write_manifest
 from holdfast.reference.shards import (
     Damaged,

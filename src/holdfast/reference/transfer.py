@@ -19,7 +19,8 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from holdfast.reference.index import ContentId, Index
+from holdfast.batch import ContentId
+from holdfast.reference.index import Index
 from holdfast.reference.manifest import Manifest, StoreKey, read_manifest
 from holdfast.reference.shards import (
     PARTIAL,
