@@ -33,9 +33,10 @@ from typer.testing import CliRunner
 
 import holdfast
 from holdfast import store_cli
+from holdfast.batch import ContentId
 from holdfast.reference import claims, shards, store, upkeep
 from holdfast.reference.claims import CLAIM, CLAIM_SECONDS, claimed_blocks
-from holdfast.reference.index import ContentId, Index
+from holdfast.reference.index import Index
 from holdfast.reference.manifest import MANIFEST, Manifest, StoreKey
 from holdfast.reference.shards import Shard, shard_paths
 from holdfast.reference.store import LAST_USED, LogpStore, default_root
