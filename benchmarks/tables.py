@@ -77,7 +77,7 @@ def _growth(results: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _reference_memory(results: Mapping[str, Any]) -> list[Row]:
+def _memory(results: Mapping[str, Any]) -> list[Row]:
     rows = [["reference", "peak MiB", "of a run without one", "growth in weights"]]
     for name, r in results.items():
         rows.append(
@@ -100,7 +100,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Row]]]] = {
     "fill": ("fill", _fill),
     "share": ("limit", _share),
     "growth": ("limit", _growth),
-    "reference_memory": ("reference_memory", _reference_memory),
+    "memory": ("memory", _memory),
     "head": ("head", _head),
 }
 """By name: the benchmark (`bench_<name>.py`, whose result files begin with that name) and the rows of its table."""

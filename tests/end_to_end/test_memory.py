@@ -1,4 +1,4 @@
-"""What a snapshot costs in memory: `benchmarks/bench_reference_memory.py` at a quarter of its size, held to its bars.
+"""What a snapshot costs in memory: `benchmarks/bench_memory.py` at a quarter of its size, held to its bars.
 
 Each run is a process of its own, whose peak the kernel counts: one model of 27 M parameters that trains in full, so the
 policy, its gradients and the optimizer's moments are four times its 104 MiB, and what was imported takes about as much.
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc"),
 ]
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_reference_memory.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_memory.py"
 
 
 def run(mode: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Peak memory of full fine-tuning under each way to hold the reference, against the same run with a loss that has none.
 
-    python benchmarks/bench_reference_memory.py
+    python benchmarks/bench_memory.py
 
 A Llama of 97 M fp32 parameters takes six steps of AdamW on a few short pairs, so that weights outweigh everything else:
 the policy, its gradients and the optimizer's two moments are 4 copies of it. Every measurement is a process of its own,
 modes are interleaved, and the median of the repeats is reported. The peak is the kernel's own (VmHWM, which unlike
 `ru_maxrss` a process does not inherit from the one that started it); a thread samples how it splits into anonymous
-memory and pages of mapped files, which the kernel can drop at any time. Needs Linux. Writes
-results/reference_memory.json.
+memory and pages of mapped files, which the kernel can drop at any time. Needs Linux. Writes results/memory.json.
 """
 
 import argparse
@@ -210,7 +209,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "reference_memory.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     options = parser.parse_args()
     if options.one:
         shape = {"width": options.width, "layers": options.layers, "steps": options.steps}
