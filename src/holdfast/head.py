@@ -5,7 +5,8 @@ overwritten a block at a time, while the caches hold it, by what both gradients 
 token. Where the head is frozen, the gradient of the hidden states is made in the forward pass: a loss reaches them
 through one number per token, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is kept (`[N h]`), and the backward pass
 scales its rows. A trained head's gradient mixes the tokens, so the backward pass makes a chunk's logits again, once,
-but for those of the last chunk, whose errors are kept. No tensor of `[N V]` beyond a chunk is alive in either.
+but for those of the last chunk, whose errors are kept. No tensor of `[N V]` beyond a chunk is alive in either. Where
+log-probs are all that is wanted, in `any_order`, a CPU takes the vocabulary in parts, and all tokens at once.
 
 Given up: gradients of gradients (they raise), and one matrix product of a trained head against keeping all logits.
 """
@@ -26,9 +27,11 @@ _PRODUCT = 2**24
 _CPU_LOGITS = 2**21
 _CPU_TOKENS = 128
 _CPU_BLOCK_LOGITS = 2**18
+_CPU_VOCABULARY = 2**11
 _BLOCK_LOGITS = 2**23
-"""On a CPU: logits of a chunk of which nothing is summed up, 8 MiB in fp32, and the tokens that it has at least; and
-logits of a block, which caches hold. Elsewhere a block is what keeps a device busy, 32 MiB."""
+"""On a CPU: logits of a chunk of which nothing is summed up, 8 MiB in fp32, and the tokens that it has at least; logits
+of a block, which caches hold; and the part of the vocabulary that log-probs alone are made from at a time. Elsewhere a
+block is what keeps a device busy, 32 MiB."""
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,17 +81,22 @@ def linear_columns(
     *,
     chunk_tokens: int,
     with_statistics: bool = False,
+    any_order: bool = False,
 ) -> tuple[Tensor, ...]:
     """`token_columns` of `transform(states @ weight.T + bias)`, in fp32 (fp64 from fp64), `chunk_tokens` at a time.
 
     The matrix products are taken in the autocast dtype where autocast is on, the softmax never. Gradients reach
     `states`, `weight` and `bias` where these require them; the weight's is added up in fp32. A gradient of a gradient
-    raises RuntimeError.
+    raises RuntimeError. Log-probs are made in one way, with gradients, with statistics and without, so that equal
+    models get equal ones; where that is of no use, `any_order` allows sums in another order, which is faster.
     """
     plan = _Plan(transform, chunk_tokens, with_statistics, _autocast_dtype(states))
     if torch.is_grad_enabled():
         return cast(tuple[Tensor, ...], _LinearColumns.apply(states, weight, bias, target, plan))
     if states.device.type == "cpu":
+        if any_order and not with_statistics and plan.autocast_dtype is None and states.dtype.itemsize >= 4:
+            parts = zip(states.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+            return (torch.cat([_log_probs(*part, weight, bias, transform) for part in parts]),)
         plan = plan._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
         return _forward(_Chunks(states, weight, bias, target, plan), with_statistics)
@@ -221,6 +229,35 @@ def _forward(
     if states_gradient is not None:
         states_gradient.neg_()
     return tuple(row.clone() for row in made)  # no views of each other
+
+
+def _log_probs(
+    states: Float[Tensor, "n h"],
+    target: Int[Tensor, "n"],
+    weight: Float[Tensor, "V h"],
+    bias: Float[Tensor, "V"] | None,
+    transform: LogitTransform,
+) -> Float[Tensor, "n"]:
+    """The log-probs alone, from a part of the vocabulary at a time: a CPU so reads the weights once for all tokens, and
+    its caches hold what is made of a part."""
+    parts = weight.split(_CPU_VOCABULARY)
+    largest, total = states.new_empty(2, len(parts), len(states))
+    of_target = states.new_empty(len(states))
+    buffer = states.new_empty(len(states), len(parts[0]))
+    for index, part in enumerate(parts):
+        start = index * _CPU_VOCABULARY
+        logits = buffer.view(-1)[: len(states) * len(part)].view(len(states), len(part))
+        if bias is None:
+            torch.mm(states, part.T, out=logits)
+        else:
+            torch.addmm(bias[start : start + len(part)], states, part.T, out=logits)
+        transform.apply_(logits)
+        place = (target - start).clamp(0, len(part) - 1)
+        found = logits.gather(-1, place[:, None]).squeeze(-1)
+        of_target = torch.where(place == target - start, found, of_target)
+        top = torch.amax(logits, -1, out=largest[index]).clamp_min_(torch.finfo(logits.dtype).min)  # not -inf + inf
+        torch.sum(logits.sub_(top[:, None]).exp_(), -1, out=total[index])
+    return of_target - total.log_().add_(largest).logsumexp(0)
 
 
 def _add_product(

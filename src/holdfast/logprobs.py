@@ -193,6 +193,7 @@ class _CompletionHead:
             return linear_columns(
                 states, head.weight, head.bias, self._target(states), transform,
                 chunk_tokens=self.chunk_tokens, with_statistics=self.with_statistics,
+                any_order=self.batch.num_pairs == 0,  # of which no policy is scored, to be compared with
             )  # fmt: skip
         columns = partial(self._columns, transform)
         chunks = zip(states.split(self.chunk_tokens), self._target(states).split(self.chunk_tokens), strict=True)

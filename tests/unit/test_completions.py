@@ -45,8 +45,37 @@ def test_no_batch_is_larger_than_it_may_be(layout: PaddedLayout | SharedLayout, 
     assert (len(batches) == len(content)) == (most_tokens == 1)
 
 
+@pytest.mark.parametrize("most_tokens", [40, 60, 200])
+def test_a_prompt_is_computed_once_unless_its_completions_are_too_many(most_tokens: int) -> None:
+    """Three pairs to a prompt of 10 tokens, all completions of 5: 40 tokens a prompt."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 100, (9, 10), generator=draw).tolist()
+    completions = iter(torch.randint(3, 100, (54, 5), generator=draw).tolist())
+    rows = [
+        {"prompt_ids": prompt, "chosen_ids": next(completions), "rejected_ids": next(completions)}
+        for prompt in prompts
+        for _ in range(3)
+    ]
+    data = Completions(Dataset.from_list(rows), SharedLayout(0), PairBatch.from_tensors, 100, most_tokens)
+    batches = batches_of(data)
+    sizes = [int((batch.inputs["attention_mask"] > 0).sum()) for batch in batches]
+    assert sum(sizes) == 9 * 40
+    assert max(sizes) <= most_tokens
+    assert len(sizes) == {40: 9, 60: 9, 200: 2}[most_tokens]
+
+
+def test_a_prompt_with_too_many_completions_is_computed_again_for_the_rest() -> None:
+    """Six completions of 5 tokens and their prompt of 10, where 32 tokens hold four."""
+    completions = iter(torch.arange(3, 33).view(6, 5).tolist())
+    rows = [
+        {"prompt_ids": [1] * 10, "chosen_ids": next(completions), "rejected_ids": next(completions)} for _ in range(3)
+    ]
+    data = Completions(Dataset.from_list(rows), SharedLayout(0), PairBatch.from_tensors, 100, 32)
+    assert [batch.num_sequences for batch in batches_of(data)] == [4, 2]
+
+
 @pytest.mark.parametrize(("device", "most"), [("cpu", CPU_TOKENS), ("cuda", 10_000)])
-def test_caches_bound_them_on_a_cpu_alone(device: str, most: int) -> None:
+def test_there_is_a_bound_on_a_cpu_alone(device: str, most: int) -> None:
     """Where pairs of 1,000 tokens would make the training's batches 8,000."""
     accelerator = cast(Accelerator, SimpleNamespace(device=torch.device(device)))
     found = pending(dataset_of(60, 1_000), 4, SharedLayout(0), PairBatch.from_tensors, cast(Any, None), accelerator)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from holdfast import head
 from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
@@ -65,12 +67,49 @@ def gradients(logps: Tensor, given: Leaves) -> Leaves:
 def test_values_and_gradients(transform: LogitTransform, is_trained: bool, has_bias: bool, chunk_tokens: int) -> None:
     mine, theirs = leaves(is_trained, has_bias), leaves(is_trained, has_bias)
     (found,), expected = ours(mine, transform, chunk_tokens=chunk_tokens), plain(theirs, transform)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * (1 + float(expected.detach().abs().max())))
+    assert_close(found, expected, rtol=0, atol=1e-6 * (1 + float(expected.detach().abs().max())))
     found_gradients, expected_gradients = gradients(found, mine), gradients(expected, theirs)
     assert found_gradients.keys() == expected_gradients.keys()
     assert ("weight" in found_gradients) == is_trained
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-5)
+        assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@transforms
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize("vocabulary", [1, 5, VOCABULARY, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_probs_alone_from_parts_of_the_vocabulary(
+    transform: LogitTransform, has_bias: bool, chunk_tokens: int, vocabulary: int, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(head, "_CPU_VOCABULARY", vocabulary)
+    given = leaves(has_bias=has_bias, dtype=dtype)
+    with torch.no_grad():
+        (logps,) = ours(given, transform, chunk_tokens=chunk_tokens, any_order=True)
+    assert logps.dtype == dtype
+    assert_close(logps, plain(given, transform).detach())
+
+
+def test_tokens_that_a_model_never_says_may_fill_a_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs are those of the other tokens; of one that is never said it is minus infinity, not NaN."""
+    monkeypatch.setattr(head, "_CPU_VOCABULARY", 3)
+    given = leaves(has_bias=True)
+    with torch.no_grad():
+        given["bias"][:7] = float("-inf")
+        (logps,) = ours(given, any_order=True)
+    is_said = targets() >= 7
+    assert_close(logps[is_said], plain(given).detach()[is_said])
+    assert (logps[~is_said] == float("-inf")).all()
+
+
+def test_log_probs_of_nan_are_nan() -> None:
+    given = leaves()
+    with torch.no_grad():
+        given["states"][2, 1] = float("nan")
+        (logps,) = ours(given, any_order=True)
+    assert logps.isnan().tolist() == [row == 2 for row in range(TOKENS)]
 
 
 @transforms
@@ -101,7 +140,7 @@ def test_statistics(transform: LogitTransform, has_gradients: bool) -> None:
         -(p * p.log()).sum(-1), logits.mean(-1), (logits.argmax(-1) == targets()).double(), (p * p).sum(-1).log()
     )  # fmt: skip
     for found, value in zip(columns[1:], expected, strict=True):
-        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+        assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
         assert not found.requires_grad
     assert columns[0].requires_grad == has_gradients
     if has_gradients:
@@ -120,7 +159,7 @@ def test_half_precision(is_trained: bool, dtype: torch.dtype, is_autocast: bool)
     with torch.autocast("cpu", dtype=dtype, enabled=is_autocast):
         (found,), expected = ours(mine), plain(mine).detach()
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=2e-6)
+    assert_close(found.detach(), expected, rtol=0, atol=2e-6)
     found_gradients, exact_gradients = gradients(found, mine), gradients(plain(exact), exact)
     for name, gradient in exact_gradients.items():
         assert found_gradients[name].dtype == (torch.float32 if is_autocast else dtype)
@@ -135,9 +174,7 @@ def test_autocast_keeps_the_graph_of_a_later_use_of_the_weight() -> None:
         (found,) = ours(given)
         later = nn.functional.linear(given["states"], given["weight"]).sum()
     later.backward()
-    torch.testing.assert_close(
-        given["weight"].grad, given["states"].detach().sum(0).expand(VOCABULARY, -1), rtol=0.05, atol=0.05
-    )
+    assert_close(given["weight"].grad, given["states"].detach().sum(0).expand(VOCABULARY, -1), rtol=0.05, atol=0.05)
     assert found.requires_grad
 
 
@@ -179,7 +216,7 @@ def test_ways_to_be_used(case: str, is_trained: bool) -> None:
         if leaf.grad is None:
             assert mine[name].grad is None
         else:
-            torch.testing.assert_close(mine[name].grad, leaf.grad, rtol=1e-5, atol=1e-5)
+            assert_close(mine[name].grad, leaf.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:
@@ -269,7 +306,7 @@ def test_frozen_states_need_no_product_of_theirs() -> None:
     with watch:
         (found @ direction()).backward()
     assert watch.num_products() - 1 <= 2 * 3  # logits and the weight's gradient; and the product with the direction
-    torch.testing.assert_close(given["weight"].grad, gradients(plain(expected_leaves), expected_leaves)["weight"])
+    assert_close(given["weight"].grad, gradients(plain(expected_leaves), expected_leaves)["weight"])
 
 
 class TunedLinear(nn.Linear):

@@ -2,7 +2,7 @@
 
 A completion of many pairs is scored once. Completions are sorted by length and cut to a budget of tokens, so that
 little of a batch is padding; where the layout shares prompts, those of a prompt stay together. No batch is larger than
-the longest pairs would make the training's own, nor, on a CPU, than its caches hold. That needs to know how rows are
+the longest pairs would make the training's own, nor, on a CPU, than is of use there. That needs to know how rows are
 laid out; under a user's own data collator the batches are its pairs, in the order of the dataset.
 """
 
@@ -26,9 +26,9 @@ Missing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
 
 _ROWS_AT_A_TIME = 1_000
 
-CPU_TOKENS = 1_600
-"""On a CPU, the tokens of a batch (more where a prompt with a completion has more): it has what they become in its
-caches, and gains nothing by larger matrices."""
+CPU_TOKENS = 3_200
+"""On a CPU, the tokens of a batch (more where a prompt with a completion has more), which gains nothing by larger
+matrices."""
 
 
 class Pending(Protocol):
@@ -169,16 +169,34 @@ def _within(budget: int, places: "Sequence[_Place]", layout: PaddedLayout | Shar
     """`places` in groups that take at most `budget` tokens in rows of `layout`, padding included."""
     group: list[_Place] = []
     num_tokens = longest = 0
-    for place in places:
-        longest = max(longest, place.length)
-        is_prompt_there = _shares(layout) and group and group[-1].prompt == place.prompt
-        num_tokens += place.length - (place.num_prompt if is_prompt_there else 0)
-        if group and (longest * (len(group) + 1) if isinstance(layout, PaddedLayout) else num_tokens) > budget:
+    for together, size in _together(budget, places, layout):
+        longest = max(longest, together[0].length)
+        if group and (longest * (len(group) + 1) if isinstance(layout, PaddedLayout) else num_tokens + size) > budget:
             yield group
-            group, num_tokens, longest = [], place.length, place.length
-        group.append(place)
+            group, num_tokens, longest = [], 0, together[0].length
+        group += together
+        num_tokens += size
     if group:
         yield group
+
+
+def _together(
+    budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout
+) -> "Iterator[tuple[list[_Place], int]]":
+    """`places` one by one; or those of one prompt at once, where that is computed once, unless they are too many. With
+    the tokens that they take."""
+    together: list[_Place] = []
+    num_tokens = 0
+    for place in places:
+        is_prompt_there = _shares(layout) and bool(together) and together[-1].prompt == place.prompt
+        size = place.length - (place.num_prompt if is_prompt_there else 0)
+        if together and not (is_prompt_there and num_tokens + size <= budget):
+            yield together, num_tokens
+            together, num_tokens, size = [], 0, place.length
+        together.append(place)
+        num_tokens += size
+    if together:
+        yield together, num_tokens
 
 
 @final
