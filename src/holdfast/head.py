@@ -94,7 +94,8 @@ def linear_columns(
     if torch.is_grad_enabled():
         return cast(tuple[Tensor, ...], _LinearColumns.apply(states, weight, bias, target, plan))
     if states.device.type == "cpu":
-        if any_order and not with_statistics and plan.autocast_dtype is None and states.dtype.itemsize >= 4:
+        is_wide = plan.autocast_dtype is None and states.dtype.itemsize >= 4
+        if any_order and is_wide and not with_statistics and len(weight) > _CPU_VOCABULARY:
             parts = zip(states.split(chunk_tokens), target.split(chunk_tokens), strict=True)
             return (torch.cat([_log_probs(*part, weight, bias, transform) for part in parts]),)
         plan = plan._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
