@@ -55,24 +55,28 @@ def oracle_logps(model: nn.Module, rows: Sequence[dict] = ROWS) -> Tensor:
 
 def gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
-    value.backward()
+    value.backward()  # not `autograd.grad`, which reentrant checkpointing refuses
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, row_tokens: int = 40) -> None:
+def assert_equal_logps(found: Tensor, expected: Tensor, model: nn.Module, oracle_model: nn.Module) -> None:
     """Log-probs to 1e-5, and the gradient of a random combination of them to 1e-5 of its size."""
-    expected = oracle_logps(oracle_model or model)
-    batch = shared_batch(row_tokens=row_tokens)
-    found = logps_of(model, batch).per_token
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     direction = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
-    expected_gradients = gradients(expected @ direction, oracle_model or model)
+    expected_gradients = gradients(expected @ direction, oracle_model)
     found_gradients = gradients(found @ direction, model)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(
             found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + float(gradient.abs().max()))
         )
+
+
+def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, row_tokens: int = 40) -> None:
+    """A batch in shared rows against the oracle."""
+    expected = oracle_logps(oracle_model or model)
+    batch = shared_batch(row_tokens=row_tokens)
+    assert_equal_logps(logps_of(model, batch).per_token, expected, model, oracle_model or model)
 
 
 def problem(model: tf.PreTrainedModel, rows: Sequence[dict] = ROWS) -> str | None:
