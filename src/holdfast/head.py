@@ -243,7 +243,7 @@ def _log_probs(
     its caches hold what is made of a part."""
     parts = weight.split(_CPU_VOCABULARY)
     largest, total = states.new_empty(2, len(parts), len(states))
-    of_target = states.new_empty(len(states))
+    of_target = states.new_full((len(states),), float("nan"))  # and so it stays for a token that there is not
     buffer = states.new_empty(len(states), len(parts[0]))
     for index, part in enumerate(parts):
         start = index * _CPU_VOCABULARY

@@ -1,6 +1,7 @@
 """Log-probs and their gradients against the oracle, for every model family, head and way to wrap a model."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
+from holdfast import head
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout
 from holdfast.logprobs import LogitTransform, _known_transform, score
@@ -44,6 +46,26 @@ def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, chunk_t
     expected = oracle_logps(oracle_model or model, rows())
     found = score(model, batch_of(rows()), chunk_tokens=chunk_tokens).logps.per_token
     assert_equal_logps(found, expected, model, oracle_model or model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
+def test_completions_without_pairs_take_the_vocabulary_in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pairs do not: a reference that is asked about them adds up as the policy does."""
+    monkeypatch.setattr(head, "_CPU_VOCABULARY", 7)
+    plain, sizes = head._log_probs, []
+    monkeypatch.setattr(head, "_log_probs", lambda states, *given: sizes.append(len(states)) or plain(states, *given))
+    model = tiny_model(family)
+    pairs, none = batch_of(rows()), torch.empty(0, dtype=torch.int64)
+    alone = replace(pairs, chosen=none, rejected=none)
+    score(model, alone)  # reads what the model does to its logits
+    sizes.clear()
+    with torch.no_grad():
+        of_pairs = score(model, pairs).logps.per_token
+        assert sizes == []
+        found = score(model, alone).logps.per_token
+    assert sizes == [len(pairs.target)]
+    assert torch.equal(of_pairs, score(model, pairs).logps.per_token)
+    torch.testing.assert_close(found, oracle_logps(model, rows()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

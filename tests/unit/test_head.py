@@ -104,7 +104,21 @@ def test_tokens_that_a_model_never_says_may_fill_a_part_of_the_vocabulary(monkey
     assert (logps[~is_said] == float("-inf")).all()
 
 
-def test_log_probs_of_nan_are_nan() -> None:
+def test_a_token_beyond_the_vocabulary_has_no_log_prob(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, which no store takes, and not whatever was in memory."""
+    monkeypatch.setattr(head, "_CPU_VOCABULARY", 3)
+    given = leaves(is_trained=False)
+    target = targets()
+    target[4] = VOCABULARY
+    with torch.no_grad():
+        (logps,) = linear_columns(
+            given["states"], given["weight"], None, target, LogitTransform(), chunk_tokens=4, any_order=True
+        )
+    assert logps.isnan().tolist() == [row == 4 for row in range(TOKENS)]
+
+
+def test_log_probs_of_nan_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_CPU_VOCABULARY", 3)
     given = leaves()
     with torch.no_grad():
         given["states"][2, 1] = float("nan")
