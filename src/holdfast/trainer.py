@@ -171,13 +171,16 @@ class DPOTrainer(Trainer):
             ref_models,
             self.accelerator.autocast,
             mixed_precision=self.accelerator.mixed_precision,
-            layout=lambda: getattr(self.data_collator, "name", "padded"),
+            layout=self._layout_name,
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
             is_main=self.is_world_process_zero(),
         )
         how = [self.model, *filter(None, ref_models)], self._pair_batch, self.accelerator, self._is_sharded
         self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
         return self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
+
+    def _layout_name(self) -> str:
+        return getattr(self.data_collator, "name", "padded")
 
     def _first_rows(self) -> list[dict[str, Any]]:
         dataset: Any = self.train_dataset
@@ -221,8 +224,9 @@ class DPOTrainer(Trainer):
         """The reference recorded, audited, and brought to where it was at `checkpoint`."""
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
-            weights = "not recorded: sharded" if self._is_sharded else self.reference.fingerprint()
-            self._provenance = checkpoints.provenance(weights, self.args, self.model, self.train_dataset)
+            identity = None if self._is_sharded else self.reference.identity()
+            what = identity, self._layout_name(), self.args, self.model, self.train_dataset
+            self._provenance = checkpoints.provenance(*what)
         if self.reference is not None:
             self.reference.release()
         if not self._is_introduced and not self._is_sharded:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, digest, frozen_logps
-from holdfast.reference.model import weights
+from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, frozen_logps
+from holdfast.reference.identity import Identity
 from holdfast.reference.snapshot import holding
 
 
@@ -66,11 +66,10 @@ class AdapterReference(FixedReference):
         """The kept values of the trainable tensors; none where adapters are switched off."""
         yield from self._frozen.items()
 
-    def fingerprint(self) -> str:
-        """See `Reference.fingerprint`. Factors that add nothing and train are no part of it."""
-        if not self._frozen:
-            return digest((name, p) for name, p in weights(self._policy) if not p.requires_grad)
-        return digest((name, self._frozen.get(name, p)) for name, p in weights(self._policy))
+    def identity(self) -> Identity:
+        """See `Reference.identity`."""
+        with self.held():
+            return Identity.of(self._policy)
 
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""

@@ -8,6 +8,7 @@ the measured gap is reported once. Also here: the pass over the policy's weights
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import Reference, frozen_logps, num_bytes
 from holdfast.reference.given import GivenReference
+from holdfast.reference.identity import Identity
 
 TOLERANCE_NATS = 1e-3
 """Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
@@ -49,18 +51,19 @@ class Gap:
 
 
 def checksums(policy: nn.Module) -> Checksums:
-    """Two sums over each parameter, to tell later which one changed; raises ValueError on NaN or infinity, naming the
-    first parameter that has one."""
+    """Two sums over each parameter and buffer, to tell later which one changed; raises ValueError on NaN or infinity in
+    a parameter, naming the first that has one."""
     sums: dict[str, tuple[float, float]] = {}
-    for name, parameter in policy.named_parameters():
-        if parameter.is_meta or parameter.numel() == 0 or not parameter.is_floating_point():
+    for name, tensor in chain(policy.named_parameters(), policy.named_buffers()):
+        if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         total = square = 0.0
-        for part in _parts(parameter.detach()):
+        for part in _parts(tensor.detach()):
             values = part.float()
             total, square = total + float(values.sum()), square + float(torch.dot(values, values))
         sums[name] = (total, square**0.5)
-        if not math.isfinite(total + square) and not bool(parameter.isfinite().all()):
+        is_weight = isinstance(tensor, nn.Parameter)  # a mask among the buffers may be infinite
+        if is_weight and not math.isfinite(total + square) and not bool(tensor.isfinite().all()):
             raise ValueError(
                 f"The policy has NaN or infinite weights, in `{name}` first. Load it again, or look at how it was "
                 "trained: in fp16, a loss scale that overflows leaves such weights behind."
@@ -126,9 +129,12 @@ def _culprit(reference: Reference, policy: nn.Module, captured: Checksums) -> st
     for name, tensor in reference.tensors():
         if name in own and not torch.equal(own[name].detach().float(), tensor.detach().float().to(own[name].device)):
             return f"The reference's `{name}` differs from the policy's by up to {_distance(own[name], tensor):.3g}."
+    differing = reference.identity().differing_from(Identity.of(policy))
+    if differing:
+        return f"They differ in `{differing[0]}`{f' (and in {len(differing) - 1} more)' if len(differing) > 1 else ''}."
     return (
-        "All weights agree, so a setting differs: look for a forward pass that is random or keeps state in eval mode, "
-        "a numerics setting changed since the reference was scored, or an adapter that was switched."
+        "All weights, buffers, adapters and settings agree: look for a forward pass that is random or keeps state in "
+        "eval mode, or a numerics setting changed since the reference was scored."
     )
 
 

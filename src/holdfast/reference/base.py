@@ -6,19 +6,18 @@ which way it is. Implementations are final: to vary one, wrap it (as `Precompute
 
 import abc
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
 from holdfast.logprobs import score
+from holdfast.reference.digests import digest as digest
+from holdfast.reference.identity import Identity
 
 Autocast = Callable[..., AbstractContextManager[Any]]
 """Makes the context under which the policy's forward pass runs; a reference must be scored under the same."""
@@ -68,8 +67,13 @@ class Reference(abc.ABC):
         """The tensors it holds on top of the policy, under the policy's names for them where it has any."""
 
     @abc.abstractmethod
+    def identity(self) -> Identity:
+        """All that its log-probs depend on beside the token ids, as it is now. To be asked before training changes the
+        policy."""
+
     def fingerprint(self) -> str:
-        """Digest of all weights that its log-probs depend on. To be asked before training changes the policy."""
+        """Digest of all weights that its log-probs depend on."""
+        return self.identity().weights
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -116,19 +120,6 @@ class FixedReference(Reference):
 def num_bytes(reference: Reference) -> int:
     """Bytes that a reference holds on top of the policy."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of names, dtypes, shapes and bytes: equal for equal tensors, on whatever device (law L2). XXH3 over each
-    tensor, at several GB/s, and BLAKE2b over those: proof against accident, not against forgery."""
-    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
-        digests = sorted(threads.map(lambda item: _digest_one(*item), tensors))
-    return hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
-
-
-def _digest_one(name: str, tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
 
 
 def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 
 from holdfast.reference.base import Reference, digest
+from holdfast.reference.identity import Identity, numerics
 
 FOLDER, MANIFEST, STATE = "reference", "manifest.json", "state.safetensors"
 FORMAT = 2
@@ -33,11 +34,16 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 class Provenance:
     """What a run's reference depends on; two runs with equal provenance have the same reference at the same step.
 
-    `weights` is the digest of the weights it was made from: the policy's when it was captured, or the chosen model's.
-    `data` is the digest of the token ids of the training set, None for a stream.
+    `weights` is the digest of the weights it was made from: the policy's when it was captured, or the chosen model's;
+    `config` that of all settings that change its numbers, of which `settings` has those of the model's config by value;
+    `numerics` says how forward passes are rounded (see `reference.identity`). `data` is the digest of the token ids of
+    the training set, None for a stream.
     """
 
     weights: str
+    config: str | None
+    settings: dict[str, Any]
+    numerics: dict[str, Any]
     way: str
     adapters: list[str]
     mixup_alpha: float | None
@@ -45,20 +51,47 @@ class Provenance:
     data: str | None
     max_length: int | None
     truncation_mode: str
-    mixed_precision: str
-    dtype: str
-    attention: str
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
-        """The provenance that a manifest records."""
+    def from_manifest(cls, manifest: Mapping[str, Any], checkpoint: Path) -> Self:
+        """The provenance that the manifest of `checkpoint` records. ValueError for one of an earlier version."""
+        missing = [name for name in cls.__slots__ if name not in manifest]
+        if missing:
+            raise ValueError(
+                f"{checkpoint} was written by an earlier version of holdfast, which did not record {missing} of its "
+                "reference, so nobody can tell whether this run's is the same. Resume it with that version, or start a "
+                "new run from its weights with the reference named by `ref_model`."
+            )
         return cls(**{name: manifest[name] for name in cls.__slots__})
 
+    def differing_from(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """By meaning, what differs: (ours, theirs). A setting of the config by its name, where it is one."""
+        ours, theirs = asdict(self), asdict(other)
+        if self.config == other.config:
+            ours["settings"] = theirs["settings"] = None
+        for group in ("settings", "numerics"):
+            mine, others = ours.pop(group) or {}, theirs.pop(group) or {}
+            ours |= {f"{group}.{name}": mine.get(name) for name in mine | others}
+            theirs |= {f"{group}.{name}": others.get(name) for name in mine | others}
+        if any(name.startswith("settings.") and ours[name] != theirs[name] for name in ours):
+            ours["config"] = theirs["config"] = None
+        return {_meaning(name): (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
-def provenance(weights: str, args: Any, policy: Any, dataset: Any) -> Provenance:
-    """The provenance of a run of `args` (a `DPOConfig`) over `policy`, whose reference has the digest `weights`."""
+
+def provenance(identity: Identity | None, layout: str, args: Any, policy: Any, dataset: Any) -> Provenance:
+    """The provenance of a run of `args` (a `DPOConfig`) over `policy`, whose reference has this identity: None where
+    the weights are sharded over processes, so that nobody has read them."""
+    device, mixed_precision = next(policy.parameters()).device, "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    if identity is None:
+        dtype, attention = str(next(policy.parameters()).dtype), str(policy.config._attn_implementation)
+        known = Identity(tensors={}, settings={}, attention=attention, dtype=dtype)
+    else:
+        known = identity
     return Provenance(
-        weights=weights,
+        weights=identity.weights if identity is not None else "not recorded: sharded",
+        config=identity.config if identity is not None else None,
+        settings={name: value for name, value in known.settings.items() if ".config." in name},
+        numerics=numerics(known, device=device, mixed_precision=mixed_precision, layout=layout),
         way=args.reference,
         adapters=[*sorted(getattr(policy, "peft_config", {})), *filter(None, [args.ref_adapter_name])],
         mixup_alpha=args.ref_model_mixup_alpha if args.sync_ref_model else None,
@@ -66,15 +99,13 @@ def provenance(weights: str, args: Any, policy: Any, dataset: Any) -> Provenance
         data=dataset_digest(dataset),
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
-        mixed_precision="fp16" if args.fp16 else "bf16" if args.bf16 else "no",
-        dtype=str(next(policy.parameters()).dtype),
-        attention=str(getattr(policy.config, "_attn_implementation", None)),
     )
 
 
 _MEANINGS = {
     "weights": "the weights of the reference (pass the model, adapter and `ref_model` that the run began with, "
     "not the checkpoint)",
+    "config": "the settings of the reference's model or adapters",
     "way": "the option `reference`",
     "adapters": "the policy's adapters",
     "mixup_alpha": "ref_model_mixup_alpha",
@@ -82,10 +113,18 @@ _MEANINGS = {
     "data": "the training data",
     "max_length": "max_length",
     "truncation_mode": "truncation_mode",
-    "mixed_precision": "the autocast dtype",
-    "dtype": "the dtype of the weights",
-    "attention": "the attention implementation",
+    "numerics.autocast": "the autocast dtype",
+    "numerics.dtype": "the dtype of the weights",
+    "numerics.attention": "the attention implementation",
+    "numerics.layout": "the layout of the rows",
+    "numerics.device": "the kind of device",
+    "numerics.tf32": "the precision of matrix products",
 }
+
+
+def _meaning(name: str) -> str:
+    setting = name.removeprefix("settings.").removeprefix(".config.")
+    return _MEANINGS.get(name, f"the model's setting `{setting}`")
 
 
 def dataset_digest(dataset: Any) -> str | None:
@@ -146,13 +185,12 @@ def load_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
                 "of that run."
             )
         return
-    recorded, ours = asdict(Provenance.from_manifest(manifest)), asdict(provenance)
-    differing = [name for name in ours if ours[name] != recorded[name]]
+    differing = provenance.differing_from(Provenance.from_manifest(manifest, checkpoint))
     if differing:
-        name = differing[0]
+        (name, (found, recorded)), *others = differing.items()
         raise ValueError(
-            f"{checkpoint} was written by a run that differs in {_MEANINGS[name]}: recorded {recorded[name]!r}, found "
-            f"{ours[name]!r}{f' (and in {differing[1:]})' if differing[1:] else ''}. Resume with what that run had, or "
+            f"{checkpoint} was written by a run that differs in {name}: recorded {recorded!r}, found {found!r}"
+            f"{f' (and in {[other for other, _ in others]})' if others else ''}. Resume with what that run had, or "
             "start a new run in another output_dir."
         )
     state = load_file(checkpoint / FOLDER / STATE) if manifest["state"] else {}

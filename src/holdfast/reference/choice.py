@@ -15,7 +15,7 @@ from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.reference import products
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Autocast, Reference
-from holdfast.reference.identity import store_key
+from holdfast.reference.identity import Identity, numerics, store_key
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import MixtureReference, mixture_weights
 from holdfast.reference.model import ModelReference, freeze, is_quantised
@@ -84,14 +84,17 @@ def choose_reference(
     held = _mixed(wish, policy, ref_models, autocast)
     if not wish.is_ahead:
         return _windowed(wish, held)
-    key = partial(store_key, reference=held, policy=policy, mixed_precision=mixed_precision)
+
+    def open_store(identity: Identity, version: int | None) -> LogpStore:
+        device = next(policy.parameters()).device
+        rounded = numerics(identity, device=device, mixed_precision=mixed_precision, layout=layout())
+        return LogpStore.open(wish.store or default_root(), store_key(identity, rounded, version))
+
     moves = wish.motion != "fixed"
     is_whole = not moves and wish.window is None
     stored = PrecomputedReference(
         held,
-        open_store=lambda weights, version: LogpStore.open(
-            wish.store or default_root(), key(weights, version=version, layout=layout())
-        ),
+        open_store=open_store,
         park=partial(_parked, wish, autocast),
         is_whole=is_whole,
         moves=moves,

@@ -26,6 +26,7 @@ from holdfast.data.completions import Blocks, GivenSum, Missing, Pending
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
+from holdfast.reference.identity import Identity
 from holdfast.reference.precomputed import PrecomputedReference, beside_tokens
 
 logger = logging.getLogger(__name__)
@@ -164,9 +165,9 @@ class GivenReference(Reference):
         """Those of the inner reference."""
         return self._inner.tensors()
 
-    def fingerprint(self) -> str:
+    def identity(self) -> Identity:
         """That of the inner reference, whose log-probs the sums were compared with."""
-        return self._inner.fingerprint()
+        return self._inner.identity()
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of the inner reference: the sums are in the datasets."""

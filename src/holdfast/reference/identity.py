@@ -1,92 +1,164 @@
-"""What a reference's log-probs depend on beside the token ids: the key under which they are stored.
+"""Which reference it is: everything that its log-probs depend on beside the token ids, and nothing else.
 
-Weights by digest, the model's config by digest, and the numerics of the forward pass. Of the config everything counts
-but what is known to change no number, so that a setting nobody thought of costs a recomputation and never a stale
-number. Nothing of the run is in it: not the learning rate, the loss, beta, the seed, the data or their order.
+Tensors (parameters and buffers) by digest, settings by value, both under the names of the bare model (see
+`reference.canonical`). The store's key, a checkpoint's provenance and the audit's list of suspects all come from here.
+Of settings everything counts but what is known to change no number, so that one that nobody thought of costs a
+recomputation and never a stale number. Nothing of the run is in it: not the learning rate, the loss, beta, the seed,
+the data or their order; nor how often a moving reference has moved, since its weights say where it is.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from holdfast.logprobs import unwrap
-from holdfast.reference.base import Reference
+from holdfast.reference.canonical import has_moving_rotations, parts
+from holdfast.reference.digests import tensor_digests
 from holdfast.reference.manifest import StoreKey
-from holdfast.reference.mixture import MixtureReference
 
 _OF_NO_ACCOUNT = {
-    "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
-    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "return_dict", "output_attentions",
-    "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "bos_token_id", "eos_token_id",
-    "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings", "attention_dropout",
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "residual_dropout", "initializer_range",
-    "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params", "tokenizer_class", "prefix",
+    "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "model_type", "dtype",
+    "torch_dtype", "use_cache", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
+    "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings",
+    "initializer_range", "initializer_factor", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params",
+    "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp", "router_jitter_noise", "gradient_checkpointing",
 }  # fmt: skip
-_OF_ADAPTERS = {"base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "task_type", "peft_version"}
+_OF_A_CLASSIFIER = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
+_KINDS_OF_LAYERS = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
+"""Entries that `layer_types` is made from, where a config has it."""
+_LONGEST_ROWS = {"max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_sequence_length"}
+"""Entries that only say for how long rows a model is meant, where its rotary embeddings do not go by them."""
 
 
-def store_key(
-    weights: str, *, version: int | None, reference: Reference, policy: nn.Module, mixed_precision: str, layout: str
-) -> StoreKey:
-    """The key of what `reference`, whose weights have the digest `weights`, says in a run over `policy`."""
-    configs = [_config(module) for module in _modules(reference, policy)]
-    first = next(iter(_modules(reference, policy)))
-    description = f"{getattr(unwrap(first).config, '_name_or_path', '') or type(unwrap(first)).__name__}"
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What log-probs depend on: `tensors` by canonical name (dtype, shape and digest), `settings` by dotted name, and
+    the kinds of attention and dtypes in use. `description` is for people and counts for nothing."""
+
+    tensors: Mapping[str, str]
+    settings: Mapping[str, Any]
+    attention: str
+    dtype: str
+    description: str = ""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """The identity of what `module` computes as it is now: with the values, adapters and mode of this moment. Its
+        weights must be whole here (no shards, nothing on the meta device)."""
+        found = list(parts(module))
+        tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
+        configs = list(_distinct_configs((part.path, part.config) for part in found))
+        settings = {f"{part.path}.{name}": value for part in found for name, value in part.settings.items()}
+        is_moving = any(has_moving_rotations(child) for child in module.modules())
+        for path, config in configs:
+            settings |= _flat(f"{path}.config", _less(config.to_dict(), _ignored(config, is_moving)))
+        root: Any = configs[0][1] if configs else None
+        return cls(
+            tensors=tensor_digests(tensors),
+            settings=_plain(settings),
+            attention=" ".join(dict.fromkeys(str(getattr(c, "_attn_implementation", None)) for _, c in configs)),
+            dtype=" ".join(sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()})),
+            description=str(getattr(root, "_name_or_path", "") or type(module).__name__),
+        )
+
+    @classmethod
+    def mixture(cls, identities: Sequence[Self], weights: Sequence[float]) -> Self:
+        """The identity of several references whose log-probs are mixed with `weights`, in order."""
+        tensors = {f"{i}:{name}": value for i, one in enumerate(identities) for name, value in one.tensors.items()}
+        settings = {f"{i}:{name}": value for i, one in enumerate(identities) for name, value in one.settings.items()}
+        return cls(
+            tensors=tensors,
+            settings=settings | {f"{i}:weight": repr(float(weight)) for i, weight in enumerate(weights)},
+            attention=" ".join(one.attention for one in identities),
+            dtype=" ".join(sorted({dtype for one in identities for dtype in one.dtype.split()})),
+            description=" + ".join(one.description for one in identities),
+        )
+
+    @property
+    def weights(self) -> str:
+        """Digest of the tensors, and of the weights of a mixture."""
+        shares = {name: value for name, value in self.settings.items() if name.endswith(":weight")}
+        return _digest([dict(self.tensors), shares])
+
+    @property
+    def config(self) -> str:
+        """Digest of the settings."""
+        return _digest(dict(self.settings))
+
+    def differing_from(self, other: Self) -> list[str]:
+        """The names of the tensors, then of the settings, that differ."""
+        names: list[str] = []
+        for ours, theirs in ((self.tensors, other.tensors), (self.settings, other.settings)):
+            names += [name for name in dict.fromkeys((*ours, *theirs)) if ours.get(name) != theirs.get(name)]
+        return names
+
+
+def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, layout: str) -> dict[str, Any]:
+    """What else a forward pass is rounded by: dtypes, autocast, layout, attention, and the kind of device."""
+    precision = torch.get_float32_matmul_precision()
+    return {
+        "dtype": identity.dtype,
+        "autocast": mixed_precision,
+        "layout": layout,
+        "attention": identity.attention,
+        "device": device.type,
+        "tf32": precision != "highest" and device.type != "cpu",
+    }
+
+
+def store_key(identity: Identity, numerics: Mapping[str, Any], version: int | None) -> StoreKey:
+    """The key of the store that holds what this reference says; `version` only tells who may remove it."""
     return StoreKey(
-        weights=weights,
-        config=_digest(configs),
-        numerics={
-            "dtype": " ".join(sorted({str(p.dtype) for module in _modules(reference, policy) for p in _few(module)})),
-            "autocast": mixed_precision,
-            "layout": layout,  # as much as rounding
-            "attention": " ".join(_attention(module) for module in _modules(reference, policy)),
-            "device": next(policy.parameters()).device.type,
-            "tf32": torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest",
-        },
+        weights=identity.weights,
+        config=identity.config,
+        numerics=numerics,
         version=version,
-        description=description,
+        description=identity.description,
     )
 
 
-def _modules(reference: Reference, policy: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose forward passes the log-probs come from."""
-    if isinstance(reference, MixtureReference):
-        for part in reference.references:
-            yield from _modules(part, policy)
-    else:
-        yield policy if reference.module is None else reference.module
+def _distinct_configs(configs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each config once, under the path of the first module that has it."""
+    seen: set[int] = set()
+    for path, config in configs:
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            yield path, config
 
 
-def _few(module: nn.Module) -> Iterator[nn.Parameter]:
-    seen: set[torch.dtype] = set()
-    for parameter in module.parameters():
-        if parameter.dtype not in seen:
-            seen.add(parameter.dtype)
-            yield parameter
-
-
-def _attention(module: nn.Module) -> str:
-    return str(getattr(unwrap(module).config, "_attn_implementation", None))
-
-
-def _config(module: nn.Module) -> dict[str, Any]:
-    config: dict[str, Any] = {"class": type(unwrap(module)).__name__, **unwrap(module).config.to_dict()}
-    if isinstance(module, PeftModel):
-        adapters = {name: module.peft_config[name].to_dict() for name in sorted(module.peft_config)}
-        config["adapters"] = {name: _less(given, _OF_ADAPTERS) for name, given in adapters.items()}
-    return _less(config, _OF_NO_ACCOUNT)
+def _ignored(config: Any, has_moving_rotations: bool) -> set[str]:
+    """The names of the entries of a config that change no number."""
+    ignored = _OF_NO_ACCOUNT | _OF_A_CLASSIFIER
+    ignored |= set() if has_moving_rotations else _LONGEST_ROWS
+    return ignored | _KINDS_OF_LAYERS if getattr(config, "layer_types", None) else ignored
 
 
 def _less(given: Any, names: set[str]) -> Any:
-    """A nest of mappings without these names."""
-    if isinstance(given, dict):
-        return {key: _less(value, names) for key, value in given.items() if key not in names}
+    """A nest of mappings without these names, without dropout's, and without what is left open."""
+    if isinstance(given, Mapping):
+        kept = {key: value for key, value in given.items() if key not in names and value is not None}
+        return {key: _less(value, names) for key, value in kept.items() if "drop" not in str(key)}
     return given
+
+
+def _flat(path: str, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """A nest of mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in given.items():
+        flat |= _flat(f"{path}.{key}", value) if isinstance(value, Mapping) else {f"{path}.{key}": value}
+    return flat
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    return json.loads(json.dumps(settings, sort_keys=True, default=_as_text))
 
 
 def _digest(content: Any) -> str:

@@ -5,12 +5,13 @@ digests, so a key is known before any number is; the manifest says in words and 
 that a folder can be understood years later, and carries a checksum of its own bytes.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,6 +114,18 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.key.digest() != folder.name:
         raise Damaged(f"it is that of another store, {manifest.key.digest()}")
     return manifest
+
+
+def keys_alike(root: Path, key: StoreKey) -> list[StoreKey]:
+    """The keys of the other stores in `root` whose numbers are those of `key`: they differ in the version alone."""
+    found: list[StoreKey] = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if KEY_NAME.fullmatch(folder.name) and folder.name != key.digest():
+            with contextlib.suppress(Damaged, ValueError, OSError):  # said where that store itself is opened
+                other = read_manifest(folder).key
+                if replace(other, version=key.version) == key:
+                    found.append(other)
+    return found
 
 
 def write_manifest(folder: Path, key: StoreKey) -> None:

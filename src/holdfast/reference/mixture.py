@@ -13,7 +13,6 @@ for both completions (margins and accuracies are exact). Costs what the referenc
 """
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
 from holdfast.reference.base import PER_BATCH, Reference
+from holdfast.reference.identity import Identity
 
 
 @final
@@ -79,10 +79,9 @@ class MixtureReference(Reference):
         for number, reference in enumerate(self.references):
             yield from ((f"{number}.{name}", tensor) for name, tensor in reference.tensors())
 
-    def fingerprint(self) -> str:
-        """Digest of their fingerprints and weights, in order."""
-        parts = (f"{weight!r} {part.fingerprint()}" for weight, part in zip(self.weights, self.references, strict=True))
-        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    def identity(self) -> Identity:
+        """That of all of them, with their weights, in order."""
+        return Identity.mixture([reference.identity() for reference in self.references], self.weights)
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of reference i under `<i>.<name>`; empty, since none of them moves."""

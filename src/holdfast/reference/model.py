@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
+from holdfast.reference.identity import Identity
 from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
 
 
@@ -77,9 +78,9 @@ class ModelReference(Reference):
         yield from weights(self._module)
         yield from self._mixture.tensors()
 
-    def fingerprint(self) -> str:
-        """See `Reference.fingerprint`."""
-        return digest(weights(self._module))
+    def identity(self) -> Identity:
+        """See `Reference.identity`."""
+        return Identity.of(self._module)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moved weights, in fp32 where their state is; empty while it has not moved."""

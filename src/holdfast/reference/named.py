@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, digest, frozen_logps
-from holdfast.reference.model import weights
+from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, frozen_logps
+from holdfast.reference.identity import Identity
 
 BASE = "__base__"
 
@@ -68,9 +68,10 @@ class NamedAdapterReference(FixedReference):
         """None beyond the policy's own."""
         return iter(())
 
-    def fingerprint(self) -> str:
-        """See `Reference.fingerprint`."""
-        return digest((name, p) for name, p in weights(self._policy) if not p.requires_grad)
+    def identity(self) -> Identity:
+        """See `Reference.identity`."""
+        with self.held():
+            return Identity.of(self._policy)
 
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, frozen_logps
+from holdfast.reference.identity import Identity
 from holdfast.reference.kept import KeptTensors
 from holdfast.reference.model import beside
 from holdfast.reference.snapshot import holding
@@ -61,9 +62,10 @@ class ParkedReference(FixedReference):
         """None in memory."""
         return iter(())
 
-    def fingerprint(self) -> str:
-        """See `Reference.fingerprint`."""
-        return digest(self._weights.items())
+    def identity(self) -> Identity:
+        """See `Reference.identity`."""
+        with self.held():
+            return Identity.of(self._frame)
 
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""

@@ -26,6 +26,7 @@ from holdfast.data.completions import Pending
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.claims import claimed_blocks
+from holdfast.reference.identity import Identity
 from holdfast.reference.store import LogpStore
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 class PrecomputedReference(Reference):
     """The log-probs of `inner`, stored.
 
-    `open_store` gives the store for a reference whose weights have a digest, in a version (None if it never moves).
+    `open_store` gives the store for a reference of an identity, in a version (None if it never moves).
     With `is_whole` the datasets are scored when they are announced, and `park` then turns `inner` into what is kept of
     it, None for nothing; otherwise batches are scored when they are asked about. `keeps_versions` leaves the stores of
     past versions. `is_quiet` hides the progress bar, `is_main` is the process that reports.
@@ -45,7 +46,7 @@ class PrecomputedReference(Reference):
         self,
         inner: Reference,
         *,
-        open_store: Callable[[str, int | None], LogpStore],
+        open_store: Callable[[Identity, int | None], LogpStore],
         park: Callable[[Reference], Reference | None],
         is_whole: bool = True,
         moves: bool = False,
@@ -57,14 +58,14 @@ class PrecomputedReference(Reference):
         self.drift = inner.drift
         self._inner: Reference | None = inner
         self._source = inner.describe
-        self._open_store: Callable[[str, int | None], LogpStore] | None = open_store
+        self._open_store: Callable[[Identity, int | None], LogpStore] | None = open_store
         self._park = park
         self._is_whole = is_whole
         self._moves = moves
         self._keeps_versions = keeps_versions
         self._is_quiet = is_quiet
         self._is_main = is_main
-        self._fingerprint = ""
+        self._identity: Identity | None = None
         self._store: LogpStore | None = None
         self._holding: contextlib.ExitStack | None = None
         self._is_told = False
@@ -102,9 +103,9 @@ class PrecomputedReference(Reference):
         """The store for the reference as it is now."""
         assert self._inner is not None
         assert self._open_store is not None
-        fingerprint = self._inner.fingerprint()
-        self._fingerprint = self._fingerprint or fingerprint
-        self._store = self._open_store(fingerprint, self.version if self._moves else None)
+        identity = self._inner.identity()
+        self._identity = self._identity or identity
+        self._store = self._open_store(identity, self.version if self._moves else None)
         weakref.finalize(self, _flushed, self._store)
 
     def sync(self, mixup_alpha: float) -> None:
@@ -219,10 +220,10 @@ class PrecomputedReference(Reference):
         if self._inner is not None:
             yield from self._inner.tensors()
 
-    def fingerprint(self) -> str:
+    def identity(self) -> Identity:
         """That of the reference that did the scoring."""
-        assert self._fingerprint, "nothing was prepared"
-        return self._fingerprint
+        assert self._identity is not None, "nothing was prepared"
+        return self._identity
 
     def describe(self, asked: str = PER_BATCH) -> str:
         """See `Reference.describe`."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
 from holdfast.reference import products
-from holdfast.reference.base import PER_BATCH, Autocast, Reference, digest, frozen_logps
+from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
+from holdfast.reference.identity import Identity
 from holdfast.reference.kept import KeptTensors, Place
-from holdfast.reference.model import weights
 from holdfast.reference.sync import Mixture, is_adapted
 
 Motion = Literal["fixed", "hard", "soft"]
@@ -113,10 +113,10 @@ class SnapshotReference(Reference):
             yield from self._tensors.in_memory().items()
             yield from self._products.in_memory().items()
 
-    def fingerprint(self) -> str:
-        """See `Reference.fingerprint`."""
+    def identity(self) -> Identity:
+        """See `Reference.identity`."""
         with self.held():
-            return digest(weights(self._policy))
+            return Identity.of(self._policy)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moved values; empty while it has not moved."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from holdfast.batch import ContentId
 from holdfast.reference.index import Index
-from holdfast.reference.manifest import MANIFEST, StoreKey, read_manifest, write_manifest
+from holdfast.reference.manifest import MANIFEST, StoreKey, keys_alike, read_manifest, write_manifest
 from holdfast.reference.shards import (
     Damaged,
     Shard,
@@ -86,6 +86,7 @@ class LogpStore:
         self._buffer: dict[ContentId, Tensor] = {}
         self._flushed_at = time.monotonic()
         self._is_begun = False
+        self._alike: tuple[Self, ...] = ()
         self.claim: Path | None = None
         """A file of `holdfast.reference.claims`, renewed with each addition: work goes on under it."""
 
@@ -93,9 +94,16 @@ class LogpStore:
     def open(cls, root: Path | str, key: StoreKey) -> Self:
         """The store, all its shards checked; one that was never written to is empty, and makes no folder yet.
 
-        What is damaged is set aside under another name (skipped, where that is not permitted), with a warning.
-        ValueError if the store was written by a newer version of the package."""
-        store = cls(Path(root), key)
+        Whatever stores in `root` hold the same numbers, written for another version of a moving reference with the same
+        weights, are read as well. What is damaged is set aside under another name (skipped, where that is not
+        permitted), with a warning. ValueError if the store was written by a newer version of the package."""
+        store = cls._opened_alone(Path(root), key)
+        store._alike = tuple(cls._opened_alone(Path(root), other) for other in keys_alike(Path(root), key))
+        return store
+
+    @classmethod
+    def _opened_alone(cls, root: Path, key: StoreKey) -> Self:
+        store = cls(root, key)
         if store.folder.is_dir():
             store._check_manifest()
             store.refresh()
@@ -117,6 +125,9 @@ class LogpStore:
             for row, shard, start, length in zip(*(column.tolist() for column in columns), strict=True):
                 stored = self._shards[shard].logps[start : start + length]
                 found.setdefault(ids[row], torch.from_numpy(stored.copy()))
+        for other in self._alike:
+            left = [row for row, key in enumerate(ids) if key not in found]
+            found |= other.get([ids[row] for row in left], None if wanted is None else [wanted[row] for row in left])
         return found
 
     def missing(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> list[ContentId]:
@@ -127,6 +138,9 @@ class LogpStore:
             buffered = self._buffered(ids, wanted)
             places = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
         rows = np.flatnonzero(places.shard < 0).tolist()
+        for other in self._alike:
+            there = other.get([ids[row] for row in rows], None if wanted is None else [wanted[row] for row in rows])
+            rows = [row for row in rows if ids[row] not in there]
         return [key for key in dict.fromkeys(ids[row] for row in rows) if key not in buffered]
 
     def has(self, content_id: ContentId, length: int | None = None) -> bool:

@@ -22,6 +22,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
+from holdfast.reference.identity import Identity
 
 WAITING_BYTES = 2**28
 """A window ends where its batches hold this much."""
@@ -102,9 +103,9 @@ class WindowedReference(Reference):
         """Those of the inner reference; waiting log-probs belong to their batches."""
         return self._inner.tensors()
 
-    def fingerprint(self) -> str:
+    def identity(self) -> Identity:
         """That of the inner reference."""
-        return self._inner.fingerprint()
+        return self._inner.identity()
 
     def state_dict(self) -> dict[str, Tensor]:
         """That of the inner reference: what is left of a window is scored again."""
