@@ -47,7 +47,7 @@ class PairBatch:
     sequence tokens stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]`
     is the 128-bit content id of sequence s (see `data.tokenize.content_id`). `reference[n]` is the reference's log-prob
     of token n, where it was computed ahead. `sequences` says of the sequences in host memory what `content` and
-    `sequence` say, where a layout does.
+    `sequence` say, where a layout does. `unidentified` names the inputs that `content` does not cover.
     """
 
     inputs: dict[str, Any]
@@ -59,6 +59,7 @@ class PairBatch:
     content: Int[Tensor, "S 2"]
     reference: Float[Tensor, "N"] | None = None
     sequences: Sequences | None = None
+    unidentified: tuple[str, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -93,11 +94,21 @@ class PairBatch:
             tokens[row] += length
         return tokens
 
+    def check_identified(self) -> None:
+        """ValueError where a log-prob of this batch must not be kept, since an input of it is in no content id."""
+        if self.unidentified:
+            raise ValueError(
+                f"Reference log-probs were to be kept for later, but of the model inputs {list(self.unidentified)} "
+                "that the data collator adds nobody can tell which completion they belong to, so another input would "
+                "find the same numbers. Give them one row per completion ([2P, ...], chosen first), or ask the "
+                "reference batch by batch: precompute_ref_log_probs=False."
+            )
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        optional = {"reference", SEQUENCES}
+        optional = {"reference", SEQUENCES, "unidentified"}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(

@@ -67,7 +67,14 @@ def _parts(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, Int[Ten
 
 
 def _rows(batch: PairBatch, first: int, last: int, here: Int[Tensor, "n"]) -> PairBatch:
-    """Some rows as a batch; sequences keep their numbers, and pairs are none."""
+    """Some rows as a batch; sequences keep their numbers, and pairs are none. ValueError where it cannot be told which
+    rows an input belongs to."""
+    if batch.unidentified:
+        raise ValueError(
+            f"tokens_per_batch was asked for, but of the model inputs {list(batch.unidentified)} that the data "
+            "collator adds nobody can tell which rows they belong to, so a batch cannot be cut. Give them one row per "
+            "completion, or drop tokens_per_batch and lower per_device_train_batch_size."
+        )
     num_rows, num_columns = batch.inputs["input_ids"].shape
     inputs: dict[str, Any] = {
         name: value[first:last] if isinstance(value, Tensor) and len(value) == num_rows else value

@@ -3,6 +3,7 @@
 The only subclass of a concrete class here. A batch's way through it is `compute_loss`; what a script may read is the
 attributes of `transformers.Trainer` plus `reference`, `ref_model` and `null_ref_context`.
 """
+# budget: every override is one hook of transformers
 
 import contextlib
 import logging
@@ -25,12 +26,14 @@ from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
 from holdfast.data.completions import all_pending, by_name
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
-from holdfast.data.layouts import with_positions
+from holdfast.data.inputs import identified, takes_positions
+from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.order import order_by_length
 from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
-from holdfast.data.shared import unshared
+from holdfast.data.shared import SharedLayout, unshared
 from holdfast.data.tokenize import check_vocabulary
+from holdfast.independence import check_resumable, check_same_batches, make_independent, untouched
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
@@ -165,6 +168,13 @@ class DPOTrainer(Trainer):
         wish = self.args.wish(self.accelerator.process_index, is_stream=is_stream)
         if wish.way != "none":
             ref_models = placed_alike(ref_models, self.accelerator.device)
+        models = [self.model, *filter(None, ref_models)]
+        self._dependence = make_independent(
+            models, self.args.max_length, self.train_dataset, self.accelerator.autocast,
+            is_sharded=self._is_sharded, is_main=self.is_world_process_zero(),
+        )  # fmt: skip
+        if self._dependence is not None:
+            check_same_batches(self._dependence, self.args)
         reference = choose_reference(
             wish,
             self.model,
@@ -174,9 +184,13 @@ class DPOTrainer(Trainer):
             layout=self._layout_name,
             is_quiet=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
             is_main=self.is_world_process_zero(),
+            wait_for_all=self.accelerator.wait_for_everyone,
         )
-        how = [self.model, *filter(None, ref_models)], self._pair_batch, self.accelerator, self._is_sharded
-        self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
+        how = models, self._pair_batch, self.accelerator, self._is_sharded
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(untouched(model))
+            self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
         return self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
 
     def _layout_name(self) -> str:
@@ -189,7 +203,8 @@ class DPOTrainer(Trainer):
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
         if (reference := with_given(reference, datasets, self.model, self.args, self.accelerator)) is not None:
             how = self.data_collator, self._pair_batch, self._collated, self.accelerator
-            reference.prepare(all_pending(datasets, self.args, *how))
+            with untouched(self.model):
+                reference.prepare(all_pending(datasets, self.args, *how))
         return reference
 
     def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
@@ -199,7 +214,8 @@ class DPOTrainer(Trainer):
         found = "not audited"
         if self.args.reference_audit:
             where = self.model, self.reference, batch, self.accelerator, self._captured
-            found = audit(*where, is_users_choice=self._is_reference_chosen)
+            with untouched(self.model):
+                found = audit(*where, is_users_choice=self._is_reference_chosen)
         if self.is_world_process_zero():  # at the level that shows where nobody has configured logging
             logger.warning(introduction(self.reference, self._provenance and self._provenance.weights, found))
 
@@ -231,6 +247,8 @@ class DPOTrainer(Trainer):
             self.reference.release()
         if not self._is_introduced and not self._is_sharded:
             self._introduce(self._collated(self._first_rows()))
+        if checkpoint is not None and self._dependence is not None:
+            check_resumable(self._dependence)
         if checkpoint is not None:
             checkpoints.load_reference(checkpoint, self.reference, self._provenance)
 
@@ -241,7 +259,10 @@ class DPOTrainer(Trainer):
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
-        return PairBatch.from_tensors(self._prepare_inputs(with_positions(without_given(tensors, self.reference))))
+        tensors = with_positions(without_given(tensors, self.reference))
+        if not isinstance(self.data_collator, PaddedLayout | SharedLayout):
+            tensors = identified(tensors, takes_positions=takes_positions(unwrap(self.model)))
+        return PairBatch.from_tensors(self._prepare_inputs(tensors))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

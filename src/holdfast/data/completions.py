@@ -219,9 +219,9 @@ class CollatedPairs:
         for start in rows[:: self.size]:
             stop = min(start + self.size, rows.stop)
             batch = self.collate([self.dataset[row] for row in range(start, stop)])
+            batch.check_identified()
             if missing(batch.content_ids()):
                 yield batch
-        self.accelerator.wait_for_everyone()
 
     def given(self) -> Iterator[GivenSum]:
         """None. ValueError where the dataset has the columns: of what they are the log-probs cannot be known."""

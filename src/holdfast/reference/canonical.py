@@ -29,8 +29,8 @@ _OF_NO_ACCOUNT = {
     "training", "inplace", "sparse", "scale_grad_by_freq", "padding_idx", "layer_idx", "vocab_size", "name_or_path",
     "in_features", "out_features", "num_embeddings", "embedding_dim", "fan_in_fan_out", "max_position_embeddings",
     "cast_input_dtype_enabled", "router_jitter_noise", "jitter_noise", "input_jitter_noise", "is_training",
-    "is_target_conv_1d_layer", "ephemeral_gpu_offload", "use_cache", "return_dict", "output_attentions",
-    "output_hidden_states", "output_router_logits",
+    "is_target_conv_1d_layer", "ephemeral_gpu_offload", "router_aux_loss_coef", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 """Attributes of modules that change no log-prob in eval mode, or that shapes of tensors say already."""
 
@@ -129,7 +129,7 @@ def has_moving_rotations(module: nn.Module) -> bool:
 
 def _prompt(policy: PeftModel, path: str) -> Iterator[Part]:
     """The virtual tokens of the active adapter, where it learns a prompt."""
-    name = policy.active_adapter
+    name: Any = policy.active_adapter
     config = policy.peft_config.get(name) if isinstance(name, str) else None
     if config is None or not config.is_prompt_learning:
         return
@@ -176,7 +176,9 @@ def _least(layer: Any, name: str) -> Iterator[Tensor]:
     """Of each product of LoRA factors the one that vanishes, if one does, with the bias that is added to it."""
     for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
         if name in down and name in up:
-            factors: list[Any] = [part.weight if isinstance(part, nn.Module) else part for part in (down[name], up[name])]
+            factors: list[Any] = [
+                part.weight if isinstance(part, nn.Module) else part for part in (down[name], up[name])
+            ]
             yield next((factor.detach() for factor in factors if not bool(factor.detach().any())), factors[0].detach())
             bias = getattr(up[name], "bias", None)
             if bias is not None:
@@ -185,18 +187,19 @@ def _least(layer: Any, name: str) -> Iterator[Tensor]:
 
 def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:
     """What the adapter `name` of a tuner layer computes with."""
+    module: nn.Module = layer
     variant = getattr(layer, "lora_variant", {}).get(name)
     settings: dict[str, Any] = {"class": type(layer).__qualname__}
     if isinstance(layer, LoraLayer) and variant is None and not layer.use_dora.get(name):
         settings["scaling"] = float(layer.scaling[name])
     else:
         settings |= {"variant": type(variant).__qualname__} | _settings_of(layer, name)
-    yield Part(path=path, settings=settings, tensors={f"{path}.{k}": t for k, t in _tensors(layer).items()})
-    for attribute, child in layer.named_children():
+    yield Part(path=path, settings=settings, tensors={f"{path}.{k}": t for k, t in _tensors(module).items()})
+    for attribute, child in module.named_children():
         if attribute == "base_layer" or "drop" in attribute:
             continue
         if isinstance(child, nn.ModuleDict | nn.ParameterDict) or type(child).__name__ == "BufferDict":
-            child = child[name] if name in child else None  # noqa: PLW2901  # each adapter's in turn
+            child = child[name] if name in child else None  # noqa: SIM401  # a ModuleDict has no `get`
         if isinstance(child, Tensor):
             yield Part(path=path, tensors={f"{path}.{attribute}": child})
         elif child is not None:

@@ -67,6 +67,7 @@ def choose_reference(
     layout: Callable[[], str] = lambda: "padded",
     is_quiet: bool = False,
     is_main: bool = True,
+    wait_for_all: Callable[[], object] = lambda: None,
 ) -> Reference | None:
     """The reference for `policy` as it is now; None for the way `none`.
 
@@ -101,6 +102,7 @@ def choose_reference(
         keeps_versions=wish.keeps_versions,
         is_quiet=is_quiet,
         is_main=is_main,
+        wait_for_all=wait_for_all,
     )
     return stored if is_whole and not wish.is_stream else _windowed(wish, stored)
 

@@ -25,14 +25,22 @@ _OF_NO_ACCOUNT = {
     "torch_dtype", "use_cache", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
     "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings",
-    "initializer_range", "initializer_factor", "chunk_size_feed_forward", "is_encoder_decoder", "task_specific_params",
-    "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
-    "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp", "router_jitter_noise", "gradient_checkpointing",
+    "initializer_range", "initializer_factor", "init_std", "chunk_size_feed_forward", "is_encoder_decoder",
+    "task_specific_params", "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation", 
+    "_attn_implementation_autoset", "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp",
+    "router_jitter_noise", "gradient_checkpointing",
 }  # fmt: skip
 _OF_A_CLASSIFIER = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
 _KINDS_OF_LAYERS = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
 """Entries that `layer_types` is made from, where a config has it."""
-_LONGEST_ROWS = {"max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_sequence_length"}
+_LONGEST_ROWS = {
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "seq_length",
+    "max_sequence_length",
+}
 """Entries that only say for how long rows a model is meant, where its rotary embeddings do not go by them."""
 
 

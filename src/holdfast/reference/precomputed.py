@@ -39,7 +39,8 @@ class PrecomputedReference(Reference):
     `open_store` gives the store for a reference of an identity, in a version (None if it never moves).
     With `is_whole` the datasets are scored when they are announced, and `park` then turns `inner` into what is kept of
     it, None for nothing; otherwise batches are scored when they are asked about. `keeps_versions` leaves the stores of
-    past versions. `is_quiet` hides the progress bar, `is_main` is the process that reports.
+    past versions. `is_quiet` hides the progress bar, `is_main` is the process that reports; `wait_for_all` returns once
+    all processes of the run have called it.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class PrecomputedReference(Reference):
         keeps_versions: bool = False,
         is_quiet: bool = False,
         is_main: bool = True,
+        wait_for_all: Callable[[], object] = lambda: None,
     ) -> None:
         self.version = inner.version
         self.drift = inner.drift
@@ -65,6 +67,7 @@ class PrecomputedReference(Reference):
         self._keeps_versions = keeps_versions
         self._is_quiet = is_quiet
         self._is_main = is_main
+        self._wait_for_all = wait_for_all
         self._identity: Identity | None = None
         self._store: LogpStore | None = None
         self._holding: contextlib.ExitStack | None = None
@@ -155,6 +158,7 @@ class PrecomputedReference(Reference):
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(scored))
             bar.update(bar.total - bar.n)
+        self._wait_for_all()  # others have written their parts by then
         store.refresh()
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
@@ -189,6 +193,7 @@ class PrecomputedReference(Reference):
         """See `Reference.logps`; looked up. A batch of which something is not stored is scored by the inner reference
         where that is still there, else ValueError; what is stored stays as it is, in whatever batch it was scored."""
         assert self._store is not None, "nothing was prepared"
+        batch.check_identified()
         ids = batch.content_ids()
         known = self._store.get(ids, batch.lengths())
         if any(key not in known for key in ids):

@@ -1,0 +1,106 @@
+"""What a user's own data collator gives a model beside the token ids, taken into the content ids of the completions.
+
+A stored log-prob is found by its completion's content id, so that must cover every input that the number depends on:
+positions, token types, the pixels of an image. A tensor with a row for each completion is such an input, and so are
+plain settings. Of any other tensor nobody can tell which completion it belongs to; its name is passed on, and a
+reference that keeps log-probs refuses it.
+
+Also here: rows that are padded on the left get their positions, so that no number depends on how long the neighbours
+of a row are.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.batch import SEQUENCES
+from holdfast.data.layouts import POSITION_KEYS
+from holdfast.pieces import PIECES
+
+UNIDENTIFIED = "unidentified"
+"""Where a batch names its inputs that no content id covers."""
+
+_COVERED = frozenset({"input_ids", "attention_mask", "reference", SEQUENCES, *POSITION_KEYS})
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
+    """A batch of a user's collator, with content ids that cover all of its inputs; `unidentified` names those that they
+    cannot cover. With `takes_positions` the model is told positions where rows are padded on the left."""
+    batch = dict(tensors)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    attended = mask.bool()
+    if PIECES not in batch and takes_positions and "position_ids" not in batch and not bool(attended[:, 0].all()):
+        batch["position_ids"] = (attended.long().cumsum(1) - 1).clamp(min=0)
+    extras = {name: value for name, value in batch.items() if name not in _COVERED and name != PIECES}
+    if PIECES in batch:
+        extras.pop("position_ids", None)
+    if not bool(((mask == 0) | (mask == 1)).all()) and PIECES not in batch:
+        extras["attention_mask"] = mask
+    if not extras:
+        return batch
+    rows = _rows_of_sequences(batch, ids.shape[1])
+    unknown = [name for name, value in extras.items() if not _is_known(value, None if rows is None else len(ids))]
+    known = {name: _in_host_memory(value) for name, value in sorted(extras.items()) if name not in unknown}
+    if rows is not None:
+        shown = attended.cpu().numpy()
+        content = [
+            _extended(content, [(name, _of_row(name, value, row, shown[row])) for name, value in known.items()])
+            for content, row in zip(batch["content"].tolist(), rows, strict=True)
+        ]
+        batch["content"] = torch.tensor(content, dtype=torch.int64, device=batch["content"].device)
+    return batch | ({UNIDENTIFIED: tuple(unknown)} if unknown else {})
+
+
+def _rows_of_sequences(batch: Mapping[str, Any], num_columns: int) -> list[int] | None:
+    """The row of each sequence; None where rows hold several, so that no row is one sequence's own."""
+    num_sequences = len(batch["content"])
+    rows = torch.zeros(num_sequences, dtype=torch.int64)
+    rows[batch["sequence"].cpu()] = (batch["source"] // num_columns).cpu()
+    return rows.tolist() if len(set(rows.tolist())) == num_sequences else None
+
+
+def _is_known(value: Any, num_rows: int | None) -> bool:
+    if isinstance(value, Tensor):
+        return num_rows is not None and value.ndim > 0 and len(value) == num_rows
+    return isinstance(value, _PLAIN) and num_rows is not None
+
+
+def _in_host_memory(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _of_row(name: str, value: Any, row: int, attended: np.ndarray) -> bytes:
+    """What a row has of an input, as bytes: of a value for each token those that are attended. Nothing, where the model
+    would take the same by itself."""
+    if not isinstance(value, Tensor):
+        return b"" if value is None else repr(value).encode()
+    own = value[row]
+    if own.ndim > 0 and own.shape[0] == len(attended):
+        own = own[torch.from_numpy(attended)]
+    if name == "position_ids" and torch.equal(own, torch.arange(len(own), dtype=own.dtype)):
+        return b""
+    raw = own.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{own.dtype} {tuple(own.shape)} ".encode() + raw
+
+
+def _extended(content: list[int], inputs: list[tuple[str, bytes]]) -> list[int]:
+    """A content id that covers these inputs as well; the same where there is nothing of them."""
+    told = [(name, value) for name, value in inputs if value]
+    if not told:
+        return content
+    state = hashlib.blake2b(np.array(content, dtype="<i8").tobytes(), digest_size=16)
+    for name, value in told:
+        state.update(f"{name} {len(value)} ".encode() + value)
+    raw = state.digest()
+    return [int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)]
+
+
+def takes_positions(causal_lm: Any) -> bool:
+    """Whether a model can be told the positions of its tokens; others derive them from the attention mask."""
+    return "position_ids" in inspect.signature(causal_lm.forward).parameters

@@ -1,0 +1,257 @@
+"""Whether a row's log-probs depend on the other rows of its batch; and what is done where they do.
+
+A log-prob can be stored, looked up, or scored ahead only if it is a fact about the weights and the token ids. In some
+models it is not: rotary embeddings of the kinds `dynamic` and `longrope` take their frequencies from the longest row of
+the batch, and some of them keep these for the batches that follow. So each model of a run scores a row alone and beside
+a longer one before anything else. Frequencies that move are made a constant of the run, those for rows of `max_length`
+tokens. Where numbers differ all the same, whatever would score other batches than the policy's is refused.
+
+Given up: the frequencies that such a model would choose for a batch of short rows alone.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.config import DPOConfig
+from holdfast.data.inputs import takes_positions
+from holdfast.data.layouts import PaddedLayout, Row
+from holdfast.layout import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
+from holdfast.logprobs import score, unwrap
+from holdfast.reference.base import Autocast, evaluating
+from holdfast.reference.canonical import has_moving_rotations
+
+logger = logging.getLogger(__name__)
+
+_NUM_ALONE = 6
+"""Tokens of the row that is scored twice: few, so that frequencies for longer rows are others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dependence:
+    """How a model's log-probs depend on the batch, in a clause; `is_kept` where they also depend on batches before."""
+
+    reason: str
+    is_kept: bool
+
+
+def make_independent(
+    models: Sequence[nn.Module],
+    max_length: int | None,
+    dataset: Any,
+    autocast: Autocast,
+    *,
+    is_sharded: bool = False,
+    is_main: bool = True,
+) -> Dependence | None:
+    """None once all `models` have been seen to score a row alike whatever is beside it; else how one of them does not.
+    Moving frequencies are pinned before, with a line that says so, to rows of `max_length` tokens, or as
+    long as the longest of the training data. Sharded models are pinned and not tried.
+
+    ValueError where frequencies move and nobody knows how long rows can be.
+    """
+    is_moving = any(has_moving_rotations(module) for model in models for module in model.modules())
+    length = _longest_pair(dataset) if is_moving and max_length is None else max_length
+    if is_moving and length is None:
+        raise ValueError(
+            f"max_length=None was asked for with a stream, but {type(unwrap(models[0])).__name__} takes its rotary "
+            "frequencies from the longest row of a batch, and how long that can be is not known. Set max_length to the "
+            "longest row that is meant; the frequencies are then those for this length in the whole run."
+        )
+    for model in models if is_moving else ():
+        assert length is not None
+        moving = [module for module in model.modules() if has_moving_rotations(module)]
+        if sum(pin(module, length) for module in moving) and is_main:
+            logger.warning(
+                "%s takes its rotary frequencies from the longest row of a batch. In this run they are those for rows "
+                "of %d tokens, for all rows, so that a log-prob depends on its own row alone.",
+                type(unwrap(model)).__name__, length,
+            )  # fmt: skip
+    if is_sharded:
+        return None
+    row = next(iter(dataset))
+    found = next(filter(None, (dependence(model, row, length, autocast) for model in models)), None)
+    return next(filter(None, gather_object([found])), None) if PartialState().num_processes > 1 else found
+
+
+@torch.no_grad()
+def pin(module: Any, length: int) -> bool:
+    """Makes the frequencies of a rotary embedding those for rows of `length` tokens, from now on; whether these are
+    others than its first ones."""
+    kinds = module.rope_type if isinstance(module.rope_type, Mapping) else {None: module.rope_type}
+    before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+    device = next(module.buffers()).device
+    for kind in kinds:
+        how = {} if kind is None else {"layer_type": kind}
+        module(torch.zeros(1, 1, 1, device=device), torch.full((1, 1), length - 1, device=device), **how)
+    module.rope_type = dict.fromkeys(kinds, "default") if isinstance(module.rope_type, Mapping) else "default"
+    return any(not torch.equal(before[name], buffer) for name, buffer in module.named_buffers() if name in before)
+
+
+def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, autocast: Autocast) -> Dependence | None:
+    """How `model`'s log-probs of a row depend on a longer one beside it; None where they do not. The model is left as
+    it was found."""
+    alone, beside = _batches(model, row, length)
+    name = type(unwrap(model)).__name__
+    with untouched(model):
+        expected = _logps(model, alone, autocast).per_token
+        first = dict(_state(model))
+        found = _logps(model, beside, autocast).per_token[: len(expected)]
+        changed = [key for key, value in _state(model) if not _is_same(first.get(key), value)]
+    if changed:
+        return Dependence(reason=f"`{changed[0]}` of {name} changes with the rows of a batch", is_kept=True)
+    gaps = (found - expected).abs()
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) or _is_rounded(autocast)
+    most = TOLERANCE_NATS_HALF if is_half else TOLERANCE_NATS_MEAN
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    if mean <= most and (is_half or largest <= TOLERANCE_NATS):
+        return None
+    reason = (
+        f"{name} scores a row otherwise beside a longer one, by {mean:.3g} nats per token and {largest:.3g} at most "
+        f"({most:g} is rounding)"
+    )
+    return Dependence(reason=reason, is_kept=False)
+
+
+def check_same_batches(found: Dependence, args: DPOConfig) -> None:
+    """ValueError where a run of `args` would score other batches than the policy's, on which its numbers depend."""
+    comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"
+    asks = args.needs_reference
+    asked = {
+        "precompute_ref_log_probs=True": asks and (args.precompute_ref_log_probs or args.reference == "precomputed"),
+        f"reference_window={args.reference_window}": asks and (args.reference_window or 1) > 1,
+        f"snapshot_device={args.snapshot_device!r} without reference_window=1": asks
+        and comes_from_afar
+        and args.reference_window is None,
+        f"tokens_per_batch={args.tokens_per_batch}": args.tokens_per_batch is not None,
+    }
+    option = next((name for name, is_asked in asked.items() if is_asked), None)
+    if option is not None:
+        raise ValueError(
+            f"{option} was asked for, which scores rows in other batches than the policy's, but {found.reason}: the "
+            "numbers would be those of another batch. Drop it, so that the reference is asked batch by batch "
+            "(reference='model' or 'adapter')."
+        )
+
+
+def check_resumable(found: Dependence) -> None:
+    """ValueError for a model that goes by the batches before, which a resumed run has not seen."""
+    if found.is_kept:
+        raise ValueError(
+            f"Resuming was asked for, but {found.reason}, and that state is in no checkpoint: the resumed run would "
+            "not be the run that was stopped. Start again, or use a model whose numbers depend on a row alone."
+        )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards `model` is as it was before in all that a forward pass may change: buffers, plain attributes, modes;
+    and so is torch's random state. Parameters are not looked at."""
+    attributes = {part: _attributes(part) for part in model.modules()}
+    buffers = {part: {name: (b, b.clone()) for name, b in part.named_buffers(recurse=False)} for part in attributes}
+    modes = {part: part.training for part in attributes}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=True):
+        try:
+            yield
+        finally:
+            for part, own in buffers.items():
+                for name, (buffer, value) in own.items():
+                    if not torch.equal(buffer, value):
+                        with torch.no_grad():
+                            buffer.copy_(value)
+                    if getattr(part, name) is not buffer:
+                        setattr(part, name, buffer)
+            for part, own in attributes.items():
+                for name in _attributes(part).keys() - own.keys():
+                    delattr(part, name)
+                for name, value in own.items():
+                    if vars(part).get(name) is not value:
+                        setattr(part, name, value)
+                part.training = modes[part]
+
+
+def _attributes(part: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "training"}
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All that a forward pass may leave behind, by name: copies of the buffers, and plain attributes."""
+    yield from ((name, buffer.detach().clone()) for name, buffer in model.named_buffers())
+    for path, part in model.named_modules():
+        for name, value in _attributes(part).items():
+            if isinstance(value, int | float | str | Tensor):
+                yield f"{path}.{name}", value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return ours.shape == theirs.shape and bool(torch.equal(ours, theirs.to(ours.device)))
+    return ours is not None and not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs
+
+
+def _logps(model: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:
+    """With gradients, as the policy is scored."""
+    with torch.enable_grad(), evaluating(model), autocast():
+        found = score(model, batch).logps
+    return SequenceLogps(per_token=found.per_token.detach(), sequence=found.sequence, num_sequences=found.num_sequences)
+
+
+def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
+    """A row alone, and beside one that is longer, and as long as rows can be by its positions where the model is told
+    these and knows no table of them."""
+    ids = np.array([*row["prompt_ids"], *row["chosen_ids"]], dtype=np.int64)[:_NUM_ALONE]
+    num_prompt = min(max(1, len(row["prompt_ids"])), len(ids) - 1)
+    longest = _longest_row(model) if length is None else length
+    other = np.resize(ids[::-1], max(len(ids) + 1, min(longest, 2 * len(ids))))
+    layout = PaddedLayout(int(ids[0]))
+    alone = layout.of_completions([Row(ids, num_prompt)])
+    beside = layout.of_completions([Row(ids, num_prompt), Row(other, num_prompt)])
+    causal_lm = unwrap(model)
+    is_told = takes_positions(causal_lm) and any(hasattr(part, "rope_type") for part in causal_lm.modules())
+    if is_told and not _has_virtual_tokens(model):
+        alone["position_ids"] = torch.arange(len(ids))[None]
+        own = torch.arange(len(other))
+        beside["position_ids"] = torch.stack([own, own + max(0, longest - len(other))])
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    moved = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in (alone, beside))
+    first, second = (PairBatch.from_tensors(batch) for batch in moved)
+    return first, second
+
+
+def _longest_pair(dataset: Any) -> int | None:
+    """Tokens of the longest completion of the data with its prompt; None of a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    longest = 0
+    for part in table.iter(1_000):
+        prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
+        longest = max(longest, int((prompts + np.maximum(*sides)).max()))
+    return longest
+
+
+def _longest_row(model: nn.Module) -> int:
+    """Longer than the rows that the model was first made for."""
+    config: Any = unwrap(model).config.get_text_config()
+    return 2 * int(getattr(config, "max_position_embeddings", None) or 1_024)
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def _is_rounded(autocast: Autocast) -> bool:
+    with autocast():
+        return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
