@@ -195,7 +195,8 @@ def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:
     else:
         settings |= {"variant": type(variant).__qualname__} | _settings_of(layer, name)
     yield Part(path=path, settings=settings, tensors={f"{path}.{k}": t for k, t in _tensors(module).items()})
-    for attribute, child in module.named_children():
+    children: Any = module.named_children()
+    for attribute, child in children:
         if attribute == "base_layer" or "drop" in attribute:
             continue
         if isinstance(child, nn.ModuleDict | nn.ParameterDict) or type(child).__name__ == "BufferDict":

@@ -26,7 +26,7 @@ _OF_NO_ACCOUNT = {
     "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
     "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings",
     "initializer_range", "initializer_factor", "init_std", "chunk_size_feed_forward", "is_encoder_decoder",
-    "task_specific_params", "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation", 
+    "task_specific_params", "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp",
     "router_jitter_noise", "gradient_checkpointing",
 }  # fmt: skip
