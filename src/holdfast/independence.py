@@ -46,40 +46,40 @@ class Dependence:
     is_kept: bool
 
 
-def make_independent(
-    models: Sequence[nn.Module],
-    max_length: int | None,
-    dataset: Any,
-    autocast: Autocast,
-    *,
-    is_sharded: bool = False,
-    is_main: bool = True,
-) -> Dependence | None:
-    """None once all `models` have been seen to score a row alike whatever is beside it; else how one of them does not.
-    Moving frequencies are pinned before, with a line that says so, to rows of `max_length` tokens, or as
-    long as the longest of the training data. Sharded models are pinned and not tried.
+def pin_rotations(
+    models: Sequence[nn.Module], max_length: int | None, dataset: Any, *, is_main: bool = True
+) -> int | None:
+    """Makes moving rotary frequencies of the `models` those for rows of `max_length` tokens, or as long as the longest
+    of the training data, with a line that says so. Returns that length, or `max_length` where none move.
 
     ValueError where frequencies move and nobody knows how long rows can be.
     """
-    is_moving = any(has_moving_rotations(module) for model in models for module in model.modules())
-    length = _longest_pair(dataset) if is_moving and max_length is None else max_length
-    if is_moving and length is None:
+    moving = [[part for part in model.modules() if has_moving_rotations(part)] for model in models]
+    if not any(moving):
+        return max_length
+    length = _longest_pair(dataset) if max_length is None else max_length
+    if length is None:
         raise ValueError(
             f"max_length=None was asked for with a stream, but {type(unwrap(models[0])).__name__} takes its rotary "
             "frequencies from the longest row of a batch, and how long that can be is not known. Set max_length to the "
             "longest row that is meant; the frequencies are then those for this length in the whole run."
         )
-    for model in models if is_moving else ():
-        assert length is not None
-        moving = [module for module in model.modules() if has_moving_rotations(module)]
-        if sum(pin(module, length) for module in moving) and is_main:
+    for model, parts in zip(models, moving, strict=True):
+        if sum(pin(part, length) for part in parts) and is_main:
             logger.warning(
                 "%s takes its rotary frequencies from the longest row of a batch. In this run they are those for rows "
                 "of %d tokens, for all rows, so that a log-prob depends on its own row alone.",
                 type(unwrap(model)).__name__, length,
             )  # fmt: skip
-    if is_sharded:
-        return None
+    return length
+
+
+def find_dependence(
+    models: Sequence[nn.Module], dataset: Any, length: int | None, autocast: Autocast
+) -> Dependence | None:
+    """How one of the `models`, the first such, scores a row otherwise beside a longer one; None where all score it
+    alike. The row is the first of the training data, `length` is what `pin_rotations` returned. The same on all
+    processes."""
     row = next(iter(dataset))
     found = next(filter(None, (dependence(model, row, length, autocast) for model in models)), None)
     return next(filter(None, gather_object([found])), None) if PartialState().num_processes > 1 else found
@@ -111,6 +111,8 @@ def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, aut
         changed = [key for key, value in _state(model) if not _is_same(first.get(key), value)]
     if changed:
         return Dependence(reason=f"`{changed[0]}` of {name} changes with the rows of a batch", is_kept=True)
+    if not expected.isfinite().all():
+        return None  # no evidence; NaN is refused where the data are scored
     gaps = (found - expected).abs()
     is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) or _is_rounded(autocast)
     most = TOLERANCE_NATS_HALF if is_half else TOLERANCE_NATS_MEAN
@@ -124,8 +126,10 @@ def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, aut
     return Dependence(reason=reason, is_kept=False)
 
 
-def check_same_batches(found: Dependence, args: DPOConfig) -> None:
+def check_same_batches(found: Dependence | None, args: DPOConfig) -> None:
     """ValueError where a run of `args` would score other batches than the policy's, on which its numbers depend."""
+    if found is None:
+        return
     comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"
     asks = args.needs_reference
     asked = {
@@ -145,9 +149,9 @@ def check_same_batches(found: Dependence, args: DPOConfig) -> None:
         )
 
 
-def check_resumable(found: Dependence) -> None:
+def check_resumable(found: Dependence | None) -> None:
     """ValueError for a model that goes by the batches before, which a resumed run has not seen."""
-    if found.is_kept:
+    if found is not None and found.is_kept:
         raise ValueError(
             f"Resuming was asked for, but {found.reason}, and that state is in no checkpoint: the resumed run would "
             "not be the run that was stopped. Start again, or use a model whose numbers depend on a row alone."

@@ -33,7 +33,14 @@ from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import SharedLayout, unshared
 from holdfast.data.tokenize import check_vocabulary
-from holdfast.independence import check_resumable, check_same_batches, make_independent, untouched
+from holdfast.independence import (
+    Dependence,
+    check_resumable,
+    check_same_batches,
+    find_dependence,
+    pin_rotations,
+    untouched,
+)
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
@@ -54,7 +61,7 @@ from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
-from holdfast.reference.given import with_given, without_given
+from holdfast.reference.given import all_bring_logps, with_given, without_given
 from holdfast.reference.sync import SyncCallback
 from holdfast.windows import Windows
 
@@ -169,12 +176,13 @@ class DPOTrainer(Trainer):
         if wish.way != "none":
             ref_models = placed_alike(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
-        self._dependence = make_independent(
-            models, self.args.max_length, self.train_dataset, self.accelerator.autocast,
-            is_sharded=self._is_sharded, is_main=self.is_world_process_zero(),
-        )  # fmt: skip
-        if self._dependence is not None:
-            check_same_batches(self._dependence, self.args)
+        datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+        self._longest = pin_rotations(
+            models, self.args.max_length, self.train_dataset, is_main=self.is_world_process_zero()
+        )
+        # Log-probs that the data bring along come from other batches: comparing them with the reference is the check.
+        self._dependence = None if all_bring_logps(datasets) else self._find_dependence(models)
+        check_same_batches(self._dependence, self.args)
         reference = choose_reference(
             wish,
             self.model,
@@ -191,7 +199,12 @@ class DPOTrainer(Trainer):
             for model in models:
                 stack.enter_context(untouched(model))
             self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
-        return self._announce(reference, {"train": self.train_dataset} | by_name(self.eval_dataset))
+        return self._announce(reference, datasets)
+
+    def _find_dependence(self, models: list[nn.Module]) -> Dependence | None:
+        if self._is_sharded:
+            return None
+        return find_dependence(models, self.train_dataset, self._longest, self.accelerator.autocast)
 
     def _layout_name(self) -> str:
         return getattr(self.data_collator, "name", "padded")
@@ -247,8 +260,8 @@ class DPOTrainer(Trainer):
             self.reference.release()
         if not self._is_introduced and not self._is_sharded:
             self._introduce(self._collated(self._first_rows()))
-        if checkpoint is not None and self._dependence is not None:
-            check_resumable(self._dependence)
+        if checkpoint is not None:
+            check_resumable(self._dependence or self._find_dependence([self.model]))
         if checkpoint is not None:
             checkpoints.load_reference(checkpoint, self.reference, self._provenance)
 

@@ -221,6 +221,11 @@ class _Options(Protocol):
     sync_ref_model: bool
 
 
+def all_bring_logps(datasets: Mapping[str, Any]) -> bool:
+    """Whether each of the datasets has the reference's log-probs in its columns."""
+    return all(set(REFERENCE_COLUMNS) <= set(data.column_names or ()) for data in datasets.values())
+
+
 def with_given(
     reference: Reference | None,
     datasets: Mapping[str, Any],
