@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -110,6 +112,21 @@ def is_plain_linear(head: nn.Module) -> bool:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     # Quantised and distributed weights are subclasses of Tensor with products of their own.
     return not any(hooks) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
+
+
+def matrix_of(head: Any) -> nn.Linear | None:
+    """The plain linear map that `head` computes: itself, an adapter's whole copy of it while that is in use, or the one
+    below an adapter that is off. None where it computes more.
+
+    A bare base so gives the same numbers to the bit whatever adapter is around it.
+    """
+    if isinstance(head, ModulesToSaveWrapper):
+        names = [] if head.disable_adapters else list(head.active_adapters)
+        is_saved = bool(names) and all(name in head.modules_to_save for name in names)
+        return matrix_of(head.modules_to_save[names[0]] if is_saved else head.original_module)
+    if isinstance(head, BaseTunerLayer) and isinstance(head, nn.Module):
+        return matrix_of(head.base_layer) if head.disable_adapters and not head.merged else None
+    return head if is_plain_linear(head) else None
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from holdfast.attention import attending
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns, token_columns
+from holdfast.head import LogitTransform, is_sharded, linear_columns, matrix_of, token_columns
 
 CHUNK_LOGITS = 2**26
 """Logits alive at once: 256 MiB in fp32, which is 2,048 tokens of a 32k vocabulary and 441 of a 152k one."""
@@ -121,7 +121,7 @@ class _CompletionHead:
         self.vocabulary = vocabulary_size(causal_lm)
         self.chunk_tokens = chunk_tokens or max(CHUNK_TOKENS_MIN, CHUNK_LOGITS // self.vocabulary)
         self.head = output_embeddings(causal_lm)
-        self.is_plain = is_plain_linear(self.head) and not is_sharded(model)
+        self.matrix = None if is_sharded(model) else matrix_of(self.head)
         self.head_forward = self.head.forward
         self.model_forward = causal_lm.forward
         self.states: Tensor | None = None
@@ -188,10 +188,9 @@ class _CompletionHead:
         Heads that are more than a matrix run through their own forward; with gradients enabled a chunk's logits are
         then made again in the backward pass.
         """
-        if self.is_plain:
-            head = cast(nn.Linear, self.head)
+        if self.matrix is not None:
             return linear_columns(
-                states, head.weight, head.bias, self._target(states), transform,
+                states, self.matrix.weight, self.matrix.bias, self._target(states), transform,
                 chunk_tokens=self.chunk_tokens, with_statistics=self.with_statistics,
                 any_order=self.batch.num_pairs == 0,  # of which no policy is scored, to be compared with
             )  # fmt: skip

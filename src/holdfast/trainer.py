@@ -255,7 +255,7 @@ class DPOTrainer(Trainer):
         if self.reference is not None and self._provenance is None and is_recorded:
             identity = None if self._is_sharded else self.reference.identity()
             what = identity, self._layout_name(), self.args, self.model, self.train_dataset
-            self._provenance = checkpoints.provenance(*what)
+            self._provenance = checkpoints.provenance(*what, first=self._collated(self._first_rows()[:1]))
         if self.reference is not None:
             self.reference.release()
         if not self._is_introduced and not self._is_sharded:

@@ -142,7 +142,7 @@ MUTATIONS: dict[str, tuple[Run, Run]] = {
     "bare base against trained": (LLAMA, LORA),
     "fresh, rank 4": (LLAMA, Run(policy=_fresh())),
     "fresh, rank 8": (LLAMA, Run(policy=_fresh(r=8, lora_alpha=99))),
-    "fresh, other modules": (LLAMA, Run(policy=_fresh(target_modules=["up_proj", "lm_head"]))),
+    "fresh, other modules": (LLAMA, Run(policy=_fresh(target_modules=["up_proj", "down_proj"]))),
     "fresh, rslora": (LLAMA, Run(policy=_fresh(use_rslora=True))),
     "fresh, modules to save": (LLAMA, Run(policy=_fresh(modules_to_save=["lm_head"]))),
     "fresh, embeddings": (LLAMA, Run(policy=_fresh(target_modules=["embed_tokens"]))),

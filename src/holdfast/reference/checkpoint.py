@@ -22,6 +22,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 
+from holdfast.batch import PairBatch
 from holdfast.reference.base import Reference, digest
 from holdfast.reference.identity import Identity, numerics
 
@@ -37,7 +38,8 @@ class Provenance:
     `weights` is the digest of the weights it was made from: the policy's when it was captured, or the chosen model's;
     `config` that of all settings that change its numbers, of which `settings` has those of the model's config by value;
     `numerics` says how forward passes are rounded (see `reference.identity`). `data` is the digest of the token ids of
-    the training set, None for a stream.
+    the training set, None for a stream; `inputs` of all that the model is given for the first pair, so that what a
+    data collator adds (positions, pixels) counts too.
     """
 
     weights: str
@@ -49,6 +51,7 @@ class Provenance:
     mixup_alpha: float | None
     sync_steps: int | None
     data: str | None
+    inputs: str
     max_length: int | None
     truncation_mode: str
 
@@ -78,9 +81,11 @@ class Provenance:
         return {_meaning(name): (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def provenance(identity: Identity | None, layout: str, args: Any, policy: Any, dataset: Any) -> Provenance:
+def provenance(
+    identity: Identity | None, layout: str, args: Any, policy: Any, dataset: Any, first: PairBatch
+) -> Provenance:
     """The provenance of a run of `args` (a `DPOConfig`) over `policy`, whose reference has this identity: None where
-    the weights are sharded over processes, so that nobody has read them."""
+    the weights are sharded over processes, so that nobody has read them. `first` is the first pair as a batch."""
     device, mixed_precision = next(policy.parameters()).device, "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     if identity is None:
         dtype, attention = str(next(policy.parameters()).dtype), str(policy.config._attn_implementation)
@@ -97,6 +102,7 @@ def provenance(identity: Identity | None, layout: str, args: Any, policy: Any, d
         mixup_alpha=args.ref_model_mixup_alpha if args.sync_ref_model else None,
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
         data=dataset_digest(dataset),
+        inputs=hashlib.blake2b(repr(first.content_ids()).encode(), digest_size=16).hexdigest(),
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
     )
@@ -111,6 +117,7 @@ _MEANINGS = {
     "mixup_alpha": "ref_model_mixup_alpha",
     "sync_steps": "ref_model_sync_steps",
     "data": "the training data",
+    "inputs": "the model inputs that the data collator makes",
     "max_length": "max_length",
     "truncation_mode": "truncation_mode",
     "numerics.autocast": "the autocast dtype",
