@@ -434,6 +434,50 @@ def test_the_audit_names_a_changed_reference(tmp_path: Path) -> None:
         ours.train()
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.model.rotary_emb.inv_freq.mul_(1.5), r"model.rotary_emb"),
+        (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 2.0), r"model.layers.1.self_attn.scaling"),
+        (lambda m: setattr(m.model.norm, "variance_epsilon", 0.5), r"model.norm.variance_epsilon"),
+        (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()), r"model.layers.0.mlp.act_fn"),
+    ],
+)
+def test_the_audit_names_a_changed_setting(change: Any, named: str, tmp_path: Path) -> None:
+    """Of the reference, whose weights all agree with the policy's."""
+    ours = trainer(tiny_model(), config(tmp_path, reference="model"))
+    with torch.no_grad():
+        change(ours.ref_model)
+    with pytest.raises(ValueError, match=rf"(They differ in|The reference's) `{named}[^`]*`"):
+        ours.train()
+
+
+@pytest.mark.parametrize("way", ["model", "precomputed"])
+def test_the_audit_names_a_changed_buffer_of_the_policy(way: str, tmp_path: Path) -> None:
+    policy = tiny_model()
+    ours = trainer(policy, config(tmp_path, reference=way))
+    with torch.no_grad():
+        policy.model.rotary_emb.inv_freq.mul_(1.5)
+    with pytest.raises(ValueError, match=r"found a gap of .* nats.*`model.rotary_emb.inv_freq` is not what it was"):
+        ours.train()
+
+
+@pytest.mark.parametrize("change", ["scaling", "off", "other"])
+def test_the_audit_names_a_changed_adapter(change: str, tmp_path: Path) -> None:
+    policy = POLICIES["lora_sft"]()
+    ours = trainer(policy, config(tmp_path, reference="precomputed"))
+    layer = policy.base_model.model.model.layers[0].self_attn.q_proj
+    match change:
+        case "scaling":
+            layer.scaling["default"] *= 2
+        case "off":
+            layer._disable_adapters = True
+        case "other":
+            layer._active_adapter = []
+    with pytest.raises(ValueError, match=r"They differ in `model.layers.0.self_attn.q_proj[^`]*`"):
+        ours.train()
+
+
 def test_the_audit_can_be_switched_off(tmp_path: Path) -> None:
     policy = tiny_model()
     ours = trainer(policy, config(tmp_path, reference="model", reference_audit=False))

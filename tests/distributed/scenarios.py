@@ -22,16 +22,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from families import tiny_model
-from holdfast import DPOTrainer
+from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.reference.base import digest
 from holdfast.reference.precomputed import PrecomputedReference
+from holdfast.reference.store import LogpStore
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
 
 GLOBAL_BATCH = 4
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-PARTS = {"train_dataset", "eval_dataset", "ref_model", "compute_metrics"}
+PARTS = {"train_dataset", "eval_dataset", "ref_model", "compute_metrics", "data_collator"}
 """Arguments of the trainer; the other options are the config's."""
 
 Scenario = Callable[[Path], Any]
@@ -240,6 +241,27 @@ def precomputed_values(folder: Path) -> Any:
     return {"kept_by_each_process": gather_object([found]), "scored_by_each_process": gather_object([sum(scored)])}
 
 
+def precomputed_by_a_collator(folder: Path) -> Any:
+    """How many completions of 12 pairs each process holds once it has prepared, under a collator of the user's, where
+    the last process takes its time to write what it scored."""
+    plain = LogpStore.flush
+
+    def late(self: LogpStore) -> Any:
+        time.sleep(1.0 if RANK == WORLD - 1 else 0.0)
+        return plain(self)
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+        return dict(DataCollatorForPreference(pad_token_id=0)(features))
+
+    LogpStore.flush = late
+    ours = make(folder, tiny_model(), train_dataset=rows(12), data_collator=collate, reference="precomputed")
+    LogpStore.flush = plain
+    ours.reference._inner = None
+    for row in rows(12).to_list():
+        ours.reference.logps(ours._collated([row]))  # an error where it is not held
+    return {"held_by_each_process": gather_object([ours.reference.store.num_completions])}
+
+
 def audit_of_a_wrong_reference(folder: Path) -> Any:
     """The policy changes after its reference was captured: every process refuses."""
     ours = make(folder, tiny_model())
@@ -366,6 +388,7 @@ SCENARIOS: dict[str, Scenario] = (
             train_stream,
             train_stream_in_shards,
             precomputed_values,
+            precomputed_by_a_collator,
             audit_of_a_wrong_reference,
             evaluation,
             evaluation_of_streams,

@@ -197,6 +197,12 @@ def test_precomputed_shares_are_complete(runs: Runs) -> None:
     assert both[0] == both[1]
 
 
+def test_what_a_slow_process_scored_is_found_by_all(runs: Runs) -> None:
+    """Under a collator of the user's too, all wait until the last one has written."""
+    assert of(runs, "precomputed_by_a_collator", 1)["held_by_each_process"] == [2 * 12 - 1]
+    assert of(runs, "precomputed_by_a_collator", 2)["held_by_each_process"] == [2 * 12 - 1] * 2
+
+
 def test_a_wrong_reference_is_refused_on_every_process(runs: Runs) -> None:
     refused = of(runs, "audit_of_a_wrong_reference")["refused_by_each_process"]
     assert len(refused) == 2
