@@ -6,6 +6,7 @@ where all are equal bit for bit, the store must find everything. Rows are made f
 parameter, buffer, module setting and config entry), so that a new one enters the table by itself.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
@@ -131,6 +133,90 @@ def _scaling_of(model: Any, name: str, value: float) -> None:
     setattr(model.model.layers[1].self_attn, name, value)
 
 
+# Code of a user's, in a reference of the user's.
+
+
+def _coded(change: Callable[[Any], Any]) -> Run:
+    return Run(parts={"ref_model": _changed(lambda: tiny_model(seed=1), change)})
+
+
+def _adding(value: Any) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + value
+
+    return hook
+
+
+def _halved(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (args[0] / 2,)
+
+
+def _times(module: nn.Module, args: tuple[Tensor, ...], by: float) -> tuple[Tensor]:
+    return (args[0] * by,)
+
+
+def _patch(layer: Any, factor: float) -> None:
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(hidden: Tensor) -> Tensor:
+        return plain(hidden) * factor
+
+    layer.forward = forward
+
+
+def _reclass(layer: Any, kind: type) -> None:
+    layer.__class__ = kind
+
+
+class _OwnMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+class _PatchedMLP(LlamaMLP):
+    pass
+
+
+_PatchedMLP.__module__, _PatchedMLP.__qualname__ = LlamaMLP.__module__, LlamaMLP.__qualname__
+_PatchedMLP.forward = lambda self, x: self.down_proj(self.up_proj(x))
+
+
+def _named_alike(is_first: bool) -> type:
+    if is_first:
+
+        class Layer(LlamaMLP):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * 0.5
+    else:
+
+        class Layer(LlamaMLP):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) * 0.6
+
+    return Layer
+
+
+class _Called(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class _Scaled(nn.Module):
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+OTHER = _coded(lambda model: None)
+
 MUTATIONS: dict[str, tuple[Run, Run]] = {
     # adapters
     "another adapter is active": (TWO, Run(policy=_two_adapters("other"))),
@@ -177,6 +263,47 @@ MUTATIONS: dict[str, tuple[Run, Run]] = {
     ),
     "a layer's index": (LLAMA, Run(policy=_changed(tiny_model, lambda m: _scaling_of(m, "layer_idx", 1)))),
     "a dropout": (LLAMA, Run(policy=_changed(tiny_model, lambda m: _scaling_of(m, "attention_dropout", 0.5)))),
+    # code that is no library's
+    "code: a hook": (OTHER, _coded(lambda m: m.model.norm.register_forward_hook(_adding(0.1)))),
+    "code: another value in a hook": (
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(0.1))),
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(0.2))),
+    ),
+    "code: another tensor in a hook": (
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(torch.arange(32) / 9))),
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(torch.arange(32) / 8))),
+    ),
+    "code: a hook before": (OTHER, _coded(lambda m: m.lm_head.register_forward_pre_hook(_halved))),
+    "code: a bound argument": (
+        _coded(lambda m: m.lm_head.register_forward_pre_hook(functools.partial(_times, by=0.5))),
+        _coded(lambda m: m.lm_head.register_forward_pre_hook(functools.partial(_times, by=0.6))),
+    ),
+    "code: the same hook": (
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(0.1))),
+        _coded(lambda m: m.model.norm.register_forward_hook(_adding(0.1))),
+    ),
+    "code: a patched forward": (OTHER, _coded(lambda m: _patch(m.model.layers[0].mlp, 0.5))),
+    "code: another patch": (
+        _coded(lambda m: _patch(m.model.layers[0].mlp, 0.5)), _coded(lambda m: _patch(m.model.layers[0].mlp, 0.6)),
+    ),
+    "code: a patched class": (OTHER, _coded(lambda m: _reclass(m.model.layers[0].mlp, _PatchedMLP))),
+    "code: a class of one's own": (OTHER, _coded(lambda m: _reclass(m.model.layers[0].mlp, _OwnMLP))),
+    "code: two classes of one name": (
+        _coded(lambda m: _reclass(m.model.layers[0].mlp, _named_alike(True))),
+        _coded(lambda m: _reclass(m.model.layers[0].mlp, _named_alike(False))),
+    ),
+    "code: a function among the attributes": (
+        OTHER, _coded(lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Called(torch.tanh))),
+    ),
+    "code: another function": (
+        _coded(lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Called(torch.relu))),
+        _coded(lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Called(torch.tanh))),
+    ),
+    "code: another tensor among the attributes": (
+        _coded(lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Scaled(torch.tensor(2.0)))),
+        _coded(lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Scaled(torch.tensor(3.0)))),
+    ),
+    "code: input gradients asked for": (OTHER, _coded(lambda m: m.enable_input_require_grads())),
     # numerics
     "dtype": (LLAMA, Run(policy=lambda: tiny_model().bfloat16())),
     "autocast": (LLAMA, Run(options={"bf16": True})),

@@ -5,11 +5,14 @@ left out of names, adapters that are off, inactive or add nothing are left out w
 saves as a whole the copy in use stands for the original. Whatever is not known to change no number is taken in: every
 parameter, every buffer, and every plain number, text and truth value that a module carries.
 
-Given up: settings that hide in closures, hooks and replaced `forward` functions.
+Code that is no library's counts too (see `reference.code`).
+
+Given up: settings in objects that are neither plain nor modules.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -23,7 +26,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-Scalar = str | int | float | bool
+from holdfast.reference.code import code_of, names_of_functions
+
+Scalar = str | int | float | bool | torch.dtype | Enum
 
 _OF_NO_ACCOUNT = {
     "training", "inplace", "sparse", "scale_grad_by_freq", "padding_idx", "layer_idx", "vocab_size", "name_or_path",
@@ -34,7 +39,7 @@ _OF_NO_ACCOUNT = {
 }  # fmt: skip
 """Attributes of modules that change no log-prob in eval mode, or that shapes of tensors say already."""
 
-_LENGTHS_OF_ROTATIONS = {"max_seq_len_cached", "original_max_seq_len"}
+_LENGTHS_OF_ROTATIONS = {"max_seq_len_cached", "original_max_seq_len", "rope_init_fn"}
 _SOURCES_OF_ROTATIONS = ("original_inv_freq", "long_inv_freq")
 """What rotary embeddings make new frequencies from, where these change from batch to batch."""
 
@@ -69,7 +74,7 @@ def parts(module: nn.Module, path: str = "") -> Iterator[Part]:
 
 def _own(module: nn.Module, path: str) -> Part:
     tensors = {f"{path}.{name}": tensor for name, tensor in _tensors(module).items()}
-    settings: dict[str, Any] = {"class": type(module).__qualname__} | _scalars(module)
+    settings: dict[str, Any] = {"class": type(module).__qualname__} | _scalars(module) | code_of(module)
     if not has_moving_rotations(module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_SOURCES_OF_ROTATIONS)}
         settings = {name: value for name, value in settings.items() if name not in _LENGTHS_OF_ROTATIONS}
@@ -90,7 +95,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         module._save_to_state_dict(state, "", keep_vars=False)
         own |= {name: tensor for name, tensor in state.items() if name not in own}
-    return own | dict(module.named_buffers(recurse=False))
+    held = {name: value for name, value in vars(module).items() if isinstance(value, Tensor) and _counts(name)}
+    return own | dict(module.named_buffers(recurse=False)) | held
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
@@ -98,6 +104,7 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, PreTrainedModel):
         return {name: value for name, value in vars(module).items() if _counts(name) and isinstance(value, float)}
     settings = {name: value for name, value in vars(module).items() if _counts(name) and _is_plain(value)}
+    settings |= {name: function for name, function in names_of_functions(module) if _counts(name)}
     if isinstance(module, nn.Embedding) and module.max_norm is None:
         del settings["norm_type"]
     return settings

@@ -28,11 +28,12 @@ Fact = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreKey:
-    """What, beside the token ids, a stored log-prob depends on.
+    """What, beside the model's inputs, a stored log-prob depends on.
 
-    `weights` is the digest of the reference's weights as they are when asked (of a moved one: as moved), `config` that
-    of the config that changes numbers, `numerics` the rest that does: dtype, autocast, attention family, ... `version`
-    is the number of syncs of a moving reference, None for a fixed one. `description`, for people, is not in the key.
+    `weights` is the digest of the reference's tensors as they are when asked (of a moved one: as moved), `config` that
+    of the settings that change numbers, `numerics` the rest that does: dtype, autocast, attention family, ... `version`
+    is the number of syncs of a moving reference, None for a fixed one. It changes no number, and stores that differ in
+    nothing else are read together; it says which store the run that moves it may remove. `description` is for people.
     """
 
     weights: str
