@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from holdfast.internals.torch import has_hooks
+
 _PRODUCT = 2**24
 """Elements of the weight's gradient that are alive in half precision before they are added up in fp32."""
 
@@ -107,9 +109,8 @@ def is_plain_linear(head: nn.Module) -> bool:
     """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
     if type(head) is not nn.Linear or "forward" in vars(head):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     # Quantised and distributed weights are subclasses of Tensor with products of their own.
-    return not any(hooks) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
+    return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
 
 
 def is_sharded(model: nn.Module) -> bool:

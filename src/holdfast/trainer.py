@@ -31,9 +31,10 @@ from holdfast.data.layouts import PaddedLayout, with_positions
 from holdfast.data.order import order_by_length
 from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
-from holdfast.data.shared import SharedLayout, unshared
+from holdfast.data.shared import unshared
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.independence import check_resumable, check_same_batches, make_independent, untouched
+from holdfast.internals.transformers import check_trainer
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
@@ -117,6 +118,7 @@ class DPOTrainer(Trainer):
             prepared: Any = prepare_dataset(train_dataset, name="train", **self._prepare_options)
             prepared_eval: Any = prepare_eval(eval_dataset, **self._prepare_options)
 
+        check_trainer()
         super().__init__(
             model=policy,
             args=args,

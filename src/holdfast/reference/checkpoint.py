@@ -22,6 +22,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 
+from holdfast.internals.transformers import attention_of
 from holdfast.reference.base import Reference, digest
 from holdfast.reference.identity import Identity, numerics
 
@@ -83,7 +84,7 @@ def provenance(identity: Identity | None, layout: str, args: Any, policy: Any, d
     the weights are sharded over processes, so that nobody has read them."""
     device, mixed_precision = next(policy.parameters()).device, "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     if identity is None:
-        dtype, attention = str(next(policy.parameters()).dtype), str(policy.config._attn_implementation)
+        dtype, attention = str(next(policy.parameters()).dtype), str(attention_of(policy.config))
         known = Identity(tensors={}, settings={}, attention=attention, dtype=dtype)
     else:
         known = identity
