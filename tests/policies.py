@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
 from holdfast import DPOConfig, DPOTrainer
+from recomputation import renamed
 
 
 def _lora(**options: Any) -> LoraConfig:
@@ -147,7 +148,7 @@ def config(folder: Path, **options: Any) -> DPOConfig:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return DPOConfig(**defaults | options)
+    return DPOConfig(**renamed(defaults | options))
 
 
 def trainer(policy: nn.Module | str, args: DPOConfig, **options: Any) -> DPOTrainer:

@@ -21,6 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
+    {"internals"},
     {"batch", "document"},
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},

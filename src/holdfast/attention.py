@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import causal_mask_function
 
 from holdfast import flex
+from holdfast.internals.transformers import attention_of, recomputation, set_attention, set_recomputation
 from holdfast.last_layer import narrowed
 from holdfast.pieces import PIECES, Pieces
 
@@ -60,7 +61,7 @@ def attending(
     if not isinstance(pieces, Pieces):
         yield inputs
         return
-    if pieces.are_whole and not needs_mask and "flash" in (causal_lm.config._attn_implementation or ""):
+    if pieces.are_whole and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
         kept = {name: value for name, value in inputs.items() if name not in (PIECES, "attention_mask")}
         yield kept | pieces.varlen(inputs["input_ids"].device)
         return
@@ -82,12 +83,11 @@ def _switched(
     if _ACTIVE.get() is pieces:
         yield
         return
-    # The internal attribute: the public one also writes to the configurations nested in each.
-    before = [config._attn_implementation_internal for config in configs]
+    before = [attention_of(config) for config in configs]
     token = _ACTIVE.set(pieces)
     try:
         for config in configs:
-            config._attn_implementation_internal = NAME
+            set_attention(config, NAME)
         with narrowed(causal_lm, pieces) if narrows else contextlib.nullcontext(frozenset()) as modules:
             narrow = _NARROW.set(modules)
             try:
@@ -96,7 +96,7 @@ def _switched(
                 _NARROW.reset(narrow)
     finally:
         for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+            set_attention(config, implementation)
         _ACTIVE.reset(token)
 
 
@@ -121,14 +121,14 @@ def _kept_in_recomputation(
     try:
         modules: Iterator[Any] = causal_lm.modules()
         for module in modules:
-            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            checkpoint = recomputation(module)
             if checkpoint is not None:
                 patched.append((module, checkpoint))
-                module._gradient_checkpointing_func = wrapped(checkpoint)
+                set_recomputation(module, wrapped(checkpoint))
         yield
     finally:
         for module, checkpoint in patched:
-            module._gradient_checkpointing_func = checkpoint
+            set_recomputation(module, checkpoint)
 
 
 # --- what transformers calls ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import nn
 
 import holdfast
 from holdfast.config import DPOConfig
+from holdfast.internals.transformers import loaded_from
 from holdfast.logprobs import unwrap
 from holdfast.reference.base import Reference
 
@@ -57,7 +58,7 @@ def write_card(
     """Writes `README.md` into the run's output folder. What `model` was loaded from is named in its header only where
     it can be a hub id; `metadata` is what else the header says (`language`, `license`, ...)."""
     folder = Path(str(args.output_dir))
-    base_model = getattr(unwrap(model).config, "_name_or_path", "") or None
+    base_model = loaded_from(unwrap(model).config) or None
     dataset = metadata.pop("dataset", None) or dataset
     on_hub = base_model is not None and base_model.count("/") <= 1 and not base_model.startswith((".", "/"))
     data = ModelCardData(

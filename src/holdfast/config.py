@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, check_losses
 from holdfast.reference.choice import Way, Wish
 from holdfast.reference.kept import Place
@@ -39,7 +40,7 @@ class DPOConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
+        *dict_fields(),
         "model_init_kwargs",
         "ref_model_init_kwargs",
     ]

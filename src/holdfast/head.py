@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from holdfast.internals.torch import has_hooks
+
 _PRODUCT = 2**24
 """Elements of the weight's gradient that are alive in half precision before they are added up in fp32."""
 
@@ -109,12 +111,11 @@ def is_plain_linear(head: nn.Module) -> bool:
     """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
     if type(head) is not nn.Linear or "forward" in vars(head):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     # Quantised and distributed weights are subclasses of Tensor with products of their own.
-    return not any(hooks) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
+    return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
 
 
-def matrix_of(head: Any) -> nn.Linear | None:
+def matrix_of(head: object) -> nn.Linear | None:
     """The plain linear map that `head` computes: itself, an adapter's whole copy of it while that is in use, or the one
     below an adapter that is off. None where it computes more.
 
@@ -124,9 +125,9 @@ def matrix_of(head: Any) -> nn.Linear | None:
         names = [] if head.disable_adapters else list(head.active_adapters)
         is_saved = bool(names) and all(name in head.modules_to_save for name in names)
         return matrix_of(head.modules_to_save[names[0]] if is_saved else head.original_module)
-    if isinstance(head, BaseTunerLayer) and isinstance(head, nn.Module):
-        return matrix_of(head.base_layer) if head.disable_adapters and not head.merged else None
-    return head if is_plain_linear(head) else None
+    if isinstance(head, BaseTunerLayer):
+        return matrix_of(head.get_base_layer()) if head.disable_adapters and not head.merged else None
+    return head if isinstance(head, nn.Linear) and is_plain_linear(head) else None
 
 
 def is_sharded(model: nn.Module) -> bool:

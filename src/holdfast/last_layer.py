@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from holdfast.internals.torch import dropout_class
 from holdfast.pieces import Pieces
 
-_BY_ITSELF = (nn.Linear, Conv1D, nn.modules.dropout._DropoutNd, nn.Identity)
+_BY_ITSELF = (nn.Linear, Conv1D, dropout_class(), nn.Identity)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _PACKAGES = ("torch.nn.modules.activation", "transformers.activations", "peft.tuners.")
 
@@ -38,18 +39,22 @@ def _last_layer(causal_lm: PreTrainedModel) -> nn.Module | None:
     layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if not isinstance(layers, nn.ModuleList):
         return None
-    before = {part for layer in list(layers)[:-1] for part in layer.modules() if part._parameters}
+    before = {part for layer in list(layers)[:-1] for part in layer.modules() if _has_parameters(part)}
     return None if any(part in before for part in layers[-1].modules()) else layers[-1]
 
 
 def feed_forward(layer: nn.Module | None) -> nn.Module | None:
     """The feed-forward part of a layer, if it computes each token by itself, else None."""
     module = getattr(layer, "mlp", None)
-    if not isinstance(module, nn.Module) or module._parameters:
+    if not isinstance(module, nn.Module) or _has_parameters(module):
         return None
     parts = list(module.modules())[1:]
     has_maps = any(isinstance(part, nn.Linear | Conv1D) for part in parts)
     return module if has_maps and all(map(_by_itself, parts)) else None
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _by_itself(part: nn.Module) -> bool:

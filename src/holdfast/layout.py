@@ -29,6 +29,7 @@ from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.config import DPOConfig
 from holdfast.data.layouts import PaddedLayout
 from holdfast.data.shared import ROW_TOKENS, SharedLayout
+from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.logprobs import unwrap
 from holdfast.reference.base import Autocast, frozen_logps
 
@@ -143,7 +144,7 @@ def _is_fp32(model: nn.Module) -> bool:
 
 def _exact(model: nn.Module, accelerator: Accelerator) -> Autocast:
     """Without autocast where that can be: what rounding does not hide is found."""
-    attention = getattr(unwrap(model).config, "_attn_implementation", None)
+    attention = attention_of(unwrap(model).config)
     return contextlib.nullcontext if _is_fp32(model) and attention in ("eager", "sdpa") else accelerator.autocast
 
 
@@ -189,12 +190,12 @@ def known_problem(model: nn.Module) -> str | None:
         return "its adapter puts virtual tokens before each row"
     causal_lm = unwrap(model)
     name = type(causal_lm).__name__
-    if not causal_lm._can_set_attn_implementation():
+    if not is_on_attention_interface(causal_lm):
         return f"{name} is not on the attention interface of transformers"
     others = {kind for config in configs_of(causal_lm) for kind in getattr(config, "layer_types", None) or ()} - LAYERS
     if others:
         return f"{name} has layers that are not attention ({', '.join(sorted(others))})"
-    is_carried = causal_lm._is_stateful or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
+    is_carried = carries_state(causal_lm) or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
     return f"{name} carries state along its rows" if is_carried else None
 
 

@@ -25,13 +25,13 @@ from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from holdfast.attention import attending
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.head import LogitTransform, is_sharded, linear_columns, matrix_of, token_columns
+from holdfast.internals.torch import compiler, is_compiled, uncompiled
 
 CHUNK_LOGITS = 2**26
 """Logits alive at once: 256 MiB in fp32, which is 2,048 tokens of a 32k vocabulary and 441 of a 152k one."""
@@ -79,7 +79,7 @@ def score(
     """
     options = {"use_cache": False} | ({"output_router_logits": True} if router_logits else {})
     head = _CompletionHead(model, batch, statistics, chunk_tokens)
-    narrows = type(model) is not OptimizedModule  # to the compiler a forward that comes and goes is another model
+    narrows = not is_compiled(model)  # to the compiler a forward that comes and goes is another model
     switched = attending(head.causal_lm, batch.inputs, needs_mask=router_logits, narrows=narrows)
     with switched as inputs, head.installed(), _body_compiled(model, head) as run:
         outputs = run(**inputs, **options)
@@ -209,7 +209,7 @@ def _body_compiled(model: nn.Module, head: _CompletionHead) -> Iterator[nn.Modul
 
     The head that stands in is another one in every forward pass, and so would be the whole model to the compiler.
     """
-    if type(model) is not OptimizedModule:
+    if not is_compiled(model):
         yield model
         return
     body: Any = head.causal_lm.base_model
@@ -218,9 +218,9 @@ def _body_compiled(model: nn.Module, head: _CompletionHead) -> Iterator[nn.Modul
             f"{type(body).__name__} was to be scored under torch.compile, which compiles a model's body without its "
             f"head; found none at {body.base_model_prefix!r}. Use torch_compile=False."
         )
-    compiled: Any = model.dynamo_ctx
+    compiled: Any = compiler(model)
     with _patched(body, compiled(body.forward)):
-        yield cast(nn.Module, model._orig_mod)
+        yield uncompiled(model)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import cached_file
 
 from holdfast.config import DPOConfig
+from holdfast.internals.torch import dropout_class
+from holdfast.internals.transformers import has_file, loaded_from
 from holdfast.logprobs import unwrap
 from holdfast.reference.mixture import check_mixture, mixture_weights
 from holdfast.reference.model import is_quantised, pin_quantised_layers
@@ -97,12 +98,7 @@ def _mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[
 
 def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
     location = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
-    found = cached_file(
-        path, ADAPTER_CONFIG_NAME, **location,
-        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )  # fmt: skip
-    return found is not None
+    return has_file(path, ADAPTER_CONFIG_NAME, **location)
 
 
 def load_policy(model: str | nn.Module, args: DPOConfig, quantization_config: Any) -> nn.Module:
@@ -305,7 +301,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | 
 def load_tokenizer(processing_class: Any, policy: nn.Module, args: DPOConfig) -> tuple[Any, PreTrainedTokenizerBase]:
     """The processing class as handed in or loaded from the policy's own path, and its tokenizer."""
     if processing_class is None:
-        path = getattr(policy.config, "_name_or_path", "") or ""
+        path = loaded_from(policy.config)
         if not path:
             raise ValueError(
                 "No `processing_class` was given, and the model was not loaded from a path where its tokenizer could "
@@ -357,8 +353,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int
 def disable_dropout(policy: nn.Module) -> None:
     """Every dropout of the policy to zero: modules, and the probabilities that attention functions read."""
     for part in policy.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
+        if isinstance(part, dropout_class()):
+            vars(part)["p"] = 0.0
         for name, value in vars(part).items():
             if isinstance(value, float) and ("drop" in name or name == "layerdrop"):
                 setattr(part, name, 0.0)
@@ -366,5 +362,5 @@ def disable_dropout(policy: nn.Module) -> None:
 
 def default_output_dir(model: str | nn.Module) -> str:
     """`<model name>-DPO`, for a run without a config."""
-    path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    path = model if isinstance(model, str) else loaded_from(model.config)
     return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"

@@ -15,6 +15,7 @@ from holdfast import head
 from holdfast.batch import PairBatch
 from holdfast.data.layouts import PaddedLayout
 from holdfast.logprobs import LogitTransform, _known_transform, score
+from recomputation import recompute
 from shared_rows import assert_equal_logps
 
 Row = dict[str, list[int]]
@@ -163,7 +164,7 @@ def test_prompt_tuning_keeps_the_places_of_real_tokens() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute(model, use_reentrant)
     model.enable_input_require_grads()
     assert_same(model.train(), oracle_model=plain)
 

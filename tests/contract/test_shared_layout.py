@@ -24,6 +24,7 @@ from holdfast.batch import PairBatch
 from holdfast.data.shared import SharedLayout
 from holdfast.layout import shared_problem
 from holdfast.pieces import Pieces
+from recomputation import recompute
 from shared_rows import ROWS, assert_same, logps_of, oracle_logps, padded_batch, problem, shared_batch
 
 WRONG = {"lfm2", "falcon_h1"}
@@ -168,7 +169,7 @@ def test_the_tolerance_of_half_precision_is_a_mean() -> None:
 def test_activation_checkpointing_computes_the_same_again(family: str, use_reentrant: bool) -> None:
     """The backward pass runs when the model's own attention is back in its place."""
     model, plain = tiny_model(family), tiny_model(family)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute(model, use_reentrant)
     model.enable_input_require_grads()
     assert_same(model.train(), oracle_model=plain)
 
@@ -199,7 +200,7 @@ def test_ordinary_calls_are_untouched() -> None:
 
 def test_the_model_s_attention_is_back_after_a_failure() -> None:
     model, batch = tiny_model("llama"), shared_batch()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, False)
     functions = {name: vars(module).get("_gradient_checkpointing_func") for name, module in model.named_modules()}
     broken = replace(batch, inputs=batch.inputs | {"input_ids": batch.inputs["input_ids"] + VOCABULARY})
     with pytest.raises(IndexError):

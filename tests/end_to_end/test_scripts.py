@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from policies import config, logged, rows, trainer
+from recomputation import NAME
 from tiny import preference_rows, tokenizer
 
 # --- command lines ----------------------------------------------------------------------------------------------------
@@ -35,12 +36,12 @@ def parsed(*options: str) -> DPOConfig:
         ),
         (("--gradient_checkpointing",), {"gradient_checkpointing": True}),
         (("--gradient_checkpointing", "False"), {"gradient_checkpointing": False}),
-        (("--no_gradient_checkpointing",), {"gradient_checkpointing": False, "activation_checkpointing": False}),
+        (("--no_gradient_checkpointing",), {"gradient_checkpointing": False, NAME: False}),
         (
             ("--gradient_checkpointing_kwargs", '{"use_reentrant": false}'),
             {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
         ),
-        (("--activation_checkpointing", "False"), {"gradient_checkpointing": False}),
+        ((f"--{NAME}", "False"), {"gradient_checkpointing": False}),
         (("--no_disable_dropout",), {"disable_dropout": False}),
         (("--pad_to_multiple_of", "8"), {"pad_to_multiple_of": 8}),
         (("--pad_to_multiple_of", "auto"), {"pad_to_multiple_of": None}),

@@ -18,6 +18,7 @@ from holdfast.data.layouts import PaddedLayout
 from holdfast.losses import LOSSES
 from holdfast.reference.base import digest
 from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
+from recomputation import NAME
 from tiny import preference_rows, tokenizer
 
 
@@ -363,7 +364,8 @@ def test_defaults_of_the_config(tmp_path: Path) -> None:
     assert made.loss_type == ["sigmoid"]
     assert json.loads(made.to_json_string())["ref_model_mixup_alpha"] == 0.6
     assert DPOConfig(output_dir=str(tmp_path), gradient_checkpointing=False).gradient_checkpointing is False
-    assert DPOConfig(output_dir=str(tmp_path), activation_checkpointing=False).gradient_checkpointing is False
+    renamed_option: dict[str, Any] = {NAME: False}
+    assert DPOConfig(output_dir=str(tmp_path), **renamed_option).gradient_checkpointing is False
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

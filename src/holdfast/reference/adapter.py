@@ -14,10 +14,12 @@ from typing import Any, Self, final
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
+from holdfast.internals.peft import switched
 from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, frozen_logps
 from holdfast.reference.identity import Identity
 from holdfast.reference.snapshot import holding
@@ -44,7 +46,7 @@ class AdapterReference(FixedReference):
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
-        with holding(self._policy, self._frozen) if self._frozen else _adapters_off(self._policy):
+        with holding(self._policy, self._frozen) if self._frozen else switched(self._policy, None):
             yield
 
     def held(self) -> AbstractContextManager[None]:
@@ -101,26 +103,9 @@ def adds_nothing(policy: nn.Module) -> bool:
                     if all(bool(factor.detach().any()) for factor in factors):
                         return False
                     inert.update(id(factor) for factor in factors)
-        elif isinstance(layer, BaseTunerLayer):
-            return False
+        elif isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return False  # a module that is saved whole may be a trained one
     return all(id(parameter) in inert for parameter in policy.parameters() if parameter.requires_grad)
-
-
-@contextlib.contextmanager
-def _adapters_off(policy: nn.Module) -> Iterator[None]:
-    """All tuner layers of `policy` off.
-
-    peft's own `disable_adapter()` sets `requires_grad` of every factor on leaving, also of those a user had frozen, and
-    inspects the whole model on each call; the flag it ends in is all that is needed.
-    """
-    layers = [m for m in policy.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 @contextlib.contextmanager

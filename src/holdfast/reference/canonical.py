@@ -26,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from holdfast.internals.torch import own_state
 from holdfast.reference.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
@@ -92,9 +93,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     books too, without which W and 2 W would be the same codes."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if not all(tensor.is_floating_point() for tensor in (*own.values(), *module.buffers(recurse=False))):
-        state: dict[str, Tensor] = {}
-        module._save_to_state_dict(state, "", keep_vars=False)
-        own |= {name: tensor for name, tensor in state.items() if name not in own}
+        own |= {name: tensor for name, tensor in own_state(module).items() if name not in own}
     held = {name: value for name, value in vars(module).items() if isinstance(value, Tensor) and _counts(name)}
     return own | dict(module.named_buffers(recurse=False)) | held
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 
 from holdfast.batch import PairBatch
+from holdfast.internals.transformers import attention_of
 from holdfast.reference.base import Reference, digest
 from holdfast.reference.identity import Identity, numerics
 
@@ -88,7 +89,7 @@ def provenance(
     the weights are sharded over processes, so that nobody has read them. `first` is the first pair as a batch."""
     device, mixed_precision = next(policy.parameters()).device, "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
     if identity is None:
-        dtype, attention = str(next(policy.parameters()).dtype), str(policy.config._attn_implementation)
+        dtype, attention = str(next(policy.parameters()).dtype), str(attention_of(policy.config))
         known = Identity(tensors={}, settings={}, attention=attention, dtype=dtype)
     else:
         known = identity

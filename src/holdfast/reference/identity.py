@@ -16,6 +16,7 @@ from typing import Any, Self, final
 import torch
 from torch import nn
 
+from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.reference.canonical import has_moving_rotations, parts
 from holdfast.reference.digests import tensor_digests
 from holdfast.reference.manifest import StoreKey
@@ -71,9 +72,9 @@ class Identity:
         return cls(
             tensors=tensor_digests(tensors),
             settings=_plain(settings),
-            attention=" ".join(dict.fromkeys(str(getattr(c, "_attn_implementation", None)) for _, c in configs)),
+            attention=" ".join(dict.fromkeys(str(attention_of(c)) for _, c in configs)),
             dtype=" ".join(sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()})),
-            description=str(getattr(root, "_name_or_path", "") or type(module).__name__),
+            description=str(loaded_from(root) or type(module).__name__),
         )
 
     @classmethod

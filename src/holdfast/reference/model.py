@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
+from holdfast.internals.torch import hooks_before, own_state
 from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
 from holdfast.reference.identity import Identity
 from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
@@ -122,9 +123,7 @@ def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         parameters = dict(part.named_parameters(recurse=False))
         if all(tensor.is_floating_point() for tensor in (*parameters.values(), *part.buffers(recurse=False))):
             continue
-        state: dict[str, Tensor] = {}
-        part._save_to_state_dict(state, "", keep_vars=False)
-        for key, tensor in state.items():
+        for key, tensor in own_state(part).items():
             if key not in parameters:
                 yield f"{name}.{key}", tensor
 
@@ -142,7 +141,7 @@ def pin_quantised_layers(module: nn.Module) -> nn.Module:
     repacks the weights for good (4 bit): an evaluation would silently end the training of all layers below.
     """
     for part in module.modules():
-        is_pinned = _in_training_mode in part._forward_pre_hooks.values()
+        is_pinned = _in_training_mode in hooks_before(part)
         if not is_pinned and not all(p.is_floating_point() for p in part.parameters(recurse=False)):
             part.register_forward_pre_hook(_in_training_mode)
     return module

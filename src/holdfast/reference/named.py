@@ -12,11 +12,11 @@ from typing import Any, final
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
+from holdfast.internals.peft import adapter_layers, switched
 from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, frozen_logps
 from holdfast.reference.identity import Identity
 
@@ -36,18 +36,8 @@ class NamedAdapterReference(FixedReference):
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
-        flags: dict[str, Any] = {"_active_adapter": [self._name], "_disable_adapters": False}
-        if self._name == BASE:
-            flags = {"_disable_adapters": True}
-        layers = adapter_layers(self._policy)
-        kept = [{flag: getattr(layer, flag) for flag in flags} for layer in layers]
-        try:
-            for layer in layers:
-                vars(layer).update(flags)
+        with switched(self._policy, None if self._name == BASE else self._name):
             yield
-        finally:
-            for layer, values in zip(layers, kept, strict=True):
-                vars(layer).update(values)
 
     def held(self) -> AbstractContextManager[None]:
         """See `Reference.held`."""
@@ -84,11 +74,6 @@ class NamedAdapterReference(FixedReference):
         return None
 
 
-def adapter_layers(policy: nn.Module) -> list[Any]:
-    """The layers of a PEFT model that have adapters, modules that are saved whole among them."""
-    return [part for part in policy.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-
-
 def check_adapter(option: str, name: str, policy: PeftModel) -> None:
     """ValueError where the policy has no adapter `name`, saying which it has and which is nearest."""
     if name in policy.peft_config:
@@ -122,7 +107,7 @@ def check_named(policy: nn.Module, name: str) -> PeftModel:
             f"ref_adapter_name={name!r} is the adapter that trains, so the reference would train along. Load the "
             "adapter under a second name, or leave ref_adapter_name out: the policy as it starts to train is kept."
         )
-    own = {id(p) for layer in adapter_layers(policy) for p in _adapter_parameters(layer)}
+    own = {id(p) for layer in adapter_layers(policy).values() for p in _adapter_parameters(layer)}
     moving = [key for key, p in policy.named_parameters() if p.requires_grad and id(p) not in own]
     if moving:
         raise ValueError(

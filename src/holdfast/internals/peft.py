@@ -1,0 +1,167 @@
+"""Private names of peft: the flags that say which adapters a layer computes with, and the proof that they do.
+
+peft's own `disable_adapter()` and `set_adapter()` change `requires_grad` of every factor, also of those that a user had
+frozen, and look through the whole model on each call. The two flags that they end in are all that is needed. But a
+renamed flag is set without effect, and then the reference is the policy for ever. So after every switch each layer is
+asked, by peft's public properties, what it computes with; and once per process a layer made for it must give the
+numbers.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from holdfast.internals.moved import MovedError
+
+_FLAGS = ("_disable_adapters", "_active_adapter")
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """By path, the layers of `model` that have adapters, modules that are saved whole among them."""
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def adapters_of(layer: Any) -> set[str]:
+    """The names of the adapters that a layer has parts of."""
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        parts: list[Any] = [getattr(layer, "modules_to_save", None)]
+    else:
+        parts = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    return {name for part in parts if isinstance(part, nn.ModuleDict | nn.ParameterDict) for name in part}
+
+
+@contextlib.contextmanager
+def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside, the layers of `model` compute with `adapter` alone, or without any where it is None; on leaving, as
+    before. No `requires_grad` is touched.
+
+    MovedError where peft does not do so. ValueError where an adapter is merged, since peft would take it out of the
+    weights in the first forward pass without it, or leave it in beside another.
+    """
+    layers = adapter_layers(model)
+    check_unmerged(layers)
+    check_switching()
+    with _switched(layers, adapter):
+        yield
+
+
+def check_unmerged(layers: dict[str, Any]) -> None:
+    """ValueError where a layer has adapters merged into its weight."""
+    merged = {path: list(layer.merged_adapters) for path, layer in layers.items() if layer.merged_adapters}
+    if merged:
+        path, names = next(iter(merged.items()))
+        raise ValueError(
+            f"The model was to compute with other adapters than it does, but {names} are merged into `{path}` (and "
+            f"{len(merged) - 1} more layers), so it would lose them. Call `model.unmerge_adapter()` first, or "
+            "`model.merge_and_unload()` and train a fresh adapter."
+        )
+
+
+@contextlib.contextmanager
+def _switched(layers: dict[str, Any], adapter: str | None) -> Iterator[None]:
+    before = {path: _state(path, layer) for path, layer in layers.items()}
+    flags = (True, None) if adapter is None else (False, [adapter])
+    try:
+        for path, layer in layers.items():
+            _set(layer, flags[0], before[path][1] if adapter is None else flags[1])
+        for path, layer in layers.items():
+            _check_state(path, layer, flags)
+        yield
+    finally:
+        for path, layer in layers.items():
+            _set(layer, *before[path])
+    for path, layer in layers.items():
+        _check_state(path, layer, before[path])
+
+
+def _state(path: str, layer: Any) -> tuple[bool, Any]:
+    """Whether the layer's adapters are off, and which are active: by its flags, which must be what it says itself."""
+    missing = [flag for flag in _FLAGS if flag not in vars(layer) and not hasattr(type(layer), flag)]
+    if missing:
+        raise MovedError("peft", f"{type(layer).__name__}.{missing[0]}", f"`{path}` has no such attribute")
+    is_off, active = (getattr(layer, flag) for flag in _FLAGS)
+    _check_state(path, layer, (is_off, active))
+    return is_off, active
+
+
+def _set(layer: Any, is_off: bool, active: Any) -> None:
+    layer._disable_adapters = is_off
+    layer._active_adapter = active
+
+
+def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
+    """MovedError where the layer does not say that it is as it was set; the active adapters count where not None."""
+    is_off, active = wanted
+    kind = type(layer).__name__
+    if layer.disable_adapters is not is_off:
+        said = f"`{path}` says disable_adapters={layer.disable_adapters} after it was set to {is_off}"
+        raise MovedError("peft", f"{kind}._disable_adapters", said)
+    names = [active] if isinstance(active, str) else active
+    if names is not None and list(layer.active_adapters) != list(names):
+        said = f"`{path}` says active_adapters={layer.active_adapters} after they were set to {names}"
+        raise MovedError("peft", f"{kind}._active_adapter", said)
+
+
+# --- seen in numbers --------------------------------------------------------------------------------------------------
+
+
+class _Tiny(nn.Module):
+    """Two linear maps: one gets LoRA factors, of the other an adapter has a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4, bias=False)
+        self.head = nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@functools.cache
+def check_switching() -> None:
+    """MovedError where, on a layer made for it, adapters that are off still count, or others than the one named do.
+
+    Once per process: a check that held is not made again.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        tiny = _Tiny().float()
+        config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_lora_weights=False)
+        model: Any = get_peft_model(tiny, config, adapter_name="first")  # type: ignore[arg-type]
+        model.add_adapter("second", config)
+        for number, parameter in enumerate(model.parameters()):
+            ramp = torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape)
+            parameter.copy_(torch.cos(ramp + number))
+        model.eval()
+        _check_numbers(model, torch.tensor([[1.0, -2.0, 0.5]]))
+
+
+def _check_numbers(model: Any, x: Tensor) -> None:
+    """The numbers of each state of the tiny model, beside the same from its weights by hand."""
+    layers = adapter_layers(model)
+    body, head = model.base_model.model.body, model.base_model.model.head
+    before = model(x)
+    base = x @ body.base_layer.weight.T @ head.original_module.weight.T
+    by_hand: dict[str | None, Tensor] = {None: base}
+    for name in ("first", "second"):
+        product = body.scaling[name] * body.lora_B[name].weight @ body.lora_A[name].weight
+        by_hand[name] = x @ (body.base_layer.weight + product).T @ head.modules_to_save[name].weight.T
+    gaps = {}
+    for adapter, expected in by_hand.items():
+        with _switched(layers, adapter):
+            gaps[adapter] = float((model(x) - expected).abs().max())
+    gaps["before"] = float((before - by_hand["first"]).abs().max())
+    gaps["after"] = float((model(x) - before).abs().max())
+    for state, gap in gaps.items():
+        if not gap < 1e-4:
+            which = "without adapters" if state is None else state
+            raise MovedError("peft", "LoraLayer.forward", f"{which} a layer's output is wrong by {gap:.3g}")
+    if float((before - base).abs().max()) < 1e-2:
+        raise MovedError("peft", "LoraLayer.forward", "a layer gives the base's output with its adapter on")
