@@ -26,7 +26,7 @@ LAYERS = (
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
     {"config"},
-    {"arguments", "card", "independence", "layout", "metrics", "models", "trainer", "windows"},
+    {"adapters", "arguments", "card", "independence", "layout", "metrics", "models", "trainer", "windows"},
     {"runfile", "demo"},
     {"assembly"},
     {"store_cli"},
@@ -112,6 +112,68 @@ def test_losses_stand_on_torch_and_batch_alone():
     outside = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
     assert {name for name in outside if name.split(".")[0] not in ("torch", "jaxtyping", "holdfast")} == set()
     assert {".".join(name.split(".")[:2]) for name in outside if name.startswith("holdfast")} == {"holdfast.batch"}
+
+
+def private_names_of_others(source: str, own: set[str]) -> list[str]:
+    """The private names (`_x`) in `source` that are none of the package's own: attributes, texts that name one in
+    `getattr` and its like, and imports."""
+    tree = ast.parse(source)
+    found = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTE_FUNCTIONS:
+            found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+    for name in imported(tree):
+        if name.split(".")[0] in LIBRARIES:
+            found += name.split(".")
+    is_private = re.compile(r"_(?!_)\w+")
+    return sorted({name for name in found if is_private.fullmatch(str(name)) and name not in own | OF_PYTHON})
+
+
+def own_private_names() -> set[str]:
+    """Every private name that the package itself defines, but for those that `Trainer` knows too."""
+    names: set[str] = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                    names.add(name)
+                case (
+                    ast.Name(id=name, ctx=ast.Store())
+                    | ast.Attribute(value=ast.Name(id="self" | "cls" | "store"), attr=name, ctx=ast.Store())
+                ):
+                    names.add(name)
+                case ast.alias(name=name):
+                    names.add(name)
+    return names
+
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+ATTRIBUTE_FUNCTIONS = {"getattr", "setattr", "hasattr", "delattr"}
+OF_PYTHON = {"_replace", "_asdict", "_fields", "_exit"}
+"""Public names of the standard library that look private."""
+
+
+@module
+def test_private_names_of_libraries_stand_in_internals(path):
+    """Behind probes (see `holdfast.internals`); in `trainer.py` those of `Trainer` that the table there lists."""
+    from holdfast.internals.transformers import CALLED, OVERRIDDEN
+
+    if part_of(path) == "internals":
+        return
+    allowed = own_private_names() | set(OVERRIDDEN) | set(CALLED) | {"_signature_columns"}
+    assert private_names_of_others(path.read_text(encoding="utf-8"), allowed) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "model._forward_hooks", "layer._disable_adapters = True", "getattr(config, '_attn_implementation', None)",
+        "from torch._dynamo import OptimizedModule", "import torch._dynamo", "from peft.utils import _get_submodules",
+        "hasattr(model, '_orig_mod')", "self.accelerator._models", "setattr(layer, '_active_adapter', [])",
+    ],
+)  # fmt: skip
+def test_a_planted_private_name_is_found(planted):
+    assert private_names_of_others(planted, own_private_names())
 
 
 @module

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
 from holdfast.heap import keep_freed_memory
+from holdfast.internals.transformers import check_trainer
 from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_model_entries
 
 
@@ -25,6 +26,7 @@ def checked_arguments(
 
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """
+    check_trainer()
     if args is None:
         args = DPOConfig(output_dir=default_output_dir(model))
     if not isinstance(args, DPOConfig):

@@ -26,7 +26,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from holdfast.adapters import check_policy_adapters
 from holdfast.config import DPOConfig
+from holdfast.internals.peft import activate
 from holdfast.internals.torch import dropout_class
 from holdfast.internals.transformers import has_file, loaded_from
 from holdfast.logprobs import unwrap
@@ -132,6 +134,7 @@ def make_policy(
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
     policy = load_policy(model, args, quantization_config)
     _check_not_repacked(policy)
+    check_policy_adapters(policy)
     policy = with_adapter(pin_quantised_layers(policy), peft_config, args.model_adapter_name)
     if is_adapted(policy) and args.gradient_checkpointing:
         _check_recomputable(policy)
@@ -279,7 +282,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | 
                 "adapters. Pass a PeftModel or a `peft_config`, or drop it."
             )
         check_adapter("model_adapter_name", name, policy)
-        policy.set_adapter(name)
+        activate(policy, name)
     elif is_quantised(policy) and not is_adapted(policy):
         raise ValueError(
             f"The policy is a quantised {type(policy).__name__} without adapters, of which nothing but norms and "

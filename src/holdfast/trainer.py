@@ -41,7 +41,6 @@ from holdfast.independence import (
     pin_rotations,
     untouched,
 )
-from holdfast.internals.transformers import check_trainer
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
@@ -125,7 +124,6 @@ class DPOTrainer(Trainer):
             prepared: Any = prepare_dataset(train_dataset, name="train", **self._prepare_options)
             prepared_eval: Any = prepare_eval(eval_dataset, **self._prepare_options)
 
-        check_trainer()
         super().__init__(
             model=policy,
             args=args,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -93,8 +93,11 @@ def _state(path: str, layer: Any) -> tuple[bool, Any]:
 
 
 def _set(layer: Any, is_off: bool, active: Any) -> None:
-    layer._disable_adapters = is_off
-    layer._active_adapter = active
+    for flag, value in zip(_FLAGS, (is_off, active), strict=True):
+        try:
+            setattr(layer, flag, value)
+        except AttributeError as error:
+            raise MovedError("peft", f"{type(layer).__name__}.{flag}", str(error)) from None
 
 
 def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
@@ -108,6 +111,15 @@ def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
     if names is not None and list(layer.active_adapters) != list(names):
         said = f"`{path}` says active_adapters={layer.active_adapters} after they were set to {names}"
         raise MovedError("peft", f"{kind}._active_adapter", said)
+
+
+def activate(policy: PeftModel, adapter: str) -> None:
+    """Makes `adapter` the one that `policy` computes with and trains. MovedError where peft does not do so."""
+    policy.set_adapter(adapter)
+    for path, layer in adapter_layers(policy).items():
+        if adapter in adapters_of(layer) and list(layer.active_adapters) != [adapter]:
+            said = f"`{path}` says active_adapters={layer.active_adapters} after {adapter!r} was set"
+            raise MovedError("peft", "PeftModel.set_adapter", said)
 
 
 # --- seen in numbers --------------------------------------------------------------------------------------------------

@@ -20,6 +20,11 @@ def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:
     return list(looked_up("torch", module, "_forward_pre_hooks").values())
 
 
+def hooks_after(module: nn.Module) -> list[Callable[..., Any]]:
+    """What runs after the module's forward pass."""
+    return list(looked_up("torch", module, "_forward_hooks").values())
+
+
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """What the module itself would save, without its children: its tensors, and a quantised weight's scales."""
     state: dict[str, Tensor] = {}

@@ -127,6 +127,13 @@ def carries_state(causal_lm: PreTrainedModel) -> bool:
     return bool(looked_up("transformers", causal_lm, "_is_stateful"))
 
 
+def has_own_adapters(causal_lm: nn.Module) -> bool:
+    """Whether transformers itself put an adapter into the model."""
+    if not isinstance(causal_lm, PreTrainedModel):
+        return False
+    return bool(looked_up("transformers", causal_lm, "_hf_peft_config_loaded"))
+
+
 def loaded_from(config: Any) -> str:
     """The path or hub id that a model with this config was loaded from; empty where there is none."""
     return getattr(config, "name_or_path", "") or ""

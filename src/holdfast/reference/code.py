@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.internals.torch import hooks_after, hooks_before
 from holdfast.reference.digests import tensor_digest
 
 _LIBRARIES = {
@@ -31,8 +32,7 @@ _REMOTE = "transformers_modules"
 def code_of(module: nn.Module) -> dict[str, str]:
     """By kind (`code`, `forward`, `hooks`), what of the module's own computation is no library's. Empty for most."""
     found = {"code": _of_class(type(module)), "forward": _of_forward(module)}
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    found["hooks"] = " ".join(filter(None, map(_of_function, hooks)))
+    found["hooks"] = " ".join(filter(None, map(_of_function, (*hooks_before(module), *hooks_after(module)))))
     return {kind: text for kind, text in found.items() if text}
 
 
