@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+FAST := -m "not slow and not peer"
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs peer clean
+.PHONY: help demo test test-oldest check lint format docs peer clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offline
 	$(BIN)/holdfast demo
@@ -18,11 +20,16 @@ demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offlin
 test: $(VENV)/test.stamp  ## run every test that needs nothing but this package
 	$(BIN)/python -m pytest -n 2
 
-check: $(VENV)/dev.stamp  ## format check, lint, types, fast tests, docs build
+test-oldest: $(OLDEST)/test.stamp  ## run the fast tests on the oldest versions that are claimed
+	$(OLDEST)/bin/python -m pytest -n 2 $(FAST)
+
+check: lint  ## format check, lint, types, docs build, fast tests
+	$(BIN)/python -m pytest -n 2 $(FAST)
+
+lint: $(VENV)/dev.stamp  ## format check, lint, types, docs build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 -m "not slow and not peer"
 	$(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/dev.stamp  ## rewrite the code in the house format
@@ -36,18 +43,26 @@ peer: $(VENV)/peer.stamp  ## compare numbers with another trainer
 	$(BIN)/python -m pytest -n 2 -m peer
 
 clean:  ## remove the virtual environment and everything that was built
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
+%/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "holdfast needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12" % v[:2])'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PYTHON) -m venv $* || { rm -rf $*; exit 1; }
 
 # torch goes first, and alone, so that a platform's own build of it is found before anything else can ask for one.
 $(VENV)/torch.stamp: constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $<)"
+	@touch $@
+
+$(OLDEST)/torch.stamp: constraints-oldest.txt | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $<)"
 	@touch $@
 
 # test.stamp, dev.stamp, peer.stamp: the package with that extra; redone when what it depends on changes.
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+$(OLDEST)/test.stamp: pyproject.toml constraints-oldest.txt $(OLDEST)/torch.stamp
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
 	@touch $@

@@ -5,8 +5,8 @@ from typing import Any, final
 
 TESTED = {
     "torch": ("2.13.0", "2.13.0"),
-    "transformers": ("5.3.0", "5.23.0"),
-    "peft": ("0.18.0", "0.21.2"),
+    "transformers": ("5.10.1", "5.23.0"),
+    "peft": ("0.20.0", "0.21.2"),
     "accelerate": ("1.4.0", "1.15.0"),
 }
 """The oldest and the newest version of each library that the tests ran on."""

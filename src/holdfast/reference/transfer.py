@@ -130,7 +130,7 @@ def read_exported(file: Path) -> Manifest:
             f"the exported store {file} was to be read; there is no such file. Give the path of a file that "
             "`holdfast store export` wrote."
         ) from error
-    except (Damaged, pa.ArrowException, OSError) as error:
+    except (Damaged, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"the exported store {file} was to be read, but it is damaged or something else: {error}. Copy or export "
             "it again; nothing was taken from it."
