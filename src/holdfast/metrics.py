@@ -6,7 +6,6 @@ Nothing here waits for the device until `Tally.reset`. Given up: running values 
 Names and meanings are those of the common DPO trainer, plus `reference/*`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
@@ -144,15 +143,6 @@ def motion(reference: Reference, step: int, sync_steps: int) -> dict[str, float]
     space) and `reference/age` (optimizer steps since)."""
     age = step % sync_steps
     return {"reference/version": reference.version, "reference/drift": reference.drift, "reference/age": age}
-
-
-def check_loss(loss: float, step: int) -> None:
-    """ValueError where the mean loss since the last log is NaN."""
-    if math.isnan(loss):
-        raise ValueError(
-            f"The loss is NaN at step {step}. Lower the learning rate, or train in bf16 or fp32 rather than fp16; the "
-            "last checkpoint is from before."
-        )
 
 
 def tokens_logged(log_history: list[dict[str, Any]]) -> float:

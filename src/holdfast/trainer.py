@@ -33,6 +33,7 @@ from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import SharedLayout, unshared
 from holdfast.data.tokenize import check_vocabulary
+from holdfast.finite import check_finite, check_loss, infinite_buffers
 from holdfast.independence import (
     Dependence,
     check_resumable,
@@ -44,7 +45,7 @@ from holdfast.independence import (
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics, check_loss, means, motion, tokens_logged
+from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
 from holdfast.models import (
     RefModel,
     load_ref_models,
@@ -56,13 +57,14 @@ from holdfast.models import (
     same_on_all_processes,
 )
 from holdfast.parts import score_in_parts
+from holdfast.policy_state import best_checkpoint, check_loaded, load_adapters, policy_digest
 from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
 from holdfast.reference.given import all_bring_logps, with_given, without_given
-from holdfast.reference.sync import SyncCallback
+from holdfast.reference.sync import SyncCallback, is_adapted
 from holdfast.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class DPOTrainer(Trainer):
     args: DPOConfig
     model: nn.Module
     _is_introduced = False
+    _masks: frozenset[str] = frozenset()
     _provenance: checkpoints.Provenance | None = None
     reference: Reference | None = None
 
@@ -236,6 +239,7 @@ class DPOTrainer(Trainer):
         """Audit the reference, then train; see `transformers.Trainer.train`."""
         checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
+        self._masks = infinite_buffers(self.model)
         self._place = StreamPlace(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
         output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
@@ -328,6 +332,9 @@ class DPOTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs_and_batches = super()._init_training_state(*args, **kwargs)
+        if self.args.load_best_model_at_end:
+            best = best_checkpoint(self.state, Path(str(self.args.output_dir)))
+            self.state.best_model_checkpoint = str(best) if best is not None else None
         if not isinstance(self.train_dataset, IterableDataset):
             return epochs_and_batches
         return self._place.num_passes, self._place.num_batches
@@ -396,12 +403,19 @@ class DPOTrainer(Trainer):
             totals = self._tallies["train"].reset(self._sum_over_processes)
             num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
             metrics = means(totals)
-            check_loss(metrics.pop("loss", 0.0), self.state.global_step)
+            loss, step, folder = metrics.pop("loss", 0.0), self.state.global_step, Path(str(self.args.output_dir))
+            check_loss(loss, step=step, folder=folder)
+            if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted
+                self._check_finite(loss, folder)
             if metrics:
                 logs = logs | metrics | {"num_tokens": tokens_logged(self.state.log_history) + num_tokens}
             if metrics and self.reference is not None and self.args.sync_ref_model:
                 logs |= motion(self.reference, self.state.global_step, self.args.ref_model_sync_steps)
         super().log(logs, *args, **kwargs)
+
+    def _check_finite(self, loss: float, folder: Path) -> None:
+        what = self.model, self.optimizer, self.reference if self.args.should_save else None, loss, self._masks
+        check_finite(*what, step=self.state.global_step, folder=folder)
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
@@ -431,8 +445,37 @@ class DPOTrainer(Trainer):
             )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        self._check_finite(self._tallies["train"].total("loss", self._sum_over_processes), folder)
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
         save = partial(super()._save_checkpoint, model, trial)
-        what = self.reference, self._provenance, self._place.record()
-        checkpoints.save_complete(checkpoint, save, *what, self.args, self.state, self.accelerator)
+        checkpoints.save_complete(self, checkpoint, save, self.reference, self._provenance, self._record)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(checkpoint))
+
+    def _record(self) -> dict[str, Any]:  # what a checkpoint's manifest says besides
+        policy = policy_digest(self.model, is_sharded=self._is_sharded)
+        return {"place": self._place.record(), "policy": policy}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if is_adapted(self.model) and not self._is_sharded:
+            load_adapters(self.model, checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)
+
+    def _load_best_model(self) -> None:
+        """The policy and its reference as they were at the best checkpoint. ValueError where they cannot be loaded."""
+        best = best_checkpoint(self.state, Path(str(self.args.output_dir)))
+        assert best is not None
+        self.state.best_model_checkpoint = str(best)
+        if self._is_sharded:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best))
+        checkpoints.load_reference(best, self.reference, self._provenance)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: transformers would push in the middle of a save, and `_save_checkpoint` does once it is complete."""

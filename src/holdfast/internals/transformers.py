@@ -30,6 +30,9 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_get_dataloader": ("dataset", "description", "batch_size"),
     "_get_train_sampler": ("train_dataset",),
     "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"),
+    "_load_best_model": (),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
 }
@@ -37,7 +40,6 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
-    "_load_from_checkpoint": ("resume_from_checkpoint",),
     "_prepare_inputs": ("inputs",),
 }
 """Private methods of `Trainer` that `DPOTrainer` calls as they are."""

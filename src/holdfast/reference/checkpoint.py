@@ -6,6 +6,7 @@ checkpoint as complete: a kill inside a save leaves a folder that no resume will
 checkpoints that carry no manifest, whose reference nobody recorded.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from accelerate import Accelerator
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from holdfast.batch import PairBatch
 from holdfast.internals.transformers import attention_of
@@ -151,15 +153,15 @@ def dataset_digest(dataset: Any) -> str | None:
 
 
 def save_reference(
-    checkpoint: Path, reference: Reference | None, provenance: Provenance | None, place: Mapping[str, int]
+    checkpoint: Path, reference: Reference | None, provenance: Provenance | None, record: Mapping[str, Any]
 ) -> None:
-    """Writes the checkpoint's `reference/` folder, its manifest last: from then on the checkpoint is complete. `place`
-    says where in the data the run is."""
+    """Writes the checkpoint's `reference/` folder, its manifest last: from then on the checkpoint is complete. `record`
+    is what the manifest says of the run besides: where in the data it is, and the digest of the policy."""
     folder = checkpoint / FOLDER
     staged = checkpoint / f"{FOLDER}.partial"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    manifest: dict[str, Any] = {"format": FORMAT, "kind": "none", "place": dict(place)}
+    manifest: dict[str, Any] = {"format": FORMAT, "kind": "none", **record}
     if reference is not None and provenance is not None:
         state = {name: tensor.detach().contiguous().cpu() for name, tensor in reference.state_dict().items()}
         if state:
@@ -207,6 +209,11 @@ def load_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
             f"{checkpoint / FOLDER / STATE} does not have the digest that its manifest records: it was changed or "
             "damaged. Resume from an earlier checkpoint."
         )
+    if not state and manifest["version"] == 0 < reference.version:
+        raise ValueError(
+            f"The reference was to go back to where it was at {checkpoint}, before its first move, but it has moved "
+            f"{reference.version} times and that checkpoint does not hold it. Make the trainer again to load it."
+        )
     reference.load_state_dict(state, manifest["version"], manifest["drift"])
 
 
@@ -228,27 +235,30 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def save_complete(
+    trainer: Trainer,
     checkpoint: Path,
     save: Callable[[], None],
     reference: Reference | None,
     provenance: Provenance | None,
-    place: Mapping[str, int],
-    args: TrainingArguments,
-    state: TrainerState,
-    accelerator: Accelerator,
+    record: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """What `save()` writes and `save_reference` after it; older checkpoints go only when this one is complete."""
+    """What `save()` of the trainer writes and `save_reference` after it; older checkpoints go only when this one is
+    complete. `record()` says what else the manifest records."""
+    args: Any = trainer.args
     if args.should_save:
         reopen(checkpoint)
-    limit, args.save_total_limit = args.save_total_limit, None
+    trainer.args = copy.copy(args)  # the user's own stay as they are
+    trainer.args.save_total_limit = None
     try:
         save()
     finally:
-        args.save_total_limit = limit
-    accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
+        trainer.args = args
+    trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
     if args.should_save:
-        save_reference(checkpoint, reference, provenance, place)
-        rotate(checkpoint.parent, limit, state.best_model_checkpoint)
+        if (checkpoint / TRAINING_ARGS_NAME).is_file():
+            torch.save(args, checkpoint / TRAINING_ARGS_NAME)
+        save_reference(checkpoint, reference, provenance, record())
+        rotate(checkpoint.parent, args.save_total_limit, trainer.state.best_model_checkpoint)
 
 
 def reopen(checkpoint: Path) -> None:
@@ -285,7 +295,7 @@ def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
     found = complete_checkpoints(run_folder)
     if not limit or limit < 1:
         return
-    kept = {found[-1]} | ({Path(best)} & set(found) if best else set())
+    kept = {found[-1]} | {path for path in found if best is not None and path.name == Path(best).name}
     for checkpoint in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
         reopen(checkpoint)  # a kill while it is deleted leaves no half of it to resume from
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -84,8 +84,8 @@ class ModelReference(Reference):
         return Identity.of(self._module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moved weights, in fp32 where their state is; empty while it has not moved."""
-        if self.version == 0:
+        """The weights of one that moves, in fp32 where their state is; empty for a fixed one."""
+        if self._policy is None:
             return {}
         return dict(self._module.named_parameters()) | dict(self._mixture.tensors())
 

@@ -119,8 +119,8 @@ class SnapshotReference(Reference):
             return Identity.of(self._policy)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moved values; empty while it has not moved."""
-        if not self.version:
+        """The values of one that moves; empty for a fixed one."""
+        if self._motion == "fixed":
             return {}
         if self._is_policy:
             tensors, factors = self._of_policy()

@@ -91,6 +91,8 @@ class Mixture:
     @torch.no_grad()
     def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Weights and fp32 state as `state` holds them; nothing changes where it is empty."""
+        if state:
+            self._fp32 = {}
         for name, values in state.items():
             if name in reference:
                 reference[name].copy_(values)

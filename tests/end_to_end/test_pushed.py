@@ -1,0 +1,108 @@
+"""What is pushed to the hub is complete when the upload begins, and options are written as the user gave them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.trainer
+
+from families import tiny_model
+from policies import POLICIES, config, trainer
+
+OPTIONS = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 3, "push_to_hub": True}
+OPTIONS |= {"hub_model_id": "someone/tuned", "hub_always_push": True}
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1}
+
+
+class Hub:
+    """Records the files of a folder at the moment at which its upload begins."""
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, str | None, set[str]]] = []
+
+    def __call__(self) -> "Hub":
+        return self
+
+    def upload_folder(self, *, folder_path: str, path_in_repo: str | None = None, **options: Any) -> Any:
+        root = Path(folder_path)
+        files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        self.uploads.append((root.name, path_in_repo, files))
+        return Done()
+
+
+class Done:
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    recorded = Hub()
+    monkeypatch.setattr(transformers.trainer, "hf_api", recorded)
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "x/y"))
+    return recorded
+
+
+@pytest.mark.parametrize("kind", ["full", "lora_sft"])
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [
+        ("checkpoint", ["last-checkpoint"] * 3),
+        ("all_checkpoints", ["checkpoint-1", "checkpoint-2", "checkpoint-3"]),
+        ("every_save", []),
+        ("end", []),
+    ],
+)
+def test_a_pushed_checkpoint_is_complete(kind: str, strategy: str, names: list[str], hub: Hub, tmp_path: Path) -> None:
+    trainer(POLICIES[kind](), config(tmp_path, **OPTIONS | MOVING | {"hub_strategy": strategy})).train()
+    pushed = [upload for upload in hub.uploads if upload[0].startswith("checkpoint-")]
+    assert [name for _, name, _ in pushed] == names
+    for step, (folder, _, files) in enumerate(pushed, start=1):
+        assert folder == f"checkpoint-{step}"
+        assert {"reference/manifest.json", "reference/state.safetensors", "trainer_state.json"} <= files
+        assert files == {str(p.relative_to(tmp_path / folder)) for p in (tmp_path / folder).rglob("*") if p.is_file()}
+    assert len(hub.uploads) - len(pushed) == (0 if strategy == "end" else 3)  # the model itself
+
+
+def test_what_is_not_finite_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, **OPTIONS | {"hub_strategy": "all_checkpoints", "logging_steps": 9}))
+    step = ours.training_step
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        if ours.state.global_step == 1:
+            ours.model.lm_head.weight.grad[0, 0] = float("nan")
+        return loss
+
+    ours.training_step = broken
+    with pytest.raises(ValueError, match=r"at step 2, NaN or infinity is in the policy's `lm_head.weight`"):
+        ours.train()
+    assert [name for _, name, _ in hub.uploads] == [None, "checkpoint-1"]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_the_options_are_written_as_they_were_given(
+    limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`training_args.bin` is what transformers writes; it is looked at here as it is handed to `torch.save`."""
+    written: dict[str, int | None] = {}
+    plain = torch.save
+
+    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if str(file).endswith("training_args.bin"):
+            written[str(file)] = value.save_total_limit
+        plain(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": limit}
+    args = config(tmp_path, **options)
+    ours = trainer(tiny_model(), args)
+    ours.train()
+    assert set(written.values()) == {limit}
+    assert len(written) == 4
+    assert ours.args is args
+    assert args.save_total_limit == limit
+    assert len(list(tmp_path.glob("checkpoint-*"))) == (limit or 4)
