@@ -55,6 +55,7 @@ from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
 from holdfast.reference.given import with_given, without_given
+from holdfast.reference.run_folder import running
 from holdfast.reference.sync import SyncCallback
 from holdfast.windows import Windows
 
@@ -165,7 +166,7 @@ class DPOTrainer(Trainer):
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> Reference | None:
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        wish = self.args.wish(self.accelerator.process_index, is_stream=is_stream)
+        wish = self.args.wish(is_stream=is_stream)
         if wish.way != "none":
             ref_models = placed_alike(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
@@ -224,9 +225,14 @@ class DPOTrainer(Trainer):
         checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
         self._place = StreamPlace(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
-        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        with self._seen_by_other_runs():
+            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
         return output
+
+    def _seen_by_other_runs(self) -> AbstractContextManager[None]:
+        is_seen = self.args.save_strategy != "no" and self.is_world_process_zero()
+        return running(self.args.reference_folder) if is_seen else contextlib.nullcontext()
 
     def restore(self, checkpoint: str | bool = True) -> None:
         """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer
