@@ -25,7 +25,7 @@ LAYERS = (
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
     {"config"},
-    {"arguments", "card", "independence", "layout", "metrics", "models", "trainer", "windows"},
+    {"arguments", "card", "full_eval", "independence", "layout", "metrics", "models", "trainer", "windows"},
     {"runfile", "demo"},
     {"assembly"},
     {"store_cli"},

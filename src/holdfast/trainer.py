@@ -33,6 +33,7 @@ from holdfast.data.place import StreamPlace
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import SharedLayout, unshared
 from holdfast.data.tokenize import check_vocabulary
+from holdfast.full_eval import FullEval, check_full_eval
 from holdfast.independence import check_resumable, check_same_batches, make_independent, untouched
 from holdfast.layout import choose_layout, make_layout
 from holdfast.logprobs import unwrap, vocabulary_size
@@ -131,6 +132,8 @@ class DPOTrainer(Trainer):
         )  # fmt: skip
         prepare_device(args)
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if check_full_eval(args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+            self._move_model_to_device(policy, args.device)  # transformers would do so when training begins
         if not self._is_sharded and same_on_all_processes(policy):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
@@ -138,7 +141,8 @@ class DPOTrainer(Trainer):
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
-        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args)
+        self._full_eval = FullEval(policy)
+        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
@@ -285,7 +289,8 @@ class DPOTrainer(Trainer):
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
         reference = None
         if self.reference is not None:
-            reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+            with self._full_eval.as_trained():
+                reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
         losses = preference_loss(
             policy,
             reference,
@@ -361,7 +366,8 @@ class DPOTrainer(Trainer):
         self._tallies["eval"] = Tally()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._windows.of_evaluation(dataloader)
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
+            output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
