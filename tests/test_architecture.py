@@ -26,8 +26,8 @@ LAYERS = (
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
     {"config"},
-    {"adapters", "arguments", "card", "finite", "independence", "layout", "metrics", "models", "policy_state"}
-    | {"trainer", "windows"},
+    {"adapters", "arguments", "card", "finite", "full_eval", "independence", "layout", "metrics"}
+    | {"models", "policy_state", "trainer", "windows"},
     {"runfile", "demo"},
     {"assembly"},
     {"store_cli"},

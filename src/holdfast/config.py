@@ -18,6 +18,7 @@ from holdfast.losses import LOSSES, LossOptions, check_losses
 from holdfast.reference.choice import Way, Wish
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import check_weights
+from holdfast.reference.run_folder import RunFolder
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
@@ -201,7 +202,7 @@ class DPOConfig(TrainingArguments):
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
-    def wish(self, process_index: int, *, is_stream: bool) -> Wish:
+    def wish(self, *, is_stream: bool) -> Wish:
         """Which reference is asked for, in a run over a stream or over data with an end."""
         return Wish(
             way=self.reference if self.needs_reference else "none",
@@ -215,8 +216,13 @@ class DPOConfig(TrainingArguments):
             keeps_versions=self.reference_store_versions,
             store=Path(self.reference_store) if self.reference_store is not None else None,
             place=cast(Place, self.snapshot_device),
-            file=Path(str(self.output_dir)) / "_reference" / f"snapshot-{process_index}.safetensors",
+            folder=RunFolder(self.reference_folder),
         )
+
+    @property
+    def reference_folder(self) -> Path:
+        """The folder whose folders are of references that are held on disk."""
+        return Path(str(self.output_dir)) / "_reference"
 
     @property
     def layout_options(self) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def _tensors(policy: nn.Module) -> dict[str, Tensor]:
     """All that a checkpoint must bring back: the parameters; of a PEFT model its adapters, and what else trains."""
     if not isinstance(policy, PeftModel):
         return dict(policy.named_parameters())
-    found = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    found: dict[str, Tensor] = {
+        name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad
+    }
     for adapter in policy.peft_config:
         state: dict[str, Tensor] = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
         found |= {f"{adapter}: {name}": tensor for name, tensor in state.items()}

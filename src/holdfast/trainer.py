@@ -34,6 +34,7 @@ from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.shared import SharedLayout, unshared
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.finite import check_finite, check_loss, infinite_buffers
+from holdfast.full_eval import FullEval, check_full_eval
 from holdfast.independence import (
     Dependence,
     check_resumable,
@@ -64,6 +65,7 @@ from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
 from holdfast.reference.choice import choose_reference
 from holdfast.reference.given import all_bring_logps, with_given, without_given
+from holdfast.reference.run_folder import running
 from holdfast.reference.sync import SyncCallback, is_adapted
 from holdfast.windows import Windows
 
@@ -140,6 +142,8 @@ class DPOTrainer(Trainer):
         )  # fmt: skip
         prepare_device(args)
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if check_full_eval(args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+            self._move_model_to_device(policy, args.device)  # transformers would do so when training begins
         if not self._is_sharded and same_on_all_processes(policy):
             self._captured = checksums(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
@@ -147,7 +151,8 @@ class DPOTrainer(Trainer):
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
-        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args)
+        self._full_eval = FullEval(policy)
+        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
@@ -175,7 +180,7 @@ class DPOTrainer(Trainer):
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> Reference | None:
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        wish = self.args.wish(self.accelerator.process_index, is_stream=is_stream)
+        wish = self.args.wish(is_stream=is_stream)
         if wish.way != "none":
             ref_models = placed_alike(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
@@ -241,9 +246,14 @@ class DPOTrainer(Trainer):
         self._settle(checkpoint)
         self._masks = infinite_buffers(self.model)
         self._place = StreamPlace(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
-        output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        with self._seen_by_other_runs():
+            output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
         return output
+
+    def _seen_by_other_runs(self) -> AbstractContextManager[None]:
+        is_seen = self.args.save_strategy != "no" and self.is_world_process_zero()
+        return running(self.args.reference_folder) if is_seen else contextlib.nullcontext()
 
     def restore(self, checkpoint: str | bool = True) -> None:
         """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer
@@ -296,7 +306,8 @@ class DPOTrainer(Trainer):
         policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
         reference = None
         if self.reference is not None:
-            reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+            with self._full_eval.as_trained():
+                reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
         losses = preference_loss(
             policy,
             reference,
@@ -375,7 +386,8 @@ class DPOTrainer(Trainer):
         self._tallies["eval"] = Tally()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._windows.of_evaluation(dataloader)
-        output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
+            output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log

@@ -4,7 +4,9 @@ Knows the trainer's side of a window: how many batches an optimizer step takes, 
 to the reference is in `reference.windowed`, how batches are read ahead in `data.ahead`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, final
 
 from accelerate import Accelerator
@@ -18,7 +20,8 @@ from holdfast.reference.windowed import WAITING_BYTES, WindowedReference
 
 @final
 class Windows:
-    """Reads ahead for `reference` where it is a windowed one; hands batches through as they are for any other."""
+    """Reads ahead for `reference` where it is a windowed one; hands batches through as they are for any other. It is
+    asked within `as_trained()`."""
 
     def __init__(
         self,
@@ -26,10 +29,12 @@ class Windows:
         accelerator: Accelerator,
         pair_batch: Callable[[Batch], PairBatch],
         args: TrainingArguments,
+        as_trained: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._reference = reference if isinstance(reference, WindowedReference) else None
         self._accelerator = accelerator
         self._pair_batch = pair_batch
+        self._as_trained = as_trained
         self._batches_per_step = args.gradient_accumulation_steps
         self._source: Any = None
         self._ahead: Any = None
@@ -65,7 +70,8 @@ class Windows:
 
     def _complete(self, window: list[Batch]) -> None:
         assert self._reference is not None
-        scored = self._reference.score(map(self._pair_batch, window), len(window) / self._batches_per_step)
+        with self._as_trained():
+            scored = self._reference.score(map(self._pair_batch, window), len(window) / self._batches_per_step)
         for tensors, logps in zip(window, scored, strict=True):
             tensors["reference"] = logps
 

@@ -309,7 +309,7 @@ def test_a_snapshot_is_of_the_policy_when_training_begins(tmp_path: Path) -> Non
         assert logged(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
         trained = sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
         assert num_bytes(ours.reference) == (0 if way == "snapshot_disk" else trained)
-    (file,) = (tmp_path / "_reference").iterdir()
+    (file,) = (tmp_path / "_reference").glob("*/*")
     assert trained <= file.stat().st_size < trained + 10_000
 
 

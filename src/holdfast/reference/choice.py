@@ -4,7 +4,7 @@ A way is a class in a file of its own; a new one is added to `Way` and `_held`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from holdfast.reference.model import ModelReference, freeze, is_quantised
 from holdfast.reference.named import NamedAdapterReference, check_named
 from holdfast.reference.parked import ParkedReference
 from holdfast.reference.precomputed import PrecomputedReference
+from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.snapshot import Motion, SnapshotReference
 from holdfast.reference.store import LogpStore, default_root
 from holdfast.reference.sync import check_mixable, effective_parameters, is_adapted
@@ -33,7 +34,7 @@ Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What was asked for: the way by name (`auto` = go by the model), which adapter of the policy it is, where a
-    snapshot is held (in `file`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
+    snapshot is held (in `folder`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
     (`window`; None where that is left open), whether the data is a stream, how often and how far the reference moves
     (None and 0 for a fixed one), the weights of several references (None for equal ones), and the folder of stored
     log-probs (None for the default), with or without those of versions that are over."""
@@ -41,7 +42,7 @@ class Wish:
     way: str = "auto"
     adapter: str | None = None
     place: Place = "device"
-    file: Path = Path("snapshot.safetensors")
+    folder: RunFolder = field(default_factory=lambda: RunFolder(Path("_reference")))
     is_ahead: bool = False
     window: int | None = None
     is_stream: bool = False
@@ -153,7 +154,7 @@ def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: 
             "reference='model', whose weights move merged, or ref_model_mixup_alpha=1."
         )
     place = wish.place if wish.way == "snapshot" else "disk" if wish.is_ahead else "device"
-    return SnapshotReference(policy, autocast, place=place, file=wish.file, motion=wish.motion)
+    return SnapshotReference(policy, autocast, place=place, folder=wish.folder, motion=wish.motion)
 
 
 def _why_not_inside(wish: Wish, policy: nn.Module) -> str | None:
@@ -187,8 +188,8 @@ def _parked(wish: Wish, autocast: Autocast, held: Reference, number: int = 0) ->
         return held
     if is_quantised(held.module):
         return None
-    file = wish.file.with_name(f"parked-{number}-{wish.file.name}")
-    return ParkedReference(held.module, autocast, file=file, origin="the given ref_model")
+    name = f"parked-{number}.safetensors"
+    return ParkedReference(held.module, autocast, folder=wish.folder, name=name, origin="the given ref_model")
 
 
 def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import xxhash
 
 from holdfast.batch import ContentId
+from holdfast.reference.processes import has_ended, machine
 from holdfast.reference.shards import remove
 from holdfast.reference.store import SHARD_COMPLETIONS, LogpStore
 
@@ -121,20 +121,20 @@ def _claim(store: LogpStore, path: Path, seen: _Seen) -> bool:
     except OSError:  # a claim is not needed; that the store cannot be written to is said elsewhere
         return True
     with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
-        file.write(f"{os.getpid()} {_machine()}")
+        file.write(f"{os.getpid()} {machine()}")
     return True
 
 
 def _owner(path: Path) -> tuple[int, str]:
     """(process, machine). OSError where the claim is gone, ValueError where it is not written yet."""
-    process, machine = path.read_text().split(" ", 1)
-    return int(process), machine
+    process, owner_machine = path.read_text().split(" ", 1)
+    return int(process), owner_machine
 
 
 def _is_own(path: Path) -> bool:
     """Whether this process made a claim."""
     with contextlib.suppress(OSError, ValueError):
-        return _owner(path) == (os.getpid(), _machine())
+        return _owner(path) == (os.getpid(), machine())
     return False
 
 
@@ -143,8 +143,8 @@ def _is_void(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if time.time() - path.stat().st_mtime > CLAIM_SECONDS:
             return True
-        process, machine = _owner(path)
-        return machine == _machine() and _has_ended(process)
+        process, owner_machine = _owner(path)
+        return owner_machine == machine() and has_ended(process)
     return False
 
 
@@ -157,28 +157,6 @@ def _is_stale(path: Path, seen: _Seen) -> bool:
     if seen.get(path, (None, 0.0))[0] != renewed:
         seen[path] = renewed, time.monotonic()
     return time.monotonic() - seen[path][1] > PATIENCE_SECONDS
-
-
-def _machine() -> str:
-    """Where the numbers of processes mean the same: containers may have one host name, and their own numbers."""
-    try:
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _has_ended(process: int) -> bool:
-    """Whether a process of this machine is gone, or waits for nothing but that its parent notices; if in doubt, not."""
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(process, 0)  # asks whether it is there
-        # "number (command) state ...", and a command may have brackets and spaces.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except ProcessLookupError:
-        return True
-    except (OSError, IndexError):
-        return False
 
 
 def _digest(block: Sequence[ContentId]) -> str:

@@ -7,7 +7,6 @@ takes no memory until then. What is kept is a frame of our own; a module that a 
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import final
 
 import torch
@@ -19,19 +18,21 @@ from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, frozen_
 from holdfast.reference.identity import Identity
 from holdfast.reference.kept import KeptTensors
 from holdfast.reference.model import beside
+from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.snapshot import holding
 
 
 @final
 class ParkedReference(FixedReference):
-    """A frozen copy of `module` whose weights are in `file`. ValueError where that cannot be written."""
+    """A frozen copy of `module` with its weights in the file `name` of `folder`. ValueError where that cannot be
+    written."""
 
-    def __init__(self, module: nn.Module, autocast: Autocast, *, file: Path, origin: str) -> None:
+    def __init__(self, module: nn.Module, autocast: Autocast, *, folder: RunFolder, name: str, origin: str) -> None:
         super().__init__()
         self._autocast = autocast
         self._origin = origin
         self._frame = frame(module)
-        self._weights = KeptTensors("disk", file)
+        self._weights = KeptTensors("disk", folder, name)
         self._weights.keep(dict(module.named_parameters()))
 
     @contextlib.contextmanager

@@ -13,7 +13,6 @@ state of a moving reference is fp32.
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal, final
 
 import torch
@@ -25,6 +24,7 @@ from holdfast.reference import products
 from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
 from holdfast.reference.identity import Identity
 from holdfast.reference.kept import KeptTensors, Place
+from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.sync import Mixture, is_adapted
 
 Motion = Literal["fixed", "hard", "soft"]
@@ -36,16 +36,16 @@ class SnapshotReference(Reference):
     """The policy with the values that its trainable tensors had when training began, and after every sync since."""
 
     def __init__(
-        self, policy: nn.Module, autocast: Autocast, *, place: Place, file: Path, motion: Motion = "fixed"
+        self, policy: nn.Module, autocast: Autocast, *, place: Place, folder: RunFolder, motion: Motion = "fixed"
     ) -> None:
         self.version = 0
         self.drift = 0.0
         self._policy = policy
         self._autocast = autocast
         self._motion: Motion = motion
-        self._where = {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {file}"}[place]
-        self._tensors = KeptTensors(place, file)
-        self._products = KeptTensors(place, file.with_name(f"products-{file.name}"))
+        self._where = {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {folder.root}"}[place]
+        self._tensors = KeptTensors(place, folder, "snapshot.safetensors")
+        self._products = KeptTensors(place, folder, "products.safetensors")
         self._is_policy = True
         self._is_in_place = False
 
