@@ -140,12 +140,7 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )  # fmt: skip
-        prepare_device(args)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if check_full_eval(args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
-            self._move_model_to_device(policy, args.device)  # transformers would do so when training begins
-        if not self._is_sharded and same_on_all_processes(policy):
-            self._captured = checksums(policy)
+        self._place_policy(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
@@ -157,6 +152,14 @@ class DPOTrainer(Trainer):
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
             unwrap(policy).add_model_tags(list(TAGS))
+
+    def _place_policy(self, policy: nn.Module) -> None:
+        prepare_device(self.args)
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+            self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
+        if not self._is_sharded and same_on_all_processes(policy):
+            self._captured = checksums(policy)
 
     # --- the reference ------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
+    "_move_model_to_device": ("model", "device"),
     "_prepare_inputs": ("inputs",),
 }
 """Private methods of `Trainer` that `DPOTrainer` calls as they are."""
@@ -56,7 +57,8 @@ def check_trainer() -> None:
         missing = [parameter for parameter in parameters if parameter not in taken]
         if missing:
             raise MovedError("transformers", f"Trainer.{name}", f"it takes no `{missing[0]}`, but {list(taken)[1:]}")
-        if name.startswith("_") and name in OVERRIDDEN and not _is_called(name):
+    for name in OVERRIDDEN:
+        if name.startswith("_") and not _is_called(name):
             raise MovedError("transformers", f"Trainer.{name}", "`Trainer` no longer calls it")
     if not _reads(Trainer._set_signature_columns_if_needed.__code__, "_signature_columns"):
         raise MovedError("transformers", "Trainer._signature_columns", "`Trainer` no longer fills it")
