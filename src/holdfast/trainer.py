@@ -59,7 +59,14 @@ from holdfast.models import (
     same_on_all_processes,
 )
 from holdfast.parts import score_in_parts
-from holdfast.policy_state import best_checkpoint, check_loaded, load_adapters, policy_digest
+from holdfast.policy_state import (
+    best_checkpoint,
+    check_loaded,
+    is_saved_otherwise,
+    load_adapters,
+    load_converted,
+    policy_digest,
+)
 from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
@@ -485,6 +492,8 @@ class DPOTrainer(Trainer):
         checkpoint = Path(resume_from_checkpoint)
         if is_adapted(self.model) and not self._is_sharded:
             load_adapters(self.model, checkpoint)
+        elif not self._is_sharded and is_saved_otherwise(self.model, checkpoint):
+            load_converted(unwrap(self.model), checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)

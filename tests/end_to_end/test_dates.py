@@ -139,7 +139,7 @@ def test_the_printed_date_is_the_given_one(template: Any, monkeypatch: pytest.Mo
     assert dates.prints_date(tokenizer)
     for date, printed in ((None, "01 Mar 2026"), ("2024-02-29", "29 Feb 2024")):
         pair = tokenize(read_preference(ROWS[0]), tokenizer, date)
-        assert tokenizer.decode(pair.prompt_ids).startswith(f"Today is {printed}. ")
+        assert str(tokenizer.decode(pair.prompt_ids)).startswith(f"Today is {printed}. ")
         assert pair.prompt_is_prefix
 
 
@@ -167,7 +167,7 @@ def test_the_date_is_part_of_the_cache_key_only_where_it_is_printed(tmp_path: Pa
     Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
     data: Any = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path), split="train")
     for tokenizer, num_keys in ((PLAIN, 1), (DATED, 2)):
-        parts = [prepare_dataset(data, tokenizer, template_date=day) for day in ("2026-01-31", "2026-02-01")]
+        parts: list[Any] = [prepare_dataset(data, tokenizer, template_date=day) for day in ("2026-01-31", "2026-02-01")]
         assert len({part._fingerprint for part in parts}) == num_keys
 
 

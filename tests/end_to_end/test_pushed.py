@@ -81,7 +81,9 @@ def test_what_is_not_finite_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         loss = step(*args, **kwargs)
         if ours.state.global_step == 1:
-            ours.model.lm_head.weight.grad[0, 0] = float("nan")
+            gradient = ours.model.get_parameter("lm_head.weight").grad
+            assert gradient is not None
+            gradient[0, 0] = float("nan")
         return loss
 
     ours.training_step = broken
