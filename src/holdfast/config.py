@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, check_losses
 from holdfast.reference.choice import Way, Wish
@@ -74,6 +75,11 @@ class DPOConfig(TrainingArguments):
 
     # The data
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
+    template_date: str | None = _option(
+        "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
+        "resume too.",
+        default=None,
+    )
     max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
     truncation_mode: str = _option(
         "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
@@ -230,6 +236,8 @@ class DPOConfig(TrainingArguments):
         return {name: getattr(self, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
     def _check_ranges(self) -> None:
+        if self.template_date is not None:
+            check_date(self.template_date)
         if self.layout not in LAYOUTS:
             raise ValueError(
                 f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUTS)}. Choose one of them."

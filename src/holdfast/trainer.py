@@ -25,6 +25,7 @@ from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
 from holdfast.data.completions import all_pending, by_name
+from holdfast.data.dates import date_of_run
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.inputs import identified, takes_positions
 from holdfast.data.layouts import PaddedLayout, with_positions
@@ -58,7 +59,14 @@ from holdfast.models import (
     same_on_all_processes,
 )
 from holdfast.parts import score_in_parts
-from holdfast.policy_state import best_checkpoint, check_loaded, load_adapters, policy_digest
+from holdfast.policy_state import (
+    best_checkpoint,
+    check_loaded,
+    is_saved_otherwise,
+    load_adapters,
+    load_converted,
+    policy_digest,
+)
 from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
@@ -117,18 +125,17 @@ class DPOTrainer(Trainer):
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
         self._captured = checksums(policy)
 
+        self._rows = train_dataset, eval_dataset
+        self._date = date_of_run(tokenizer, args.template_date, checkpoints.recorded_date(args), self._rows)
         self._prepare_options: dict[str, Any] = {
             "processing_class": tokenizer,
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
             "vocab_size": vocabulary_size(unwrap(policy)),
+            "template_date": self._date,
         }
-        with args.main_process_first(desc="preparing the datasets"):
-            assert train_dataset is not None  # `checked_arguments` refuses that
-            prepared: Any = prepare_dataset(train_dataset, name="train", **self._prepare_options)
-            prepared_eval: Any = prepare_eval(eval_dataset, **self._prepare_options)
-
+        prepared, prepared_eval = self._prepared(args)
         super().__init__(
             model=policy,
             args=args,
@@ -160,6 +167,25 @@ class DPOTrainer(Trainer):
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
         if not self._is_sharded and same_on_all_processes(policy):
             self._captured = checksums(policy)
+
+    def _prepared(self, args: DPOConfig) -> tuple[Any, Any]:
+        train_dataset, eval_dataset = self._rows
+        with args.main_process_first(desc="preparing the datasets"):
+            assert train_dataset is not None  # `checked_arguments` refuses that
+            prepared = prepare_dataset(train_dataset, name="train", **self._prepare_options)
+            return prepared, prepare_eval(eval_dataset, **self._prepare_options)
+
+    def _print_date_of(self, checkpoint: Path) -> None:  # templates print what they did in the run that wrote it
+        found = checkpoints.date_to_print(checkpoint, self._date, self.args.template_date)
+        if found == self._date:
+            return
+        if self.is_world_process_zero():
+            logger.warning("Chat templates print the date %s, as in the run that wrote %s.", found, checkpoint)
+        self._date = self._prepare_options["template_date"] = found
+        self.train_dataset, self.eval_dataset = self._prepared(self.args)
+        self._provenance = None
+        datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+        self.reference = self._announce(self.reference, datasets)
 
     # --- the reference ------------------------------------------------------------------------------------------------
 
@@ -268,6 +294,8 @@ class DPOTrainer(Trainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """The reference recorded, audited, and brought to where it was at `checkpoint`."""
+        if checkpoint is not None:
+            self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
             identity = None if self._is_sharded else self.reference.identity()
@@ -471,12 +499,14 @@ class DPOTrainer(Trainer):
 
     def _record(self) -> dict[str, Any]:  # what a checkpoint's manifest says besides
         policy = policy_digest(self.model, is_sharded=self._is_sharded)
-        return {"place": self._place.record(), "policy": policy}
+        return {"place": self._place.record(), "policy": policy, "template_date": self._date}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         if is_adapted(self.model) and not self._is_sharded:
             load_adapters(self.model, checkpoint)
+        elif not self._is_sharded and is_saved_otherwise(self.model, checkpoint):
+            load_converted(unwrap(self.model), checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)
