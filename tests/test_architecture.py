@@ -24,7 +24,7 @@ LAYERS = (
     {"batch", "document"},
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
-    {"config"},
+    {"config", "unheeded"},
     {"arguments", "card", "full_eval", "independence", "layout", "metrics", "models", "trainer", "windows"},
     {"runfile", "demo"},
     {"assembly"},
