@@ -20,6 +20,7 @@ from holdfast.reference.choice import Way, Wish
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
+from holdfast.unheeded import check_heeded, check_noise
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
@@ -188,6 +189,8 @@ class DPOConfig(TrainingArguments):
             self.pad_to_multiple_of = (
                 None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
             )
+        check_heeded(self)
+        check_noise(self)
         self._check_ranges()
         self._check_gathering()
         self._check_losses()

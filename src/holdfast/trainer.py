@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
@@ -75,6 +76,7 @@ from holdfast.reference.choice import choose_reference
 from holdfast.reference.given import all_bring_logps, with_given, without_given
 from holdfast.reference.run_folder import running
 from holdfast.reference.sync import SyncCallback, is_adapted
+from holdfast.unheeded import check_optimizer, check_optimizers
 from holdfast.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -117,9 +119,10 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = checked_arguments(args, model, ref_model, train_dataset, data_collator)
+        args = checked_arguments(args, model, ref_model, train_dataset, data_collator, compute_metrics)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = make_policy(model, args, quantization_config, peft_config)
+        check_optimizers(optimizers, policy)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         check_vocabulary(tokenizer, vocabulary_size(unwrap(policy)))
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
@@ -153,7 +156,6 @@ class DPOTrainer(Trainer):
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
-        self._full_eval = FullEval(policy)
         self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
@@ -163,6 +165,7 @@ class DPOTrainer(Trainer):
     def _place_policy(self, policy: nn.Module) -> None:
         prepare_device(self.args)
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._full_eval = FullEval(policy)
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
         if not self._is_sharded and same_on_all_processes(policy):
@@ -470,6 +473,18 @@ class DPOTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             return order_by_length(self.train_dataset if train_dataset is None else train_dataset, self.args)
         return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy == "group_by_length":  # of training; transformers would want `input_ids`
+            return SequentialSampler(eval_dataset) if isinstance(eval_dataset, Dataset) else None
+        return super()._get_eval_sampler(eval_dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.create_optimizer`. ValueError where it has none of the policy's tensors."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self._is_sharded:
+            check_optimizer(self.optimizer, self.model)
+        return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)

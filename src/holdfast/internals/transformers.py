@@ -19,6 +19,7 @@ from holdfast.internals.moved import MovedError, looked_up
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_model_card": ("model_name", "tags"),
+    "create_optimizer": ("model",),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "evaluation_loop": ("dataloader", "metric_key_prefix"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -27,6 +28,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "train": ("resume_from_checkpoint",),
     "training_step": ("model", "inputs"),
+    "_get_eval_sampler": ("eval_dataset",),
     "_get_dataloader": ("dataset", "description", "batch_size"),
     "_get_train_sampler": ("train_dataset",),
     "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"),
