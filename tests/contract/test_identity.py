@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -380,6 +381,52 @@ def test_identity_follows_the_numbers(name: str, tmp_path: Path, monkeypatch: py
 
 
 _OF_A_CONTENT_ID = {"wider positions"}
+
+
+# --- every kind of adapter that peft has ------------------------------------------------------------------------------
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10}, "SHIRA": {"r": 4}, "MISS": {"r": 4}, "WAVEFT": {"n_frequency": 10},
+    "VBLORA": {"r": 4, "vector_length": 2, "num_vectors": 8}, "IA3": {"feedforward_modules": []},
+}  # fmt: skip
+"""What a kind of adapter needs beside the modules that it targets."""
+NO_LAYERS = {
+    "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+    "POLY", "XLORA", "TRAINABLE_TOKENS", "LN_TUNING", "SHADOW",
+}  # fmt: skip
+"""Those that do not wrap the linear layers that they are given."""
+COSTS_ANOTHER_STORE = {"OFT", "BOFT", "MISS", "LILY", "GLORA", "BEFT", "C3A", "ROAD", "ADAMSS"}
+"""Those of which a fresh one adds nothing, and nobody can tell by a weight that it adds."""
+
+
+def _of_kind(kind: str) -> Any:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    for modules in (["q_proj", "v_proj"], ["q_proj", "o_proj"]):
+        try:
+            torch.manual_seed(3)
+            options = {"task_type": "CAUSAL_LM", "target_modules": modules} | KINDS.get(kind, {})
+            return get_peft_model(tiny_model(), config_class(**options)).eval()
+        except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
+            reason = error
+    pytest.skip(f"{kind} cannot be made here: {reason}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted({kind.name for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NO_LAYERS))
+def test_every_kind_of_adapter(kind: str) -> None:
+    """A fresh one that gives the base's numbers to the bit is the base; once its values have moved it is not."""
+    model, base = _of_kind(kind), tiny_model()
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = base(ids).logits
+        is_base = torch.equal(model(ids).logits, expected)
+        if kind not in COSTS_ANOTHER_STORE:
+            assert (not Identity.of(model).differing_from(Identity.of(base))) == is_base
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        assert not torch.equal(model(ids).logits, expected)
+        assert Identity.of(model).differing_from(Identity.of(base))
 
 
 # --- entries of a config ----------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
     layers = adapter_layers(model)
     check_unmerged(layers)
     check_switching()
-    with _switched(layers, adapter):
+    with switched_layers(layers, adapter):
         yield
 
 
@@ -66,7 +66,8 @@ def check_unmerged(layers: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _switched(layers: dict[str, Any], adapter: str | None) -> Iterator[None]:
+def switched_layers(layers: dict[str, Any], adapter: str | None) -> Iterator[None]:
+    """`switched` for these layers alone."""
     before = {path: _state(path, layer) for path, layer in layers.items()}
     flags = (True, None) if adapter is None else (False, [adapter])
     try:
@@ -167,7 +168,7 @@ def _check_numbers(model: Any, x: Tensor) -> None:
         by_hand[name] = x @ (body.base_layer.weight + product).T @ head.modules_to_save[name].weight.T
     gaps = {}
     for adapter, expected in by_hand.items():
-        with _switched(layers, adapter):
+        with switched_layers(layers, adapter):
             gaps[adapter] = float((model(x) - expected).abs().max())
     gaps["before"] = float((before - by_hand["first"]).abs().max())
     gaps["after"] = float((model(x) - before).abs().max())

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import LoraLayer
@@ -26,6 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from holdfast.internals.peft import switched_layers
 from holdfast.internals.torch import own_state
 from holdfast.reference.code import code_of, names_of_functions
 
@@ -164,18 +166,44 @@ def _adapted(layer: Any, path: str) -> Iterator[Part]:
 def adds_nothing(layer: Any, name: str) -> bool:
     """Whether the adapter `name` of a tuner layer leaves every number of it as it is; if in doubt, not.
 
-    True for plain LoRA factors of which one is all zero, for (IA)3 vectors of ones, and where the layer has no part of
-    that adapter.
+    True for plain LoRA factors of which one is all zero, for (IA)3 vectors of ones, for weights that would be added and
+    are zero, and where the layer has no part of that adapter.
     """
     if isinstance(layer, IA3Layer):
         return name not in layer.ia3_l or bool((layer.ia3_l[name].detach() == 1).all())
-    if not isinstance(layer, LoraLayer):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
         keyed = [getattr(layer, part, None) for part in layer.adapter_layer_names]
         tables: list[Any] = [part for part in keyed if hasattr(part, "keys")]
-        return bool(tables) and not any(name in part for part in tables)
+        return (bool(tables) and not any(name in part for part in tables)) or _adds_zero(layer, name)
     if getattr(layer, "lora_variant", {}).get(name) is not None or layer.use_dora.get(name):
         return False
     return all(not bool(product.any()) for product in _least(layer, name))
+
+
+@torch.no_grad()
+def _adds_zero(layer: Any, name: str) -> bool:
+    """Whether what peft would add to the layer's weight is zero, and the layer gives its base's numbers to the bit."""
+    base: Any = layer.get_base_layer()
+    make: Any = getattr(layer, "get_delta_weight", None)
+    is_linear = type(base) is nn.Linear
+    if make is None or not (is_linear or type(base) is nn.Embedding) or base.weight.is_meta:
+        return False
+    modes = [(part, part.training) for part in layer.modules()]
+    layer.eval()
+    try:
+        with switched_layers({name: layer}, name):
+            added = make(name)
+            if not isinstance(added, Tensor) or bool(added.any()):
+                return False
+            tried: Tensor = torch.arange(min(8, len(base.weight)), device=base.weight.device)  # token ids
+            if is_linear:
+                tried = torch.cos(torch.arange(8.0 * base.in_features).reshape(8, -1)).to(base.weight)
+            return bool(torch.equal(layer(tried), base(tried)))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a kind that has no such weight
+        return False
+    finally:
+        for part, is_training in modes:
+            part.training = is_training
 
 
 def _least(layer: Any, name: str) -> Iterator[Tensor]:
