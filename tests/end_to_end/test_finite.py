@@ -171,7 +171,11 @@ def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "options",
-    [{"learning_rate": 1e40}, {"learning_rate": float("inf")}, {"weight_decay": float("nan"), "optim": "adamw_torch"}],
+    [
+        {"learning_rate": -float("inf")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan"), "optim": "adamw_torch"},
+    ],
 )
 def test_a_run_whose_last_step_breaks_the_model_is_no_success(options: dict[str, Any], tmp_path: Path) -> None:
     """The loss of the last step is finite, and nobody computes another."""

@@ -119,10 +119,10 @@ def test_nested_config_of_an_adapter(read):
 
 
 def test_a_date_needs_no_quotes(read):
-    assert arguments(read, "{template_date: 2026-01-31}").template_date == "2026-01-31"
-    assert arguments(read, "{template_date: '2026-01-31'}").template_date == "2026-01-31"
+    assert arguments(read, "template_date: 2026-01-31").template_date == "2026-01-31"
+    assert arguments(read, "template_date: '2026-01-31'").template_date == "2026-01-31"
     with pytest.raises(RunFileError, match="template_date='2026-1-31' was asked for; it is a date as YYYY-MM-DD"):
-        arguments(read, "{template_date: 2026-1-31}")
+        arguments(read, "template_date: 2026-1-31")
 
 
 def test_resume_takes_a_folder_or_true(read):
