@@ -47,7 +47,8 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors of floating-point numbers that `tensor` is made of."""
     if hasattr(tensor, "__tensor_flatten__"):  # sharded, or quantised by torchao
-        names, _ = tensor.__tensor_flatten__()
+        of_parts: Any = tensor
+        names, _ = of_parts.__tensor_flatten__()
         for name in names:
             yield from _plain(getattr(tensor, name))
     elif not tensor.is_meta and tensor.numel() > 0 and tensor.dtype in (*_DTYPES, *_SMALLER):

@@ -172,7 +172,6 @@ def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "options",
     [
-        {"learning_rate": -float("inf")},
         {"learning_rate": float("inf")},
         {"weight_decay": float("nan"), "optim": "adamw_torch"},
     ],
