@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast.finite import not_finite
+from holdfast.finite import check_finite, not_finite
 from holdfast.reference.base import digest
 from policies import POLICIES, config, trainer
 
@@ -159,3 +159,26 @@ def test_every_dtype_is_read(dtype: str) -> None:
     empty, packed = torch.zeros(0, dtype=kind), torch.tensor([255], dtype=torch.uint8)
     tensors = [("a", finite), ("b", wrong), ("c", empty), ("d", packed), ("e", finite.to("meta"))]
     assert not_finite(tensors) == ["b"]
+
+
+def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All processes raise together: one that went on alone would wait for the others for ever."""
+    found = "the policy's `model.norm.weight`"
+    monkeypatch.setattr("holdfast.finite.gather_object", lambda names: [*names, found])
+    with pytest.raises(ValueError, match=rf"at step 7, NaN or infinity is in {found}\. .*no complete checkpoint in"):
+        check_finite(tiny_model(), None, None, 0.5, (), step=7, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan"), "optim": "adamw_torch"},
+    ],
+)
+def test_a_run_whose_last_step_breaks_the_model_is_no_success(options: dict[str, Any], tmp_path: Path) -> None:
+    """The loss of the last step is finite, and nobody computes another."""
+    for strategy in ("no", "steps"):
+        with pytest.raises(ValueError, match=r"at step 1, NaN or infinity is in the policy's `.*`"):
+            trainer(tiny_model(), config(tmp_path, max_steps=1, save_strategy=strategy, **options)).train()
+    assert complete(tmp_path) == []

@@ -118,6 +118,13 @@ def test_nested_config_of_an_adapter(read):
     assert peft.eva_config.rho == 3.0
 
 
+def test_a_date_needs_no_quotes(read):
+    assert arguments(read, "template_date: 2026-01-31").template_date == "2026-01-31"
+    assert arguments(read, "template_date: '2026-01-31'").template_date == "2026-01-31"
+    with pytest.raises(RunFileError, match="template_date='2026-1-31' was asked for; it is a date as YYYY-MM-DD"):
+        arguments(read, "template_date: 2026-1-31")
+
+
 def test_resume_takes_a_folder_or_true(read):
     assert arguments(read, "resume_from_checkpoint: true").resume_from_checkpoint is True
     assert arguments(read, "resume_from_checkpoint: out/checkpoint-3").resume_from_checkpoint == "out/checkpoint-3"
