@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -152,6 +152,17 @@ def test_a_dropout_class_that_is_another(monkeypatch: pytest.MonkeyPatch) -> Non
         of_torch.dropout_class()
 
 
+def test_a_block_mask_that_is_no_longer_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return query >= key
+
+    found = of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
+    assert found.shape == (1, 1, 128, 128)
+    monkeypatch.setattr(of_torch.flex_attention, "create_block_mask", lambda mask_mod, device: None)
+    with pytest.raises(MovedError, match=r"create_block_mask moved .*it takes no `_compile`"):
+        of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
+
+
 def test_hooks_are_seen() -> None:
     layer = nn.Linear(2, 2)
     assert not of_torch.has_hooks(layer)
@@ -175,23 +186,33 @@ def _renamed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 NAMED = {"model_adapter_name": "dpo"}
-SWITCHING: dict[str, tuple[str, dict[str, Any], str]] = {
-    "adapter off": ("lora_fresh", {}, "_disable_adapters"),
-    "adapter off, by name": ("lora_fresh", {"reference": "adapter"}, "_disable_adapters"),
-    "adapter off, ahead": ("lora_fresh", {"reference": "precomputed"}, "_disable_adapters"),
-    "the bare base": ("lora_fresh_over_sft", {"ref_adapter_name": "__base__"} | NAMED, "_disable_adapters"),
-    "another adapter": ("lora_fresh_over_sft", {"ref_adapter_name": "default"} | NAMED, "_active_adapter"),
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter off": ("lora_fresh", {}),
+    "adapter off, by name": ("lora_fresh", {"reference": "adapter"}),
+    "adapter off, stored": ("lora_fresh", {"reference": "precomputed"}),
+    "adapter off, ahead": ("lora_fresh", {"reference_window": 2}),
+    "the bare base": ("lora_fresh_over_sft", {"ref_adapter_name": "__base__"} | NAMED),
+    "another adapter": ("lora_fresh_over_sft", {"ref_adapter_name": "default"} | NAMED),
+    "values in place": ("lora_sft", {}),
+    "values in place, saved whole": ("lora_modules_to_save", {}),
+    "a merged copy": ("lora_sft", {"reference": "model"}),
+    "a snapshot that moves": ("lora_fresh", {"ref_model_mixup_alpha": 1.0} | MOVING),
+    "mixed products": ("lora_sft", {"ref_model_mixup_alpha": 0.5} | MOVING),
+    "mixed scaled products": ("dora", {"ref_model_mixup_alpha": 0.5} | MOVING),
+    "a copy that moves": ("lora_sft", {"reference": "model", "ref_model_mixup_alpha": 0.5} | MOVING),
 }
 
 
-@pytest.mark.parametrize("case", SWITCHING)
-def test_a_flag_of_peft_that_was_renamed(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No way to hold the reference goes on with the policy in its place."""
-    policy, options, flag = SWITCHING[case]
+@pytest.mark.parametrize("flag", ["_disable_adapters", "_active_adapter"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_flag_of_peft_that_was_renamed(way: str, flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No way to hold the reference goes on with the policy in its place: the trainer is not made."""
+    policy, options = WAYS[way]
     made = POLICIES[policy]()
     _renamed(monkeypatch, flag)
-    with pytest.raises((MovedError, ValueError), match=r"peft\..* moved in version|compute unseen"):
-        trainer(made, config(tmp_path, **options)).train()
+    with pytest.raises(MovedError, match=r"peft\..* moved in version"):
+        trainer(made, config(tmp_path, **options))
     monkeypatch.undo()
     of_peft.check_switching.cache_clear()
 
@@ -323,8 +344,6 @@ def _add_adapter(path: Path) -> nn.Module:
 
 def _injected(path: Path) -> nn.Module:
     torch.manual_seed(3)
-    from peft import inject_adapter_in_model
-
     return inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), tiny_model())
 
 
@@ -354,6 +373,30 @@ def test_adapters_under_a_peft_model_are_refused(kind: str, tmp_path: Path) -> N
         ValueError, match=r"is a PeftModel of .*'fresh'\] around a model that had adapter layers before"
     ):
         trainer(model, config(tmp_path / "run"))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+@pytest.mark.parametrize("name", ["default", "fresh"])
+def test_injected_layers_that_the_adapter_does_not_target(name: str, tmp_path: Path) -> None:
+    """Also under one name: the saved adapter's config would not know the injected layers."""
+    fresh = LoraConfig(r=2, target_modules=["v_proj"])
+    model: Any = get_peft_model(_injected(tmp_path), fresh, adapter_name=name)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"around a model that had adapter layers before \(\["):
+        trainer(model, config(tmp_path / "run"))
+
+
+def test_layers_of_several_adapters_are_all_targeted() -> None:
+    """Of factors on parameters and of modules that are saved whole too; what is injected below them is seen."""
+    for policy in POLICIES.values():
+        if isinstance(made := policy(), PeftModel):
+            assert of_peft.untargeted_layers(made) == []
+    experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model: Any = get_peft_model(tiny_model("mixtral"), experts)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    assert of_peft.untargeted_layers(model) == []
+    for layer in model.base_model.model.model.layers:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["o_proj"]), layer.self_attn, adapter_name="other")
+    assert {path.rsplit(".", 1)[-1] for path in of_peft.untargeted_layers(model)} == {"o_proj"}
 
 
 def test_merged_adapters_are_refused(tmp_path: Path) -> None:
