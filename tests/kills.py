@@ -2,7 +2,7 @@
 
 `end_to_end/test_kills.py` starts it. A fork has everything imported, so a run of tens of steps costs little more than
 its steps, and ten kills of every kind of reference fit into a test. The process itself only builds models before it
-forks: no threads, no gradients.
+forks: no threads, no gradients. With a folder as its argument it is `neighbour` there instead.
 
 Asked: `{"kind", "folder", "seconds", "ends"}`. The run in `folder` is taken up from its last complete checkpoint, else
 begun, and killed after so many seconds (null: never) or at one of the `ends`, `{place: [step, number]}`. Places are
@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from families import tiny_model
 from holdfast.reference.base import digest
-from policies import POLICIES, config, rows, trainer
+from policies import POLICIES, config, logged, rows, trainer
 
 NUM_STEPS = 30
 SAVING = {
@@ -81,6 +82,26 @@ def run(kind: str, folder: Path, *, is_resumed: bool, ends: dict[str, Any]) -> t
         "log": [entry for entry in ours.state.log_history if "train_runtime" not in entry],
     }
     return result, {place: counts for place, counts in counted.items() if counts}
+
+
+def neighbour(folder: Path) -> None:
+    """Another run in `folder`, again and again until nothing more is asked: of other weights, with references on disk
+    that stay and that move, and without checkpoints. Each round comes to the same, and is told of by a line."""
+    told, sys.stdout = sys.stdout, sys.stderr  # logs go elsewhere
+    options = [snapshot("disk"), snapshot("disk") | SOFT | {"reference_window": 2}]
+    expected: list[Any] = [None] * len(options)
+    while True:
+        for number, option in enumerate(options):
+            args = config(folder, **option | {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 6})
+            ours = trainer(tiny_model(seed=9), args, train_dataset=rows(12, seed=3))
+            ours.train()
+            found = digest(ours.model.named_parameters()), ours.reference.identity().weights, logged(ours)
+            assert expected[number] in (None, found), f"{option}: {expected[number]} became {found}"
+            expected[number] = found
+        told.write("round\n")
+        told.flush()
+        if select.select([sys.stdin], [], [], 0)[0]:
+            return
 
 
 # --- an end at a chosen place -----------------------------------------------------------------------------------------
@@ -207,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main() if len(sys.argv) == 1 else neighbour(Path(sys.argv[1]))

@@ -25,7 +25,7 @@ LAYERS = (
     {"batch", "document"},
     {"attention", "flex", "head", "heap", "last_layer", "logprobs", "losses", "parts", "pieces", "data"},
     {"reference"},
-    {"config"},
+    {"config", "unheeded"},
     {"adapters", "arguments", "card", "finite", "full_eval", "independence", "layout", "metrics"}
     | {"models", "policy_state", "trainer", "windows"},
     {"runfile", "demo"},

@@ -13,6 +13,7 @@ from holdfast.config import DPOConfig
 from holdfast.heap import keep_freed_memory
 from holdfast.internals.transformers import check_trainer
 from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_model_entries
+from holdfast.unheeded import check_metrics, check_stream
 
 
 def checked_arguments(
@@ -21,6 +22,7 @@ def checked_arguments(
     ref_model: RefModel | Sequence[RefModel],
     train_dataset: Any,
     data_collator: Any = None,
+    compute_metrics: Any = None,
 ) -> DPOConfig:
     """The options of the run: `args`, or the defaults where it is None.
 
@@ -45,6 +47,8 @@ def checked_arguments(
         raise ValueError(
             f"{option} was asked for together with a `data_collator`, which lays the rows out itself. Drop one of them."
         )
+    check_metrics(args, compute_metrics)
+    check_stream(args, train_dataset)
     check_ref_models(ref_model, args)
     if not isinstance(model, str) and any(entry is model for entry in ref_model_entries(ref_model)):
         raise ValueError(

@@ -1,5 +1,6 @@
 """The model card that goes with a trained model: what it was trained from, how, and which reference it had."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,4 +83,6 @@ def write_card(
             f"{module.__name__} {module.__version__}" for module in (holdfast, transformers, torch, peft)
         ),
     )
-    card.save(folder / "README.md")
+    partial = folder / f".README.md.{os.getpid()}"  # another run in this folder may be writing it as well
+    card.save(partial)
+    os.replace(partial, folder / "README.md")

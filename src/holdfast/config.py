@@ -13,12 +13,14 @@ from typing import Any, ClassVar, cast, get_args
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, check_losses
 from holdfast.reference.choice import Way, Wish
 from holdfast.reference.kept import Place
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
+from holdfast.unheeded import check_heeded, check_noise
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))
@@ -74,6 +76,11 @@ class DPOConfig(TrainingArguments):
 
     # The data
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
+    template_date: str | None = _option(
+        "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
+        "resume too.",
+        default=None,
+    )
     max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
     truncation_mode: str = _option(
         "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
@@ -182,6 +189,8 @@ class DPOConfig(TrainingArguments):
             self.pad_to_multiple_of = (
                 None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
             )
+        check_heeded(self)
+        check_noise(self)
         self._check_ranges()
         self._check_gathering()
         self._check_losses()
@@ -230,6 +239,8 @@ class DPOConfig(TrainingArguments):
         return {name: getattr(self, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
 
     def _check_ranges(self) -> None:
+        if self.template_date is not None:
+            check_date(self.template_date)
         if self.layout not in LAYOUTS:
             raise ValueError(
                 f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUTS)}. Choose one of them."

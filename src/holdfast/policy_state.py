@@ -1,17 +1,21 @@
 """The policy of a checkpoint: its digest, and its way back into the trainer, whatever its adapters are called.
 
 transformers loads the first active adapter alone, the best model's only where it is called "default", and warns where
-tensors of a file have no place in the model. So adapters are loaded here, each from its own folder, and what was loaded
-is compared with the digest that was taken when it was saved. Given up: a digest where weights are sharded or offloaded.
+tensors of a file have no place in the model, as the experts of a Mixtral have none. So these are loaded here, adapters
+each from its own folder, and what was loaded is compared with the digest that was taken when it was saved. Given up: a
+digest where weights are sharded or offloaded.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from holdfast.reference.base import digest
 from holdfast.reference.checkpoint import complete_checkpoints, read_manifest
@@ -19,12 +23,9 @@ from holdfast.reference.checkpoint import complete_checkpoints, read_manifest
 
 def _tensors(policy: nn.Module) -> dict[str, Tensor]:
     """All that a checkpoint must bring back: the parameters; of a PEFT model its adapters, and what else trains."""
-    if not isinstance(policy, PeftModel):
-        return dict(policy.named_parameters())
-    found: dict[str, Tensor] = {
-        name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad
-    }
-    for adapter in policy.peft_config:
+    is_adapted = isinstance(policy, PeftModel)
+    found: dict[str, Tensor] = {name: p for name, p in policy.named_parameters() if p.requires_grad or not is_adapted}
+    for adapter in policy.peft_config if is_adapted else ():
         state: dict[str, Tensor] = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
         found |= {f"{adapter}: {name}": tensor for name, tensor in state.items()}
     return found
@@ -49,6 +50,24 @@ def load_adapters(policy: PeftModel, checkpoint: Path) -> None:
                 "another checkpoint."
             )
         set_peft_model_state_dict(policy, load_file(file), adapter_name=adapter)
+
+
+def is_saved_otherwise(policy: nn.Module, checkpoint: Path) -> bool:
+    """Whether `checkpoint` has the weights of `policy` under other names, or in other shapes, than the model has them:
+    experts that are one tensor in memory are saved one by one."""
+    saved: set[str] = set()
+    for file in checkpoint.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            saved.update(opened.keys())
+    return isinstance(policy, PreTrainedModel) and bool(saved) and not saved >= dict(policy.named_parameters()).keys()
+
+
+def load_converted(policy: PreTrainedModel, checkpoint: Path) -> None:
+    """The weights of `checkpoint`, which has them otherwise, by way of a second model in host memory: the trainer of
+    transformers leaves out what it finds under no name of the model, with a warning."""
+    config = copy.deepcopy(policy.config)
+    second = type(policy).from_pretrained(checkpoint, config=config, dtype=policy.dtype)
+    policy.load_state_dict(second.state_dict())
 
 
 def check_loaded(policy: nn.Module, checkpoint: Path, *, is_sharded: bool) -> None:

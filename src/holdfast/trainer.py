@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
@@ -25,6 +26,7 @@ from holdfast.batch import PairBatch
 from holdfast.card import TAGS, write_card
 from holdfast.config import DPOConfig
 from holdfast.data.completions import all_pending, by_name
+from holdfast.data.dates import date_of_run
 from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.inputs import identified, takes_positions
 from holdfast.data.layouts import PaddedLayout, with_positions
@@ -58,7 +60,14 @@ from holdfast.models import (
     same_on_all_processes,
 )
 from holdfast.parts import score_in_parts
-from holdfast.policy_state import best_checkpoint, check_loaded, load_adapters, policy_digest
+from holdfast.policy_state import (
+    best_checkpoint,
+    check_loaded,
+    is_saved_otherwise,
+    load_adapters,
+    load_converted,
+    policy_digest,
+)
 from holdfast.reference import checkpoint as checkpoints
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
@@ -67,6 +76,7 @@ from holdfast.reference.choice import choose_reference
 from holdfast.reference.given import all_bring_logps, with_given, without_given
 from holdfast.reference.run_folder import running
 from holdfast.reference.sync import SyncCallback, is_adapted
+from holdfast.unheeded import check_optimizer, check_optimizers
 from holdfast.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -109,26 +119,26 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = checked_arguments(args, model, ref_model, train_dataset, data_collator)
+        args = checked_arguments(args, model, ref_model, train_dataset, data_collator, compute_metrics)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = make_policy(model, args, quantization_config, peft_config)
+        check_optimizers(optimizers, policy)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         check_vocabulary(tokenizer, vocabulary_size(unwrap(policy)))
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
         self._captured = checksums(policy)
 
+        self._rows = train_dataset, eval_dataset
+        self._date = date_of_run(tokenizer, args.template_date, checkpoints.recorded_date(args), self._rows)
         self._prepare_options: dict[str, Any] = {
             "processing_class": tokenizer,
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
             "vocab_size": vocabulary_size(unwrap(policy)),
+            "template_date": self._date,
         }
-        with args.main_process_first(desc="preparing the datasets"):
-            assert train_dataset is not None  # `checked_arguments` refuses that
-            prepared: Any = prepare_dataset(train_dataset, name="train", **self._prepare_options)
-            prepared_eval: Any = prepare_eval(eval_dataset, **self._prepare_options)
-
+        prepared, prepared_eval = self._prepared(args)
         super().__init__(
             model=policy,
             args=args,
@@ -140,23 +150,45 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )  # fmt: skip
-        prepare_device(args)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if check_full_eval(args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
-            self._move_model_to_device(policy, args.device)  # transformers would do so when training begins
-        if not self._is_sharded and same_on_all_processes(policy):
-            self._captured = checksums(policy)
+        self._place_policy(policy)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally()}
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
-        self._full_eval = FullEval(policy)
         self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
             unwrap(policy).add_model_tags(list(TAGS))
+
+    def _place_policy(self, policy: nn.Module) -> None:
+        prepare_device(self.args)
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._full_eval = FullEval(policy)
+        if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+            self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
+        if not self._is_sharded and same_on_all_processes(policy):
+            self._captured = checksums(policy)
+
+    def _prepared(self, args: DPOConfig) -> tuple[Any, Any]:
+        train_dataset, eval_dataset = self._rows
+        with args.main_process_first(desc="preparing the datasets"):
+            assert train_dataset is not None  # `checked_arguments` refuses that
+            prepared = prepare_dataset(train_dataset, name="train", **self._prepare_options)
+            return prepared, prepare_eval(eval_dataset, **self._prepare_options)
+
+    def _print_date_of(self, checkpoint: Path) -> None:  # templates print what they did in the run that wrote it
+        found = checkpoints.date_to_print(checkpoint, self._date, self.args.template_date)
+        if found == self._date:
+            return
+        if self.is_world_process_zero():
+            logger.warning("Chat templates print the date %s, as in the run that wrote %s.", found, checkpoint)
+        self._date = self._prepare_options["template_date"] = found
+        self.train_dataset, self.eval_dataset = self._prepared(self.args)
+        self._provenance = None
+        datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+        self.reference = self._announce(self.reference, datasets)
 
     # --- the reference ------------------------------------------------------------------------------------------------
 
@@ -265,6 +297,8 @@ class DPOTrainer(Trainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """The reference recorded, audited, and brought to where it was at `checkpoint`."""
+        if checkpoint is not None:
+            self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
             identity = None if self._is_sharded else self.reference.identity()
@@ -440,6 +474,18 @@ class DPOTrainer(Trainer):
             return order_by_length(self.train_dataset if train_dataset is None else train_dataset, self.args)
         return super()._get_train_sampler(train_dataset)
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy == "group_by_length":  # of training; transformers would want `input_ids`
+            return SequentialSampler(eval_dataset) if isinstance(eval_dataset, Dataset) else None
+        return super()._get_eval_sampler(eval_dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.create_optimizer`. ValueError where it has none of the policy's tensors."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self._is_sharded:
+            check_optimizer(self.optimizer, self.model)
+        return optimizer
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
 
@@ -468,12 +514,14 @@ class DPOTrainer(Trainer):
 
     def _record(self) -> dict[str, Any]:  # what a checkpoint's manifest says besides
         policy = policy_digest(self.model, is_sharded=self._is_sharded)
-        return {"place": self._place.record(), "policy": policy}
+        return {"place": self._place.record(), "policy": policy, "template_date": self._date}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         if is_adapted(self.model) and not self._is_sharded:
             load_adapters(self.model, checkpoint)
+        elif not self._is_sharded and is_saved_otherwise(self.model, checkpoint):
+            load_converted(unwrap(self.model), checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
+from holdfast.reference.base import digest
 from policies import POLICIES, _adapted, _sft_lora, config, logged, rows, trainer
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
@@ -121,3 +122,20 @@ def test_what_trains_outside_the_adapter_is_refused_on_resume(tmp_path: Path) ->
     again = trainer(POLICIES["lora_unfrozen_norm"](), config(tmp_path, **options | {"max_steps": 4}))
     with pytest.raises(ValueError, match=r"some of what trains is in none"):
         again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mixtral", "qwen3_moe", "gpt_oss", "lfm2", "gemma3", "opt"])
+@pytest.mark.parametrize("shard_bytes", [None, 40_000])
+def test_every_family_comes_back(family: str, shard_bytes: int | None, tmp_path: Path) -> None:
+    """Experts that are one tensor in memory are saved one by one, and under other names."""
+    options = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1}
+    first = trainer(tiny_model(family), config(tmp_path, **options))
+    if shard_bytes is not None:
+        save = first.model.save_pretrained
+        first.model.save_pretrained = lambda *args, **kwargs: save(*args, **kwargs, max_shard_size=shard_bytes)
+    first.train()
+    assert ((tmp_path / "checkpoint-4" / "model.safetensors.index.json").is_file()) == (shard_bytes is not None)
+    later = trainer(tiny_model(family), config(tmp_path, **options))
+    begun = digest(later.model.named_parameters())
+    later.restore()
+    assert digest(later.model.named_parameters()) == digest(first.model.named_parameters()) != begun

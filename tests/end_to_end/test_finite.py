@@ -120,6 +120,8 @@ def test_a_finite_checkpoint_remains_and_is_named(kind: str, value: float, tmp_p
     resumed = trainer(policy(), config(tmp_path / "run", **OPTIONS | more))
     resumed.train(resume_from_checkpoint=str(last))
     assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
+    assert resumed.reference is not None
+    assert whole.reference is not None
     assert digest(resumed.reference.state_dict().items()) == digest(whole.reference.state_dict().items())
 
 

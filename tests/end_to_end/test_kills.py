@@ -1,9 +1,11 @@
 """Killed at any instant and resumed = never interrupted (law L5): bit for bit, for every way to hold a reference.
 
 Each run is killed ten times at random instants, anywhere between the making of its trainer and its end, and taken up
-each time from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored.
+each time from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored. All
+of it once more beside another run in the same folder, which comes to what it comes to without kills, and loses no file.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +20,7 @@ import pytest
 
 import holdfast
 import kills
+from holdfast.reference.run_folder import running
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +30,7 @@ PLACES = {"save": [0.2, 0.6, 0.9], "sync": [0.2, 0.7], "window": [0.5]}
 """Where a run is killed deliberately, after which parts of what happens there."""
 
 Life = Callable[..., dict[str, Any]]
+Company = Callable[[Path], contextlib.AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,52 @@ def life(server: subprocess.Popen[str]) -> Life:
 
 @pytest.mark.parametrize("kind", kills.KINDS)
 def test_a_kill_loses_nothing(kind: str, life: Life, tmp_path: Path) -> None:
+    check_kills(kind, life, tmp_path, alone)
+
+
+@pytest.mark.parametrize("kind", kills.KINDS)
+def test_a_kill_loses_nothing_beside_another_run(kind: str, life: Life, tmp_path: Path) -> None:
+    check_kills(kind, life, tmp_path, beside_another)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else is in `folder`."""
+    yield
+
+
+@contextlib.contextmanager
+def beside_another(folder: Path) -> Iterator[None]:
+    """Another run is in `folder`, and comes to the same in every round; nothing that was killed there is left over when
+    both are done."""
+    paths = [Path(kills.__file__).parent, Path(holdfast.__file__).parent.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, kills.__file__, str(folder)]
+    with (
+        folder.with_suffix(".said").open("w+") as said,
+        subprocess.Popen(command, env=environment, stderr=said, **pipes) as process,
+    ):
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "round\n"
+            yield
+            rest, _ = process.communicate(timeout=120)  # its input ends, and so does it after a round
+            said.seek(0)
+            assert process.returncode == 0, said.read()
+            assert "round" in rest, "it was there all the time"
+        finally:
+            process.kill()
+    with running(folder / "_reference"):
+        pass
+    assert not (folder / "_reference").exists()
+
+
+def check_kills(kind: str, life: Life, tmp_path: Path, company: Company) -> None:
+    """Whole, killed at random and killed at places: the same result, bit for bit."""
     places = ["save"] + ["sync"] * ("synced" in kind) + ["window"] * ("windowed" in kind)
-    whole = life(kind, tmp_path / "whole", ends={place: [0, None] for place in places})
+    with company(tmp_path / "whole"):
+        whole = life(kind, tmp_path / "whole", ends={place: [0, None] for place in places})
     assert whole["events"].keys() == set(places)
     expected = whole["result"]
     assert [entry["step"] for entry in expected["log"] if "loss" in entry] == [*range(1, kills.NUM_STEPS + 1)]
@@ -73,8 +121,10 @@ def test_a_kill_loses_nothing(kind: str, life: Life, tmp_path: Path) -> None:
     assert finished["result"] == expected
 
     average = finished["seconds"] + whole["seconds"] / NUM_KILLS
-    assert killed_at_random(kind, life, tmp_path / "random", average) == expected
-    assert killed_at_places(kind, life, tmp_path / "places", whole["events"]) == expected
+    with company(tmp_path / "random"):
+        assert killed_at_random(kind, life, tmp_path / "random", average) == expected
+    with company(tmp_path / "places"):
+        assert killed_at_places(kind, life, tmp_path / "places", whole["events"]) == expected
 
 
 def killed_at_random(kind: str, life: Life, folder: Path, average: float) -> dict[str, Any]:
@@ -90,7 +140,9 @@ def killed_at_random(kind: str, life: Life, folder: Path, average: float) -> dic
         assert num_killed < MOST_KILLS, "no checkpoint was ever complete"
         if not answer["killed"]:
             results.append(answer["result"])
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                if path.name != "_reference":  # where others may have files
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     results.append(life(kind, folder)["result"])
     assert all(result == results[0] for result in results)
     return results[0]

@@ -20,6 +20,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.dates import prints_date
 from holdfast.data.formats import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, check_columns, read_preference
 from holdfast.data.tokenize import (
     PROMPT_FILLS,
@@ -49,6 +50,7 @@ def prepare_dataset(
     truncation_mode: TruncationMode = "keep_start",
     num_proc: int | None = None,
     vocab_size: int | None = None,
+    template_date: str | None = None,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
 ) -> Dataset | IterableDataset:
@@ -58,6 +60,7 @@ def prepare_dataset(
     (see `holdfast.data.tokenize.unusable_reason`). The others are left out, and counted by reason in one logged
     warning; of a stream, the 1st, 10th, 100th, ... such row of a reason is. Rows that already have the three columns
     are checked and kept as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
+    `template_date` is the date that chat templates print (None: today's, which no cache and no later run can know).
     `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
     cache.
 
@@ -71,12 +74,15 @@ def prepare_dataset(
             'Choose a split (`dataset["train"]`), or make one with `Dataset.from_list(rows)`.'
         )
     dataset = _unformatted(dataset)
-    _check_first_row(dataset, processing_class, name)
+    is_conversational = _check_first_row(dataset, processing_class, name)
+    add_ids = partial(_add_ids, processing_class=processing_class, name=name, rules=TOKENIZATION_RULES)
+    if is_conversational and template_date is not None and prints_date(processing_class):
+        add_ids = partial(add_ids, template_date=template_date)  # of other templates, it is no part of the cache key
     judge = partial(_judge, max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, partial(_add_ids, processing_class=processing_class, name=name), judge, name)
+        return _prepare_stream(dataset, add_ids, judge, name)
     with main_process_first or nullcontext():
-        dataset = _tokenized(dataset, processing_class, num_proc, name)
+        dataset = _tokenized(dataset, add_ids, num_proc, name)
         return _usable(dataset, judge, num_proc, name)
 
 
@@ -110,8 +116,9 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
     return dataset
 
 
-def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str) -> None:
-    """Nothing; raises what would be wrong with every row, before a progress bar is shown."""
+def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether its completions are messages; raises what would be wrong with every row, before a progress bar is
+    shown."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(
@@ -127,8 +134,10 @@ def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTr
             f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
             "columns, or load it whole."
         )
+    is_conversational = kind != "tokenized" and isinstance(first["chosen"], list)
     if kind != "tokenized":
-        check_tokenizer(processing_class, is_conversational=isinstance(first["chosen"], list))
+        check_tokenizer(processing_class, is_conversational=is_conversational)
+    return is_conversational
 
 
 def _add_ids(
@@ -138,6 +147,7 @@ def _add_ids(
     processing_class: PreTrainedTokenizerBase,
     name: str,
     rules: int = TOKENIZATION_RULES,
+    template_date: str | None = None,
 ) -> dict[str, Any]:
     """The token ids of a row, and the prompt ids that were cut; of a tokenized row, its own. A prompt that was implicit
     becomes a column, which callbacks that generate look for."""
@@ -146,7 +156,7 @@ def _add_ids(
         if kind == "tokenized":
             return {**{column: row[column] for column in TOKENIZED_COLUMNS}, _CUT: []}
         preference = read_preference(row)
-        pair = tokenize(preference, processing_class)
+        pair = tokenize(preference, processing_class, template_date)
     except ValueError as error:
         raise ValueError(f"{name} dataset, row {index}: {error}") from error
     ids = {column: getattr(pair, column) for column in TOKENIZED_COLUMNS}
@@ -189,7 +199,7 @@ def _checked_ids(value: Any, column: str, index: int, vocab_size: int | None, na
     return ids
 
 
-def _tokenized(dataset: Dataset, processing_class: PreTrainedTokenizerBase, num_proc: int | None, name: str) -> Dataset:
+def _tokenized(dataset: Dataset, add_ids: partial[dict[str, Any]], num_proc: int | None, name: str) -> Dataset:
     """The dataset with token ids; says once, with numbers, if the prompt was not always a prefix of the full text."""
     if set(TOKENIZED_COLUMNS) <= set(dataset.column_names) and dataset.format["type"] is None:
         return dataset
@@ -199,7 +209,7 @@ def _tokenized(dataset: Dataset, processing_class: PreTrainedTokenizerBase, num_
         prompt = {"prompt": columns["chosen"]} if "prompt" not in columns and "chosen" in columns else {}
         features = Features({**columns, **prompt, **dict.fromkeys((*TOKENIZED_COLUMNS, _CUT), _IDS_TYPE)})
     dataset = dataset.map(
-        partial(_add_ids, processing_class=processing_class, name=name, rules=TOKENIZATION_RULES),
+        add_ids,
         with_indices=True,
         features=features,
         num_proc=num_proc,
@@ -209,7 +219,7 @@ def _tokenized(dataset: Dataset, processing_class: PreTrainedTokenizerBase, num_
     if cut_rows:
         _warn_of_cut(
             f"in {_share(len(cut_rows), len(dataset))} of the {name} dataset",
-            str(processing_class.decode(dataset[cut_rows[0]][_CUT])),
+            str(add_ids.keywords["processing_class"].decode(dataset[cut_rows[0]][_CUT])),
             f"row {cut_rows[0]}",
         )
     return dataset.remove_columns(_CUT)

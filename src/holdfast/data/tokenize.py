@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.dates import dated
 from holdfast.data.formats import Message, Preference
 
 TruncationMode = Literal["keep_start", "keep_end"]
@@ -47,12 +48,15 @@ class TokenizedPair:
         return not self.cut_ids
 
 
-def tokenize(preference: Preference, processing_class: PreTrainedTokenizerBase) -> TokenizedPair:
+def tokenize(
+    preference: Preference, processing_class: PreTrainedTokenizerBase, template_date: str | None = None
+) -> TokenizedPair:
     """The token ids of a preference.
 
     Text completions get the tokenizer's eos token unless they end with it; messages go through the chat template, which
-    ends them itself, the prompt with the generation prompt. Where the tokenized prompt is not a prefix of both full
-    texts, the completions begin where one of them leaves it, and the rest of the prompt is returned as `cut_ids`.
+    ends them itself, the prompt with the generation prompt, and prints `template_date` where it prints a date (None is
+    today). Where the tokenized prompt is not a prefix of both full texts, the completions begin where one of them
+    leaves it, and the rest of the prompt is returned as `cut_ids`.
 
     Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see
     `check_tokenizer`), and when the chat template refuses the messages.
@@ -69,9 +73,9 @@ def tokenize(preference: Preference, processing_class: PreTrainedTokenizerBase) 
         assert isinstance(chosen, list)
         assert isinstance(rejected, list)
         ids = [
-            _render(preference, prompt, processing_class, add_generation_prompt=True),
-            _render(preference, prompt + chosen, processing_class),
-            _render(preference, prompt + rejected, processing_class),
+            _render(preference, prompt, processing_class, template_date, add_generation_prompt=True),
+            _render(preference, prompt + chosen, processing_class, template_date),
+            _render(preference, prompt + rejected, processing_class, template_date),
         ]
     prompt_ids, chosen_ids, rejected_ids = ids
     length = min(_common_prefix_length(prompt_ids, chosen_ids), _common_prefix_length(prompt_ids, rejected_ids))
@@ -190,13 +194,18 @@ def _render(
     preference: Preference,
     messages: list[Message],
     processing_class: PreTrainedTokenizerBase,
+    template_date: str | None,
     *,
     add_generation_prompt: bool = False,
 ) -> list[int]:
+    options: dict[str, Any] = {"tools": preference.tools, **preference.chat_template_kwargs}
+    if template_date is not None:
+        template = processing_class.get_chat_template(options.get("chat_template"), options["tools"])
+        options["chat_template"] = dated(template, template_date)
     try:
         rendered: Any = processing_class.apply_chat_template(
             messages,
-            **{"tools": preference.tools, **preference.chat_template_kwargs},
+            **options,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,

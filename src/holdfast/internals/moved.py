@@ -5,9 +5,9 @@ from typing import Any, final
 
 TESTED = {
     "torch": ("2.13.0", "2.13.0"),
-    "transformers": ("5.10.1", "5.23.0"),
+    "transformers": ("5.17.0", "5.23.0"),
     "peft": ("0.20.0", "0.21.2"),
-    "accelerate": ("1.4.0", "1.15.0"),
+    "accelerate": ("1.10.0", "1.15.0"),
 }
 """The oldest and the newest version of each library that the tests ran on."""
 

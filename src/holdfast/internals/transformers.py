@@ -19,6 +19,7 @@ from holdfast.internals.moved import MovedError, looked_up
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_model_card": ("model_name", "tags"),
+    "create_optimizer": ("model",),
     "evaluate": ("eval_dataset", "ignore_keys", "metric_key_prefix"),
     "evaluation_loop": ("dataloader", "metric_key_prefix"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -27,6 +28,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "train": ("resume_from_checkpoint",),
     "training_step": ("model", "inputs"),
+    "_get_eval_sampler": ("eval_dataset",),
     "_get_dataloader": ("dataset", "description", "batch_size"),
     "_get_train_sampler": ("train_dataset",),
     "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"),
@@ -40,6 +42,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
+    "_move_model_to_device": ("model", "device"),
     "_prepare_inputs": ("inputs",),
 }
 """Private methods of `Trainer` that `DPOTrainer` calls as they are."""
@@ -56,7 +59,8 @@ def check_trainer() -> None:
         missing = [parameter for parameter in parameters if parameter not in taken]
         if missing:
             raise MovedError("transformers", f"Trainer.{name}", f"it takes no `{missing[0]}`, but {list(taken)[1:]}")
-        if name.startswith("_") and name in OVERRIDDEN and not _is_called(name):
+    for name in OVERRIDDEN:
+        if name.startswith("_") and not _is_called(name):
             raise MovedError("transformers", f"Trainer.{name}", "`Trainer` no longer calls it")
     if not _reads(Trainer._set_signature_columns_if_needed.__code__, "_signature_columns"):
         raise MovedError("transformers", "Trainer._signature_columns", "`Trainer` no longer fills it")

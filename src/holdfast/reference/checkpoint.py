@@ -234,6 +234,32 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def recorded_date(args: Any) -> str | None:
+    """The date that chat templates print in the checkpoint that the option `resume_from_checkpoint` of `args` (a
+    `DPOConfig`) names, so that nothing is tokenized and scored for another; None where there is none."""
+    asked = args.resume_from_checkpoint
+    folder = Path(asked) if isinstance(asked, str) else None
+    if asked is True:
+        folder = next(reversed(complete_checkpoints(Path(args.output_dir))), None)
+    if folder is None or not (folder / FOLDER / MANIFEST).is_file():
+        return None
+    return read_manifest(folder).get("template_date")
+
+
+def date_to_print(checkpoint: Path, current: str | None, asked: str | None) -> str | None:
+    """The date that chat templates are to print in a run that goes on from `checkpoint` and prints `current` so far.
+    ValueError where another one was asked for."""
+    recorded = read_manifest(checkpoint).get("template_date")
+    if recorded is None or current is None:
+        return current
+    if asked is not None and asked != recorded:
+        raise ValueError(
+            f"template_date={asked!r} was asked for, but chat templates printed {recorded} in the run that wrote "
+            f"{checkpoint}, so its rows have other token ids. Drop template_date, or set it to {recorded!r}."
+        )
+    return recorded
+
+
 def save_complete(
     trainer: Trainer,
     checkpoint: Path,

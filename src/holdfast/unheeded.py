@@ -1,0 +1,160 @@
+"""Options of `transformers` that this trainer cannot heed: each is refused with the reason and what to do instead.
+
+`transformers.Trainer` heeds what concerns the optimizer, the schedule, logs, checkpoints, loaders and processes.
+What concerns labels, losses of tokens, or the model between capture and training means something else for preference
+pairs, or nothing. `tests/unit/test_unheeded.py` has the whole table: a field that a newer `transformers` adds fails
+there until somebody has looked at it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from datasets import IterableDataset
+from torch import nn
+from transformers import TrainingArguments
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """An option that is refused where `is_asked` of its value, with the reason and the way out."""
+
+    name: str
+    reason: str
+    instead: str
+    is_asked: Callable[[Any], bool] = bool
+
+
+def _is_parallel(config: Any) -> bool:
+    return any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp"))
+
+
+REFUSALS = (
+    _Refusal(
+        name="label_smoothing_factor",
+        reason="it smooths the labels of tokens, and a pair has none",
+        instead="Use label_smoothing, the probability that a pair's label is flipped",
+    ),
+    _Refusal(
+        name="label_names",
+        reason="a batch of pairs has no labels: `compute_metrics` gets the input ids as `label_ids`",
+        instead="Leave label_names out",
+        is_asked=lambda value: value is not None,
+    ),
+    _Refusal(
+        name="include_for_metrics",
+        reason="a batch's rows are laid out otherwise than the padded ones that `compute_metrics` gets, and a loss is "
+        "of a pair, not of a row",
+        instead="Leave it out: the input ids come as `label_ids`, and `eval_loss` is the mean over pairs",
+    ),
+    _Refusal(
+        name="auto_find_batch_size",
+        reason="a second try would begin with the policy, the reference and the place in the data that the first one "
+        "left",
+        instead="Set tokens_per_batch, which computes a batch in parts that fit",
+    ),
+    _Refusal(
+        name="use_liger_kernel",
+        reason="it would replace parts of the policy after its reference was captured, and not those of a `ref_model`",
+        instead="Apply the kernels to the models before they are handed over (AutoLigerKernelForCausalLM)",
+    ),
+    _Refusal(
+        name="liger_kernel_config",
+        reason="it configures use_liger_kernel, which is refused",
+        instead="Apply the kernels to the models before they are handed over (AutoLigerKernelForCausalLM)",
+        is_asked=lambda value: value is not None,
+    ),
+    _Refusal(
+        name="length_column_name",
+        reason="lengths are counted from the token ids of both sides of a pair",
+        instead="Leave it out",
+        is_asked=lambda value: value != "length",
+    ),
+    _Refusal(
+        name="train_sampling_strategy",
+        reason="it goes by the length of one row of tokens, and a pair has several",
+        instead="Use 'group_by_length'",
+        is_asked=lambda value: value == "batch_rebalance",
+    ),
+    _Refusal(
+        name="parallelism_config",
+        reason="tensor, context and sequence parallelism divide a row or its model among processes, and log-probs are "
+        "summed over whole rows",
+        instead="Use data parallelism or FSDP",
+        is_asked=_is_parallel,
+    ),
+)
+
+
+def check_heeded(args: TrainingArguments) -> None:
+    """ValueError where `args` ask for something that would be ignored, or would make other numbers than it says."""
+    for refusal in REFUSALS:
+        value = getattr(args, refusal.name, None)
+        if value is not None and refusal.is_asked(value):
+            raise ValueError(f"{refusal.name}={value!r} was asked for, but {refusal.reason}. {refusal.instead}.")
+
+
+def check_noise(args: Any) -> None:
+    """ValueError where NEFTune's noise would depend on how rows are filled: it is scaled by their length."""
+    if args.neftune_noise_alpha is not None and (args.layout != "padded" or args.tokens_per_batch is not None):
+        found = f"layout={args.layout!r}" if args.layout != "padded" else f"tokens_per_batch={args.tokens_per_batch}"
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} was asked for together with {found}, but NEFTune scales "
+            "its noise by the length of a row, which would be of many sequences, or of a part of the batch. Use "
+            "layout='padded' without tokens_per_batch."
+        )
+
+
+def check_metrics(args: TrainingArguments, compute_metrics: Any) -> None:
+    """ValueError where options about `compute_metrics` and that function do not go together."""
+    if compute_metrics is not None and args.prediction_loss_only:
+        raise ValueError(
+            "prediction_loss_only=True was asked for together with `compute_metrics`, which would never be called. "
+            "Drop one of them."
+        )
+    if compute_metrics is None and args.batch_eval_metrics:
+        raise ValueError(
+            "batch_eval_metrics=True was asked for without `compute_metrics`, the function that it is about. Pass one, "
+            "or leave it out."
+        )
+
+
+def check_stream(args: TrainingArguments, train_dataset: Any) -> None:
+    """ValueError where a stream's place would be lost."""
+    if args.ignore_data_skip and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "ignore_data_skip=True was asked for with a stream, whose place a checkpoint records: a resumed run would "
+            "read its beginning again and record another place. Leave ignore_data_skip out."
+        )
+
+
+def check_optimizers(optimizers: tuple[Any, Any], policy: nn.Module) -> None:
+    """ValueError where an optimizer or schedule of the user's would leave the policy as it is."""
+    optimizer, schedule = optimizers
+    if optimizer is not None:
+        check_optimizer(optimizer, policy)
+    followed = getattr(schedule, "optimizer", optimizer)
+    if schedule is not None and (optimizer is None or followed is not optimizer):
+        raise ValueError(
+            f"`optimizers` has a {type(schedule).__name__} "
+            f"{'without an optimizer' if optimizer is None else 'of another optimizer'}, so the learning rate of the "
+            "one that trains would never change. Pass the optimizer that the schedule was made for, or set "
+            "lr_scheduler_type."
+        )
+
+
+def check_optimizer(optimizer: Any, policy: nn.Module) -> None:
+    """ValueError where none of the optimizer's tensors is a trainable one of the policy."""
+    if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ == "LayerWiseDummyOptimizer":
+        return  # an engine's, or one that stands for an optimizer per layer
+    trainable = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if not any(id(tensor) in trainable for tensor in tensors):
+        raise ValueError(
+            f"The optimizer ({type(optimizer).__name__}) has {len(tensors)} tensors, none of which is among the "
+            f"policy's {len(trainable)} trainable ones, so nothing would train. Make it from the parameters of the "
+            "model that is handed over, after its adapter was added (without `peft_config`), or leave it out and set "
+            "`optim`."
+        )
