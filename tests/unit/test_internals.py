@@ -375,6 +375,7 @@ def test_adapters_under_a_peft_model_are_refused(kind: str, tmp_path: Path) -> N
         trainer(model, config(tmp_path / "run"))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 @pytest.mark.parametrize("name", ["default", "fresh"])
 def test_injected_layers_that_the_adapter_does_not_target(name: str, tmp_path: Path) -> None:

@@ -163,6 +163,14 @@ def check_switching() -> None:
 
     Once per process: a check that held is not made again.
     """
+    try:
+        _check_tiny()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        said = f"a layer made to try it failed with {type(error).__name__}: {error}"
+        raise MovedError("peft", "LoraLayer", said) from error
+
+
+def _check_tiny() -> None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         tiny = _Tiny().float()
         config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_lora_weights=False)
