@@ -430,6 +430,18 @@ def test_as_a_reference_they_count_as_they_are(kind: str, tmp_path: Path) -> Non
     assert losses[0] == pytest.approx(logged(ours), abs=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["full", "lora_fresh"])
+def test_as_a_reference_they_do_not_move(policy: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A sync mixes the weights .*base_layer.weight` is in one only"):
+        trainer(POLICIES[policy](), config(tmp_path / "run", **MOVING), ref_model=_injected(tmp_path)).train()
+
+
+def test_an_adapter_folder_beside_a_fresh_adapter_is_refused(tmp_path: Path) -> None:
+    fresh = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"`peft_config` was given, but `model` already carries .*'default'"):
+        trainer(str(_folder(tmp_path)), config(tmp_path / "run"), peft_config=fresh)
+
+
 def test_an_adapter_folder_as_a_policy_is_a_peft_model(tmp_path: Path) -> None:
     ours = trainer(str(_folder(tmp_path)), config(tmp_path / "run"))
     assert isinstance(ours.model, PeftModel)
