@@ -77,6 +77,15 @@ def test_every_method_that_is_replaced_or_called_is_in_the_table() -> None:
     assert set(of_transformers.CALLED) <= used
 
 
+def test_no_private_attribute_is_one_of_the_base_class() -> None:
+    """What `DPOTrainer` keeps under a name that `Trainer` reads would be taken for something else."""
+    (ours, theirs) = (ast.parse(inspect.getsource(kind)) for kind in (holdfast.trainer.DPOTrainer, Trainer))
+    kept = {node.attr for node in ast.walk(ours) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    kept |= {node.name for node in ast.walk(ours) if isinstance(node, ast.FunctionDef)}
+    read = {node.attr for node in ast.walk(theirs) if isinstance(node, ast.Attribute)}
+    assert {name for name in kept & read if name.startswith("_")} - {"__init__", "_signature_columns"} <= set(METHODS)
+
+
 def test_the_options_that_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fsdp_config" in of_transformers.dict_fields()
     monkeypatch.delattr(TrainingArguments, "_VALID_DICT_FIELDS")
