@@ -116,13 +116,22 @@ def test_losses_stand_on_torch_and_batch_alone():
 
 
 def private_names_of_others(source: str, own: set[str]) -> list[str]:
-    """The private names (`_x`) in `source` that are none of the package's own: attributes, texts that name one in
-    `getattr` and its like, and imports."""
+    """The private names (`_x`) in `source` that are none of the package's own: attributes, options of calls, texts that
+    name one (in `getattr` and its like, as a key, in `... in vars(x)`), and imports."""
     tree = ast.parse(source)
     found = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTE_FUNCTIONS:
             found += [part.value for part in node.args[1:2] if isinstance(part, ast.Constant)]
+        match node:
+            case ast.keyword(arg=str(name)):
+                found.append(name)
+            case ast.Call(func=ast.Attribute(attr="get" | "pop" | "setdefault"), args=[ast.Constant(value=name), *_]):
+                found.append(name)
+            case ast.Call(func=ast.Name(id="attrgetter" | "methodcaller"), args=[ast.Constant(value=name), *_]):
+                found += str(name).split(".")
+            case ast.Subscript(slice=ast.Constant(value=name)) | ast.Compare(left=ast.Constant(value=name)):
+                found.append(name)
     for name in imported(tree):
         if name.split(".")[0] in LIBRARIES:
             found += name.split(".")
@@ -171,6 +180,8 @@ def test_private_names_of_libraries_stand_in_internals(path):
         "model._forward_hooks", "layer._disable_adapters = True", "getattr(config, '_attn_implementation', None)",
         "from torch._dynamo import OptimizedModule", "import torch._dynamo", "from peft.utils import _get_submodules",
         "hasattr(model, '_orig_mod')", "self.accelerator._models", "setattr(layer, '_active_adapter', [])",
+        "create_block_mask(sees, _compile=True)", "vars(model).get('_orig_mod')", "vars(model)['_forward_hooks']",
+        "'_hf_hook' in vars(model)", "attrgetter('base_model._cast_input')", "model.__dict__.pop('_hf_hook', None)",
     ],
 )  # fmt: skip
 def test_a_planted_private_name_is_found(planted):
@@ -243,7 +254,7 @@ def project_files() -> list[Path]:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
         paths = [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
-        paths = [path for path in ROOT.rglob("*") if not {".git", ".venv", "site"} & set(path.parts)]
+        paths = [path for path in ROOT.rglob("*") if not {".git", ".venv", ".venv-oldest", "site"} & set(path.parts)]
     texts = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".cfg", ".html", ""}
     return [path for path in paths if path.suffix in texts and path.is_file()]
 

@@ -10,12 +10,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from holdfast.internals.peft import adapter_layers, adapters_of
+from holdfast.internals.peft import adapter_layers, adapters_of, check_switching, untargeted_layers
 from holdfast.internals.transformers import has_own_adapters
 
 
 def check_policy_adapters(policy: nn.Module) -> None:
-    """ValueError where `policy` has adapter layers that no `PeftModel` around it manages, or merged ones."""
+    """ValueError where `policy` has adapter layers that no `PeftModel` around it manages, or merged ones. MovedError
+    where peft does not switch adapters as it did."""
     layers = adapter_layers(policy)
     if not layers:
         return
@@ -27,8 +28,10 @@ def check_policy_adapters(policy: nn.Module) -> None:
             "be saved. Load it with `PeftModel.from_pretrained(base, folder, is_trainable=True)`, or merge them into "
             "the base and pass a `peft_config`."
         )
+    check_switching()
     computing = {name for layer in layers.values() for name in adapters_of(layer) & {*layer.active_adapters}}
     unknown = sorted((_names(layers) - policy.peft_config.keys()) | (computing - {*policy.active_adapters}))
+    unknown = unknown or untargeted_layers(policy)
     if unknown or has_own_adapters(policy.get_base_model()):
         raise ValueError(
             f"The policy is a PeftModel of {sorted(policy.peft_config)} around a model that had adapter layers before "

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function
+
+from holdfast.internals.torch import compiled_block_mask
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,7 @@ def block_mask(rows: Sequence[Row], num_columns: int, visible: Callable[..., Any
         is_seen = is_near & visible(row, head, position[row, query], position[row, key])
         return is_seen | (query == key)
 
-    return create_block_mask(
-        sees, len(rows), None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu"
-    )
+    return compiled_block_mask(sees, len(rows), num_columns, device)
 
 
 def _token_ids(rows: Sequence[Row], num_columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -136,6 +136,7 @@ def make_policy(
     _check_not_repacked(policy)
     check_policy_adapters(policy)
     policy = with_adapter(pin_quantised_layers(policy), peft_config, args.model_adapter_name)
+    check_policy_adapters(policy)
     if is_adapted(policy) and args.gradient_checkpointing:
         _check_recomputable(policy)
         unwrap(policy).enable_input_require_grads()

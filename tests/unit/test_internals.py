@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -75,6 +75,15 @@ def test_every_method_that_is_replaced_or_called_is_in_the_table() -> None:
     } - {"__init__"}
     assert used <= set(METHODS)
     assert set(of_transformers.CALLED) <= used
+
+
+def test_no_private_attribute_is_one_of_the_base_class() -> None:
+    """What `DPOTrainer` keeps under a name that `Trainer` reads would be taken for something else."""
+    (ours, theirs) = (ast.parse(inspect.getsource(kind)) for kind in (holdfast.trainer.DPOTrainer, Trainer))
+    kept = {node.attr for node in ast.walk(ours) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    kept |= {node.name for node in ast.walk(ours) if isinstance(node, ast.FunctionDef)}
+    read = {node.attr for node in ast.walk(theirs) if isinstance(node, ast.Attribute)}
+    assert {name for name in kept & read if name.startswith("_")} - {"__init__", "_signature_columns"} <= set(METHODS)
 
 
 def test_the_options_that_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +161,17 @@ def test_a_dropout_class_that_is_another(monkeypatch: pytest.MonkeyPatch) -> Non
         of_torch.dropout_class()
 
 
+def test_a_block_mask_that_is_no_longer_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return query >= key
+
+    found = of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
+    assert found.shape == (1, 1, 128, 128)
+    monkeypatch.setattr(of_torch.flex_attention, "create_block_mask", lambda mask_mod, device: None)
+    with pytest.raises(MovedError, match=r"create_block_mask moved .*it takes no `_compile`"):
+        of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
+
+
 def test_hooks_are_seen() -> None:
     layer = nn.Linear(2, 2)
     assert not of_torch.has_hooks(layer)
@@ -175,23 +195,33 @@ def _renamed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 NAMED = {"model_adapter_name": "dpo"}
-SWITCHING: dict[str, tuple[str, dict[str, Any], str]] = {
-    "adapter off": ("lora_fresh", {}, "_disable_adapters"),
-    "adapter off, by name": ("lora_fresh", {"reference": "adapter"}, "_disable_adapters"),
-    "adapter off, ahead": ("lora_fresh", {"reference": "precomputed"}, "_disable_adapters"),
-    "the bare base": ("lora_fresh_over_sft", {"ref_adapter_name": "__base__"} | NAMED, "_disable_adapters"),
-    "another adapter": ("lora_fresh_over_sft", {"ref_adapter_name": "default"} | NAMED, "_active_adapter"),
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapter off": ("lora_fresh", {}),
+    "adapter off, by name": ("lora_fresh", {"reference": "adapter"}),
+    "adapter off, stored": ("lora_fresh", {"reference": "precomputed"}),
+    "adapter off, ahead": ("lora_fresh", {"reference_window": 2}),
+    "the bare base": ("lora_fresh_over_sft", {"ref_adapter_name": "__base__"} | NAMED),
+    "another adapter": ("lora_fresh_over_sft", {"ref_adapter_name": "default"} | NAMED),
+    "values in place": ("lora_sft", {}),
+    "values in place, saved whole": ("lora_modules_to_save", {}),
+    "a merged copy": ("lora_sft", {"reference": "model"}),
+    "a snapshot that moves": ("lora_fresh", {"ref_model_mixup_alpha": 1.0} | MOVING),
+    "mixed products": ("lora_sft", {"ref_model_mixup_alpha": 0.5} | MOVING),
+    "mixed scaled products": ("dora", {"ref_model_mixup_alpha": 0.5} | MOVING),
+    "a copy that moves": ("lora_sft", {"reference": "model", "ref_model_mixup_alpha": 0.5} | MOVING),
 }
 
 
-@pytest.mark.parametrize("case", SWITCHING)
-def test_a_flag_of_peft_that_was_renamed(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No way to hold the reference goes on with the policy in its place."""
-    policy, options, flag = SWITCHING[case]
+@pytest.mark.parametrize("flag", ["_disable_adapters", "_active_adapter"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_flag_of_peft_that_was_renamed(way: str, flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No way to hold the reference goes on with the policy in its place: the trainer is not made."""
+    policy, options = WAYS[way]
     made = POLICIES[policy]()
     _renamed(monkeypatch, flag)
-    with pytest.raises((MovedError, ValueError), match=r"peft\..* moved in version|compute unseen"):
-        trainer(made, config(tmp_path, **options)).train()
+    with pytest.raises(MovedError, match=r"peft\..* moved in version"):
+        trainer(made, config(tmp_path, **options))
     monkeypatch.undo()
     of_peft.check_switching.cache_clear()
 
@@ -323,8 +353,6 @@ def _add_adapter(path: Path) -> nn.Module:
 
 def _injected(path: Path) -> nn.Module:
     torch.manual_seed(3)
-    from peft import inject_adapter_in_model
-
     return inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), tiny_model())
 
 
@@ -356,6 +384,31 @@ def test_adapters_under_a_peft_model_are_refused(kind: str, tmp_path: Path) -> N
         trainer(model, config(tmp_path / "run"))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
+@pytest.mark.parametrize("name", ["default", "fresh"])
+def test_injected_layers_that_the_adapter_does_not_target(name: str, tmp_path: Path) -> None:
+    """Also under one name: the saved adapter's config would not know the injected layers."""
+    fresh = LoraConfig(r=2, target_modules=["v_proj"])
+    model: Any = get_peft_model(_injected(tmp_path), fresh, adapter_name=name)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"around a model that had adapter layers before \(\["):
+        trainer(model, config(tmp_path / "run"))
+
+
+def test_layers_of_several_adapters_are_all_targeted() -> None:
+    """Of factors on parameters and of modules that are saved whole too; what is injected below them is seen."""
+    for policy in POLICIES.values():
+        if isinstance(made := policy(), PeftModel):
+            assert of_peft.untargeted_layers(made) == []
+    experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model: Any = get_peft_model(tiny_model("mixtral"), experts)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    assert of_peft.untargeted_layers(model) == []
+    for layer in model.base_model.model.model.layers:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["o_proj"]), layer.self_attn, adapter_name="other")
+    assert {path.rsplit(".", 1)[-1] for path in of_peft.untargeted_layers(model)} == {"o_proj"}
+
+
 def test_merged_adapters_are_refused(tmp_path: Path) -> None:
     policy = POLICIES["lora_sft"]()
     policy.merge_adapter()
@@ -384,6 +437,18 @@ def test_as_a_reference_they_count_as_they_are(kind: str, tmp_path: Path) -> Non
     ours = trainer(tiny_model(), config(tmp_path / "run"), ref_model=plain)
     ours.train()
     assert losses[0] == pytest.approx(logged(ours), abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["full", "lora_fresh"])
+def test_as_a_reference_they_do_not_move(policy: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A sync mixes the weights .*base_layer.weight` is in one only"):
+        trainer(POLICIES[policy](), config(tmp_path / "run", **MOVING), ref_model=_injected(tmp_path)).train()
+
+
+def test_an_adapter_folder_beside_a_fresh_adapter_is_refused(tmp_path: Path) -> None:
+    fresh = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"`peft_config` was given, but `model` already carries .*'default'"):
+        trainer(str(_folder(tmp_path)), config(tmp_path / "run"), peft_config=fresh)
 
 
 def test_an_adapter_folder_as_a_policy_is_a_peft_model(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -114,6 +114,26 @@ def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
         raise MovedError("peft", f"{kind}._active_adapter", said)
 
 
+def untargeted_layers(policy: PeftModel) -> list[str]:
+    """The paths of layers that no adapter of `policy` was asked to change: they were there before it."""
+    tuner = policy.base_model
+    if not isinstance(tuner, BaseTuner):  # prompts have no layers
+        return []
+    parameters = (name.rpartition(".")[0] for name in tuner.targeted_parameter_names)
+    targets = {f"base_model.model.{name}" for name in (*tuner.targeted_module_names, *parameters)}
+    layers = adapter_layers(policy)
+    return [
+        path
+        for path, layer in layers.items()
+        if isinstance(layer, BaseTunerLayer) and path not in targets and not _ancestors(path) & layers.keys()
+    ]
+
+
+def _ancestors(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[:length]) for length in range(1, len(parts))}
+
+
 def activate(policy: PeftModel, adapter: str) -> None:
     """Makes `adapter` the one that `policy` computes with and trains. MovedError where peft does not do so."""
     policy.set_adapter(adapter)
@@ -144,6 +164,14 @@ def check_switching() -> None:
 
     Once per process: a check that held is not made again.
     """
+    try:
+        _check_tiny()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        said = f"a layer made to try it failed with {type(error).__name__}: {error}"
+        raise MovedError("peft", "LoraLayer", said) from error
+
+
+def _check_tiny() -> None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         tiny = _Tiny().float()
         config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"], init_lora_weights=False)
@@ -159,6 +187,8 @@ def check_switching() -> None:
 def _check_numbers(model: Any, x: Tensor) -> None:
     """The numbers of each state of the tiny model, beside the same from its weights by hand."""
     layers = adapter_layers(model)
+    for path, layer in layers.items():
+        _state(path, layer)
     body, head = model.base_model.model.body, model.base_model.model.head
     before = model(x)
     base = x @ body.base_layer.weight.T @ head.original_module.weight.T

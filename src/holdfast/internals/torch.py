@@ -1,10 +1,13 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, the wrapper of `torch.compile`."""
+"""Private names of torch: a module's hooks, what it saves, dropout's base class, the wrapper of `torch.compile`, and a
+block mask that is compiled."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
 
@@ -56,3 +59,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def compiler(model: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What compiles a function with the options that `model` was compiled with."""
     return looked_up("torch", model, "dynamo_ctx")
+
+
+def compiled_block_mask(
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], num_rows: int, num_columns: int, device: torch.device
+) -> flex_attention.BlockMask:
+    """The block mask of `sees`, a function of (row, head, query, key), for all heads. On a GPU its making is compiled,
+    so that no mask [R T T] is ever held."""
+    make = flex_attention.create_block_mask
+    if "_compile" not in inspect.signature(make).parameters:
+        taken = list(inspect.signature(make).parameters)
+        raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {taken}")
+    shape = (num_rows, None, num_columns, num_columns)
+    return make(sees, *shape, device=str(device), _compile=device.type != "cpu")
