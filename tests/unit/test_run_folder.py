@@ -223,7 +223,7 @@ def test_a_file_that_was_changed_is_refused_by_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
 def test_a_parked_module_has_its_weights_again_whatever_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Weights of 8 bits beside plain ones: empty while parked, and all bytes and digests as before while it is asked."""
+    """Weights of 8 bits beside plain ones: empty while parked, and all bytes as before while it is asked."""
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     packed = (torch.randn(8, 8) * 50).to(dtype)
     module[1].weight = nn.Parameter(packed.clone(), requires_grad=False)
