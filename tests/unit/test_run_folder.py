@@ -1,5 +1,6 @@
 """Files of a reference have one owner: nobody else changes or removes them, and what a killed owner left goes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import holdfast
 from holdfast.reference import run_folder
 from holdfast.reference.kept import KeptTensors
+from holdfast.reference.parked import ParkedReference
 from holdfast.reference.run_folder import RunFolder, running
 
 HOLDER = """
@@ -216,3 +219,22 @@ def test_a_file_that_was_changed_is_refused_by_tensor(tmp_path: Path) -> None:
 
     kept.keep(values)
     assert [name for name, _ in kept.items()] == ["first", "second"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_a_parked_module_has_its_weights_again_whatever_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights of 8 bits beside plain ones: empty while parked, and all bytes as before while it is asked."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    packed = (torch.randn(8, 8) * 50).to(dtype)
+    module[1].weight = nn.Parameter(packed.clone(), requires_grad=False)
+    parked = ParkedReference(
+        module, contextlib.nullcontext, folder=RunFolder(tmp_path), name="parked.safetensors", origin="the module"
+    )
+    frame = parked._frame
+    assert not any(parameter.numel() for parameter in frame.parameters())
+    with parked.held():
+        for (name, found), expected in zip(frame.named_parameters(), module.parameters(), strict=True):
+            assert found.dtype == expected.dtype, name
+            assert torch.equal(bits(found.detach()), bits(expected.detach())), name
+        assert torch.equal(bits(frame[1].weight.detach()), bits(packed))
+    assert not any(parameter.numel() for parameter in frame.parameters())
