@@ -101,6 +101,7 @@ class DPOTrainer(Trainer):
     model: nn.Module
     _is_introduced = False
     _masks: frozenset[str] = frozenset()
+    _uploading: Sequence[str] = ()
     _provenance: checkpoints.Provenance | None = None
     reference: Reference | None = None
 
@@ -508,9 +509,13 @@ class DPOTrainer(Trainer):
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         save = partial(super()._save_checkpoint, model, trial)
-        checkpoints.save_complete(self, checkpoint, save, self.reference, self._provenance, self._record)
+        push = getattr(self, "push_in_progress", None)
+        self._uploading = () if push is None or push.is_done() else self._uploading
+        what = self.reference, self._provenance, self._record, self._uploading
+        checkpoints.save_complete(self, checkpoint, save, *what)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
+            self._uploading = [*self._uploading, checkpoint.name]
 
     def _record(self) -> dict[str, Any]:  # what a checkpoint's manifest says besides
         policy = policy_digest(self.model, is_sharded=self._is_sharded)

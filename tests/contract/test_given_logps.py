@@ -342,3 +342,13 @@ def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
     assert isinstance(ours.reference, GivenReference)
     with pytest.raises(ValueError, match="the gap is"):
         made(tmp_path, changed(data, lambda row, _: {CHOSEN: row[CHOSEN] - 1}), tiny_model().bfloat16())
+
+
+def test_other_values_are_other_data_on_resume(tmp_path: Path) -> None:
+    """A value that another scoring would have given as well: the losses would be others, if only a little."""
+    data = with_sums(rows(), tiny_model())
+    options = {"save_strategy": "steps", "save_steps": 1}
+    made(tmp_path, data, **options, max_steps=1).train()
+    other = changed(data, lambda row, number: {CHOSEN: row[CHOSEN] + 1e-4} if number == 5 else {})
+    with pytest.raises(ValueError, match="was written by a run that differs in the training data"):
+        made(tmp_path, other, **options, max_steps=2).train(resume_from_checkpoint=True)

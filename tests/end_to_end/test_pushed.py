@@ -74,6 +74,23 @@ def test_a_pushed_checkpoint_is_complete(kind: str, strategy: str, names: list[s
     assert len(hub.uploads) - len(pushed) == (0 if strategy == "end" else 3)  # the model itself
 
 
+def test_what_is_being_uploaded_is_not_deleted(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload that takes two saves: with a limit of one checkpoint, its folder goes only after that."""
+    seen: list[list[str]] = []
+    is_done = iter([False, True, True])
+    monkeypatch.setattr(Done, "done", lambda self: next(is_done, True))
+    ours = trainer(tiny_model(), config(tmp_path, **OPTIONS | {"save_total_limit": 1, "hub_strategy": "checkpoint"}))
+    push = transformers.Trainer._push_from_checkpoint
+
+    def looked(self: Any, folder: str) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        push(self, folder)
+
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", looked)
+    ours.train()
+    assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-3"]]
+
+
 def test_what_is_not_finite_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     ours = trainer(tiny_model(), config(tmp_path, **OPTIONS | {"hub_strategy": "all_checkpoints", "logging_steps": 9}))
     step = ours.training_step

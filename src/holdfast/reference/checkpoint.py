@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from holdfast.batch import PairBatch
+from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.base import Reference, digest
 from holdfast.reference.identity import Identity, numerics
@@ -138,17 +139,21 @@ def _meaning(name: str) -> str:
 
 
 def dataset_digest(dataset: Any) -> str | None:
-    """Digest of the token ids of all pairs, in order; None for a stream, which is not read."""
+    """Digest of the token ids of all pairs, in order, and of the reference's log-probs where the data bring them along;
+    None for a stream, which is not read."""
     if not isinstance(dataset, Dataset):
         return None
     state = hashlib.blake2b(digest_size=16)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(1_000)
+    given = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
+    tables: Any = dataset.select_columns(columns + given).with_format("arrow").iter(1_000)
     for table in tables:
         for name in columns:
             column = table[name].combine_chunks()
             state.update(np.asarray(column.value_lengths(), dtype=np.int64).data)
             state.update(np.asarray(column.flatten(), dtype=np.int64).data)
+        for name in given:
+            state.update(np.asarray(table[name].combine_chunks(), dtype=np.float64).data)
     return state.hexdigest()
 
 
@@ -267,6 +272,7 @@ def save_complete(
     reference: Reference | None,
     provenance: Provenance | None,
     record: Callable[[], Mapping[str, Any]],
+    uploading: Collection[str] = (),
 ) -> None:
     """What `save()` of the trainer writes and `save_reference` after it; older checkpoints go only when this one is
     complete. `record()` says what else the manifest records."""
@@ -284,7 +290,7 @@ def save_complete(
         if (checkpoint / TRAINING_ARGS_NAME).is_file():
             torch.save(args, checkpoint / TRAINING_ARGS_NAME)
         save_reference(checkpoint, reference, provenance, record())
-        rotate(checkpoint.parent, args.save_total_limit, trainer.state.best_model_checkpoint)
+        rotate(checkpoint.parent, args.save_total_limit, trainer.state.best_model_checkpoint, uploading)
 
 
 def reopen(checkpoint: Path) -> None:
@@ -316,12 +322,14 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return [numbered[step] for step in sorted(numbered)]
 
 
-def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest complete checkpoints beyond `limit`; never the last one, nor the best."""
+def rotate(run_folder: Path, limit: int | None, best: str | None, uploading: Collection[str] = ()) -> None:
+    """Deletes the oldest complete checkpoints beyond `limit`; never the last one, nor the best, nor those of these
+    names, which are on their way to the hub."""
     found = complete_checkpoints(run_folder)
     if not limit or limit < 1:
         return
-    kept = {found[-1]} | {path for path in found if best is not None and path.name == Path(best).name}
+    names = {*uploading, *([Path(best).name] if best is not None else [])}
+    kept = {found[-1]} | {path for path in found if path.name in names}
     for checkpoint in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
         reopen(checkpoint)  # a kill while it is deleted leaves no half of it to resume from
         shutil.rmtree(checkpoint, ignore_errors=True)
