@@ -2,7 +2,8 @@
 
 Each run is killed ten times at random instants, anywhere between the making of its trainer and its end, and taken up
 each time from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored. All
-of it once more beside another run in the same folder, which comes to what it comes to without kills, and loses no file.
+of it once more, with three random instants, beside another run in the same folder, which comes to what it comes to
+without kills, and loses no file.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from holdfast.reference.run_folder import running
 
 pytestmark = pytest.mark.slow
 
-NUM_KILLS = 10
+NUM_KILLS, NUM_KILLS_BESIDE = 10, 3
 MOST_KILLS = 60
 PLACES = {"save": [0.2, 0.6, 0.9], "sync": [0.2, 0.7], "window": [0.5]}
 """Where a run is killed deliberately, after which parts of what happens there."""
@@ -66,12 +67,12 @@ def life(server: subprocess.Popen[str]) -> Life:
 
 @pytest.mark.parametrize("kind", kills.KINDS)
 def test_a_kill_loses_nothing(kind: str, life: Life, tmp_path: Path) -> None:
-    check_kills(kind, life, tmp_path, alone)
+    check_kills(kind, life, tmp_path, alone, NUM_KILLS)
 
 
 @pytest.mark.parametrize("kind", kills.KINDS)
 def test_a_kill_loses_nothing_beside_another_run(kind: str, life: Life, tmp_path: Path) -> None:
-    check_kills(kind, life, tmp_path, beside_another)
+    check_kills(kind, life, tmp_path, beside_another, NUM_KILLS_BESIDE)
 
 
 @contextlib.contextmanager
@@ -107,11 +108,10 @@ def beside_another(folder: Path) -> Iterator[None]:
     assert not (folder / "_reference").exists()
 
 
-def check_kills(kind: str, life: Life, tmp_path: Path, company: Company) -> None:
+def check_kills(kind: str, life: Life, tmp_path: Path, company: Company, num_kills: int) -> None:
     """Whole, killed at random and killed at places: the same result, bit for bit."""
     places = ["save"] + ["sync"] * ("synced" in kind) + ["window"] * ("windowed" in kind)
-    with company(tmp_path / "whole"):
-        whole = life(kind, tmp_path / "whole", ends={place: [0, None] for place in places})
+    whole = life(kind, tmp_path / "whole", ends={place: [0, None] for place in places})
     assert whole["events"].keys() == set(places)
     expected = whole["result"]
     assert [entry["step"] for entry in expected["log"] if "loss" in entry] == [*range(1, kills.NUM_STEPS + 1)]
@@ -120,20 +120,20 @@ def check_kills(kind: str, life: Life, tmp_path: Path, company: Company) -> None
     assert finished["resumed"] == kills.NUM_STEPS
     assert finished["result"] == expected
 
-    average = finished["seconds"] + whole["seconds"] / NUM_KILLS
+    average = finished["seconds"] + whole["seconds"] / num_kills
     with company(tmp_path / "random"):
-        assert killed_at_random(kind, life, tmp_path / "random", average) == expected
+        assert killed_at_random(kind, life, tmp_path / "random", average, num_kills) == expected
     with company(tmp_path / "places"):
         assert killed_at_places(kind, life, tmp_path / "places", whole["events"]) == expected
 
 
-def killed_at_random(kind: str, life: Life, folder: Path, average: float) -> dict[str, Any]:
-    """What a run comes to that was killed and resumed ten times, after `average` seconds on average. One that gets to
+def killed_at_random(kind: str, life: Life, folder: Path, average: float, num_kills: int) -> dict[str, Any]:
+    """What a run comes to that was killed and resumed so often, after `average` seconds on average. One that gets to
     its end before that begins anew, and must come to the same."""
     draw = random.Random(kind)
     results = []
     num_killed = num_resumed = 0
-    while num_killed < NUM_KILLS or not num_resumed:
+    while num_killed < num_kills or not num_resumed:
         answer = life(kind, folder, seconds=draw.uniform(0, 2 * average))
         num_killed += answer["killed"]
         num_resumed += answer["resumed"] > 0
