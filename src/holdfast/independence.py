@@ -34,6 +34,8 @@ from holdfast.reference.canonical import has_moving_rotations
 
 logger = logging.getLogger(__name__)
 
+_UNPINNED = "_before_it_was_pinned"
+"""Where a rotary embedding that is pinned keeps its plain attributes and its buffers from before."""
 _NUM_ALONE = 6
 """Tokens of the row that is scored twice: few, so that frequencies for longer rows are others."""
 
@@ -54,7 +56,7 @@ def pin_rotations(
 
     ValueError where frequencies move and nobody knows how long rows can be.
     """
-    moving = [[part for part in model.modules() if has_moving_rotations(part)] for model in models]
+    moving = [[part for part in model.modules() if has_moving_rotations(part) or _is_pinned(part)] for model in models]
     if not any(moving):
         return max_length
     length = _longest_pair(dataset) if max_length is None else max_length
@@ -85,10 +87,21 @@ def find_dependence(
     return next(filter(None, gather_object([found])), None) if PartialState().num_processes > 1 else found
 
 
+def _is_pinned(module: nn.Module) -> bool:
+    return _UNPINNED in vars(module)
+
+
 @torch.no_grad()
 def pin(module: Any, length: int) -> bool:
-    """Makes the frequencies of a rotary embedding those for rows of `length` tokens, from now on; whether these are
-    others than its first ones."""
+    """Makes the frequencies of a rotary embedding those for rows of `length` tokens, from now on, whatever they were
+    pinned to before; whether these are others than its first ones."""
+    if not _is_pinned(module):
+        plain = {name: value for name, value in _attributes(module).items() if not isinstance(value, Tensor)}
+        vars(module)[_UNPINNED] = plain, {name: buffer.clone() for name, buffer in module.named_buffers()}
+    attributes, buffers = vars(module)[_UNPINNED]
+    vars(module).update(attributes)
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer.to(next(module.buffers()), copy=True))
     kinds = module.rope_type if isinstance(module.rope_type, Mapping) else {None: module.rope_type}
     before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     device = next(module.buffers()).device

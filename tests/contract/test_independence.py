@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
 from holdfast.independence import dependence, find_dependence, pin_rotations, untouched
+from holdfast.reference.identity import Identity
 from policies import config, logged, rows, trainer
 
 ORIGINAL = 12
@@ -135,6 +136,20 @@ def test_a_pinned_model_computes_as_on_a_row_of_that_length(kind: str) -> None:
     assert pin_rotations([pinned], 40, mixed_rows()) == 40
     torch.testing.assert_close(pinned(long[:, :8]).logits, expected)
     torch.testing.assert_close(pinned(long).logits[:, :8], expected)
+
+
+@pytest.mark.parametrize("lengths", [(40, 80), (80, 40), (40, 8), (8, 40)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_was_pinned_is_pinned_anew(kind: str, lengths: tuple[int, int]) -> None:
+    """As in a sweep over `max_length` that hands the same reference to each trainer."""
+    ids = torch.randint(3, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(1))
+    again, fresh = MODELS[kind](), MODELS[kind]()
+    for length in lengths:
+        pin_rotations([again], length, mixed_rows())
+    pin_rotations([copy.deepcopy(again)], 17, mixed_rows())
+    pin_rotations([fresh], lengths[1], mixed_rows())
+    torch.testing.assert_close(again(ids).logits, fresh(ids).logits, rtol=0, atol=0)
+    assert Identity.of(again) == Identity.of(fresh)
 
 
 def test_frequencies_are_those_of_the_longest_pair(tmp_path: Path) -> None:
