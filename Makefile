@@ -18,13 +18,13 @@ demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offlin
 	$(BIN)/holdfast demo
 
 test: $(VENV)/test.stamp  ## run every test that needs nothing but this package
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-oldest: $(OLDEST)/test.stamp  ## run the fast tests on the oldest versions that are claimed
-	$(OLDEST)/bin/python -m pytest -n 2 $(FAST)
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(FAST)
 
 check: lint  ## format check, lint, types, docs build, fast tests
-	$(BIN)/python -m pytest -n 2 $(FAST)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST)
 
 lint: $(VENV)/dev.stamp  ## format check, lint, types, docs build
 	$(BIN)/ruff format --check .
@@ -40,7 +40,7 @@ docs: $(VENV)/dev.stamp  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 peer: $(VENV)/peer.stamp  ## compare numbers with another trainer
-	$(BIN)/python -m pytest -n 2 -m peer
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m peer
 
 clean:  ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis
