@@ -405,7 +405,9 @@ def _of_kind(kind: str) -> Any:
         try:
             torch.manual_seed(3)
             options = {"task_type": "CAUSAL_LM", "target_modules": modules} | KINDS.get(kind, {})
-            return get_peft_model(tiny_model(), config_class(**options)).eval()
+            model = get_peft_model(tiny_model(), config_class(**options)).eval()
+            model(torch.ones(1, 2, dtype=torch.long))
+            return model
         except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
             reason = error
     pytest.skip(f"{kind} cannot be made here: {reason}")
