@@ -16,6 +16,8 @@ from families import tiny_model
 from holdfast.reference.base import digest
 from policies import POLICIES, _adapted, _sft_lora, config, logged, rows, trainer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
 OPTIONS |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
 

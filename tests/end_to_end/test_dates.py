@@ -22,6 +22,8 @@ from holdfast.data.prepare import prepare_dataset
 from holdfast.data.tokenize import tokenize
 from policies import config, logged, trainer
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "{{ 'Today is ' + strftime_now('%d %b %Y') + '. ' }}" + tiny.CHAT_TEMPLATE
 DATED = tiny.tokenizer(vocab_size=300)
 DATED.chat_template = TEMPLATE

@@ -16,6 +16,8 @@ from holdfast.finite import check_finite, not_finite
 from holdfast.reference.base import digest
 from policies import POLICIES, config, trainer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 5, "logging_steps": 10}
 OPTIONS |= {"optim": "adamw_torch", "learning_rate": 0.01}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 1}

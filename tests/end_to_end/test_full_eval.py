@@ -14,6 +14,8 @@ from holdfast import full_eval
 from holdfast.reference.base import digest
 from policies import POLICIES, config, logged, rows, trainer
 
+pytestmark = pytest.mark.slow
+
 WAYS: dict[str, dict[str, Any]] = {
     "given": {"reference": "model"},
     "captured": {"reference": "model"},

@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 from families import tiny_model
 from policies import POLICIES, config, logged, rows, trainer
 
+pytestmark = pytest.mark.slow
+
 DISK = {"reference": "snapshot", "snapshot_device": "disk"}
 SOFT = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
 KEPT: dict[str, dict[str, Any]] = {
