@@ -8,6 +8,7 @@ throughput, which differ from run to run, and runs of several processes or devic
 """
 
 import argparse
+import gc
 import hashlib
 import io
 import json
@@ -80,9 +81,11 @@ def file_record(path: Path) -> Any:
 
 
 def folder_record(folder: Path) -> dict[str, Any]:
-    """The files that a run has left, but for the pickled options, which name classes by module."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "training_args.bin")
-    return {str(path.relative_to(folder)): file_record(path) for path in found if path.suffix != ".md"}
+    """The files that a run has left, but for the pickled options, which name classes by module, and for a reference on
+    disk, which is in a folder of random name until its trainer is collected."""
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    left = [path for path in found if path.parts[0] != "_reference" and path.name != "training_args.bin"]
+    return {str(path): file_record(folder / path) for path in left}
 
 
 def store_record(root: Path) -> dict[str, Any]:
@@ -227,6 +230,8 @@ def write_record(path: Path, only: str) -> None:
     tf.logging.set_verbosity_error()
     tf.logging.disable_progress_bar()
     disable_progress_bars()
+    gc.collect()  # each run of a trainer collects garbage; what is imported never is any
+    gc.freeze()
     record = {name: recorded(run) for name, run in RUNS.items() if only in name}
     assert record, f"no run has {only!r} in its name"
     path.write_text(json.dumps(record, indent=1) + "\n")
