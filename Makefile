@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 FAST := -m "not slow and not peer"
+BEFORE := HEAD
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check lint format docs peer clean
+.PHONY: help demo test test-oldest check lint format docs peer same clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -41,6 +42,9 @@ docs: $(VENV)/dev.stamp  ## build the documentation into site/
 
 peer: $(VENV)/peer.stamp  ## compare numbers with another trainer
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m peer
+
+same: $(VENV)/test.stamp  ## compare what tiny runs compute, save and say with the commit BEFORE (default: HEAD), bit for bit
+	$(BIN)/python dev/same_runs.py $(BEFORE)
 
 clean:  ## remove the virtual environment and everything that was built
 	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis
