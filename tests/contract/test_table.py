@@ -4,6 +4,8 @@ However the reference is held, whenever it is asked, whether it moves and where 
 weights agree to 1e-5 step by step, also across an epoch, a short last batch, two syncs, and windows that a sync, the
 end of an epoch and the end of the run cut short. A cell without a meaning is refused, and the refusal is its test.
 
+`make test` runs the covering cells, in which any three values meet; `make nightly` runs every cell.
+
 The oracle's batches are the dataset's rows in their order, which every run is told to keep.
 """
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from holdfast import DPOTrainer
 from naive import Row, naive_loss, naive_run
 from policies import POLICIES, config, logged, rows, trainer
-from table import CELLS, KINDS, MOTIONS, SYNC_STEPS, Cell, block, written
+from table import CELLS, COVERING, KINDS, MOTIONS, SYNC_STEPS, Cell, block, written
 
 MAX_STEPS, BATCH_SIZE = 7, 2
 NUM_PAIRS = {1: 9, 2: 11}
@@ -89,9 +91,11 @@ def assert_follows(ours: DPOTrainer, theirs: Trajectory, num_syncs: int) -> None
 
 
 def marked(cell: Cell) -> Any:
-    """Of the fast kinds, datasets online and streams in windows go into every check."""
-    is_fast = cell.kind in FAST_KINDS and (cell.data, cell.window) in (("map", "online"), ("stream", "windowed"))
-    return pytest.param(cell, id=str(cell), marks=[] if is_fast else [pytest.mark.slow])
+    """The cell as a parameter. Of the covering ones, those of the fast kinds go into every check."""
+    marks = [] if cell in COVERING else [pytest.mark.nightly]
+    if cell.kind not in FAST_KINDS:
+        marks.append(pytest.mark.slow)
+    return pytest.param(cell, id=str(cell), marks=marks)
 
 
 @pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS])
