@@ -2,11 +2,17 @@
 
 A fault mostly needs two or three values together, so such rows find nearly all that the whole table finds, for a
 fraction of its time. `make test` runs the covering rows, `make nightly` runs every row.
+
+A test says `@pytest.mark.covering(strength)` above its parameters. With strength 1 each parameter's every value runs at
+least once, with strength 2 every two values together, and so on; the other rows get the mark `nightly`.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations
+from typing import Any
+
+import pytest
 
 Row = tuple[Hashable, ...]
 Combination = tuple[tuple[int, Hashable], ...]
@@ -48,3 +54,20 @@ def covering(rows: Sequence[Row], strength: int) -> list[Row]:
             chosen.remove(row)
             holders.subtract(combinations_of(row, strength))
     return [row for row in dict.fromkeys(rows) if row in set(chosen)]
+
+
+def mark_nightly(items: Sequence[Any]) -> None:
+    """Marks those of pytest's items that covering rows of their own test's parameters stand for.
+
+    Rows are told apart by the numbers of their values. An item that is collected alone, by its name, covers itself.
+    """
+    tables: dict[tuple[Any, int], list[tuple[Row, Any]]] = defaultdict(list)
+    for item in items:
+        if (marker := item.get_closest_marker("covering")) is not None:
+            (strength,) = marker.args
+            tables[item.function, strength].append((tuple(item.callspec.indices.values()), item))
+    for (_, strength), table in tables.items():
+        chosen = set(covering([row for row, _ in table], strength))
+        for row, item in table:
+            if row not in chosen:
+                item.add_marker(pytest.mark.nightly)

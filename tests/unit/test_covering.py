@@ -2,10 +2,11 @@
 
 import itertools
 from dataclasses import astuple
+from typing import Any
 
 import pytest
 
-from covering import covered, covering
+from covering import covered, covering, mark_nightly
 from table import CELLS, COVERING
 
 TABLES = {
@@ -49,3 +50,42 @@ def test_the_chosen_references_are_about_a_quarter() -> None:
     chosen = [astuple(cell) for cell in COVERING]
     assert covered(chosen, 3) == covered(TABLES["references"], 3)
     assert 126 <= len(chosen) < 130 < len(CELLS) / 3
+
+
+class _Item:
+    """What `mark_nightly` asks of one of pytest's items."""
+
+    def __init__(self, function: str, strength: int | None, **indices: int) -> None:
+        self.function = function
+        self.callspec = type("CallSpec", (), {"indices": indices})
+        self._strength = strength
+        self.marks: list[str] = []
+
+    def get_closest_marker(self, name: str) -> Any:
+        assert name == "covering"
+        return None if self._strength is None else pytest.mark.covering(self._strength).mark
+
+    def add_marker(self, marker: Any) -> None:
+        self.marks.append(marker.name)
+
+
+def _chosen(items: list[_Item]) -> list[tuple[int, ...]]:
+    mark_nightly(items)
+    assert all(item.marks in ([], ["nightly"]) for item in items)
+    return [tuple(item.callspec.indices.values()) for item in items if not item.marks]
+
+
+def test_rows_of_a_marked_test_that_are_not_needed_become_nightly() -> None:
+    product = [*itertools.product(range(3), range(2))]
+    chosen = _chosen([_Item("f", 1, kind=kind, way=way) for kind, way in product])
+    assert len(chosen) == 3
+    assert {kind for kind, _ in chosen} == {0, 1, 2}
+    assert {way for _, way in chosen} == {0, 1}
+    assert _chosen([_Item("f", 2, kind=kind, way=way) for kind, way in product]) == product
+
+
+def test_rows_of_other_tests_stay() -> None:
+    unmarked, alone = _Item("g", None, kind=0), _Item("f", 1, kind=5, way=7)
+    assert _chosen([unmarked, alone]) == [(0,), (5, 7)]
+    mark_nightly(items := [_Item("f", 1, kind=0), _Item("g", 1, kind=0), _Item("g", 1, kind=0)])
+    assert [item.marks for item in items] == [[], [], []], "each test has a table of its own"
