@@ -12,6 +12,7 @@ The oracle's batches are the dataset's rows in their order, which every run is t
 import copy
 import functools
 import math
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from covering import covering
 from holdfast import DPOTrainer
 from naive import Row, naive_loss, naive_run
 from policies import POLICIES, config, logged, rows, trainer
@@ -110,10 +112,17 @@ def test_every_cell(cell: Cell, tmp_path: Path) -> None:
 
 
 ACCUMULATED = [c for c in CELLS if c.kind in FAST_KINDS and c.way in ("model", "snapshot_disk", "precomputed")]
+ACCUMULATED_COVERING = set(covering([astuple(cell) for cell in ACCUMULATED], strength=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ACCUMULATED, ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=str(cell), marks=[] if astuple(cell) in ACCUMULATED_COVERING else pytest.mark.nightly)
+        for cell in ACCUMULATED
+    ],
+)
 def test_cells_with_accumulated_gradients(cell: Cell, tmp_path: Path) -> None:
     """Two batches per step, of which the last of an epoch has one pair: the mean of two means."""
     alpha = MOTIONS[cell.motion]
@@ -122,6 +131,7 @@ def test_cells_with_accumulated_gradients(cell: Cell, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", sorted(POLICIES.keys() - KINDS.keys()))
 @pytest.mark.parametrize("motion", ["hard", "soft"])
 def test_every_other_adapter_moves(kind: str, motion: str, tmp_path: Path) -> None:
