@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 FEW_KILLS, MANY_KILLS = 2, 10
 BESIDE = ("snapshot on disk", "snapshot on disk, synced, windowed", "precomputed, synced, windowed")
 """Kinds that are killed beside another run in `make test`: those that share most files with it."""
-
 MOST_KILLS = 60
 PLACES = {"save": [0.2, 0.6, 0.9], "sync": [0.2, 0.7], "window": [0.5]}
 """Where a run is killed deliberately, after which parts of what happens there."""
