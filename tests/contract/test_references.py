@@ -53,6 +53,7 @@ def assert_same_run(kind: str, folder: Path, **options: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_follows_the_naive_run(kind: str, way: str, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def complete(folder: Path) -> list[str]:
     return sorted(path.parent.parent.name for path in folder.glob("checkpoint-*/reference/manifest.json"))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finite_checkpoint_remains_and_is_named(kind: str, value: float, tmp_path: Path) -> None:
