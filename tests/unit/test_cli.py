@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import holdfast
 import holdfast.demo
-from holdfast import cli
+from holdfast.cli.app import app as cli
 
 runner = CliRunner()
 SMALLEST = "model: nowhere/policy\ndata: {train: pairs.jsonl}\ntraining: {use_cpu: true, output_dir: OUTPUT}\n"
@@ -145,7 +145,7 @@ def test_help_names_the_commands():
 
 
 def test_the_module_runs_as_a_program_and_stays_light():
-    code = "import sys, holdfast.cli; print({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())"
+    code = "import sys, holdfast.cli.app; print({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
     command = [sys.executable, "-m", "holdfast.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
