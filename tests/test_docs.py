@@ -95,6 +95,19 @@ def test_every_public_name_is_in_the_api_reference():
     assert missing == set()
 
 
+def test_the_tree_in_the_readme_is_the_package():
+    block = re.search(r"```\nsrc/holdfast/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    rooms, room = set(), ""
+    for indent, name in re.findall(r"^( +)(\S+)  ", block[1], re.MULTILINE):
+        room = name if len(indent) == 2 else room
+        rooms.add(name if len(indent) == 2 else room + name)
+    package = ROOT / "src" / "holdfast"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.relative_to(package)}/" for path in package.glob("*/**/__init__.py")}
+    assert rooms == modules | packages
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """A current folder with a model and pairs in it."""
