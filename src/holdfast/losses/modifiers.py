@@ -1,0 +1,65 @@
+"""Modifiers of losses: f-divergences, LD-DPO, WPO."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.losses.options import LossOptions, require_known
+from holdfast.losses.table import PairLogps
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+MAX_EXPONENT = 80.0  # exp(88) is the largest power of e in fp32; a score stays flat beyond this one
+
+
+def pair_logps(logps: SequenceLogps, batch: PairBatch, ld_alpha: float | None = None) -> PairLogps:
+    """Log-probs of the pairs of `batch`, from those of its sequences.
+
+    With `ld_alpha`, LD-DPO (Liu et al. 2024, arXiv:2409.06411): sum of the first min(|y_w|, |y_l|) tokens + ld_alpha *
+    sum of the others, so a completion may count differently in each of its pairs. Apply to policy and reference alike.
+    """
+    sums, lengths = logps.sums(), logps.lengths()
+    chosen_lengths, rejected_lengths = lengths[batch.chosen], lengths[batch.rejected]
+    chosen, rejected = sums[batch.chosen], sums[batch.rejected]
+    if ld_alpha is not None:
+        is_shared = logps.ranks() < torch.minimum(chosen_lengths, rejected_lengths)[:, None]  # [P N]
+        weighted = torch.where(is_shared, logps.per_token, ld_alpha * logps.per_token)
+        # Masked sums rather than a matrix product, which some devices round to a 10-bit mantissa.
+        chosen = torch.where(logps.sequence == batch.chosen[:, None], weighted, 0.0).sum(1)
+        rejected = torch.where(logps.sequence == batch.rejected[:, None], weighted, 0.0).sum(1)
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        chosen_likelihood=sums[batch.chosen],
+    )
+
+
+def f_divergence_score(log_ratio: Float[Tensor, "P"], options: LossOptions) -> Float[Tensor, "P"]:
+    """f'(t) at t = pi_theta / pi_ref, which takes the place of the log ratio (Wang et al. 2023, arXiv:2309.16240).
+
+    reverse_kl: log t;  forward_kl: 1 - 1/t;  js_divergence: log(2t / (1 + t));  alpha_divergence: (t^(a-1) - 1) / (a-1)
+    with a = f_alpha_divergence_coef, one minus the paper's alpha: a = 1 is reverse_kl and a = 0 is forward_kl.
+    """
+    require_known("f_divergence_type", options.f_divergence_type, F_DIVERGENCES)
+    if options.f_divergence_type == "js_divergence":
+        return math.log(2.0) + F.logsigmoid(log_ratio)
+    fixed_powers = {"reverse_kl": 0.0, "forward_kl": -1.0}
+    power = fixed_powers.get(options.f_divergence_type, options.f_alpha_divergence_coef - 1.0)
+    if abs(power) < 1e-6:  # the limit, before the quotient loses its digits
+        return log_ratio
+    return torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power
+
+
+def wpo_weights(logps: SequenceLogps, log_sum_sq_probs: Float[Tensor, "N"], batch: PairBatch) -> Float[Tensor, "P"]:
+    """The weight of each pair, w(y_w) * w(y_l), without gradient (WPO, Zhou et al. 2024, Eq. 2, arXiv:2406.11827).
+
+    w(y) = exp(mean over tokens of (log pi(token) - log sum_v pi(v)^2)); `log_sum_sq_probs` is that last term per token.
+    """
+    aligned = (logps.per_token - log_sum_sq_probs).detach()
+    means = logps.segment_sum(aligned) / logps.lengths()  # [S]
+    return torch.exp(means[batch.chosen] + means[batch.rejected])
