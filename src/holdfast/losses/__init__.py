@@ -1,9 +1,20 @@
-"""The preference losses."""
+"""The preference losses: pure functions from the log-probs of pairs to one value per pair, in one table, `LOSSES`.
+
+`table` says what a loss is; the losses stand in `pairwise` and `reference_free`, each beside its equation and below the
+options that it alone reads. `modifiers` act from outside, `objective` sums losses, `checks` refuses what has no
+meaning. Runs reach a loss by its name in `LOSSES`, so a new one need not be listed here.
+"""
 
 from holdfast.losses.checks import check_losses
-from holdfast.losses.modifiers import F_DIVERGENCES, MAX_EXPONENT, f_divergence_score, pair_logps, wpo_weights
-from holdfast.losses.objective import implicit_rewards, preference_loss
-from holdfast.losses.options import LossOptions
+from holdfast.losses.modifiers import (
+    F_DIVERGENCES,
+    MAX_EXPONENT,
+    ModifierOptions,
+    f_divergence_score,
+    pair_logps,
+    wpo_weights,
+)
+from holdfast.losses.objective import LossOptions, implicit_rewards, preference_loss
 from holdfast.losses.pairwise import (
     aot,
     aot_unpaired,
@@ -31,6 +42,7 @@ __all__ = [
     "LossFunction",
     "LossInputs",
     "LossOptions",
+    "ModifierOptions",
     "PairLogps",
     "aot",
     "aot_unpaired",

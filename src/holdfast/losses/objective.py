@@ -1,13 +1,23 @@
-"""What a run minimises: the weighted sum of its losses; and the rewards that the policy stands for."""
+"""What a run minimises, from the names and weights of its losses; and the rewards that its policy stands for.
+
+`LossOptions` stands here because here are all losses known.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from holdfast.losses.options import LossOptions
+from holdfast.losses.pairwise import PairwiseOptions
+from holdfast.losses.reference_free import ReferenceFreeOptions
 from holdfast.losses.table import LOSSES, LossInputs, PairLogps, require_reference
+
+
+@dataclass(kw_only=True)
+class LossOptions(PairwiseOptions, ReferenceFreeOptions):
+    """The options of all losses. `DPOConfig` inherits them."""
 
 
 def preference_loss(
@@ -17,17 +27,17 @@ def preference_loss(
     loss_types: Sequence[str],
     loss_weights: Sequence[float],
     options: LossOptions,
-    weights: Float[Tensor, "P"] | None = None,
+    pair_weights: Float[Tensor, "P"] | None = None,
 ) -> Float[Tensor, "P"]:
-    """The weighted sum of the named losses per pair: weights[p] * sum_k loss_weights[k] * loss_k[p].
+    """The weighted sum of the named losses per pair: pair_weights[p] * sum_k loss_weights[k] * loss_k[p].
 
-    `weights` are those of `wpo_weights`. ValueError for an unknown name, or a needed reference that is None.
+    `pair_weights` are those of `wpo_weights`. ValueError for an unknown name, or a needed reference that is None.
     """
     require_reference(loss_types, reference)
     inputs = LossInputs(policy=policy, reference=reference, options=options)
     terms = [weight * LOSSES[name].function(inputs) for name, weight in zip(loss_types, loss_weights, strict=True)]
     total = torch.stack(terms).sum(0)  # [P]
-    return total if weights is None else weights * total
+    return total if pair_weights is None else pair_weights * total
 
 
 def implicit_rewards(
