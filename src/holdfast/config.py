@@ -15,7 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
-from holdfast.losses import LOSSES, LossOptions, check_losses
+from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
@@ -30,8 +30,9 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
-    """Options of `DPOTrainer`. What is not listed here is `transformers.TrainingArguments`'.
+class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
+    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare the losses' own;
+    what is listed nowhere here is `transformers.TrainingArguments`'.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, `bf16` on where the accelerator computes in it (never by default on a CPU), and two that spare
@@ -99,26 +100,12 @@ class DPOConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = _option("Pad rows to a multiple of this many tokens.", default=None)
     pad_token: str | None = _option("Padding token. Default: the tokenizer's, else its end-of-sequence.", default=None)
 
-    # The loss
+    # The losses. Their own options are inherited from `LossOptions`, those of modifiers from `ModifierOptions`.
     # A factory, since `HfArgumentParser` reads no other default of a list.
     loss_type: list[str] | str = _option(
         f"One or several of: {', '.join(LOSSES)}.", default_factory=lambda: ["sigmoid"]
     )
     loss_weights: list[float] | None = _option("One weight per loss. Default: 1 each.", default=None)
-    beta: float = _option("Strength of the pull to the reference; IPO's tau, ORPO's lambda.", default=0.1)
-    label_smoothing: float = _option(
-        "Probability that a label is flipped (sigmoid, robust, aot, aot_unpaired); EXO's epsilon.", default=0.0
-    )
-    f_divergence_type: str = _option(
-        "Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence.",
-        default="reverse_kl",
-    )
-    f_alpha_divergence_coef: float = _option("alpha of the alpha-divergence.", default=0.5)
-    ld_alpha: float | None = _option("LD-DPO's alpha in [0, 1]: weight of tokens past the shared length.", default=None)
-    use_weighting: bool = _option("Weight pairs by the policy's own likelihood of them (WPO).", default=False)
-    discopop_tau: float = _option("Temperature of the DiscoPOP loss.", default=0.05)
-    simpo_gamma: float = _option("Target margin of the SimPO loss.", default=0.5)
-    cpo_alpha: float = _option("Weight of the likelihood term in the CPO loss.", default=1.0)
 
     # The reference
     reference: str = _option(

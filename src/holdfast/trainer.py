@@ -340,11 +340,13 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             with self._full_eval.as_trained():
                 reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+        is_weighted = self.args.use_weighting
+        pair_weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
         losses = preference_loss(
             policy,
             reference,
             loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            weights=wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if self.args.use_weighting else None,
+            pair_weights=pair_weights,
             **options,
         )
         if scores.aux_loss is not None:
