@@ -82,9 +82,11 @@ class WindowedReference(Reference):
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Reference.logps`: those that the batch carries, else asked for now."""
-        if batch.reference is None:
+        if batch.reference_logps is None:
             return self._inner.logps(batch)
-        return SequenceLogps(per_token=batch.reference, sequence=batch.sequence, num_sequences=batch.num_sequences)
+        return SequenceLogps(
+            per_token=batch.reference_logps, sequence=batch.sequence, num_sequences=batch.num_sequences
+        )
 
     def sync(self, mixup_alpha: float) -> None:
         """See `Reference.sync`."""
