@@ -103,8 +103,8 @@ class PairBatch:
             raise ValueError(
                 "Reference log-probs were to be kept for later, but of the model inputs "
                 f"{list(self.unidentified_inputs)} that the data collator adds nobody can tell which completion they "
-                "belong to, so another input would find the same numbers. Give them one row per completion ([2P, ...], chosen first), or ask the "
-                "reference batch by batch: precompute_ref_log_probs=False."
+                "belong to, so another input would find the same numbers. Give them one row per completion "
+                "([2P, ...], chosen first), or ask the reference batch by batch: precompute_ref_log_probs=False."
             )
 
     @classmethod
