@@ -19,12 +19,7 @@ from holdfast.reference.base import Reference, num_bytes
 from holdfast.reference.identity import Identity
 from holdfast.reference.user_logps import GivenReference
 from holdfast.scoring.frozen import frozen_logps
-
-TOLERANCE_NATS = 1e-3
-"""Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
-
-TOLERANCE_NATS_HALF = 0.05
-"""Largest mean gap per token under bf16 or fp16, where another batch shape alone moves single tokens by 0.1."""
+from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF
 
 _CACHED = 2**18
 """Values that are read from memory once, however often they are summed up."""
