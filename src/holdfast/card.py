@@ -15,7 +15,7 @@ import holdfast
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import loaded_from
 from holdfast.reference.reference import Reference
-from holdfast.scoring.score import unwrap
+from holdfast.scoring.causal_lm import unwrap
 
 TAGS = ("holdfast", "dpo")
 

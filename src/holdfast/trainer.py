@@ -64,8 +64,8 @@ from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
 from holdfast.reference.run_folder import running
 from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
-from holdfast.scoring.parts import score_in_parts
-from holdfast.scoring.score import unwrap, vocabulary_size
+from holdfast.scoring.causal_lm import unwrap, vocabulary_size
+from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training_arguments import check_optimizer, check_optimizers
 
 logger = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ class DPOTrainer(Trainer):
         if not self._is_introduced and self.model.training and self.state.global_step == 0:
             self._introduce(batch)
         with self.accelerator.autocast():
-            scores = score_in_parts(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
+            scores = score_within_limit(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
         assert (statistics := scores.statistics) is not None  # noqa: RUF018
         batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}

@@ -30,8 +30,8 @@ from holdfast.reference.snapshot import SnapshotReference
 from holdfast.reference.stored import PrecomputedReference
 from holdfast.reference.tensor_file import Place
 from holdfast.reference.window import Window
+from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.frozen import Autocast
-from holdfast.scoring.score import unwrap, vocabulary_size
 from holdfast.store.store import LogpStore, default_root
 
 Motion = Literal["fixed", "hard", "soft"]

@@ -77,7 +77,7 @@ class LookAhead:
         with self._as_trained():
             scored = self._reference.score_window(map(self._pair_batch, window), len(window) / self._batches_per_step)
         for tensors, logps in zip(window, scored, strict=True):
-            tensors["reference"] = logps
+            tensors["reference_logps"] = logps
 
 
 @final

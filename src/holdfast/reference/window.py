@@ -56,9 +56,9 @@ class Window:
 
     def find(self, batch: PairBatch) -> SequenceLogps | None:
         """The log-probs that the batch carries; None where it was not scored ahead."""
-        if batch.reference is None:
+        if batch.reference_logps is None:
             return None
-        return SequenceLogps(per_token=batch.reference, sequence=batch.sequence, num_sequences=batch.num_sequences)
+        return SequenceLogps(per_token=batch.reference_logps, sequence=batch.sequence, num_sequences=batch.num_sequences)
 
     def describe(self) -> str:
         """When the reference is asked, in words."""
