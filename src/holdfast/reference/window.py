@@ -58,7 +58,9 @@ class Window:
         """The log-probs that the batch carries; None where it was not scored ahead."""
         if batch.reference_logps is None:
             return None
-        return SequenceLogps(per_token=batch.reference_logps, sequence=batch.sequence, num_sequences=batch.num_sequences)
+        return SequenceLogps(
+            per_token=batch.reference_logps, sequence=batch.sequence, num_sequences=batch.num_sequences
+        )
 
     def describe(self) -> str:
         """When the reference is asked, in words."""
