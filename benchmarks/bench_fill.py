@@ -139,9 +139,9 @@ def score_padded_pairs(work: dict[str, Any], rows: list[Any], found: Pass) -> tu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from holdfast.batch import PairBatch
-    from holdfast.data.layouts import PaddedLayout
+    from holdfast.data.layouts.padded import PaddedLayout
     from holdfast.data.prepare import prepare_dataset
-    from holdfast.reference.base import frozen_logps
+    from holdfast.scoring.frozen import frozen_logps
 
     folder = Path(work["inputs"]) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -3,7 +3,7 @@
     python benchmarks/bench_head.py
 
 A padded batch of dialogue pairs has 4,416 positions, of which 612 predict completion tokens. `ours` is
-`holdfast.head.linear_columns` (gradient formed in the forward pass of a frozen head, logits made again for a trained),
+`scoring.head.linear_columns` (gradient formed in the forward pass of a frozen head, logits made again for a trained),
 `checkpointed` its fall-back for heads that are more than a matrix, `dense` keeps all logits of the completions, and
 `peer` is TRL's chunked function, if it is installed, on all positions as its trainer calls it and on completions alone.
 Times are medians over interleaved repeats in one process; the memory of temporaries is the growth of the kernel's peak
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.head import LogitTransform, linear_columns, token_columns
+from holdfast.scoring.head import LogitTransform, linear_columns, token_columns
 
 PEER_CHUNK = 32768
 """Tokens of the vocabulary to a tile of TRL's function."""
@@ -35,12 +35,12 @@ WAYS = ("ours", "checkpointed", "dense", "peer_completions", "peer_all_positions
 
 
 def ours(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
-    """`holdfast.head.linear_columns`."""
+    """`holdfast.scoring.head.linear_columns`."""
     return linear_columns(states[source], weight, None, target, LogitTransform(), chunk_tokens=chunk_tokens)[0]
 
 
 def checkpointed(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
-    """The fall-back of `holdfast.logprobs`: a chunk's logits are made again by autograd."""
+    """The fall-back of `holdfast.scoring.score`: a chunk's logits are made again by autograd."""
 
     def column(hidden: Tensor, target: Tensor) -> Tensor:
         return token_columns(nn.functional.linear(hidden, weight).float(), target, False)[0]

@@ -200,7 +200,7 @@ def measured_growth(work: dict[str, Any]) -> dict[str, Any]:
 def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
     """One row of at most that many tokens: of `pairs`, or of one prompt's `completions`."""
     from holdfast.batch import PairBatch
-    from holdfast.data.shared import SharedLayout
+    from holdfast.data.layouts.prefix_shared import SharedLayout
 
     layout = SharedLayout(pad_token_id=0, row_tokens=num_tokens)
     if kind == "pairs":
@@ -220,7 +220,7 @@ def forward_and_backward(model: Any, batch: Any) -> None:
     """Of the log-probs of all completions."""
     import torch
 
-    from holdfast.logprobs import score
+    from holdfast.scoring.score import score
 
     model.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):

@@ -21,7 +21,7 @@ os.environ |= {
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
-SHAPED = ("attention", "batch", "head", "last_layer", "logprobs", "losses", "pieces")
+SHAPED = ("batch", "losses", "scoring")
 install_import_hook([f"holdfast.{name}" for name in SHAPED], "shapes.checked")
 
 import pytest  # noqa: E402

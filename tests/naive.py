@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from holdfast.data.layouts import PaddedLayout
+from holdfast.data.layouts.padded import PaddedLayout
 
 BETA, LEARNING_RATE, NUM_STEPS = 0.2, 0.5, 4
 

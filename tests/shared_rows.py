@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import oracle
 from families import VOCABULARY
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.layouts import PaddedLayout
-from holdfast.data.shared import SharedLayout
-from holdfast.layout import shared_problem
-from holdfast.logprobs import score
+from holdfast.data.layouts.choose import shared_problem
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.score import score
 
 
 def made_rows() -> list[dict[str, list[int]]]:

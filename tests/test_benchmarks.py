@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 
 import tiny
 from holdfast.batch import PairBatch
-from holdfast.data.shared import SharedLayout
-from holdfast.logprobs import score
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.score import score
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

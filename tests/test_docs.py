@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tiny
-from holdfast.cli import app
+from holdfast.cli.app import app
+from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import WAYS, DPOConfig
 from holdfast.data.formats import TOKENIZED_COLUMNS
 from holdfast.data.tokenize import UNUSABLE_REASONS
 from holdfast.losses import LOSSES, LossOptions
-from holdfast.runfile import SECTIONS, read_run_file
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,18 +15,18 @@ _HOMES = {
     "Reference": "holdfast.reference.base",
     "ModelReference": "holdfast.reference.model",
     "AdapterReference": "holdfast.reference.adapter",
-    "PrecomputedReference": "holdfast.reference.precomputed",
+    "PrecomputedReference": "holdfast.reference.stored",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig as DPOConfig
-    from holdfast.data.layouts import DataCollatorForPreference as DataCollatorForPreference
+    from holdfast.data.layouts.padded import DataCollatorForPreference as DataCollatorForPreference
     from holdfast.reference.adapter import AdapterReference as AdapterReference
     from holdfast.reference.base import Reference as Reference
     from holdfast.reference.model import ModelReference as ModelReference
-    from holdfast.reference.precomputed import PrecomputedReference as PrecomputedReference
+    from holdfast.reference.stored import PrecomputedReference as PrecomputedReference
     from holdfast.trainer import DPOTrainer as DPOTrainer
 
 

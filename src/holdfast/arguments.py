@@ -10,10 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
-from holdfast.heap import keep_freed_memory
 from holdfast.internals.transformers import check_trainer
-from holdfast.models import RefModel, check_ref_models, default_output_dir, ref_model_entries
-from holdfast.unheeded import check_metrics, check_stream
+from holdfast.policy.independence import Dependence
+from holdfast.policy.load import default_output_dir
+from holdfast.policy.malloc import keep_freed_memory
+from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
+from holdfast.training_arguments import check_metrics, check_stream
 
 
 def checked_arguments(
@@ -102,3 +104,26 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
             f"{type(causal_lm).__name__} is a mean over all tokens of a batch. Set router_aux_loss_coef=0, or drop it."
         )
     return coefficient
+
+
+def check_same_batches(found: Dependence | None, args: DPOConfig) -> None:
+    """ValueError where a run of `args` would score other batches than the policy's, on which its numbers depend."""
+    if found is None:
+        return
+    comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"
+    asks = args.needs_reference
+    asked = {
+        "precompute_ref_log_probs=True": asks and (args.precompute_ref_log_probs or args.reference == "precomputed"),
+        f"reference_window={args.reference_window}": asks and (args.reference_window or 1) > 1,
+        f"snapshot_device={args.snapshot_device!r} without reference_window=1": asks
+        and comes_from_afar
+        and args.reference_window is None,
+        f"tokens_per_batch={args.tokens_per_batch}": args.tokens_per_batch is not None,
+    }
+    option = next((name for name, is_asked in asked.items() if is_asked), None)
+    if option is not None:
+        raise ValueError(
+            f"{option} was asked for, which scores rows in other batches than the policy's, but {found.reason}: the "
+            "numbers would be those of another batch. Drop it, so that the reference is asked batch by batch "
+            "(reference='model' or 'adapter')."
+        )

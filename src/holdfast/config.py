@@ -16,11 +16,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, check_losses
-from holdfast.reference.choice import Way, Wish
-from holdfast.reference.kept import Place
+from holdfast.reference.build import Way, Wish
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
-from holdfast.unheeded import check_heeded, check_noise
+from holdfast.reference.tensor_file import Place
+from holdfast.training_arguments import check_heeded, check_noise
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
 WAYS: tuple[str, ...] = ("auto", *get_args(Way))

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
-from holdfast.data.fill import rows_of_pairs
-from holdfast.logprobs import Scores
+from holdfast.data.loader.fillers import rows_of_pairs
 from holdfast.losses import PairLogps
-from holdfast.pieces import PIECES
 from holdfast.reference.base import Reference
+from holdfast.scoring.score import Scores
+from holdfast.scoring.segments import PIECES
 
 SumAndCount = tuple[Tensor, Tensor]
 

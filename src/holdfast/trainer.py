@@ -21,46 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
+from holdfast.arguments import check_same_batches, checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
+from holdfast.callbacks import SyncCallback
 from holdfast.card import TAGS, write_card
-from holdfast.config import DPOConfig
-from holdfast.data.completions import all_pending, by_name
-from holdfast.data.dates import date_of_run
-from holdfast.data.fill import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
-from holdfast.data.inputs import identified, takes_positions
-from holdfast.data.layouts import PaddedLayout, with_positions
-from holdfast.data.order import order_by_length
-from holdfast.data.place import StreamPlace
-from holdfast.data.prepare import prepare_dataset, prepare_eval
-from holdfast.data.shared import SharedLayout, unshared
-from holdfast.data.tokenize import check_vocabulary
-from holdfast.finite import check_finite, check_loss, infinite_buffers
-from holdfast.full_eval import FullEval, check_full_eval
-from holdfast.independence import (
-    Dependence,
-    check_resumable,
-    check_same_batches,
-    find_dependence,
-    pin_rotations,
-    untouched,
-)
-from holdfast.layout import choose_layout, make_layout
-from holdfast.logprobs import unwrap, vocabulary_size
-from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
-from holdfast.models import (
-    RefModel,
-    load_ref_models,
-    load_tokenizer,
-    make_policy,
-    padding_id,
-    placed_alike,
-    ref_model_entries,
-    same_on_all_processes,
-)
-from holdfast.parts import score_in_parts
-from holdfast.policy_state import (
+from holdfast.checkpoint import folder as checkpoints
+from holdfast.checkpoint.finite import check_finite, check_loss, infinite_buffers
+from holdfast.checkpoint.policy_state import (
     best_checkpoint,
     check_loaded,
     is_saved_otherwise,
@@ -68,16 +35,39 @@ from holdfast.policy_state import (
     load_converted,
     policy_digest,
 )
-from holdfast.reference import checkpoint as checkpoints
+from holdfast.config import DPOConfig
+from holdfast.data.completions import all_pending, by_name
+from holdfast.data.dates import date_of_run
+from holdfast.data.inputs import identified, takes_positions
+from holdfast.data.layouts.choose import choose_layout, make_layout
+from holdfast.data.layouts.padded import PaddedLayout, with_positions
+from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
+from holdfast.data.loader.fillers import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
+from holdfast.data.loader.order import order_by_length
+from holdfast.data.loader.stream_position import StreamPlace
+from holdfast.data.prepare import prepare_dataset, prepare_eval
+from holdfast.data.tokenize import check_vocabulary
+from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
+from holdfast.policy.adapters import is_adapted
+from holdfast.policy.full_eval import FullEval, check_full_eval
+from holdfast.policy.independence import Dependence, check_resumable, find_dependence
+from holdfast.policy.load import load_tokenizer, padding_id
+from holdfast.policy.placement import placed_alike, same_on_all_processes
+from holdfast.policy.prepare import make_policy
+from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.untouched import untouched
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.base import Reference
-from holdfast.reference.choice import choose_reference
-from holdfast.reference.given import all_bring_logps, with_given, without_given
+from holdfast.reference.build import choose_reference
+from holdfast.reference.load import RefModel, load_ref_models, ref_model_entries
 from holdfast.reference.run_folder import running
-from holdfast.reference.sync import SyncCallback, is_adapted
-from holdfast.unheeded import check_optimizer, check_optimizers
-from holdfast.windows import Windows
+from holdfast.reference.user_logps import all_bring_logps, with_given, without_given
+from holdfast.reference.windows import Windows
+from holdfast.scoring.parts import score_in_parts
+from holdfast.scoring.score import unwrap, vocabulary_size
+from holdfast.training_arguments import check_optimizer, check_optimizers
 
 logger = logging.getLogger(__name__)
 

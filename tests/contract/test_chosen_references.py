@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts import PaddedLayout, with_positions
+from holdfast.data.layouts.padded import PaddedLayout, with_positions
 from holdfast.losses import LOSSES, LossOptions
-from holdfast.models import load_model, load_ref_models, placed
-from holdfast.reference.base import frozen_logps
+from holdfast.policy.load import load_model
+from holdfast.policy.placement import placed
+from holdfast.reference.load import load_ref_models
 from holdfast.reference.mixture import MixtureReference, is_normaliser_free
 from holdfast.reference.model import ModelReference, freeze
+from holdfast.scoring.frozen import frozen_logps
 from naive import BETA, LEARNING_RATE, NUM_STEPS, Recording, logp
 from policies import POLICIES, config, logged, rows, sums_of_pairs, trainer
 

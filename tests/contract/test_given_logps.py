@@ -19,12 +19,12 @@ from transformers import BitsAndBytesConfig
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
-from holdfast.data.layouts import PaddedLayout, truncated_rows
+from holdfast.data.layouts.padded import PaddedLayout, truncated_rows
 from holdfast.losses import LOSSES
-from holdfast.reference import given
-from holdfast.reference.base import digest
-from holdfast.reference.given import GivenReference
-from holdfast.reference.precomputed import PrecomputedReference
+from holdfast.reference import user_logps as given
+from holdfast.reference.digests import digest
+from holdfast.reference.stored import PrecomputedReference
+from holdfast.reference.user_logps import GivenReference
 from naive import logp, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 

@@ -24,10 +24,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout
-from holdfast.logprobs import score
+from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
 from holdfast.reference.identity import Identity
-from holdfast.reference.upkeep import stores
+from holdfast.scoring.score import score
+from holdfast.store.maintenance import stores
 from policies import POLICIES, config, logged, rows, trainer
 
 AHEAD = {"reference": "precomputed", "reference_audit": False}
@@ -57,7 +57,7 @@ def live(run: Run, folder: Path) -> Tensor:
 
 
 def names_of_stores() -> set[str]:
-    from holdfast.reference.store import default_root
+    from holdfast.store.store import default_root
 
     return {facts.name for facts in stores(default_root())}
 

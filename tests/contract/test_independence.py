@@ -17,7 +17,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
-from holdfast.independence import dependence, find_dependence, pin_rotations, untouched
+from holdfast.policy.independence import dependence, find_dependence
+from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.untouched import untouched
 from holdfast.reference.identity import Identity
 from policies import config, logged, rows, trainer
 

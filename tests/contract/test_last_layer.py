@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import holdfast.attention as attention
-import holdfast.pieces as pieces
+import holdfast.scoring.attention as attention
+import holdfast.scoring.segments as pieces
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.shared import SharedLayout
-from holdfast.last_layer import narrowed
-from holdfast.logprobs import score, unwrap
-from holdfast.pieces import PIECES
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.last_layer import narrowed
+from holdfast.scoring.score import score, unwrap
+from holdfast.scoring.segments import PIECES
 from shared_rows import ROWS, assert_same, logps_of, problem, shared_batch
 
 NARROWED = (

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
-from holdfast import head
 from holdfast.batch import PairBatch
-from holdfast.data.layouts import PaddedLayout
-from holdfast.logprobs import LogitTransform, _known_transform, score
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.scoring import head
+from holdfast.scoring.score import LogitTransform, _known_transform, score
 from recomputation import recompute
 from shared_rows import assert_equal_logps
 

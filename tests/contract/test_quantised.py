@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from families import tiny_model
-from holdfast import models
-from holdfast.models import make_policy, same_on_all_processes
+from holdfast.policy import load as models
+from holdfast.policy.placement import same_on_all_processes
+from holdfast.policy.prepare import make_policy
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.audit import checksums
-from holdfast.reference.base import digest
+from holdfast.reference.digests import digest
 from holdfast.reference.model import ModelReference, weights
 from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import config, logged, rows, trainer

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import oracle
 from families import tiny_model
 from holdfast.reference.adapter import AdapterReference, adds_nothing
-from holdfast.reference.base import digest
+from holdfast.reference.digests import digest
 from holdfast.reference.model import ModelReference
-from holdfast.reference.store import default_root
-from holdfast.reference.upkeep import stores
+from holdfast.store.maintenance import stores
+from holdfast.store.store import default_root
 from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import POLICIES, config, logged, rows, sums_of_pairs, tiny_tokenizer, trainer
 

@@ -13,17 +13,17 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
-import holdfast.attention as attention
-import holdfast.flex as flex
-import holdfast.layout as layout
-import holdfast.pieces as pieces
+import holdfast.data.layouts.choose as layout
+import holdfast.scoring.attention as attention
+import holdfast.scoring.flex as flex
+import holdfast.scoring.segments as pieces
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
-from holdfast.attention import attending, shared_mask
 from holdfast.batch import PairBatch
-from holdfast.data.shared import SharedLayout
-from holdfast.layout import shared_problem
-from holdfast.pieces import Pieces
+from holdfast.data.layouts.choose import shared_problem
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.attention import attending, shared_mask
+from holdfast.scoring.segments import Pieces
 from recomputation import recompute
 from shared_rows import ROWS, assert_same, logps_of, oracle_logps, padded_batch, problem, shared_batch
 

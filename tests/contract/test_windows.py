@@ -16,8 +16,8 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from holdfast import DPOTrainer, windows
-from holdfast.reference import snapshot
+from holdfast import DPOTrainer
+from holdfast.reference import snapshot, windows
 from policies import POLICIES, config, logged, rows, trainer
 
 SNAPSHOT = {"reference": "snapshot"}

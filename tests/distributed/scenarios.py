@@ -23,9 +23,9 @@ from torch import nn
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
-from holdfast.reference.base import digest
-from holdfast.reference.precomputed import PrecomputedReference
-from holdfast.reference.store import LogpStore
+from holdfast.reference.digests import digest
+from holdfast.reference.stored import PrecomputedReference
+from holdfast.store.store import LogpStore
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
 

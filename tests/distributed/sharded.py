@@ -19,10 +19,10 @@ from torch.distributed.fsdp import fully_shard
 
 from families import tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts import PaddedLayout
-from holdfast.logprobs import score, unwrap
-from holdfast.models import disable_dropout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.policy.prepare import disable_dropout
 from holdfast.reference.adapter import AdapterReference
+from holdfast.scoring.score import score, unwrap
 from policies import POLICIES, rows
 
 

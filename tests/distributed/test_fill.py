@@ -10,8 +10,8 @@ from datasets import IterableDataset
 
 from families import tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.fill import FilledStream, rows_of_pairs
-from holdfast.data.layouts import PaddedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.loader.fillers import FilledStream, rows_of_pairs
 from policies import config, rows, trainer
 
 

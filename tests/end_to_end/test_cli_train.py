@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import tiny
 from holdfast import DPOConfig, DPOTrainer
-from holdfast.cli import app
-from holdfast.document import read_document
+from holdfast.cli.app import app
+from holdfast.cli.yaml_document import read_document
 
 LN2 = math.log(2)
 runner = CliRunner()

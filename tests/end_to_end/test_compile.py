@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.batch import PairBatch
-from holdfast.data.shared import SharedLayout
-from holdfast.logprobs import score
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.score import score
 from policies import POLICIES, config, logged, rows, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast.finite import check_finite, not_finite
-from holdfast.reference.base import digest
+from holdfast.checkpoint.finite import check_finite, not_finite
+from holdfast.reference.digests import digest
 from policies import POLICIES, config, trainer
 
 pytestmark = pytest.mark.slow
@@ -167,7 +167,7 @@ def test_every_dtype_is_read(dtype: str) -> None:
 def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All processes raise together: one that went on alone would wait for the others for ever."""
     found = "the policy's `model.norm.weight`"
-    monkeypatch.setattr("holdfast.finite.gather_object", lambda names: [*names, found])
+    monkeypatch.setattr("holdfast.checkpoint.finite.gather_object", lambda names: [*names, found])
     with pytest.raises(ValueError, match=rf"at step 7, NaN or infinity is in {found}\. .*no complete checkpoint in"):
         check_finite(tiny_model(), None, None, 0.5, (), step=7, folder=tmp_path)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from families import tiny_model
-from holdfast import full_eval
-from holdfast.reference.base import digest
+from holdfast.policy import full_eval
+from holdfast.reference.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
 pytestmark = pytest.mark.slow

@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-import holdfast.pieces as pieces
+import holdfast.scoring.segments as pieces
 from families import CONFIGS, tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
-from holdfast.data.layouts import PaddedLayout
-from holdfast.data.shared import SharedLayout, unshared
-from holdfast.pieces import PIECES
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
+from holdfast.scoring.segments import PIECES
 from policies import POLICIES, config, logged, rows, trainer
 
 WRONG = ("lfm2", "falcon_h1")

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from families import tiny_model
-from holdfast.reference.base import digest
+from holdfast.reference.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
@@ -200,7 +200,7 @@ from pathlib import Path
 from families import tiny_model
 from policies import config, trainer
 from test_resume import MOVING, SAVING
-import holdfast.reference.checkpoint as checkpoint
+import holdfast.checkpoint.folder as checkpoint
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 

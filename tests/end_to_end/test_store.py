@@ -9,9 +9,10 @@ from datasets import Dataset
 
 from families import tiny_model
 from holdfast.losses import LOSSES
-from holdfast.reference import claims, precomputed
-from holdfast.reference.store import default_root
-from holdfast.reference.upkeep import stores
+from holdfast.reference import stored as precomputed
+from holdfast.store import work_sharing as claims
+from holdfast.store.maintenance import stores
+from holdfast.store.store import default_root
 from policies import POLICIES, config, logged, rows, trainer
 
 AHEAD = {"reference": "precomputed"}
@@ -283,7 +284,7 @@ def test_past_versions_leave_the_store(alpha: float, keeps: bool, tmp_path: Path
 def test_training_goes_on_where_the_store_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from holdfast.reference.store import LogpStore
+    from holdfast.store.store import LogpStore
 
     def full(self: Any, logps: Any) -> None:
         raise ValueError("there is no room for them.")

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tiny
-from holdfast.cli import app
-from holdfast.reference.upkeep import stores
+from holdfast.cli.app import app
+from holdfast.store.maintenance import stores
 
 NUM_PAIRS = 8
 

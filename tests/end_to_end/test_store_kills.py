@@ -23,12 +23,13 @@ from torch import Tensor
 
 import holdfast
 from holdfast.batch import ContentId
-from holdfast.reference import claims, store
-from holdfast.reference.claims import CLAIM, claimed_blocks
-from holdfast.reference.manifest import StoreKey
-from holdfast.reference.shards import PARTIAL, shard_paths
-from holdfast.reference.store import LogpStore
-from holdfast.reference.upkeep import carry_out, merge, plan, verify
+from holdfast.store import store
+from holdfast.store import work_sharing as claims
+from holdfast.store.maintenance import carry_out, merge, plan, verify
+from holdfast.store.manifest import StoreKey
+from holdfast.store.shard import PARTIAL, shard_paths
+from holdfast.store.store import LogpStore
+from holdfast.store.work_sharing import CLAIM, claimed_blocks
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import holdfast
 from holdfast import DPOConfig, DPOTrainer
-from holdfast.data.shared import SharedLayout
+from holdfast.data.layouts.prefix_shared import SharedLayout
 from policies import POLICIES, config, rows, trainer
 
 READS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from holdfast.data.formats import TOKENIZED_COLUMNS
-from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout
+from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
 from holdfast.data.prepare import prepare_dataset
 
 peer = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs TRL")

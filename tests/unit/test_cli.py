@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import holdfast
 import holdfast.demo
-from holdfast import cli
+from holdfast.cli import app as cli
 
 runner = CliRunner()
 SMALLEST = "model: nowhere/policy\ndata: {train: pairs.jsonl}\ntraining: {use_cpu: true, output_dir: OUTPUT}\n"
@@ -145,7 +145,7 @@ def test_help_names_the_commands():
 
 
 def test_the_module_runs_as_a_program_and_stays_light():
-    code = "import sys, holdfast.cli; print({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())"
+    code = "import sys, holdfast.cli.app; print({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
     command = [sys.executable, "-m", "holdfast.cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -153,7 +153,7 @@ def test_the_module_runs_as_a_program_and_stays_light():
 
 
 def test_only_the_first_process_prints():
-    code = "from holdfast import cli; cli._report(__import__('pathlib').Path('out'), {'loss': 1.0})"
+    code = "from holdfast.cli import app as cli; cli._report(__import__('pathlib').Path('out'), {'loss': 1.0})"
     printed = {
         rank: subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank}

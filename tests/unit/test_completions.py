@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from holdfast.batch import PairBatch
 from holdfast.data.completions import CPU_TOKENS, Completions, pending
-from holdfast.data.layouts import PaddedLayout
-from holdfast.data.shared import SharedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.prefix_shared import SharedLayout
 
 LAYOUTS = {"padded": PaddedLayout(0), "prefix_shared": SharedLayout(0)}
 

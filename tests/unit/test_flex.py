@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from holdfast.flex import block_mask, dense, flex_attention, is_usable
+from holdfast.scoring.flex import block_mask, dense, flex_attention, is_usable
 
 CPU = torch.device("cpu")
 ROWS = [[(40, (30, 20)), (10, (25, 35))], [(70, (40,)), (0, (9, 3))], [(5, ())]]

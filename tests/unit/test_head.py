@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from holdfast import head
-from holdfast.head import LogitTransform, is_plain_linear, is_sharded, linear_columns
+from holdfast.scoring import head
+from holdfast.scoring.head import LogitTransform, is_plain_linear, is_sharded, linear_columns
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(cap=2.0), LogitTransform(3.0, 1.5)]

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from holdfast.heap import keep_freed_memory
+from holdfast.policy.malloc import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 def faults(num_blocks):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.inputs import UNIDENTIFIED, identified
-from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout
-from holdfast.reference.store import default_root
-from holdfast.reference.upkeep import stores
+from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.store.maintenance import stores
+from holdfast.store.store import default_root
 from policies import config, logged, rows, trainer
 
 TABLE = rows(3).to_list()

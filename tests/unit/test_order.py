@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from holdfast.data.order import WINDOW_BATCHES, OrderByLength, order_by_length
+from holdfast.data.loader.order import WINDOW_BATCHES, OrderByLength, order_by_length
 from policies import config
 
 LENGTHS = np.random.default_rng(0).integers(1, 1000, 1003)

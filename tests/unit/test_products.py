@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
-from holdfast.reference import products
-from holdfast.reference.base import digest
+from holdfast.reference.digests import digest
+from holdfast.reference.moving import lora_products as products
 from holdfast.reference.snapshot import holding
 from policies import POLICIES
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import holdfast
 from holdfast.reference import run_folder
-from holdfast.reference.kept import KeptTensors
-from holdfast.reference.parked import ParkedReference
+from holdfast.reference.offloaded import ParkedReference
 from holdfast.reference.run_folder import RunFolder, running
+from holdfast.reference.tensor_file import KeptTensors
 
 HOLDER = """
 import sys, time

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig
 
+from holdfast.cli.runfile import RunFile, Source, read_run_file
+from holdfast.cli.yaml_document import RunFileError, dumped, read_document
 from holdfast.config import DPOConfig
-from holdfast.document import RunFileError, dumped, read_document
-from holdfast.runfile import RunFile, Source, read_run_file
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"
 

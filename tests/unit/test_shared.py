@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.batch import SEQUENCES, PairBatch
-from holdfast.data.layouts import PaddedLayout, truncated_rows
-from holdfast.data.shared import SharedLayout, _packed
+from holdfast.data.layouts.padded import PaddedLayout, truncated_rows
+from holdfast.data.layouts.prefix_shared import SharedLayout, _packed
 from holdfast.data.tokenize import content_id
-from holdfast.pieces import PIECES, Pieces, Segment
+from holdfast.scoring.segments import PIECES, Pieces, Segment
 
 PAD = 0
 # Few tokens and short sequences, so that prompts and completions occur again.

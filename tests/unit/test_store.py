@@ -32,16 +32,19 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import holdfast
-from holdfast import store_cli
 from holdfast.batch import ContentId
-from holdfast.reference import claims, shards, store, upkeep
-from holdfast.reference.claims import CLAIM, CLAIM_SECONDS, claimed_blocks
-from holdfast.reference.index import Index
-from holdfast.reference.manifest import MANIFEST, Manifest, StoreKey
-from holdfast.reference.shards import Shard, shard_paths
-from holdfast.reference.store import LAST_USED, LogpStore, default_root
-from holdfast.reference.transfer import coverage, export_store, import_store
-from holdfast.reference.upkeep import carry_out, find_store, merge, plan, stores, verify
+from holdfast.cli import store as store_cli
+from holdfast.store import maintenance as upkeep
+from holdfast.store import shard as shards
+from holdfast.store import store
+from holdfast.store import work_sharing as claims
+from holdfast.store.index import Index
+from holdfast.store.maintenance import carry_out, find_store, merge, plan, stores, verify
+from holdfast.store.manifest import MANIFEST, Manifest, StoreKey
+from holdfast.store.parquet import coverage, export_store, import_store
+from holdfast.store.shard import Shard, shard_paths
+from holdfast.store.store import LAST_USED, LogpStore, default_root
+from holdfast.store.work_sharing import CLAIM, CLAIM_SECONDS, claimed_blocks
 
 KEY = StoreKey(
     weights="5a" * 16,
@@ -578,10 +581,10 @@ def test_a_manifest_says_what_the_store_is(tmp_path):
 
 def newer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Writes shards or manifests as a newer version of the package would."""
-    monkeypatch.setattr(f"holdfast.reference.{name}.FORMAT", 2)
+    monkeypatch.setattr(f"holdfast.store.{name}.FORMAT", 2)
 
 
-@pytest.mark.parametrize("name", ["manifest", "shards"])
+@pytest.mark.parametrize("name", ["manifest", "shard"])
 def test_a_newer_format_is_refused_and_left_as_it_is(tmp_path, name):
     content = values(6)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -732,8 +735,8 @@ def test_a_full_disk_keeps_what_is_written_and_what_is_not(tmp_path, monkeypatch
 
 FULL = """
 import resource, signal, sys, torch
-from holdfast.reference.manifest import StoreKey
-from holdfast.reference.store import LogpStore
+from holdfast.store.manifest import StoreKey
+from holdfast.store.store import LogpStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 store = LogpStore.open(sys.argv[1], StoreKey(weights="w", config="c", numerics={}))
 store.add({(0, number): torch.zeros(10) for number in range(20)})
@@ -1107,7 +1110,7 @@ def test_an_export_of_another_key_is_refused_naming_what_differs(tmp_path):
 def test_an_export_of_a_newer_format_is_refused(tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         newer(monkeypatch, "manifest")
-        monkeypatch.setattr("holdfast.reference.manifest.newer_format", None)
+        monkeypatch.setattr("holdfast.store.manifest.newer_format", None)
         file = exported(tmp_path, values(5))
     with pytest.raises(ValueError, match=r"has format 2, and this version of holdfast reads up to 1\. Update"):
         import_store(tmp_path / "other", file)
@@ -1471,7 +1474,7 @@ def test_sizes_that_are_none(text):
 
 
 def test_the_commands_are_light():
-    code = "import sys, holdfast.store_cli; print({'torch', 'numpy', 'pyarrow', 'safetensors'} & sys.modules.keys())"
+    code = "import sys, holdfast.cli.store; print({'torch', 'numpy', 'pyarrow', 'safetensors'} & sys.modules.keys())"
     environment = os.environ | {"PYTHONPATH": str(Path(holdfast.__file__).parent.parent)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_constant_schedule
 
 from families import tiny_model
-from holdfast import unheeded
+from holdfast import training_arguments as unheeded
 from policies import POLICIES, config, logged, rows, trainer
 
 BY_THE_TRAINER = {

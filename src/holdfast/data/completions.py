@@ -16,8 +16,8 @@ from datasets import Dataset
 
 from holdfast.batch import ContentId, PairBatch
 from holdfast.data.formats import REFERENCE_COLUMNS
-from holdfast.data.layouts import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
-from holdfast.data.shared import SharedLayout
+from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
+from holdfast.data.layouts.prefix_shared import SharedLayout
 
 Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
 """From all ids to those that are to be scored now, block by block; the next is asked for when one is done."""

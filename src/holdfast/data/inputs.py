@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import SEQUENCES
-from holdfast.data.layouts import POSITION_KEYS
-from holdfast.pieces import PIECES
+from holdfast.data.layouts.padded import POSITION_KEYS
+from holdfast.scoring.segments import PIECES
 
 UNIDENTIFIED = "unidentified"
 """Where a batch names its inputs that no content id covers."""

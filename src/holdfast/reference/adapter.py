@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
 from holdfast.internals.peft import switched
-from holdfast.reference.base import PER_BATCH, Autocast, FixedReference, Reference, frozen_logps
+from holdfast.reference.base import PER_BATCH, FixedReference, Reference
 from holdfast.reference.identity import Identity
 from holdfast.reference.snapshot import holding
+from holdfast.scoring.frozen import Autocast, frozen_logps
 
 
 @final

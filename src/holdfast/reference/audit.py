@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Reference, frozen_logps, num_bytes
-from holdfast.reference.given import GivenReference
+from holdfast.reference.base import Reference, num_bytes
 from holdfast.reference.identity import Identity
+from holdfast.reference.user_logps import GivenReference
+from holdfast.scoring.frozen import frozen_logps
 
 TOLERANCE_NATS = 1e-3
 """Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""

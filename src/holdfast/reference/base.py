@@ -5,23 +5,15 @@ which way it is. Implementations are final: to vary one, wrap it (as `Precompute
 """
 
 import abc
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.logprobs import score
 from holdfast.reference.digests import digest as digest
 from holdfast.reference.identity import Identity
-
-Autocast = Callable[..., AbstractContextManager[Any]]
-"""Makes the context under which the policy's forward pass runs; a reference must be scored under the same."""
-
 
 PER_BATCH = "asked per batch"
 
@@ -120,22 +112,3 @@ class FixedReference(Reference):
 def num_bytes(reference: Reference) -> int:
     """Bytes that a reference holds on top of the policy."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())
-
-
-def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:
-    """`module`'s log-probs as a reference gives them: no gradients, eval mode, the policy's own numerics."""
-    with torch.no_grad(), evaluating(module), autocast():
-        return score(module, batch).logps
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """All of `module` in eval mode, each part put back as it was: a policy and its parts may be in different modes."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from holdfast.internals.peft import switched_layers
 from holdfast.internals.torch import own_state
+from holdfast.policy.rotations import has_moving_rotations
 from holdfast.reference.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
@@ -45,9 +46,6 @@ _OF_NO_ACCOUNT = {
 _LENGTHS_OF_ROTATIONS = {"max_seq_len_cached", "original_max_seq_len", "rope_init_fn"}
 _SOURCES_OF_ROTATIONS = ("original_inv_freq", "long_inv_freq")
 """What rotary embeddings make new frequencies from, where these change from batch to batch."""
-
-MOVING_ROTATIONS = ("dynamic", "longrope")
-"""Kinds of rotary embeddings whose frequencies change with the longest row of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +121,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return bool(value) and all(map(_is_plain, value))
     return isinstance(value, Scalar)
-
-
-def has_moving_rotations(module: nn.Module) -> bool:
-    """Whether it is a rotary embedding whose frequencies may change with the longest row of a batch."""
-    kind = getattr(module, "rope_type", None)
-    kinds = kind.values() if isinstance(kind, Mapping) else [kind]
-    return any(moving in one for one in kinds if isinstance(one, str) for moving in MOVING_ROTATIONS)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

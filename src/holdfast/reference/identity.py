@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
-from holdfast.reference.canonical import has_moving_rotations, parts
+from holdfast.policy.rotations import has_moving_rotations
+from holdfast.reference.canonical import parts
 from holdfast.reference.digests import tensor_digests
-from holdfast.reference.manifest import StoreKey
+from holdfast.store.manifest import StoreKey
 
 _OF_NO_ACCOUNT = {
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "model_type", "dtype",

@@ -11,16 +11,19 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Self, final
+from typing import Self, final
 
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.internals.torch import hooks_before, own_state
-from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
+from holdfast.internals.torch import own_state
+from holdfast.policy.adapters import is_adapted
+from holdfast.policy.quantised import is_quantised, pin_quantised_layers
+from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
-from holdfast.reference.sync import Mixture, effective_copy, effective_parameters, is_adapted
+from holdfast.reference.moving.average import Mixture, effective_copy, effective_parameters
+from holdfast.scoring.frozen import Autocast, frozen_logps
 
 
 @final
@@ -126,29 +129,6 @@ def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in own_state(part).items():
             if key not in parameters:
                 yield f"{name}.{key}", tensor
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether any weight of `module` is kept as integers."""
-    return not all(parameter.is_floating_point() for parameter in module.parameters())
-
-
-def pin_quantised_layers(module: nn.Module) -> nn.Module:
-    """`module`, whose quantised layers compute in eval mode as they do in training from now on.
-
-    They have no dropout; their mode picks a kernel. On CPUs bitsandbytes picks one for eval mode that rounds the
-    activations as well (8 bit), so that policy and reference would differ, or one without a gradient, for which it
-    repacks the weights for good (4 bit): an evaluation would silently end the training of all layers below.
-    """
-    for part in module.modules():
-        is_pinned = _in_training_mode in hooks_before(part)
-        if not is_pinned and not all(p.is_floating_point() for p in part.parameters(recurse=False)):
-            part.register_forward_pre_hook(_in_training_mode)
-    return module
-
-
-def _in_training_mode(part: nn.Module, _inputs: Any) -> None:
-    part.training = True
 
 
 def _check_mergeable(policy: nn.Module) -> None:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
-from holdfast.reference.processes import has_ended, machine
+from holdfast.store.processes import has_ended, machine
 
 try:
     import fcntl

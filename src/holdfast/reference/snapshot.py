@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import Pending
-from holdfast.reference import products
-from holdfast.reference.base import PER_BATCH, Autocast, Reference, frozen_logps
+from holdfast.policy.adapters import is_adapted
+from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
-from holdfast.reference.kept import KeptTensors, Place
+from holdfast.reference.moving import lora_products as products
+from holdfast.reference.moving.average import Mixture
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.sync import Mixture, is_adapted
+from holdfast.reference.tensor_file import KeptTensors, Place
+from holdfast.scoring.frozen import Autocast, frozen_logps
 
 Motion = Literal["fixed", "hard", "soft"]
 """Whether a reference stays, is set to the policy at every sync (alpha = 1), or mixed with it."""

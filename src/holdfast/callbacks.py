@@ -1,0 +1,32 @@
+"""What happens between two optimizer steps: a moving reference is synced."""
+
+from typing import Any, final
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from holdfast.reference.base import Reference
+
+
+@final
+class SyncCallback(TrainerCallback):
+    """Syncs `reference` after every `steps`-th optimizer step."""
+
+    def __init__(self, reference: Reference, mixup_alpha: float, steps: int) -> None:
+        self._reference = reference
+        self._mixup_alpha = mixup_alpha
+        self._steps = steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """ValueError for a run that ends before the first sync."""
+        if state.max_steps < self._steps:
+            raise ValueError(
+                f"sync_ref_model=True was asked for every {self._steps} steps, but the run has {state.max_steps}: the "
+                "reference would never move. Lower ref_model_sync_steps, or use a fixed reference."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if state.global_step % self._steps == 0:
+            self._reference.sync(self._mixup_alpha)

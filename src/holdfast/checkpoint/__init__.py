@@ -1,0 +1,1 @@
+"""What a checkpoint holds besides what transformers writes, and how it is read again."""

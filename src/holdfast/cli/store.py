@@ -1,0 +1,226 @@
+"""The commands `holdfast store list | verify | gc | export | import`: what there is, is it sound, making room, moving.
+
+Nothing here but `import --run` needs a model. Given up: clearing out without being asked twice; `gc` only says what it
+would do unless `--yes` is given.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from holdfast.store.parquet import Transferred
+
+app = typer.Typer(
+    name="store",
+    help="The store of reference log-probs: what it holds, whether it is sound, making room, moving it.",
+    no_args_is_help=True,
+)
+
+_Root = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"),
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+@app.command("list")
+def list_stores(root: _Root = None, debug: _Debug = False) -> None:
+    """List the stores: what they were computed with, how much they hold, when they were last used."""
+    with _messages(debug):
+        from holdfast.store.maintenance import stores
+
+        folder = _folder(root)
+        found = stores(folder)
+        table = Table("key", "description", "completions", "tokens", "size", "last used")
+        for facts in found:
+            table.add_row(
+                facts.name[:12],
+                escape(facts.description),
+                f"{facts.num_completions:,}",
+                f"{facts.num_tokens:,}",
+                human_bytes(facts.num_bytes),
+                _ago(time.time() - facts.last_used),
+            )
+        if found:
+            _output().print(table)
+        total = human_bytes(sum(facts.num_bytes for facts in found))
+        _print(f"{len(found)} store(s) in {folder}, {total}")
+
+
+@app.command()
+def verify(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="The first digits of a store's key; default: all.")] = "",
+    root: _Root = None,
+    debug: _Debug = False,
+) -> None:
+    """Read every byte and name what is damaged; the exit code is 1 if anything is. Nothing is changed."""
+    with _messages(debug):
+        from holdfast.store import maintenance as upkeep
+
+        folder = _folder(root)
+        if key:
+            upkeep.find_store(folder, key)
+        damaged = upkeep.verify(folder, key)
+        for damage in damaged:
+            _print(f"damaged: {damage.path}: {damage.reason}")
+        num_stores = sum(facts.name.startswith(key) for facts in upkeep.stores(folder))
+        _print(f"{num_stores} store(s) in {folder} verified, {len(damaged) or 'no'} file(s) damaged")
+    raise typer.Exit(1 if damaged else 0)
+
+
+@app.command()
+def gc(
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove stores not used for so many days.")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Remove those not used for longest beyond this size: 20GB.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only say what would be done.")] = False,
+    root: _Root = None,
+    debug: _Debug = False,
+) -> None:
+    """Remove old stores and what kills left behind, and merge small shards."""
+    with _messages(debug):
+        from holdfast.store import maintenance as upkeep
+
+        max_bytes = None if max_size is None else parsed_bytes(max_size)
+        steps = upkeep.plan(_folder(root), older_than=older_than, max_bytes=max_bytes)
+        for step in steps:
+            size = f" ({human_bytes(step.num_bytes)})" if step.num_bytes else ""
+            _print(f"{step.action}: {step.path}{size}: {step.reason}")
+            if yes:
+                upkeep.carry_out(step)
+        freed = human_bytes(sum(step.num_bytes for step in steps))
+        if not steps:
+            _print("nothing to do")
+        elif yes:
+            _print(f"{freed} freed")
+        else:
+            _print(f"{freed} would be freed; nothing was changed. Add --yes to do it.")
+
+
+@app.command("export")
+def export_one(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the store's key.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="Where to write it.")],
+    root: _Root = None,
+    debug: _Debug = False,
+) -> None:
+    """Write a store into one Parquet file."""
+    with _messages(debug):
+        from holdfast.store.maintenance import find_store
+        from holdfast.store.parquet import export_store
+
+        done = export_store(find_store(_folder(root), key).folder, file)
+        _print(f"{_summary(done)} exported to {file} ({human_bytes(file.stat().st_size)})")
+
+
+@app.command("import")
+def import_one(
+    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="A file that `holdfast store export` wrote.")],
+    key: Annotated[
+        str, typer.Option(metavar="KEY", help="Refuse a file whose store's key does not begin with these digits.")
+    ] = "",
+    run_file: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN.YAML", help="Refuse what this run would not use, and say what it covers."),
+    ] = None,
+    root: _Root = None,
+    debug: _Debug = False,
+) -> None:
+    """Add an exported store to those here, once all of it is checked."""
+    with _messages(debug):
+        from holdfast.store.parquet import coverage, import_store, read_exported
+
+        if key:
+            found = read_exported(file).key
+            if not found.digest().startswith(key):
+                raise ValueError(
+                    f"the store {key} was to be imported; {file} holds {found.digest()} "
+                    f"({found.description or 'without a description'}). Give its key, or another file."
+                )
+        if run_file is None:
+            done = import_store(_folder(root), file)
+            _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+            return
+        read_exported(file)  # what can be refused at once is
+        from holdfast.cli.assembly import needed
+        from holdfast.cli.runfile import read_run_file
+
+        wanted = needed(read_run_file(run_file, []))
+        done = import_store(wanted.store.folder.parent if root is None else root, file, wanted.store.key)
+        _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+        num_found, num_asked = coverage(file, wanted.ids)
+        _print(f"{num_found:,} of the {num_asked:,} completions of {run_file} are in it")
+
+
+def human_bytes(num_bytes: int) -> str:
+    """A size in decimal units: 999 B, 1.0 kB, 12.3 MB."""
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(size, 1) < 1000:
+            return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def parsed_bytes(text: str) -> int:
+    """The number of bytes in a size such as `500MB`, `1.5 GiB` or `1000`. ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(
+            f"--max-size is a size such as 500MB, 20GB or 1.5GiB; found {text!r}. Give a number and one of the units "
+            "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB."
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _summary(done: "Transferred") -> str:
+    name = f"{done.key.digest()[:12]} ({done.key.description or 'without a description'})"
+    return f"{name}: {done.num_completions:,} completions, {done.num_tokens:,} tokens"
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "now"
+
+
+def _folder(root: Path | None) -> Path:
+    from holdfast.store.store import default_root
+
+    return default_root() if root is None else root
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def _output() -> Console:
+    return Console()
+
+
+@contextmanager
+def _messages(debug: bool) -> Iterator[None]:
+    """Ends the command with a message and exit code 1 where a user can mend the error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error

@@ -1,0 +1,1 @@
+"""The model that trains: loaded, made ready, looked after."""

@@ -1,0 +1,70 @@
+"""Whether the adapters that a policy carries can be trained as they are: seen before anything is scored.
+
+peft's layers may sit in a model that is no `PeftModel`: transformers puts them there (`from_pretrained` of an adapter's
+folder, `add_adapter`, `load_adapter`), and so does `inject_adapter_in_model`. Then base and adapter would both train,
+the adapter alone would be saved, and a fresh one of the same name would overwrite it.
+"""
+
+import difflib
+from typing import Any, TypeGuard
+
+from peft import PeftModel
+from torch import nn
+
+from holdfast.internals.peft import adapter_layers, adapters_of, check_switching, untargeted_layers
+from holdfast.internals.transformers import has_own_adapters
+
+
+def check_policy_adapters(policy: nn.Module) -> None:
+    """ValueError where `policy` has adapter layers that no `PeftModel` around it manages, or merged ones. MovedError
+    where peft does not switch adapters as it did."""
+    layers = adapter_layers(policy)
+    if not layers:
+        return
+    path = next(iter(layers))
+    if not isinstance(policy, PeftModel):
+        raise ValueError(
+            f"The policy is a {type(policy).__name__} with adapter layers in it (`{path}` and {len(layers) - 1} more, "
+            f"with {sorted(_names(layers))}), but no PeftModel: base and adapters would train, and the adapters alone "
+            "be saved. Load it with `PeftModel.from_pretrained(base, folder, is_trainable=True)`, or merge them into "
+            "the base and pass a `peft_config`."
+        )
+    check_switching()
+    computing = {name for layer in layers.values() for name in adapters_of(layer) & {*layer.active_adapters}}
+    unknown = sorted((_names(layers) - policy.peft_config.keys()) | (computing - {*policy.active_adapters}))
+    unknown = unknown or untargeted_layers(policy)
+    if unknown or has_own_adapters(policy.get_base_model()):
+        raise ValueError(
+            f"The policy is a PeftModel of {sorted(policy.peft_config)} around a model that had adapter layers before "
+            f"({unknown or 'loaded by transformers'}), which the new ones overwrite or which compute unseen. Make the "
+            "PeftModel from the bare base, or from the base with those adapters merged into it."
+        )
+    merged = {path: list(layer.merged_adapters) for path, layer in layers.items() if layer.merged_adapters}
+    if merged:
+        path, names = next(iter(merged.items()))
+        raise ValueError(
+            f"The policy's adapters {names} are merged into its weights (`{path}` and {len(merged) - 1} more), so "
+            "they would not train, and could not be switched off for the reference. Call `model.unmerge_adapter()`, "
+            "or `model.merge_and_unload()` and pass a `peft_config`."
+        )
+
+
+def _names(layers: dict[str, Any]) -> set[str]:
+    return {name for layer in layers.values() for name in adapters_of(layer)}
+
+
+def check_adapter(option: str, name: str, policy: PeftModel) -> None:
+    """ValueError where the policy has no adapter `name`, saying which it has and which is nearest."""
+    if name in policy.peft_config:
+        return
+    known = sorted(policy.peft_config)
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(
+        f"{option}={name!r} was asked for, but the model's adapters are {known}. "
+        f"{f'Did you mean {near[0]!r}? ' if near else ''}Name one of them, or load it with `model.load_adapter`."
+    )
+
+
+def is_adapted(policy: nn.Module) -> TypeGuard[PeftModel]:
+    """Whether `policy` is a PEFT model."""
+    return isinstance(policy, PeftModel)

@@ -1,0 +1,103 @@
+"""Rotary embeddings whose frequencies move with the longest row of a batch, made a constant of the run.
+
+The kinds `dynamic` and `longrope` take their frequencies from the longest row of the batch, and some keep these for the
+batches that follow. So a log-prob would depend on the row's neighbours. Here such an embedding is given the frequencies
+for rows of `max_length` tokens, for the whole run. Given up: the frequencies that it would choose for short rows alone.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from holdfast.scoring.score import unwrap
+
+logger = logging.getLogger(__name__)
+
+MOVING_ROTATIONS = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies change with the longest row of a batch."""
+
+
+def has_moving_rotations(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding whose frequencies may change with the longest row of a batch."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, Mapping) else [kind]
+    return any(moving in one for one in kinds if isinstance(one, str) for moving in MOVING_ROTATIONS)
+
+
+_UNPINNED = "_before_it_was_pinned"
+"""Where a rotary embedding that is pinned keeps its plain attributes and its buffers from before."""
+
+
+def pin_rotations(
+    models: Sequence[nn.Module], max_length: int | None, dataset: Any, *, is_main: bool = True
+) -> int | None:
+    """Makes moving rotary frequencies of the `models` those for rows of `max_length` tokens, or as long as the longest
+    of the training data, with a line that says so. Returns that length, or `max_length` where none move.
+
+    ValueError where frequencies move and nobody knows how long rows can be.
+    """
+    moving = [[part for part in model.modules() if has_moving_rotations(part) or _is_pinned(part)] for model in models]
+    if not any(moving):
+        return max_length
+    length = _longest_pair(dataset) if max_length is None else max_length
+    if length is None:
+        raise ValueError(
+            f"max_length=None was asked for with a stream, but {type(unwrap(models[0])).__name__} takes its rotary "
+            "frequencies from the longest row of a batch, and how long that can be is not known. Set max_length to the "
+            "longest row that is meant; the frequencies are then those for this length in the whole run."
+        )
+    for model, parts in zip(models, moving, strict=True):
+        if sum(pin(part, length) for part in parts) and is_main:
+            logger.warning(
+                "%s takes its rotary frequencies from the longest row of a batch. In this run they are those for rows "
+                "of %d tokens, for all rows, so that a log-prob depends on its own row alone.",
+                type(unwrap(model)).__name__, length,
+            )  # fmt: skip
+    return length
+
+
+def _is_pinned(module: nn.Module) -> bool:
+    return _UNPINNED in vars(module)
+
+
+@torch.no_grad()
+def pin(module: Any, length: int) -> bool:
+    """Makes the frequencies of a rotary embedding those for rows of `length` tokens, from now on, whatever they were
+    pinned to before; whether these are others than its first ones."""
+    if not _is_pinned(module):
+        plain = {name: value for name, value in plain_attributes(module).items() if not isinstance(value, Tensor)}
+        vars(module)[_UNPINNED] = plain, {name: buffer.clone() for name, buffer in module.named_buffers()}
+    attributes, buffers = vars(module)[_UNPINNED]
+    vars(module).update(attributes)
+    for name, buffer in buffers.items():
+        setattr(module, name, buffer.to(next(module.buffers()), copy=True))
+    kinds = module.rope_type if isinstance(module.rope_type, Mapping) else {None: module.rope_type}
+    before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+    device = next(module.buffers()).device
+    for kind in kinds:
+        how = {} if kind is None else {"layer_type": kind}
+        module(torch.zeros(1, 1, 1, device=device), torch.full((1, 1), length - 1, device=device), **how)
+    module.rope_type = dict.fromkeys(kinds, "default") if isinstance(module.rope_type, Mapping) else "default"
+    return any(not torch.equal(before[name], buffer) for name, buffer in module.named_buffers() if name in before)
+
+
+def plain_attributes(part: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are public and not its mode, by name."""
+    return {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "training"}
+
+
+def _longest_pair(dataset: Any) -> int | None:
+    """Tokens of the longest completion of the data with its prompt; None of a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    longest = 0
+    for part in table.iter(1_000):
+        prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
+        longest = max(longest, int((prompts + np.maximum(*sides)).max()))
+    return longest

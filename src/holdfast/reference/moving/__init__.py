@@ -1,0 +1,1 @@
+"""How a reference moves towards the policy (TR-DPO)."""

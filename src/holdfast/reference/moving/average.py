@@ -1,0 +1,100 @@
+"""Moving a reference: `pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref`, in effective weights, in fp32.
+
+TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). In bf16 an update of alpha = 0.001 rounds to nothing, so a
+reference in a smaller dtype keeps an fp32 state beside its weights. For a LoRA policy the *products* are mixed: the mix
+of the factors A and B apart is a different model. The price: a sync under PEFT makes a merged copy for a moment.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from holdfast.policy.adapters import is_adapted
+
+
+def effective_copy(policy: PeftModel) -> nn.Module:
+    """A copy of a PEFT policy with its active adapters merged into the weights; the policy itself is not touched."""
+    unmerged = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
+    if unmerged:
+        raise ValueError(
+            f"sync_ref_model=True was asked for with the prompt-learning adapter {unmerged[0]!r}, which cannot be "
+            "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
+        )
+    duplicate: Any = copy.deepcopy(policy)
+    return duplicate.merge_and_unload()
+
+
+def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
+    """The policy's parameters by name, adapters merged in."""
+    module = effective_copy(policy) if is_adapted(policy) else policy
+    return dict(module.named_parameters())
+
+
+_FP32 = ".fp32"
+
+
+def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> None:
+    """ValueError where there is no mix of the two: other tensors, other shapes, or quantised weights."""
+    differing = [
+        name for name in reference.keys() | policy.keys()
+        if name not in reference or name not in policy or reference[name].shape != policy[name].shape
+    ]  # fmt: skip
+    if differing:
+        raise ValueError(
+            "A sync mixes the weights of reference and policy, but they are different models: "
+            f"`{sorted(differing)[0]}` is in one only or has another shape ({len(differing)} such tensors). Use a "
+            "`ref_model` of the policy's architecture, or sync_ref_model=False."
+        )
+    for name, tensor in reference.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"A sync mixes weights, but `{name}` is {tensor.dtype}: quantised weights have no exact mix. Use an "
+                "unquantised reference, or sync_ref_model=False."
+            )
+
+
+@final
+class Mixture:
+    """The fp32 state of a moving reference: empty until the first move, and for weights that are fp32 themselves."""
+
+    def __init__(self) -> None:
+        self._fp32: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> float:
+        """The length of the move (L2) `reference <- alpha * policy + (1 - alpha) * reference`, which is done in place
+        and accumulated in fp32."""
+        squares: list[Tensor] = []
+        for name, tensor in reference.items():
+            state = tensor
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                state = self._fp32.setdefault(name, tensor.float())
+            target = policy[name].to(device=state.device, dtype=state.dtype)
+            pieces = zip(target.reshape(-1).split(2**20), state.view(-1).split(2**20), strict=True)
+            squares += [(ours - theirs).double().square().sum().cpu() for ours, theirs in pieces]
+            state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
+            if state is not tensor:
+                tensor.copy_(state)
+        return alpha * math.sqrt(float(sum(squares)))
+
+    @torch.no_grad()
+    def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Weights and fp32 state as `state` holds them; nothing changes where it is empty."""
+        if state:
+            self._fp32 = {}
+        for name, values in state.items():
+            if name in reference:
+                reference[name].copy_(values)
+            else:
+                parameter = name.removesuffix(_FP32)
+                self._fp32[parameter] = values.to(reference[parameter].device, copy=True)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The state, under `<parameter>.fp32`."""
+        for name, tensor in self._fp32.items():
+            yield f"{name}{_FP32}", tensor

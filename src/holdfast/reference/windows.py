@@ -1,0 +1,94 @@
+"""The trainer's batches, with the reference's log-probs in them where it is asked a window at a time.
+
+Knows the trainer's side of a window: how many batches an optimizer step takes, and where the run is. What a window is
+to the reference is in `reference.windowed`, how batches are read ahead in `data.ahead`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
+
+from holdfast.batch import PairBatch
+from holdfast.data.loader.lookahead import Batch, read_ahead
+from holdfast.reference.base import Reference
+from holdfast.reference.windowed import WAITING_BYTES, WindowedReference
+
+
+@final
+class Windows:
+    """Reads ahead for `reference` where it is a windowed one; hands batches through as they are for any other. It is
+    asked within `as_trained()`."""
+
+    def __init__(
+        self,
+        reference: Reference | None,
+        accelerator: Accelerator,
+        pair_batch: Callable[[Batch], PairBatch],
+        args: TrainingArguments,
+        as_trained: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._reference = reference if isinstance(reference, WindowedReference) else None
+        self._accelerator = accelerator
+        self._pair_batch = pair_batch
+        self._as_trained = as_trained
+        self._batches_per_step = args.gradient_accumulation_steps
+        self._source: Any = None
+        self._ahead: Any = None
+
+    def of_training(self, batches: Iterator[Batch], state: TrainerState) -> Iterator[Batch]:
+        """`batches`, a window ahead; the same iterator again for the same `batches`. No window reaches past a sync or
+        the end of the run."""
+        reference = self._reference
+        if reference is None:
+            return batches
+
+        def size() -> int:
+            steps = min(reference.next_steps(state.global_step), state.max_steps - state.global_step)
+            return max(1, steps) * self._batches_per_step
+
+        if self._source is not batches:
+            self._source = batches
+            self._ahead = self._read(batches, size)
+        return self._ahead
+
+    def of_evaluation(self, loader: Any) -> Any:
+        """The data loader, whose batches come a window ahead."""
+        reference = self._reference
+        if reference is None:
+            return loader
+        return _AheadLoader(
+            loader, lambda batches: self._read(batches, lambda: reference.num_steps * self._batches_per_step)
+        )
+
+    def _read(self, batches: Iterator[Batch], size: Callable[[], int]) -> Iterator[Batch]:
+        unit = self._batches_per_step
+        return read_ahead(batches, self._accelerator, size, self._complete, unit=unit, most_bytes=WAITING_BYTES)
+
+    def _complete(self, window: list[Batch]) -> None:
+        assert self._reference is not None
+        with self._as_trained():
+            scored = self._reference.score(map(self._pair_batch, window), len(window) / self._batches_per_step)
+        for tensors, logps in zip(window, scored, strict=True):
+            tensors["reference"] = logps
+
+
+@final
+class _AheadLoader:
+    """A data loader, iterated over in another way."""
+
+    def __init__(self, loader: Any, ahead: Callable[[Iterator[Batch]], Iterator[Batch]]) -> None:
+        self._loader = loader
+        self._ahead = ahead
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._ahead(iter(self._loader))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

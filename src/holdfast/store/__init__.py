@@ -1,0 +1,1 @@
+"""Log-probs on disk, found by content. Knows no model."""

@@ -1,0 +1,388 @@
+"""The store: reference log-probs on disk, per token, computed once and never stale.
+
+A store is the folder `<root>/<digest of its StoreKey>`, of shards that are only ever added (`shards.py`) and a manifest
+(`manifest.py`). Its key says what the numbers were computed with, the content id which tokens they are for; nothing
+else is asked when one is looked up, so every run that would compute the same number finds it. There is no list of the
+shards and no lock: what has its digest's name is there, whoever wrote it. A kill costs what was not yet in a shard. A
+damaged shard is set aside and its completions count as missing. No path is absolute: a folder can be copied.
+
+Values stay in the files, mapped, until they are asked for: processes of one machine share one copy, in the system's
+cache. Given up: rows in order, and one big file (`holdfast store gc` merges small shards).
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.batch import ContentId
+from holdfast.store.index import Index
+from holdfast.store.manifest import MANIFEST, StoreKey, keys_alike, read_manifest, write_manifest
+from holdfast.store.shard import (
+    Damaged,
+    Shard,
+    flush_folder,
+    open_shard,
+    set_aside,
+    shard_paths,
+    write_durably,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+SHARD_COMPLETIONS = 512
+"""A shard is written when so many completions have been added: a kill costs no more than these."""
+SHARD_SECONDS = 30.0
+"""Or when so much time has passed since the last one and something is added."""
+
+LAST_USED, DROPPED = "last-used", ".dropped"
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NUM_THREADS = 8
+_NUM_LISTINGS = 10
+
+
+def default_root() -> Path:
+    """The folder of all stores: `$HOLDFAST_HOME/store`, else `holdfast/store` in the platform's folder for caches."""
+    if home := os.environ.get("HOLDFAST_HOME"):
+        return Path(home).expanduser() / "store"
+    if sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        caches = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "holdfast" / "store"
+
+
+@final
+class LogpStore:
+    """The completions stored under `key` in `root`; made by `open`. May be used by several threads.
+
+    As a context it writes what was added when it ends, also where it ends by an exception.
+    """
+
+    def __init__(self, root: Path, key: StoreKey) -> None:
+        self.key = key
+        self.folder = Path(root) / key.digest()
+        self._lock = threading.RLock()
+        self._shards: list[Shard] = []
+        self._seen: set[str] = set()
+        self._index = Index()
+        self._buffer: dict[ContentId, Tensor] = {}
+        self._flushed_at = time.monotonic()
+        self._is_begun = False
+        self._alike: tuple[Self, ...] = ()
+        self.claim: Path | None = None
+        """A file of `holdfast.store.work_sharing`, renewed with each addition: work goes on under it."""
+
+    @classmethod
+    def open(cls, root: Path | str, key: StoreKey) -> Self:
+        """The store, all its shards checked; one that was never written to is empty, and makes no folder yet.
+
+        Whatever stores in `root` hold the same numbers, written for another version of a moving reference with the same
+        weights, are read as well. What is damaged is set aside under another name (skipped, where that is not
+        permitted), with a warning. ValueError if the store was written by a newer version of the package."""
+        store = cls._opened_alone(Path(root), key)
+        store._alike = tuple(cls._opened_alone(Path(root), other) for other in keys_alike(Path(root), key))
+        return store
+
+    @classmethod
+    def _opened_alone(cls, root: Path, key: StoreKey) -> Self:
+        store = cls(root, key)
+        if store.folder.is_dir():
+            store._check_manifest()
+            store.refresh()
+            store._touch()
+        return store
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def get(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> dict[ContentId, Tensor]:
+        """The log-probs (fp32 `[n]`, nats, the caller's own) of those of `ids` that are there. With `lengths`, the
+        number of tokens of each, one that is stored with another number is not there."""
+        ids = list(ids)
+        wanted = None if lengths is None else list(lengths)
+        with self._lock:
+            found = self._buffered(ids, wanted)
+            places = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+            rows = np.flatnonzero(places.shard >= 0)
+            columns = (rows, places.shard[rows], places.start[rows], places.length[rows])
+            for row, shard, start, length in zip(*(column.tolist() for column in columns), strict=True):
+                stored = self._shards[shard].logps[start : start + length]
+                found.setdefault(ids[row], torch.from_numpy(stored.copy()))
+        for other in self._alike:
+            left = [row for row, key in enumerate(ids) if key not in found]
+            found |= other.get([ids[row] for row in left], None if wanted is None else [wanted[row] for row in left])
+        return found
+
+    def missing(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> list[ContentId]:
+        """Those of `ids` that are not there (see `get`), each once, in their order."""
+        ids = list(ids)
+        wanted = None if lengths is None else list(lengths)
+        with self._lock:
+            buffered = self._buffered(ids, wanted)
+            places = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+        rows = np.flatnonzero(places.shard < 0).tolist()
+        for other in self._alike:
+            there = other.get([ids[row] for row in rows], None if wanted is None else [wanted[row] for row in rows])
+            rows = [row for row in rows if ids[row] not in there]
+        return [key for key in dict.fromkeys(ids[row] for row in rows) if key not in buffered]
+
+    def has(self, content_id: ContentId, length: int | None = None) -> bool:
+        """Whether a completion is there (see `get`)."""
+        return not self.missing([content_id], None if length is None else [length])
+
+    def refresh(self) -> int:
+        """The number of completions that other processes have written since the store was opened or last refreshed;
+        from now on they are there."""
+        with self._lock:
+            before = self._index.num_completions
+            damaged: list[tuple[Path, str]] = []
+            # A shard that is gone when it is to be opened was merged into another, which was there before that.
+            for _ in range(_NUM_LISTINGS):
+                if not self._read_new(damaged):
+                    break
+            if damaged:
+                self._set_aside(damaged)
+            return self._index.num_completions - before
+
+    @property
+    def num_completions(self) -> int:
+        """Completions that are there, written or not."""
+        return self._index.num_completions + len(self._buffer)
+
+    @property
+    def num_tokens(self) -> int:
+        """Their tokens."""
+        return self._index.num_tokens + sum(len(logps) for logps in self._buffer.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shards that have been opened."""
+        return sum(shard.num_bytes for shard in self._shards)
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def add(self, logps: Mapping[ContentId, Tensor]) -> None:
+        """Adds the log-probs (fp32 `[n]`) of completions; what is there already stays as it is. They are written with
+        the next shard. ValueError where something is new and cannot be written, or is not a finite fp32 vector."""
+        tensors = {key: value.detach().cpu() for key, value in logps.items()}
+        _check_values(tensors)
+        with self._lock:
+            for key in self.missing(tensors, [len(value) for value in tensors.values()]):
+                self.check_writable()
+                if key in self._buffer:  # with another length
+                    self.flush()
+                self._buffer[key] = tensors[key].clone()
+            if self.claim is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self.claim)
+            is_late = time.monotonic() - self._flushed_at >= SHARD_SECONDS
+            if len(self._buffer) >= SHARD_COMPLETIONS or (self._buffer and is_late):
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added since the last shard as a new one. ValueError where that is not possible; then it is
+        kept in memory, and a later call tries again."""
+        with self._lock:
+            if not self._buffer:
+                return
+            content = _array(self._buffer)
+            lengths = np.array([len(value) for value in self._buffer.values()], dtype=np.int64)
+            logps = torch.cat(list(self._buffer.values())).numpy()
+            with self._writing(f"{len(lengths)} completions ({16 * len(lengths) + 4 * len(logps):,} bytes)"):
+                try:
+                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
+                except FileNotFoundError:  # the folder was dropped in the meantime
+                    self._begin()
+                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
+                written = self._opened(path)
+                if isinstance(written, str):
+                    raise OSError(errno.EIO, f"read back, {written}")
+            self._buffer.clear()
+            self._flushed_at = time.monotonic()
+            self._touch()
+            if written is None:  # merged already
+                self.refresh()
+            elif written.name not in self._seen:
+                self._include([written])
+
+    def check_writable(self) -> None:
+        """Nothing; ValueError where no shard could be written. To be asked before something long is computed."""
+        if not self._is_begun:
+            with self._writing("a manifest and shards"):
+                self._begin()
+            self._is_begun = True
+
+    def drop(self) -> None:
+        """Removes the store from the disk, in one piece. OSError where that is not permitted."""
+        with self._lock:
+            drop_folder(self.folder)
+            self._buffer.clear()
+            self._shards.clear()
+            self._seen.clear()
+            self._index = Index()
+            self._is_begun = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Writes what was added. Where an exception is under way, that one is told, not that this failed as well."""
+        if error is None:
+            self.flush()
+            return
+        try:
+            self.flush()
+        except (ValueError, OSError) as second:
+            logger.error("%s", second)
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _buffered(self, ids: Sequence[ContentId], lengths: Sequence[int] | None) -> dict[ContentId, Tensor]:
+        if not self._buffer:
+            return {}
+        found = ((row, key, self._buffer[key]) for row, key in enumerate(ids) if key in self._buffer)
+        return {key: value.clone() for row, key, value in found if lengths is None or len(value) == lengths[row]}
+
+    def _read_new(self, damaged: list[tuple[Path, str]]) -> bool:
+        """Opens the shards in the folder that were not seen yet; True if some were gone when they were opened."""
+        paths = [path for path in shard_paths(self.folder) if path.name not in self._seen]
+        if len(paths) > 1:
+            with ThreadPoolExecutor(_NUM_THREADS) as threads:  # hashing lets go of the interpreter; disks may be far
+                opened = list(threads.map(self._opened, paths))
+        else:
+            opened = [self._opened(path) for path in paths]
+        damaged += [(path, found) for path, found in zip(paths, opened, strict=True) if isinstance(found, str)]
+        self._seen |= {path.name for path, found in zip(paths, opened, strict=True) if isinstance(found, str)}
+        self._include([found for found in opened if isinstance(found, Shard)])
+        return any(found is None for found in opened)
+
+    def _opened(self, path: Path) -> Shard | str | None:
+        """The shard, what is damaged of it, or None if it is gone."""
+        try:
+            return open_shard(path, self.folder.name)
+        except Damaged as error:
+            return str(error)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return "the disk cannot read it"
+
+    def _include(self, shards: list[Shard]) -> None:
+        self._index.add(shards)
+        self._shards += shards
+        self._seen |= {shard.name for shard in shards}
+
+    def _set_aside(self, damaged: list[tuple[Path, str]]) -> None:
+        are_moved = [set_aside(path) for path, _ in damaged]
+        self._seen -= {path.name for (path, _), is_moved in zip(damaged, are_moved, strict=True) if is_moved}
+        named = "; ".join(f"{path.name}: {reason}" for path, reason in damaged[:3])
+        logger.warning(
+            "%d damaged file(s) of the log-prob store %s are not used (%s%s). They were %s; what they held counts as "
+            "missing and is computed again.",
+            len(damaged),
+            self.folder,
+            named,
+            "; ..." if len(damaged) > 3 else "",
+            "renamed to *.corrupt" if all(are_moved) else "left in place, since renaming them is not permitted",
+        )
+
+    def _check_manifest(self) -> None:
+        """Sets a damaged manifest aside; writes one where there is none and that is permitted."""
+        try:
+            read_manifest(self.folder)
+            return
+        except Damaged as error:
+            self._set_aside([(self.folder / MANIFEST, str(error))])
+        except FileNotFoundError:
+            pass
+        with contextlib.suppress(OSError):
+            write_manifest(self.folder, self.key)
+
+    def _begin(self) -> None:
+        """A folder with a manifest, into which files can be written. OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        flush_folder(self.folder.parent)
+        if not (self.folder / MANIFEST).exists():
+            write_manifest(self.folder, self.key)
+        write_durably(self.folder / LAST_USED, b"")
+
+    def _touch(self) -> None:
+        """Marks the store as used now; what cannot be written to need not be."""
+        with contextlib.suppress(OSError):
+            (self.folder / LAST_USED).touch()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            asked = f"{what} were to be written to the log-prob store {self.folder}"
+            if error.errno in _FULL:
+                raise ValueError(
+                    f"{asked}, but there is no room for them: {reason}, {_free(self.folder):,} bytes are free. The "
+                    f"{self._index.num_completions} completions in finished shards are kept ({self.num_bytes:,} "
+                    "bytes). Free some space (`holdfast store gc`) or put the store on another disk "
+                    "(`$HOLDFAST_HOME`), and run again: only what is missing is computed."
+                ) from error
+            raise ValueError(
+                f"{asked}, which cannot be written to ({reason}); it can be read, and holds "
+                f"{self._index.num_completions} completions. Change the folder's permissions, or choose another one "
+                "for the store (`$HOLDFAST_HOME`)."
+            ) from error
+
+
+def drop_folder(folder: Path) -> None:
+    """Removes a store's folder: at once, by renaming it, then file by file. OSError."""
+    dropped = folder.with_name(f"{uuid.uuid4().hex}{DROPPED}")
+    try:
+        os.replace(folder, dropped)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(dropped, ignore_errors=True)
+
+
+def _array(ids: Iterable[ContentId]) -> np.ndarray:
+    return np.array(list(ids), dtype=np.int64).reshape(-1, 2)
+
+
+def _check_values(logps: Mapping[ContentId, Tensor]) -> None:
+    wrong = next((value for value in logps.values() if value.dtype != torch.float32 or value.ndim != 1), None)
+    if wrong is not None:
+        raise ValueError(
+            f"the log-probs of a completion were to be stored, one fp32 number per token; found a {wrong.dtype} tensor "
+            f"of shape {tuple(wrong.shape)}. Compute them in fp32, and split them by completion."
+        )
+    if logps and not bool(torch.cat(list(logps.values())).isfinite().all()):
+        num_wrong = sum(not bool(value.isfinite().all()) for value in logps.values())
+        raise ValueError(
+            f"the log-probs of {len(logps)} completions were to be stored; {num_wrong} of them hold NaN or infinity. "
+            "Check the reference's weights for NaN and its dtype for overflow (fp16)."
+        )
+
+
+def _free(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which may not exist yet."""
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(place).free
