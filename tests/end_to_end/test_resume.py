@@ -193,12 +193,11 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from families import tiny_model
 from policies import config, trainer
 from test_resume import MOVING, SAVING
-import holdfast.checkpoint.folder as checkpoint
 
 folder, place = sys.argv[1:]
 step = int(place.split("@")[1])
@@ -210,9 +209,9 @@ if place.startswith("save"):      # weights are written, optimizer and reference
     def save(*args): die() if ours.state.global_step == step else plain(*args)
     plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
 elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
-    plain, checkpoint.json.dumps = checkpoint.json.dumps, None
+    plain, json.dumps = json.dumps, None
     def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
-    checkpoint.json.dumps = dumps
+    json.dumps = dumps
 elif place.startswith("sync"):    # half of the weights have moved
     plain = ours.reference._mixture.move
     def move(reference, policy, alpha):
@@ -223,13 +222,13 @@ elif place.startswith("sync"):    # half of the weights have moved
         plain(reference, policy, alpha)
     ours.reference._mixture.move = move
 elif place.startswith("rotate"):
-    plain = checkpoint.shutil.rmtree
+    plain = shutil.rmtree
     def rmtree(path, **kwargs):
         if ours.state.global_step == step and "checkpoint-" in Path(path).name:
             next(Path(path).glob("*.safetensors")).unlink()
             die()
         plain(path, **kwargs)
-    checkpoint.shutil.rmtree = rmtree
+    shutil.rmtree = rmtree
 ours.train(resume_from_checkpoint=len(list(Path(folder).glob("checkpoint-*/reference/manifest.json"))) > 0)
 """
 
