@@ -52,12 +52,13 @@ from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.independence import Dependence, check_resumable, find_dependence
-from holdfast.policy.load import load_tokenizer, padding_id
-from holdfast.policy.placement import placed_alike, same_on_all_processes
+from holdfast.policy.placement import move_all_to_device
 from holdfast.policy.prepare import make_policy
 from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
@@ -161,7 +162,7 @@ class DPOTrainer(Trainer):
         self._full_eval = FullEval(policy)
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
-        if not self._is_sharded and same_on_all_processes(policy):
+        if not self._is_sharded and broadcast_unlike_tensors(policy):
             self._captured = checksums(policy)
 
     def _prepared(self, args: DPOConfig) -> tuple[Any, Any]:
@@ -207,7 +208,7 @@ class DPOTrainer(Trainer):
         is_stream = isinstance(self.train_dataset, IterableDataset)
         wish = self.args.wish(is_stream=is_stream)
         if wish.way != "none":
-            ref_models = placed_alike(ref_models, self.accelerator.device)
+            ref_models = move_all_to_device(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
         datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
         self._longest = pin_rotations(
