@@ -41,7 +41,7 @@ def test_the_covering():
 
 @pytest.mark.parametrize("name", ["precomputed-padded-fixed-map-1", "resume-snapshot_disk"])
 def test_a_run_is_the_same_twice_and_another_with_another_number(name: str):
-    """With 1e-6 of beta more, losses, gradients and weights are others; the reference and what is stored of it are not."""
+    """With 1e-6 of beta more, losses, gradients and weights are others; the reference and its stored values are not."""
     run = RUNS[name]
     first = recorded(run)
     other: Any = recorded(replace(run, options=run.options | {"beta": 0.2 * (1 + 1e-6)}))

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
-from holdfast.internals.transformers import check_trainer
+from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.policy.independence import Dependence
-from holdfast.policy.load import default_output_dir
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
 from holdfast.training_arguments import check_metrics, check_stream
@@ -127,3 +126,9 @@ def check_same_batches(found: Dependence | None, args: DPOConfig) -> None:
             "numbers would be those of another batch. Drop it, so that the reference is asked batch by batch "
             "(reference='model' or 'adapter')."
         )
+
+
+def default_output_dir(model: str | nn.Module) -> str:
+    """`<model name>-DPO`, for a run without a config."""
+    path = model if isinstance(model, str) else loaded_from(model.config)
+    return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"
