@@ -16,7 +16,7 @@ import tiny
 from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import WAYS, DPOConfig
-from holdfast.data.formats import TOKENIZED_COLUMNS
+from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.tokenize import UNUSABLE_REASONS
 from holdfast.losses import LOSSES, LossOptions
 

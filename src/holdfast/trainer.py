@@ -36,12 +36,14 @@ from holdfast.checkpoint.policy_state import (
     policy_digest,
 )
 from holdfast.config import DPOConfig
+from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.completions import all_pending, by_name
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import identified, takes_positions
-from holdfast.data.layouts.choose import choose_layout, make_layout
-from holdfast.data.layouts.padded import PaddedLayout, with_positions
-from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
+from holdfast.data.layouts.choose import choose_layout, layout_of, make_layout
+from holdfast.data.layouts.completion_rows import row_per_completion
+from holdfast.data.layouts.preference_collator import with_positions
+from holdfast.data.layouts.trial import LayoutTrial
 from holdfast.data.loader.fillers import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPlace
@@ -70,8 +72,6 @@ from holdfast.scoring.score import unwrap, vocabulary_size
 from holdfast.training_arguments import check_optimizer, check_optimizers
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class DPOTrainer(Trainer):
@@ -225,11 +225,17 @@ class DPOTrainer(Trainer):
             is_main=self.is_world_process_zero(),
             wait_for_all=self.accelerator.wait_for_everyone,
         )
-        how = models, self._pair_batch, self.accelerator, self._is_sharded
+        trial = LayoutTrial(
+            models=models,
+            first_pairs=self._first_rows,
+            pair_batch=self._pair_batch,
+            accelerator=self.accelerator,
+            is_sharded=self._is_sharded,
+        )
         with contextlib.ExitStack() as stack:
             for model in models:
                 stack.enter_context(untouched(model))
-            self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
+            self.data_collator = choose_layout(self.data_collator, self.args, trial)
         return self._announce(reference, datasets)
 
     def _find_dependence(self, models: list[nn.Module]) -> Dependence | None:
@@ -305,14 +311,14 @@ class DPOTrainer(Trainer):
             checkpoints.load_reference(checkpoint, self.reference, self._provenance)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        names = COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
+        names = TOKENIZED_COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
         return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
         tensors = with_positions(without_given(tensors, self.reference))
-        if not isinstance(self.data_collator, PaddedLayout | SharedLayout):
+        if layout_of(self.data_collator) is None:
             tensors = identified(tensors, takes_positions=takes_positions(unwrap(self.model)))
         return PairBatch.from_tensors(self._prepare_inputs(tensors))
 
@@ -349,7 +355,7 @@ class DPOTrainer(Trainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            rows = self._pair_batch(unshared(inputs, self._pad_token_id))
+            rows = self._pair_batch(row_per_completion(inputs, self._pad_token_id))
             return loss, model(**rows.inputs, use_cache=False)
 
     def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
@@ -427,7 +433,7 @@ class DPOTrainer(Trainer):
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            batch, _ = self._real_pairs(self._pair_batch(unshared(inputs, self._pad_token_id)))
+            batch, _ = self._real_pairs(self._pair_batch(row_per_completion(inputs, self._pad_token_id)))
             self._is_real_row = rows_of_pairs(batch)
             return loss, outputs.logits, batch.inputs["input_ids"]
 
@@ -478,7 +484,7 @@ class DPOTrainer(Trainer):
         return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
+        self._signature_columns = list(TOKENIZED_COLUMNS)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.inputs import UNIDENTIFIED, identified
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.store.maintenance import stores
 from holdfast.store.store import default_root
 from policies import config, logged, rows, trainer

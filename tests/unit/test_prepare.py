@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from torch.utils.data import DataLoader
 
 import tiny
-from holdfast.data.formats import TOKENIZED_COLUMNS, read_preference
+from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.formats import read_preference
 from holdfast.data.load import load_preferences
 from holdfast.data.prepare import prepare_dataset, prepare_eval
 from holdfast.data.tokenize import tokenize

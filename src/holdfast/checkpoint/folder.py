@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from holdfast.batch import PairBatch
-from holdfast.data.formats import REFERENCE_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.base import Reference
 from holdfast.reference.digests import digest
@@ -145,7 +145,7 @@ def dataset_digest(dataset: Any) -> str | None:
     if not isinstance(dataset, Dataset):
         return None
     state = hashlib.blake2b(digest_size=16)
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    columns = list(TOKENIZED_COLUMNS)
     given = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     tables: Any = dataset.select_columns(columns + given).with_format("arrow").iter(1_000)
     for table in tables:

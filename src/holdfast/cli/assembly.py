@@ -13,10 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from holdfast.batch import ContentId, PairBatch
 from holdfast.cli.runfile import RunFile, Source
 from holdfast.config import DPOConfig
+from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.completions import Completions, by_name
-from holdfast.data.formats import REFERENCE_COLUMNS
-from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.layouts.choose import layout_of
 from holdfast.data.load import load_preferences
 from holdfast.reference.stored import PrecomputedReference
 from holdfast.store.store import LogpStore
@@ -68,8 +67,8 @@ def needed(run: RunFile) -> Needed:
                 f"the log-probs of the run {run.document.file} were to be looked for, but what it needs cannot be "
                 f"listed: {obstacle}. Name a run over data with an end and a reference that stays."
             )
-        layout = trainer.data_collator
-        assert isinstance(layout, PaddedLayout | SharedLayout)
+        layout = layout_of(trainer.data_collator)
+        assert layout is not None, "a run file names no data collator"
         ids: set[ContentId] = set()
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import ContentId, PairBatch
-from holdfast.data.formats import REFERENCE_COLUMNS
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.choose import layout_of
+from holdfast.data.layouts.rows import Row, content_of
 
 Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
 """From all ids to those that are to be scored now, block by block; the next is asked for when one is done."""
@@ -65,12 +66,12 @@ class Completions:
     def __init__(
         self,
         dataset: Dataset,
-        layout: PaddedLayout | SharedLayout,
+        layout: Layout,
         pair_batch: Callable[[Mapping[str, Any]], PairBatch],
         num_pairs: int,
         most_tokens: int | None = None,
     ) -> None:
-        self._dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        self._dataset = dataset.select_columns(list(TOKENIZED_COLUMNS))
         self._columns = dataset.select_columns(_given_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
@@ -97,7 +98,7 @@ class Completions:
 
     def _order(self, places: "dict[ContentId, _Place]") -> list[ContentId]:
         """The longest first, each with the others of its prompt where they are laid out together."""
-        if not _shares(self._layout):
+        if not self._layout.shares_prompts:
             return sorted(places, key=lambda key: (-places[key].length, key))
         longest: dict[int, int] = {}
         for place in places.values():
@@ -139,7 +140,7 @@ class Completions:
         """(0 for chosen or 1 for rejected, index, row) of both completions of each of these pairs."""
         table = self._dataset[list(indices)]
         pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        rows = truncated_rows(pairs, self._layout.max_length, self._layout.truncation_mode)
+        rows = self._layout.truncated(pairs)
         for place, row in enumerate(rows):
             yield place // len(indices), indices[place % len(indices)], row
 
@@ -161,17 +162,16 @@ class _Place:
     prompt: int
 
 
-def _shares(layout: PaddedLayout | SharedLayout) -> bool:
-    return isinstance(layout, SharedLayout) and layout.shares_prompts
-
-
-def _within(budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout) -> "Iterator[list[_Place]]":
+def _within(budget: int, places: "Sequence[_Place]", layout: Layout) -> "Iterator[list[_Place]]":
     """`places` in groups that take at most `budget` tokens in rows of `layout`, padding included."""
     group: list[_Place] = []
     num_tokens = longest = 0
     for together, size in _together(budget, places, layout):
         longest = max(longest, together[0].length)
-        if group and (longest * (len(group) + 1) if isinstance(layout, PaddedLayout) else num_tokens + size) > budget:
+        num_rows_tokens = layout.tokens_in_rows(
+            num_tokens=num_tokens + size, num_sequences=len(group) + len(together), longest=longest
+        )
+        if group and num_rows_tokens > budget:
             yield group
             group, num_tokens, longest = [], 0, together[0].length
         group += together
@@ -180,15 +180,13 @@ def _within(budget: int, places: "Sequence[_Place]", layout: PaddedLayout | Shar
         yield group
 
 
-def _together(
-    budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout
-) -> "Iterator[tuple[list[_Place], int]]":
+def _together(budget: int, places: "Sequence[_Place]", layout: Layout) -> "Iterator[tuple[list[_Place], int]]":
     """`places` one by one; or those of one prompt at once, where that is computed once, unless they are too many. With
     the tokens that they take."""
     together: list[_Place] = []
     num_tokens = 0
     for place in places:
-        is_prompt_there = _shares(layout) and bool(together) and together[-1].prompt == place.prompt
+        is_prompt_there = layout.shares_prompts and bool(together) and together[-1].prompt == place.prompt
         size = place.length - (place.num_prompt if is_prompt_there else 0)
         if together and not (is_prompt_there and num_tokens + size <= budget):
             yield together, num_tokens
@@ -251,12 +249,9 @@ def pending(
     accelerator: Accelerator,
 ) -> Pending:
     """What of `dataset` is to be scored, in batches of about `size` pairs, under the data collator of the run."""
-    if type(collator) is DataCollatorForPreference:
-        options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
-        collator = PaddedLayout(collator.pad_token_id, *options)
-    if isinstance(collator, PaddedLayout | SharedLayout):
+    if (layout := layout_of(collator)) is not None:
         most_tokens = CPU_TOKENS if accelerator.device.type == "cpu" else None
-        return Completions(dataset, collator, pair_batch, size, most_tokens)
+        return Completions(dataset, layout, pair_batch, size, most_tokens)
     return CollatedPairs(dataset, size, collate, accelerator)
 
 

@@ -16,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.columns import CHOSEN_IDS
+
 FUNCTION = "strftime_now"
 """What a template calls to print the date."""
 
@@ -99,4 +101,4 @@ def _has_messages(dataset: Any) -> bool:
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
     row = next(iter(dataset), None) or {}
-    return "chosen_ids" not in row and isinstance(row.get("chosen"), list)
+    return CHOSEN_IDS not in row and isinstance(row.get("chosen"), list)

@@ -12,14 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from holdfast.data.columns import (
+    IMAGE_COLUMNS,
+    REFERENCE_COLUMNS,
+    TEMPLATE_KWARGS,
+    TEXT_COLUMNS,
+    TOKENIZED_COLUMNS,
+    TOOLS,
+)
+
 Message = dict[str, Any]
 Side = str | list[Message]
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
 
-TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-IMAGE_COLUMNS = ("image", "images")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "return_tensors", "tokenize"}
 )
@@ -93,9 +98,9 @@ def read_preference(row: Mapping[str, Any]) -> Preference:
         )
     if kind == "implicit":
         sides = _with_prompt(sides["chosen"], sides["rejected"])
-    tools, template_kwargs = _read_tools(row.get("tools")), _read_template_kwargs(row.get("chat_template_kwargs"))
+    tools, template_kwargs = _read_tools(row.get(TOOLS)), _read_template_kwargs(row.get(TEMPLATE_KWARGS))
     if isinstance(sides["chosen"], str) and (tools or template_kwargs):
-        column = "tools" if tools else "chat_template_kwargs"
+        column = TOOLS if tools else TEMPLATE_KWARGS
         raise ValueError(
             f"the column {column!r} is for a chat template, which needs messages; found text. Drop the column, or "
             "give `prompt`, `chosen` and `rejected` as lists of messages."

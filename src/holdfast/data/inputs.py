@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import SEQUENCES
-from holdfast.data.layouts.padded import POSITION_KEYS
+from holdfast.data.layouts.preference_collator import POSITION_KEYS
 from holdfast.scoring.segments import PIECES
 
 UNIDENTIFIED = "unidentified"

@@ -20,8 +20,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
-from holdfast.data.formats import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, check_columns, read_preference
+from holdfast.data.formats import check_columns, read_preference
 from holdfast.data.tokenize import (
     PROMPT_FILLS,
     TokenizedPair,

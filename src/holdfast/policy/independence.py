@@ -22,8 +22,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS
 from holdfast.data.inputs import takes_positions
-from holdfast.data.layouts.padded import PaddedLayout, Row
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.rows import Row
 from holdfast.policy.rotations import plain_attributes
 from holdfast.policy.untouched import untouched
 from holdfast.scoring.frozen import Autocast, evaluating
@@ -116,8 +118,8 @@ def _logps(model: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLo
 def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
     """A row alone, and beside one that is longer, and as long as rows can be by its positions where the model is told
     these and knows no table of them."""
-    ids = np.array([*row["prompt_ids"], *row["chosen_ids"]], dtype=np.int64)[:_NUM_ALONE]
-    num_prompt = min(max(1, len(row["prompt_ids"])), len(ids) - 1)
+    ids = np.array([*row[PROMPT_IDS], *row[CHOSEN_IDS]], dtype=np.int64)[:_NUM_ALONE]
+    num_prompt = min(max(1, len(row[PROMPT_IDS])), len(ids) - 1)
     longest = _longest_row(model) if length is None else length
     other = np.resize(ids[::-1], max(len(ids) + 1, min(longest, 2 * len(ids))))
     layout = PaddedLayout(int(ids[0]))

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.scoring.score import unwrap
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _longest_pair(dataset: Any) -> int | None:
     """Tokens of the longest completion of the data with its prompt; None of a stream."""
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     longest = 0
     for part in table.iter(1_000):
         prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())

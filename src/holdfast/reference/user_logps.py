@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
+from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.completions import Blocks, GivenSum, Missing, Pending
-from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity

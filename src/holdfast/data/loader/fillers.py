@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
+from holdfast.data.columns import CHOSEN_IDS, REJECTED_IDS
 
 
 @final
@@ -37,7 +38,7 @@ class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         for count, row in enumerate(self._stream, 1):  # noqa: B007
             yield row
         for _ in range(-count % self._multiple):
-            yield {**row, "rejected_ids": row["chosen_ids"]}
+            yield {**row, REJECTED_IDS: row[CHOSEN_IDS]}
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles a shuffled stream for this epoch."""

@@ -15,6 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from holdfast.data.columns import TOKENIZED_COLUMNS
+
 WINDOW_BATCHES = 50
 """Batches whose pairs are sorted together: enough for likeness, few enough for pairs to meet others in each epoch."""
 
@@ -54,7 +56,7 @@ def order_by_length(dataset: Any, args: TrainingArguments) -> OrderByLength | No
     for a stream, which has an order of its own."""
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     parts = [
         sum(np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
         for part in table.iter(1_000)
