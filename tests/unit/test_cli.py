@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import holdfast
 import holdfast.demo
-from holdfast.cli.app import app as cli
+from holdfast.cli import app as cli
 
 runner = CliRunner()
 SMALLEST = "model: nowhere/policy\ndata: {train: pairs.jsonl}\ntraining: {use_cpu: true, output_dir: OUTPUT}\n"
@@ -153,7 +153,7 @@ def test_the_module_runs_as_a_program_and_stays_light():
 
 
 def test_only_the_first_process_prints():
-    code = "from holdfast import cli; cli._report(__import__('pathlib').Path('out'), {'loss': 1.0})"
+    code = "from holdfast.cli import app as cli; cli._report(__import__('pathlib').Path('out'), {'loss': 1.0})"
     printed = {
         rank: subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank}

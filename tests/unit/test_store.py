@@ -581,10 +581,10 @@ def test_a_manifest_says_what_the_store_is(tmp_path):
 
 def newer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Writes shards or manifests as a newer version of the package would."""
-    monkeypatch.setattr(f"holdfast.reference.{name}.FORMAT", 2)
+    monkeypatch.setattr(f"holdfast.store.{name}.FORMAT", 2)
 
 
-@pytest.mark.parametrize("name", ["manifest", "shards"])
+@pytest.mark.parametrize("name", ["manifest", "shard"])
 def test_a_newer_format_is_refused_and_left_as_it_is(tmp_path, name):
     content = values(6)
     with pytest.MonkeyPatch.context() as monkeypatch:
