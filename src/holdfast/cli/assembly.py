@@ -14,7 +14,7 @@ from holdfast.batch import ContentId, PairBatch
 from holdfast.cli.runfile import RunFile, Source
 from holdfast.config import DPOConfig
 from holdfast.data.columns import REFERENCE_COLUMNS
-from holdfast.data.completions import Completions, by_name
+from holdfast.data.completions import Completions, datasets_by_name
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.load import load_preferences
 from holdfast.reference.stored import PrecomputedReference
@@ -55,7 +55,7 @@ def needed(run: RunFile) -> Needed:
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         arguments.output_dir = folder
         trainer = trainer_of(run, arguments, takes_given=False)
-        datasets: dict[str, Any] = {"train": trainer.train_dataset} | by_name(trainer.eval_dataset)
+        datasets: dict[str, Any] = {"train": trainer.train_dataset} | datasets_by_name(trainer.eval_dataset)
         streams = [name for name, data in datasets.items() if not isinstance(data, Dataset)]
         if streams or arguments.sync_ref_model or not isinstance(trainer.reference, PrecomputedReference):
             obstacle = (

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import SEQUENCES
-from holdfast.data.layouts.preference_collator import POSITION_KEYS
+from holdfast.data.layouts.choose import layout_of
+from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import PIECES
 
 UNIDENTIFIED = "unidentified"
@@ -27,6 +28,18 @@ UNIDENTIFIED = "unidentified"
 
 _COVERED = frozenset({"input_ids", "attention_mask", "reference", SEQUENCES, *POSITION_KEYS})
 _PLAIN = (str, int, float, bool, type(None))
+
+
+def complete_batch(tensors: Mapping[str, Any], collator: Any, causal_lm: Any) -> dict[str, Any]:
+    """All tensors that `PairBatch.from_tensors` takes, from what the data collator of a run returned.
+
+    A layout's own batch is complete already. To that of any other collator, which positions count and what identifies
+    the completions are added, and `causal_lm` is told positions where it takes them.
+    """
+    batch = with_positions(tensors)
+    if layout_of(collator) is not None:
+        return batch
+    return identified(batch, takes_positions=takes_positions(causal_lm))
 
 
 def identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:

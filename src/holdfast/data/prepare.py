@@ -13,8 +13,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, Protocol, Self, final
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
@@ -87,27 +88,73 @@ def prepare_dataset(
         return _usable(dataset, judge, num_proc, name)
 
 
-def prepare_eval(
-    dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None,
-    processing_class: PreTrainedTokenizerBase,
-    **options: Any,
-) -> Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None:
-    """What `prepare_dataset` gives for an evaluation dataset, or for each one of a dict of them under its key.
+class PreparationOptions(Protocol):
+    """The options of a run (`DPOConfig`) that say how its datasets are prepared."""
 
-    `options` are those of `prepare_dataset`, less `name`. None stays None. Raises `ValueError` for an empty dict.
-    """
-    if dataset is None:
-        return None
-    if not isinstance(dataset, Mapping | DatasetDict | IterableDatasetDict):
-        return prepare_dataset(dataset, processing_class, name="eval", **options)
-    if not dataset:
-        raise ValueError(
-            "eval_dataset is a dict of evaluation datasets; found an empty one. Give it at least one dataset, or pass "
-            "`eval_dataset=None`."
+    max_length: int | None
+    truncation_mode: Any
+    dataset_num_proc: int | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """How all datasets of a run are prepared; see `prepare_dataset` for what each value means."""
+
+    processing_class: PreTrainedTokenizerBase
+    max_length: int | None = None
+    truncation_mode: TruncationMode = "keep_start"
+    num_proc: int | None = None
+    vocab_size: int | None = None
+    template_date: str | None = None
+
+    @classmethod
+    def of_options(
+        cls,
+        options: PreparationOptions,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        vocab_size: int,
+        template_date: str | None,
+    ) -> Self:
+        """The preparation that a run's options ask for."""
+        return cls(
+            processing_class=processing_class,
+            max_length=options.max_length,
+            truncation_mode=options.truncation_mode,
+            num_proc=options.dataset_num_proc,
+            vocab_size=vocab_size,
+            template_date=template_date,
         )
-    return {
-        key: prepare_dataset(part, processing_class, name=f"eval {key!r}", **options) for key, part in dataset.items()
-    }
+
+    def of(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """What `prepare_dataset` returns for a dataset of this name."""
+        return prepare_dataset(
+            dataset,
+            self.processing_class,
+            max_length=self.max_length,
+            truncation_mode=self.truncation_mode,
+            num_proc=self.num_proc,
+            vocab_size=self.vocab_size,
+            template_date=self.template_date,
+            name=name,
+        )
+
+    def of_eval(
+        self, dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None
+    ) -> Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None:
+        """The same for an evaluation dataset, or for each of a dict of them under its key. None stays None. Raises
+        `ValueError` for an empty dict."""
+        if dataset is None:
+            return None
+        if not isinstance(dataset, Mapping | DatasetDict | IterableDatasetDict):
+            return self.of(dataset, "eval")
+        if not dataset:
+            raise ValueError(
+                "eval_dataset is a dict of evaluation datasets; found an empty one. Give it at least one dataset, or "
+                "pass `eval_dataset=None`."
+            )
+        return {key: self.of(part, f"eval {key!r}") for key, part in dataset.items()}
 
 
 def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.internals.peft import switched
 from holdfast.reference.base import PER_BATCH, FixedReference, Reference
 from holdfast.reference.identity import Identity
@@ -59,7 +59,7 @@ class AdapterReference(FixedReference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.digests import digest as digest
 from holdfast.reference.identity import Identity
 
@@ -46,7 +46,7 @@ class Reference(abc.ABC):
         arXiv:2404.09656) and count `version` up. ValueError where the reference cannot move."""
 
     @abc.abstractmethod
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Called with every dataset (name -> its completions, read when they are asked for) that will be asked about.
         Whoever scores ahead does it here; the others leave them unread."""
 

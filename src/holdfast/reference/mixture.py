@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
@@ -64,7 +64,7 @@ class MixtureReference(Reference):
             "sync_ref_model=False."
         )
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Tells each of them."""
         for reference in self.references:
             reference.prepare(datasets)

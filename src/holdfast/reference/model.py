@@ -16,7 +16,7 @@ from typing import Self, final
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.internals.torch import own_state
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised, pin_quantised_layers
@@ -71,7 +71,7 @@ class ModelReference(Reference):
         )
         self.version += 1
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

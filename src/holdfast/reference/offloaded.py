@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.base import PER_BATCH, FixedReference
 from holdfast.reference.identity import Identity
 from holdfast.reference.model import beside
@@ -54,7 +54,7 @@ class ParkedReference(FixedReference):
         with self.held():
             return frozen_logps(self._frame, beside(self._frame, batch), self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Nothing to do."""
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.internals.peft import adapter_layers, switched
 from holdfast.policy.adapters import check_adapter
 from holdfast.reference.base import PER_BATCH, FixedReference
@@ -49,7 +49,7 @@ class NamedAdapterReference(FixedReference):
         with self.null_ref_context():
             return frozen_logps(self._policy, batch, self._autocast)
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Nothing to do: it is asked per batch."""
 
     def release(self) -> None:

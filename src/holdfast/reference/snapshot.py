@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.policy.adapters import is_adapted
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
@@ -97,7 +97,7 @@ class SnapshotReference(Reference):
             self.drift = math.hypot(*lengths)
         self.version += 1
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Nothing to do: it is asked per batch or window."""
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
@@ -85,7 +85,7 @@ class PrecomputedReference(Reference):
             finally:
                 self._holding = None
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Score every completion of the datasets that is not stored yet, and let go of the inner reference's memory,
         where that is how it is used. ValueError where log-probs are not finite or the store cannot be written."""
         if self._store is None:
@@ -144,7 +144,7 @@ class PrecomputedReference(Reference):
             self.version, self.drift = version, drift
             self._open()
 
-    def _fill(self, store: LogpStore, name: str, data: Pending) -> None:
+    def _fill(self, store: LogpStore, name: str, data: CompletionsToScore) -> None:
         begin, num_scored, num_tokens = time.monotonic(), 0, 0
         description, unit = f"Reference log-probs ({name})", "completions"
         with store, tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.columns import REFERENCE_COLUMNS
-from holdfast.data.completions import Blocks, GivenSum, Missing, Pending
+from holdfast.data.completions import ChooseBlocks, CompletionsToScore, FindMissing, UserLogp
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
@@ -41,7 +41,7 @@ NATS_PER_ROOT_TOKEN, NATS_PER_ROOT_TOKEN_HALF = 1e-3, 0.1
 """Accepted gap over the root of the number of tokens, in fp32 and in less: rounding differs in sign from token to
 token, and under bf16 or fp16 the shape of a batch alone moves single tokens by 0.1."""
 
-Known = dict[ContentId, GivenSum]
+Known = dict[ContentId, UserLogp]
 
 
 @final
@@ -64,7 +64,7 @@ class GivenReference(Reference):
         """The reference that the sums are to be those of, which has per-token log-probs."""
         return self._inner
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Take over what the datasets bring along, once a sample of it was found right; the inner reference scores the
         sample and the datasets without the columns. ValueError where the sample is not what it gives, with the gap;
         where a value is no finite number, or a completion has two of them."""
@@ -75,10 +75,10 @@ class GivenReference(Reference):
             self._compare(name, sample, given[name])
             self._known |= given[name]
 
-    def _read(self, name: str, data: Pending) -> Known:
+    def _read(self, name: str, data: CompletionsToScore) -> Known:
         """The sums of a dataset by content id, the first where there are several. ValueError as `prepare`."""
         known: Known = {}
-        for new in data.given():
+        for new in data.user_logps():
             if not isinstance(new.value, int | float) or not math.isfinite(new.value):
                 raise ValueError(
                     f"the {name} dataset brings reference log-probs along, which must be one finite number per "
@@ -103,7 +103,7 @@ class GivenReference(Reference):
     def _compare(self, name: str, sample: "_Sample", given: Known) -> None:
         """Says what the gap is. ValueError where it is not one that rounding explains."""
         gaps: list[float] = []
-        worst: tuple[float, GivenSum, float] | None = None
+        worst: tuple[float, UserLogp, float] | None = None
         for batch in sample.batches(lambda ids: [ids], lambda ids: ids):
             for key, computed in zip(batch.content_ids(), self._inner.logps(batch).sums().tolist(), strict=True):
                 gap = abs(given[key].value - computed)
@@ -192,17 +192,17 @@ class GivenReference(Reference):
 class _Sample:
     """The completions of `data` that are compared."""
 
-    data: Pending
+    data: CompletionsToScore
 
     def num_completions(self) -> int:
         """As many as are compared."""
         return min(self.data.num_completions(), NUM_LONGEST + NUM_RANDOM)
 
-    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
-        """See `Pending.batches`."""
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+        """See `CompletionsToScore.batches`."""
         return self.data.batches(lambda ids: blocks(_spread(ids)), missing)
 
-    def given(self) -> Iterator[GivenSum]:
+    def user_logps(self) -> Iterator[UserLogp]:
         """None: these are to be scored."""
         return iter(())
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.base import PER_BATCH, Reference
 from holdfast.reference.identity import Identity
@@ -91,7 +91,7 @@ class WindowedReference(Reference):
         self._inner.sync(mixup_alpha)
         self.version, self.drift = self._inner.version, self._inner.drift
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Tells the inner reference."""
         self._inner.prepare(datasets)
 

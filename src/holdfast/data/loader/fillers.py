@@ -25,7 +25,7 @@ from holdfast.data.columns import CHOSEN_IDS, REJECTED_IDS
 
 
 @final
-class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+class StreamWithFillers(torch.utils.data.IterableDataset[dict[str, Any]]):
     """The rows of `stream`, then as many fillers as make their number a multiple of `multiple`."""
 
     def __init__(self, stream: IterableDataset, multiple: int) -> None:
@@ -45,11 +45,11 @@ class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._stream.set_epoch(epoch)
 
 
-def filled(dataset: Any, batch_size: int, accelerator: Accelerator) -> Any:
+def with_fillers(dataset: Any, batch_size: int, accelerator: Accelerator) -> Any:
     """`dataset` as a data loader of several processes must have it: a stream filled up, anything else as it is."""
     if accelerator.num_processes == 1 or not isinstance(dataset, IterableDataset):
         return dataset
-    return FilledStream(dataset, batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
+    return StreamWithFillers(dataset, batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
 
 
 def real_pairs(

@@ -9,7 +9,7 @@ from typing import Any, final
 
 
 @final
-class StreamPlace:
+class StreamPosition:
     """`num_passes` through the stream are over, and `num_batches` of the next are handed out."""
 
     def __init__(self, num_passes: int = 0, num_batches: int = 0) -> None:
