@@ -17,7 +17,7 @@ from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import WAYS, DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
-from holdfast.data.tokenize import UNUSABLE_REASONS
+from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.losses import LOSSES, LossOptions
 
 ROOT = Path(__file__).parent.parent
