@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle
-from families import tiny_model
+from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.config import LAYOUT_NAMES
 from holdfast.data.layouts.base import Layout
@@ -14,9 +14,11 @@ from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.rows import Row
 from holdfast.data.tokenize import content_id
-from shared_rows import ROWS, logps_of
+from shared_rows import ROWS, assert_equal_logps, logps_of, oracle_logps
 
 PAD = 0
+EXACT = sorted(CONFIGS.keys() - {"lfm2", "falcon_h1"})
+"""The families that compute rows of several sequences right."""
 
 
 class Options:
@@ -46,8 +48,18 @@ def test_the_option_names_it(layout: Layout) -> None:
     assert layout.summary
 
 
-def test_its_log_probs_are_those_of_the_oracle(layout: Layout) -> None:
-    """Of the chosen and the rejected completion of every pair, token by token."""
+@pytest.mark.parametrize("family", EXACT)
+def test_every_family_computes_it_right(family: str, layout: Layout) -> None:
+    """Log-probs and gradients of the distinct completions, against the oracle, which reads one sequence at a time."""
+    model, by_content = tiny_model(family), completions()
+    batch = PairBatch.from_tensors(layout(ROWS))
+    logps = dict(zip(batch.content_ids(), logps_of(model, batch).per_token.split(batch.lengths()), strict=True))
+    found = torch.cat([logps[content] for content in by_content])
+    assert_equal_logps(found, oracle_logps(model), model, model)
+
+
+def test_each_pair_has_its_completions(layout: Layout) -> None:
+    """The chosen and the rejected one of every pair, token by token."""
     model, batch = tiny_model("llama"), PairBatch.from_tensors(layout(ROWS))
     logps = logps_of(model, batch).per_token.split(batch.lengths())
     for side, sequences in (("chosen_ids", batch.chosen), ("rejected_ids", batch.rejected)):

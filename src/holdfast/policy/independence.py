@@ -28,8 +28,9 @@ from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.rows import Row
 from holdfast.policy.rotations import plain_attributes
 from holdfast.policy.untouched import untouched
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
-from holdfast.scoring.score import score, unwrap
+from holdfast.scoring.score import score
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from holdfast.data.columns import TOKENIZED_COLUMNS
-from holdfast.scoring.score import unwrap
+from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
 

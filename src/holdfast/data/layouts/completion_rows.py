@@ -13,12 +13,12 @@ from torch import Tensor
 
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.rows import Row
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.segments import SEGMENTS
 
 
 def row_per_completion(tensors: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]:
-    """The pairs of a batch as `PaddedLayout` lays them out; a batch whose rows hold no pieces comes back as it is."""
-    if PIECES not in tensors:
+    """The pairs of a batch as `PaddedLayout` lays them out; a batch whose rows hold no segments comes back as it is."""
+    if SEGMENTS not in tensors:
         return dict(tensors)
     ids, positions, source, target, sequence = (
         tensors[name].reshape(-1).cpu().numpy()

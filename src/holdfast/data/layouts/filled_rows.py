@@ -1,9 +1,9 @@
 """Rows filled with many segments, up to a budget of tokens: what the prefix-shared and the packed layout share.
 
 A segment is what must stand together: a prompt with its completions, or one sequence. Segments are spread over as few
-rows as the budget allows, alike in length, so that padding is only what rows differ by. The pieces of each row go along
-for `scoring.attention`, which keeps completions apart. What is scored, its order and its content ids are those of the
-padded layout, with a completion that occurs again left out the second time.
+rows as the budget allows, alike in length, so that padding is only what rows differ by. The segments of each row go
+along for `scoring.attention`, which keeps completions apart. What is scored, its order and its content ids are those of
+the padded layout, with a completion that occurs again left out the second time.
 
 Given up: rows that a model can be given without that attention. Its answers would be wrong.
 """
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import SEQUENCES, Sequences
+from holdfast.batch import HOST_SEQUENCES, HostSequences
 from holdfast.data.layouts.rows import Row, check_counts, content_of
-from holdfast.scoring.segments import PIECES, Pieces
+from holdfast.scoring.segments import SEGMENTS, Segments
 
 ROW_TOKENS = 1_000
 """Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
@@ -89,8 +89,8 @@ def fill_rows(
         "content": np.array(content),
     }
     in_host_memory = {
-        PIECES: Pieces.of(batch.pieces, *batch.input_ids.shape),
-        SEQUENCES: Sequences(
+        SEGMENTS: Segments.of(batch.lengths, *batch.input_ids.shape),
+        HOST_SEQUENCES: HostSequences(
             content=tuple(content),
             lengths=tuple(lengths),
             rows=tuple(int(source[0]) // batch.input_ids.shape[1] for source in sources),
@@ -107,7 +107,7 @@ class _RowsInProgress:
     input_ids: np.ndarray  # [R T]
     position_ids: np.ndarray
     attention_mask: np.ndarray
-    pieces: list[tuple[int, int, bool]]
+    lengths: list[tuple[int, int, bool]]
     num_filled: list[int]
 
     @classmethod
@@ -116,7 +116,7 @@ class _RowsInProgress:
         zeros = np.zeros((num_rows, num_columns), dtype=np.int64)
         ids = np.full_like(zeros, pad_token_id)
         return cls(
-            input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), pieces=[], num_filled=[0] * num_rows
+            input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), lengths=[], num_filled=[0] * num_rows
         )  # fmt: skip
 
     def append(
@@ -144,7 +144,7 @@ class _RowsInProgress:
         self.input_ids[row, start:end] = ids
         self.position_ids[row, start:end] = position + np.arange(len(ids))
         self.attention_mask[row, start:end] = count
-        self.pieces.append((row, len(ids), is_prompt))
+        self.lengths.append((row, len(ids), is_prompt))
         return row * self.input_ids.shape[1] + np.arange(start, end)
 
 

@@ -21,7 +21,7 @@ from holdfast.data.layouts.rows import Row, check_row_options, no_pairs
 @dataclass(frozen=True, slots=True)
 class PackedLayout(Layout):
     """`input_ids`, `position_ids` and `attention_mask` [R T] as those of `SharedLayout`, whose segments are prompts
-    with their completions; here each sequence is a segment, and one piece: a prompt without completions."""
+    with their completions; here each sequence is a segment, a prompt without completions."""
 
     name: ClassVar[str] = "packed"
     summary: ClassVar[str] = "many sequences a row"

@@ -25,7 +25,7 @@ class SharedLayout(Layout):
     A row has at most `row_tokens` tokens, or one segment where that has more; rows are as evenly filled as they come,
     and padded on the right to the longest. By default they have about `ROW_TOKENS`, or as many more as leave next to no
     padding. A completion that occurs again is no further sequence. Two values are no tensors, and stay in host memory:
-    `shared_pieces`, the `Pieces` of the rows, and `sequences`, the `Sequences`.
+    `row_segments`, the `Segments` of the rows, and `host_sequences`, the `HostSequences`.
 
     `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
     load-balancing loss of models with experts) are those of padded rows.

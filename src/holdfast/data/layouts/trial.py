@@ -26,8 +26,8 @@ from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, frozen_logps
-from holdfast.scoring.score import unwrap
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 SHARDED = "it cannot be compared with padded rows before the weights of a sharded policy are put together"
