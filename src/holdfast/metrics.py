@@ -15,7 +15,7 @@ from torch import Tensor
 from holdfast.batch import PairBatch
 from holdfast.data.loader.fillers import rows_of_pairs
 from holdfast.losses import PairLogps
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 from holdfast.scoring.score import Scores, TokenStatistics
 from holdfast.scoring.segments import SEGMENTS
 

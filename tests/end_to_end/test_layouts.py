@@ -68,6 +68,7 @@ def test_every_family_trains_alike(family: str, layout: str, tmp_path: Path) -> 
     assert_same_run(found, trained(family, tmp_path, "padded", max_steps=2, learning_rate=0.1))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", ["full", "lora_sft", "dora"])
 @pytest.mark.parametrize("way", REFERENCES)
 def test_every_reference_trains_alike(way: str, policy: str, tmp_path: Path) -> None:
@@ -216,6 +217,7 @@ def test_a_collator_of_the_user_lays_the_rows_out(tmp_path: Path) -> None:
 # --- in parts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 @pytest.mark.parametrize("policy", ["full", "lora_sft"])
 @pytest.mark.parametrize("tokens", [1, 40])
