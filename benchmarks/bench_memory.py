@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def memory() -> dict[str, float]:
-    """This process's resident memory in MiB: the peak, the present amount, and its share of anonymous and file pages."""
+    """This process's resident memory in MiB: the peak, the present amount, its anonymous and its file pages."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmHWM", "VmRSS", "Rss"))}
     names = {"peak": "VmHWM", "now": "VmRSS", "anonymous": "RssAnon", "files": "RssFile"}

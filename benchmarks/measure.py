@@ -191,7 +191,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 class Results:
-    """A file of results by name, all of one environment, to which a benchmark adds. Without a path nothing is written."""
+    """A file of results by name, all of one environment, to which a benchmark adds. Without a path none is written."""
 
     def __init__(self, path: Path | None, benchmark: str, threads: int) -> None:
         self._path = path

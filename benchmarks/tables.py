@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py
 
-Replaces the text between `<!-- table: NAME -->` and `<!-- end of table -->` by the tables of that benchmark. Each of its
-result files gives one table, since a file holds the results of one environment.
+Replaces the text between `<!-- table: NAME -->` and `<!-- end of table -->` by the tables of that benchmark. Each
+of its result files gives one table, since a file holds the results of one environment.
 """
 
 import json
