@@ -112,6 +112,7 @@ def naive_mixture_run(
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft"])
 @pytest.mark.parametrize(
     "options",

@@ -386,6 +386,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
     return left_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_identity_follows_the_numbers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Run], Before]

@@ -31,6 +31,7 @@ def halves(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
     return whole, resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -282,6 +283,7 @@ def test_a_kill_loses_nothing(place: str, killed: Path, tmp_path: Path) -> None:
     assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -310,6 +312,7 @@ def test_a_checkpoint_is_evaluated_by_a_later_trainer(kind: str, options: dict[s
         trainer(POLICIES["pissa"](), config(tmp_path, **SAVING | options)).restore(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6, 8])
 @pytest.mark.parametrize("options", [{}, {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 3}])
 def test_a_stream_that_begins_again_is_resumed_where_it_was(options: dict[str, Any], step: int, tmp_path: Path) -> None:
