@@ -351,9 +351,10 @@ class DPOTrainer(Trainer):
         )
         if scores.aux_loss is not None:
             losses = losses + self._router_coef * scores.aux_loss
-        rewards = implicit_rewards(policy, reference, **options)
+        chosen, rejected = implicit_rewards(policy, reference, **options)
         tally = self._tallies["train" if self.model.training else "eval"]
-        tally.add(batch_metrics(batch, losses, rewards, policy, reference, scores, is_training=self.model.training))
+        is_training = self.model.training
+        tally.add(batch_metrics(batch, losses, chosen, rejected, policy, reference, scores, is_training=is_training))
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from holdfast.store.parquet import Transferred
+    from holdfast.store.parquet import TransferReport
 
 app = typer.Typer(
     name="store",
@@ -96,7 +96,7 @@ def gc(
         from holdfast.store import maintenance as upkeep
 
         max_bytes = None if max_size is None else parsed_bytes(max_size)
-        steps = upkeep.plan(_folder(root), older_than=older_than, max_bytes=max_bytes)
+        steps = upkeep.cleanup_steps(_folder(root), older_than=older_than, max_bytes=max_bytes)
         for step in steps:
             size = f" ({human_bytes(step.num_bytes)})" if step.num_bytes else ""
             _print(f"{step.action}: {step.path}{size}: {step.reason}")
@@ -187,7 +187,7 @@ def parsed_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _summary(done: "Transferred") -> str:
+def _summary(done: "TransferReport") -> str:
     name = f"{done.key.digest()[:12]} ({done.key.description or 'without a description'})"
     return f"{name}: {done.num_completions:,} completions, {done.num_tokens:,} tokens"
 
