@@ -33,12 +33,12 @@ def batch_metrics(
     *,
     is_training: bool,
 ) -> dict[str, SumAndCount]:
-    """Of one batch, each as (sum, count); means over pairs unless said otherwise.
+    """The metrics of one batch, each as (sum, count); means over pairs unless said otherwise.
 
     `loss`; `rewards/chosen|rejected|margins` (beta * nats) and `rewards/accuracies` (share of pairs whose chosen reward
     is the higher); `logps/*` log pi_theta(y|x), nats; with statistics also, over completion tokens, `entropy` (nats),
     `logits/*` (mean over tokens and vocabulary) and `mean_token_accuracy` (share of chosen tokens that are top-1).
-    A sequence counts as often as there are pairs that have it. With a reference, `reference/kl_*`; of training,
+    A sequence counts once for each pair that it belongs to. With a reference also `reference/kl_*`; in training also
     `num_tokens`.
     """
     chosen, rejected = rewards
@@ -92,11 +92,13 @@ def _reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, Sum
 
 
 def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
-    """`num_tokens`, a sum and no mean: the prompt and completion of both sides of each pair, padding left out. So it
-    does not depend on the layout: a prompt counts as often as it is read in rows of one sequence."""
+    """`num_tokens`, a sum and no mean: the tokens of prompt and completion of both sequences of each pair, without
+    padding. A prompt counts once per sequence, even where a layout computes it once, so no layout changes the number.
+    """
     ids = batch.inputs["input_ids"]
     if PIECES in batch.inputs:
-        ends = batch.inputs["position_ids"].flatten()[batch.source] + 2  # tokens of a sequence up to each that counts
+        # The source of a token stands one before it, and positions count from 0.
+        ends = batch.inputs["position_ids"].flatten()[batch.source] + 2  # [N] tokens of the sequence up to this one
         lengths = ends.new_zeros(batch.num_sequences).scatter_reduce(0, batch.sequence, ends, "amax")
         num_tokens = lengths[torch.cat([batch.chosen, batch.rejected])].sum()
     else:
@@ -113,14 +115,14 @@ class Tally:
         self._totals: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, SumAndCount]) -> None:
-        """Count one batch in; stays on the device."""
+        """Counts one batch. The sums stay on the device."""
         for name, (total, count) in metrics.items():
             pair = torch.stack([total.detach().float(), count.detach().float().to(total.device)])
             self._totals[name] = self._totals[name] + pair if name in self._totals else pair
 
     def reset(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
-        """(sum, count) of each metric over all processes (`reduce_sum` adds a tensor up over them), and a clean slate.
-        The one synchronisation with the device."""
+        """(sum, count) of each metric over all processes; counting then begins anew. `reduce_sum` gives the sum of a
+        tensor over all processes. This is the one synchronisation with the device."""
         if not self._totals:
             return {}
         totals = reduce_sum(torch.stack(list(self._totals.values()))).tolist()
@@ -129,7 +131,7 @@ class Tally:
         return reduced
 
     def total(self, name: str, reduce_sum: Callable[[Tensor], Tensor]) -> float:
-        """The sum of one metric since the last log over all processes, which stays counted; 0 where there is none."""
+        """The sum of one metric since the last log, over all processes; 0 where there is none. Nothing is reset."""
         return float(reduce_sum(self._totals.get(name, torch.zeros(2)))[0])
 
 
@@ -139,13 +141,13 @@ def means(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def motion(reference: Reference, step: int, sync_steps: int) -> dict[str, float]:
-    """Of a moving reference: `reference/version` (syncs so far), `reference/drift` (L2 of the last move in weight
-    space) and `reference/age` (optimizer steps since)."""
+    """The metrics of a moving reference: `reference/version` (syncs so far), `reference/drift` (L2 norm of the last
+    move in weight space) and `reference/age` (optimizer steps since that move)."""
     age = step % sync_steps
     return {"reference/version": reference.version, "reference/drift": reference.drift, "reference/age": age}
 
 
 def tokens_logged(log_history: list[dict[str, Any]]) -> float:
-    """Training tokens up to the last log, those of a resumed run included."""
+    """Training tokens up to the last log, including those before a resume."""
     counts = (entry["num_tokens"] for entry in reversed(log_history) if "num_tokens" in entry)
     return next(counts, 0.0)
