@@ -4,6 +4,7 @@ An exception to a budget is a comment `# budget: <reason>`: for a function on it
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def private_names_of_others(source: str, own: set[str]) -> list[str]:
     return sorted({name for name in found if is_private.fullmatch(str(name)) and name not in own | OF_PYTHON})
 
 
+@functools.cache
 def own_private_names() -> set[str]:
     """Every private name that the package itself defines, but for those that `Trainer` knows too."""
     names: set[str] = set()

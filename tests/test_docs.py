@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import holdfast
 import tiny
 from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
@@ -105,6 +106,27 @@ def test_the_run_file_of_the_documentation_is_one(tmp_path):
     run = read_run_file(path, ["training.use_cpu=true"])
     assert run.training_arguments().learning_rate == 1e-6
     assert run.peft_config().r == 16
+
+
+def test_every_public_name_is_in_the_api_reference():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    described = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.MULTILINE)}
+    homes = {name: getattr(holdfast, name).__module__ for name in holdfast.__all__ if name != "__version__"}
+    missing = {name for name, home in homes.items() if not {home, f"{home}.{name}"} & described}
+    assert missing == set()
+
+
+def test_the_tree_in_the_readme_is_the_package():
+    block = re.search(r"```\nsrc/holdfast/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    rooms, room = set(), ""
+    for indent, name in re.findall(r"^( +)(\S+)  ", block[1], re.MULTILINE):
+        room = name if len(indent) == 2 else room
+        rooms.add(name if len(indent) == 2 else room + name)
+    package = ROOT / "src" / "holdfast"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.relative_to(package)}/" for path in package.glob("*/**/__init__.py")}
+    assert rooms == modules | packages
 
 
 @pytest.fixture

@@ -16,14 +16,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
-from holdfast.reference.build import Way, Wish
+from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.tensor_file import Place
 from holdfast.training_arguments import check_heeded, check_noise
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
-WAYS: tuple[str, ...] = ("auto", *get_args(Way))
 
 
 def _option(help: str, **kwargs: Any) -> Any:
@@ -110,7 +109,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     # The reference
     reference: str = _option(
-        f"How the reference is held: {', '.join(WAYS)}. `auto` goes by the kind of model and the flags below.",
+        f"How the reference is held: {', '.join(WAY_NAMES)}. `auto` goes by the kind of model and the flags below.",
         default="auto",
     )
     model_adapter_name: str | None = _option(
@@ -198,9 +197,9 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
-    def wish(self, *, is_stream: bool) -> Wish:
+    def reference_options(self, *, is_stream: bool) -> ReferenceOptions:
         """Which reference is asked for, in a run over a stream or over data with an end."""
-        return Wish(
+        return ReferenceOptions(
             way=self.reference if self.needs_reference else "none",
             adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
@@ -208,7 +207,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             is_stream=is_stream,
             sync_steps=self.ref_model_sync_steps if self.sync_ref_model else None,
             mixup_alpha=self.ref_model_mixup_alpha if self.sync_ref_model else 0.0,
-            weights=self.ref_model_weights,
+            shares=self.ref_model_weights,
             keeps_versions=self.reference_store_versions,
             store=Path(self.reference_store) if self.reference_store is not None else None,
             place=cast(Place, self.snapshot_device),
@@ -276,9 +275,9 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         )
 
     def _check_reference(self) -> None:
-        if self.reference not in WAYS:
+        if self.reference not in WAY_NAMES:
             raise ValueError(
-                f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAYS)}. "
+                f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAY_NAMES)}. "
                 "Choose one of them."
             )
         self._check_places()

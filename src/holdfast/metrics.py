@@ -16,9 +16,9 @@ from torch import Tensor
 from holdfast.batch import PairBatch
 from holdfast.data.loader.fillers import rows_of_pairs
 from holdfast.losses import PairLogps
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 from holdfast.scoring.score import Scores
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.segments import SEGMENTS
 
 SumAndCount = tuple[Tensor, Tensor]
 
@@ -96,7 +96,7 @@ def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
     padding. A prompt counts once per sequence, even where a layout computes it once, so no layout changes the number.
     """
     ids = batch.inputs["input_ids"]
-    if PIECES in batch.inputs:
+    if SEGMENTS in batch.inputs:
         # The source of a token stands one before it, and positions count from 0.
         ends = batch.inputs["position_ids"].flatten()[batch.source] + 2  # [N] tokens of the sequence up to this one
         lengths = ends.new_zeros(batch.num_sequences).scatter_reduce(0, batch.sequence, ends, "amax")
