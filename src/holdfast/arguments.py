@@ -91,7 +91,8 @@ def prepare_device(args: DPOConfig) -> None:
 
 
 def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
-    """Weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts."""
+    """The weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts.
+    ValueError where the option does not fit the model or the other options."""
     config = causal_lm.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")
     if args.router_aux_loss_coef and not has_router:

@@ -217,7 +217,7 @@ class DPOConfig(TrainingArguments):
         return self.precompute_ref_log_probs or self.reference == "precomputed"
 
     def wish(self, *, is_stream: bool) -> Wish:
-        """Which reference is asked for, in a run over a stream or over data with an end."""
+        """Which reference the options ask for. `is_stream`: whether the training data are a stream."""
         return Wish(
             way=self.reference if self.needs_reference else "none",
             adapter=self.ref_adapter_name,
@@ -235,7 +235,7 @@ class DPOConfig(TrainingArguments):
 
     @property
     def reference_folder(self) -> Path:
-        """The folder whose folders are of references that are held on disk."""
+        """The folder of references that are held on disk; each has a folder of its own in it."""
         return Path(str(self.output_dir)) / "_reference"
 
     @property
@@ -268,8 +268,9 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
 
     def _check_gathering(self) -> None:
-        """Dispatching, accelerate's default for streams, would split a batch along its first dimension, which pairs,
-        sequences and tokens do not share; transformers puts gathered objects of several batches together wrongly."""
+        """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along
+        its first dimension, but pairs, sequences and tokens differ in theirs. And transformers puts gathered objects of
+        several batches together wrongly."""
         if self.eval_use_gather_object:
             raise ValueError(
                 "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
