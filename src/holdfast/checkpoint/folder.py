@@ -19,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import is_complete, mark_incomplete, read_manifest, save_reference
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

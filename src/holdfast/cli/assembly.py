@@ -16,7 +16,6 @@ from holdfast.data.completions import Completions, by_name
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
-from holdfast.reference.stored import PrecomputedReference
 from holdfast.store.store import LogpStore
 from holdfast.trainer import DPOTrainer
 
@@ -40,16 +39,16 @@ def _without_user_logps(dataset: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needed:
+class StoreNeeds:
     """The store that a run reads its reference's log-probs from, and the completions that it looks up there."""
 
     store: LogpStore
     ids: frozenset[ContentId]
 
 
-def needed(run: RunFile) -> Needed:
-    """What a run would find in the store, or put there; nothing is scored or written. ValueError where the run stores
-    no log-probs of data with an end."""
+def store_needs(run: RunFile) -> StoreNeeds:
+    """The store of a run, and what the run would look up there. Nothing is scored or written. ValueError where that
+    cannot be listed: for a stream, a moving reference, or no reference."""
     arguments = run.training_arguments()
     arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
     arguments.save_strategy, arguments.disable_tqdm = "no", True
@@ -58,7 +57,7 @@ def needed(run: RunFile) -> Needed:
         trainer = trainer_of(run, arguments, uses_user_logps=False)
         datasets: dict[str, Any] = {"train": trainer.train_dataset} | by_name(trainer.eval_dataset)
         streams = [name for name, data in datasets.items() if not isinstance(data, Dataset)]
-        if streams or arguments.sync_ref_model or not isinstance(trainer.reference, PrecomputedReference):
+        if streams or arguments.sync_ref_model or trainer.reference is None:
             obstacle = (
                 f"the {streams[0]} dataset is a stream" if streams
                 else "its reference moves (sync_ref_model)" if arguments.sync_ref_model
@@ -73,4 +72,5 @@ def needed(run: RunFile) -> Needed:
         ids: set[ContentId] = set()
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())
-        return Needed(store=trainer.reference.store, ids=frozenset(ids))
+        assert trainer.reference.stored is not None
+        return StoreNeeds(store=trainer.reference.stored.store, ids=frozenset(ids))

@@ -23,8 +23,9 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.inputs import takes_positions
 from holdfast.data.layouts.padded import PaddedLayout, Row
 from holdfast.policy.untouched import plain_attributes, untouched
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
-from holdfast.scoring.score import score, unwrap
+from holdfast.scoring.score import score
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 logger = logging.getLogger(__name__)

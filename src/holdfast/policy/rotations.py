@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from holdfast.policy.untouched import plain_attributes
-from holdfast.scoring.score import unwrap
+from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
 
