@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig
 
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.sources import Source
-from holdfast.cli.yaml_document import RunFileError, dumped, read_document
+from holdfast.cli.yaml_document import RunFileError, read_document, to_yaml
 from holdfast.config import DPOConfig
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"
@@ -169,13 +169,13 @@ _scalars = (
 @given(st.dictionaries(st.text("abcdefgh_", min_size=1), st.recursive(_scalars, st.lists, max_leaves=5)))
 def test_what_is_dumped_reads_back_the_same(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
-    path.write_text(dumped({"x": values}), encoding="utf-8", newline="")
+    path.write_text(to_yaml({"x": values}), encoding="utf-8", newline="")
     assert read_document(path).values == {"x": values}
 
 
 @pytest.mark.parametrize("text", ["no", "1e-6", "010", "null", "1:30", "true", "~", "<<", "2026-01-01", ""])
 def test_strings_that_look_like_other_things_survive(write, text):
-    assert read_document(write(dumped({"x": text}))).values == {"x": text}
+    assert read_document(write(to_yaml({"x": text}))).values == {"x": text}
 
 
 def test_numbers_become_the_type_of_their_field(read):

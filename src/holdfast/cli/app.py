@@ -16,7 +16,7 @@ from rich.table import Table
 from holdfast.cli import store as store_cli
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.runfile import RunFile, read_run_file
-from holdfast.cli.yaml_document import dumped
+from holdfast.cli.yaml_document import to_yaml
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
@@ -129,7 +129,7 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
-        (folder / "run.yaml").write_text(dumped(run.document.values), encoding="utf-8")
+        (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return metrics

@@ -38,16 +38,16 @@ def _without_user_logps(dataset: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needed:
+class StoreNeeds:
     """The store that a run reads its reference's log-probs from, and the completions that it looks up there."""
 
     store: LogpStore
     ids: frozenset[ContentId]
 
 
-def needed(run: RunFile) -> Needed:
-    """What a run would find in the store, or put there; nothing is scored or written. ValueError where the run stores
-    no log-probs of data with an end."""
+def store_needs(run: RunFile) -> StoreNeeds:
+    """The store of a run, and what the run would look up there. Nothing is scored or written. ValueError where that
+    cannot be listed: for a stream, a moving reference, or no reference."""
     arguments = run.training_arguments()
     arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
     arguments.save_strategy, arguments.disable_tqdm = "no", True
@@ -72,4 +72,4 @@ def needed(run: RunFile) -> Needed:
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())
         assert trainer.reference.stored is not None
-        return Needed(store=trainer.reference.stored.store, ids=frozenset(ids))
+        return StoreNeeds(store=trainer.reference.stored.store, ids=frozenset(ids))

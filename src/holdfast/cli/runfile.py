@@ -53,7 +53,7 @@ _ELSEWHERE = {
 
 # How a key is declared ----------------------------------------------------------------------------------------------
 
-Becoming = Callable[["RunFile", Any, Mapping[str, Any]], Mapping[str, Any]]
+Effect = Callable[["RunFile", Any, Mapping[str, Any]], Mapping[str, Any]]
 """From the run file, a key's value, and what the keys before it have become, what the key adds or replaces."""
 
 
@@ -85,8 +85,8 @@ class Key:
     read: Callable[[Document, str, Any], Any] = _as_written
     default: Callable[[Mapping[str, Any]], Any] = _no_default
     example: str = ""
-    fields: Becoming = _nothing
-    arguments: Becoming = _nothing
+    fields: Effect = _nothing
+    arguments: Effect = _nothing
 
 
 # How values are read, and what they become ---------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
     hints["model_init_kwargs"] = dict | None
     for name in sorted(_ELSEWHERE.keys() & section):
         raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
-    values = run.document.typed("training", section, hints)
+    values = run.document.check("training", section, hints)
     of_model, more = fields["model_init_kwargs"], values.get("model_init_kwargs") or {}
     for name in sorted(more.keys() & of_model):
         raise run.document.error(
@@ -261,7 +261,7 @@ class RunFile:
                 "peft.peft_type",
                 f"`peft.peft_type` must name a kind of adapter; found {kind!r}. Try {', '.join(near)}.",
             )
-        values = self.document.typed("peft", section, field_hints(kinds[kind]))
+        values = self.document.check("peft", section, field_hints(kinds[kind]))
         values.pop("peft_type", None)
         try:
             return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
@@ -280,30 +280,30 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     for name in document.values:
         if name not in SECTIONS:
             raise document.unknown(str(name), SECTIONS)
-    written = _written(document)
+    by_key = _values_by_key(document)
     values: dict[str, Any] = {}
     for key in KEYS:
-        value = written.get(key.name)
+        value = by_key.get(key.name)
         if value is None and key.example:
             raise _missing(document, key)
         values[key.name] = key.default(values) if value is None else key.read(document, key.name, value)
     return RunFile(document=document, values=values)
 
 
-def _written(document: Document) -> dict[str, Any]:
+def _values_by_key(document: Document) -> dict[str, Any]:
     """The values in the file by dotted key, of the types that `KEYS` declares. A section of several keys may be written
     as the value of its `kind` alone."""
-    written: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for section in SECTIONS:
         value = document.values.get(section)
         hints = {key.name.partition(".")[2]: key.hint for key in KEYS if key.name.startswith(f"{section}.")}
         if not hints or value is None:
-            written[section] = value
+            by_key[section] = value
             continue
         if "kind" in hints and not isinstance(value, dict):
             value = {"kind": value}
-        written |= {f"{section}.{name}": item for name, item in document.typed(section, value, hints).items()}
-    return written
+        by_key |= {f"{section}.{name}": item for name, item in document.check(section, value, hints).items()}
+    return by_key
 
 
 def _missing(document: Document, key: Key) -> Exception:

@@ -26,7 +26,7 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
     """The source written as a path, or as a mapping with `path` and the options of `hints`. RunFileError."""
     if isinstance(value, str):
         return Source(path=value, options={})
-    options = document.typed(name, value, hints)
+    options = document.check(name, value, hints)
     if "path" not in options:
         raise document.error(
             name, f"`{name}` needs `path`; found {', '.join(options) or 'nothing'}. Write `path: ...`."

@@ -156,13 +156,13 @@ def import_one(
             _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
             return
         read_exported(file)  # what can be refused at once is
-        from holdfast.cli.assembly import needed
+        from holdfast.cli.assembly import store_needs
         from holdfast.cli.runfile import read_run_file
 
-        wanted = needed(read_run_file(run_file, []))
-        done = import_store(wanted.store.folder.parent if root is None else root, file, wanted.store.key)
+        needs = store_needs(read_run_file(run_file, []))
+        done = import_store(needs.store.folder.parent if root is None else root, file, needs.store.key)
         _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
-        num_found, num_asked = coverage(file, wanted.ids)
+        num_found, num_asked = coverage(file, needs.ids)
         _print(f"{num_found:,} of the {num_asked:,} completions of {run_file} are in it")
 
 
