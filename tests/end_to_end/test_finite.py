@@ -62,7 +62,7 @@ def in_the_reference(ours: Any, value: float) -> None:
     if ours.ref_model is not None:
         ours.ref_model.get_parameter(NAME).data[3, 2] = value
     else:
-        ours.reference._inner._tensors.change(
+        ours.reference.scorer._plain.change(
             lambda name, tensor: tensor.view(-1)[0].fill_(value) if name == NAME else None
         )
 

@@ -215,14 +215,14 @@ def live(folder, place):
         def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
         checkpoint.json.dumps = dumps
     elif place.startswith("sync"):    # half of the weights have moved
-        plain = ours.reference._mixture.move
+        plain = ours.reference.scorer._average.move
         def move(reference, policy, alpha):
             if ours.state.global_step == step:
                 some = list(reference)[: len(reference) // 2]
                 plain({n: reference[n] for n in some}, {n: policy[n] for n in some}, alpha)
                 die()
             plain(reference, policy, alpha)
-        ours.reference._mixture.move = move
+        ours.reference.scorer._average.move = move
     elif place.startswith("rotate"):
         plain = checkpoint.shutil.rmtree
         def rmtree(path, **kwargs):
