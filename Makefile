@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-FAST := -m "not slow and not peer"
+FAST := -m "not slow and not nightly and not peer"
 BEFORE := HEAD
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check lint format docs peer same clean
+.PHONY: help demo test nightly test-oldest check lint format docs peer same dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -18,8 +18,11 @@ help:  ## list the targets
 demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offline
 	$(BIN)/holdfast demo
 
-test: $(VENV)/test.stamp  ## run every test that needs nothing but this package
+test: $(VENV)/test.stamp  ## run every kind of test; of the largest tables, the rows that stand for the rest
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+nightly: $(VENV)/test.stamp  ## run every test that needs nothing but this package
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not peer"
 
 test-oldest: $(OLDEST)/test.stamp  ## run the fast tests on the oldest versions that are claimed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(FAST)
@@ -39,6 +42,11 @@ format: $(VENV)/dev.stamp  ## rewrite the code in the house format
 
 docs: $(VENV)/dev.stamp  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/release.stamp  ## build the wheel and the source archive into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 peer: $(VENV)/peer.stamp  ## compare numbers with another trainer
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m peer
@@ -62,7 +70,7 @@ $(OLDEST)/torch.stamp: constraints-oldest.txt | $(OLDEST)/bin/python
 	$(OLDEST)/bin/python -m pip install --quiet "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $<)"
 	@touch $@
 
-# test.stamp, dev.stamp, peer.stamp: the package with that extra; redone when what it depends on changes.
+# test.stamp, dev.stamp, peer.stamp, release.stamp: the package with that extra; redone when what it depends on changes.
 $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	@touch $@

@@ -92,16 +92,16 @@ def fill_ours(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float
     """The sums of what our store has, once it was filled while the trainer was made."""
     from datasets import Dataset
 
-    from holdfast import DPOConfig, DPOTrainer, PrecomputedReference
+    from holdfast import DPOConfig, DPOTrainer, Reference
     from holdfast.batch import PairBatch
 
-    plain = PrecomputedReference.prepare
+    plain = Reference.prepare
 
     def prepare(*args: Any) -> None:
         with found.measured():
             plain(*args)
 
-    PrecomputedReference.prepare = prepare
+    Reference.prepare = prepare
     model = str(Path(work["inputs"]) / "model")
     trainer = DPOTrainer(model, args=DPOConfig(**arguments(work)), train_dataset=Dataset.from_list(rows))
     chosen = rejected = 0.0

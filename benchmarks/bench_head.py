@@ -3,7 +3,7 @@
     python benchmarks/bench_head.py
 
 A padded batch of dialogue pairs has 4,416 positions, of which 612 predict completion tokens. `ours` is
-`scoring.head.linear_columns` (gradient formed in the forward pass of a frozen head, logits made again for a trained),
+`scoring.head.linear_logps` (gradient formed in the forward pass of a frozen head, logits made again for a trained),
 `checkpointed` its fall-back for heads that are more than a matrix, `dense` keeps all logits of the completions, and
 `peer` is TRL's chunked function, if it is installed, on all positions as its trainer calls it and on completions alone.
 Times are medians over interleaved repeats in one process; the memory of temporaries is the growth of the kernel's peak
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.scoring.head import LogitTransform, linear_columns, token_columns
+from holdfast.scoring.head import linear_logps, token_logps
+from holdfast.scoring.transform import LogitTransform
 
 PEER_CHUNK = 32768
 """Tokens of the vocabulary to a tile of TRL's function."""
@@ -35,15 +36,15 @@ WAYS = ("ours", "checkpointed", "dense", "peer_completions", "peer_all_positions
 
 
 def ours(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
-    """`holdfast.scoring.head.linear_columns`."""
-    return linear_columns(states[source], weight, None, target, LogitTransform(), chunk_tokens=chunk_tokens)[0]
+    """`holdfast.scoring.head.linear_logps`."""
+    return linear_logps(states[source], weight, None, target, LogitTransform(), chunk_tokens=chunk_tokens)[0]
 
 
 def checkpointed(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
     """The fall-back of `holdfast.scoring.score`: a chunk's logits are made again by autograd."""
 
     def column(hidden: Tensor, target: Tensor) -> Tensor:
-        return token_columns(nn.functional.linear(hidden, weight).float(), target, False)[0]
+        return token_logps(nn.functional.linear(hidden, weight).float(), target, False)[0]
 
     chunks = zip(states[source].split(chunk_tokens), target.split(chunk_tokens), strict=True)
     return torch.cat([checkpoint(column, *chunk, use_reentrant=False) for chunk in chunks])
@@ -51,7 +52,7 @@ def checkpointed(states: Tensor, weight: Tensor, source: Tensor, target: Tensor,
 
 def dense(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
     """All logits of the completions at once."""
-    return token_columns(nn.functional.linear(states[source], weight).float(), target, False)[0]
+    return token_logps(nn.functional.linear(states[source], weight).float(), target, False)[0]
 
 
 def peer(states: Tensor, weight: Tensor, source: Tensor | None, target: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 import transformers  # noqa: E402, F401
 
 import holdfast.trainer  # noqa: E402, F401
+from covering import mark_nightly  # noqa: E402
 
 gc.collect()
 gc.freeze()
@@ -48,6 +49,12 @@ settings.load_profile("holdfast")
 def _own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has stored."""
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks rows of large tables before tests are chosen by their marks."""
+    mark_nightly(items)
 
 
 def pytest_unconfigure() -> None:

@@ -30,7 +30,7 @@ from families import tiny_model
 from holdfast.reference.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
-NUM_STEPS = 30
+NUM_STEPS = 18
 SAVING = {
     "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "optim": "adamw_torch", "learning_rate": 0.01,
     "max_steps": NUM_STEPS,
@@ -67,7 +67,7 @@ def run(kind: str, folder: Path, *, is_resumed: bool, ends: dict[str, Any]) -> t
     was counted at the places of `ends`."""
     os.environ["HOLDFAST_HOME"] = str(folder / "home")  # each run finds what it stored itself, and nothing else
     policy, options = KINDS[kind]
-    data: Any = rows(60)  # more than one pass
+    data: Any = rows(36)  # more than one pass
     if "streamed" in kind:
         data = data.to_iterable_dataset()
     ours = trainer(POLICIES[policy](), config(folder, **SAVING | options), train_dataset=data)

@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,15 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import holdfast
 import tiny
 from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import WAYS, DPOConfig
 from holdfast.data.formats import TOKENIZED_COLUMNS
 from holdfast.data.tokenize import UNUSABLE_REASONS
-from holdfast.losses import LOSSES, LossOptions
+from holdfast.losses import LOSSES, LossOptions, ModifierOptions
+from holdfast.losses.options import Options, option_names, rules
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,10 +51,28 @@ def test_the_table_of_losses_is_the_one_in_the_code():
     assert written == {name: (loss.paper, set(loss.reads), loss.needs_reference) for name, loss in LOSSES.items()}
 
 
-def test_every_option_of_the_losses_is_documented():
-    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    missing = {name for name in LossOptions.__slots__ if f"`{name}`" not in page and f" {name}" not in page}
-    assert missing == set()
+def test_the_options_of_losses_are_those_in_the_code():
+    """Each row is an option's declaration: name, default, rule and help text, and then who reads it."""
+    page = {tuple(cell.replace("`", "") for cell in row) for row in table("losses.md", "option of losses")}
+    assert page == set(declared_options())
+
+
+def declared_options() -> Iterator[tuple[str, ...]]:
+    """The rows of that table, as the code has them."""
+    of_losses = rules(LossOptions)
+    for field in fields(LossOptions):
+        readers = [name for name, loss in LOSSES.items() if field.name in loss.reads]
+        if field.name == "beta":
+            readers = ["every loss", *(f"except {name}" for name, loss in LOSSES.items() if loss.options is Options)]
+        elif (read_under := of_losses[field.name].read_under) is not None:
+            readers = [read_under[1]]
+        demand, meaning = of_losses[field.name].demand, field.metadata["help"]
+        yield field.name, str(field.default), demand, meaning, ", ".join(readers)
+
+
+def test_the_modifiers_are_those_in_the_code():
+    modifiers = {names(row[0])[0] for row in table("losses.md", "modifier")}
+    assert modifiers == {"f_divergence_type", *option_names(ModifierOptions)}
 
 
 def test_the_ways_to_hold_a_reference():
@@ -84,6 +106,27 @@ def test_the_run_file_of_the_documentation_is_one(tmp_path):
     run = read_run_file(path, ["training.use_cpu=true"])
     assert run.training_arguments().learning_rate == 1e-6
     assert run.peft_config().r == 16
+
+
+def test_every_public_name_is_in_the_api_reference():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    described = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.MULTILINE)}
+    homes = {name: getattr(holdfast, name).__module__ for name in holdfast.__all__ if name != "__version__"}
+    missing = {name for name, home in homes.items() if not {home, f"{home}.{name}"} & described}
+    assert missing == set()
+
+
+def test_the_tree_in_the_readme_is_the_package():
+    block = re.search(r"```\nsrc/holdfast/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    rooms, room = set(), ""
+    for indent, name in re.findall(r"^( +)(\S+)  ", block[1], re.MULTILINE):
+        room = name if len(indent) == 2 else room
+        rooms.add(name if len(indent) == 2 else room + name)
+    package = ROOT / "src" / "holdfast"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.relative_to(package)}/" for path in package.glob("*/**/__init__.py")}
+    assert rooms == modules | packages
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ _HOMES = {
     "DPOTrainer": "holdfast.trainer",
     "DPOConfig": "holdfast.config",
     "DataCollatorForPreference": "holdfast.data.layouts",
-    "Reference": "holdfast.reference.base",
+    "Reference": "holdfast.reference.reference",
     "ModelReference": "holdfast.reference.model",
     "AdapterReference": "holdfast.reference.adapter",
     "PrecomputedReference": "holdfast.reference.stored",
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from holdfast.config import DPOConfig as DPOConfig
     from holdfast.data.layouts.padded import DataCollatorForPreference as DataCollatorForPreference
     from holdfast.reference.adapter import AdapterReference as AdapterReference
-    from holdfast.reference.base import Reference as Reference
     from holdfast.reference.model import ModelReference as ModelReference
+    from holdfast.reference.reference import Reference as Reference
     from holdfast.reference.stored import PrecomputedReference as PrecomputedReference
     from holdfast.trainer import DPOTrainer as DPOTrainer
 

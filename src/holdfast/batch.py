@@ -1,9 +1,9 @@
-"""The two records that everything else is written against: a batch of pairs, and the log-probs of its completions.
+"""The two records that cross modules: a batch of preference pairs, and the log-probs of its completions.
 
-A layout (padded today; packed and prefix-shared look the same from here) decides where the N completion tokens of a
-batch sit; `PairBatch` says it in three vectors, so that losses, references, stores and metrics never ask. A completion
-that belongs to several pairs of one prompt is one sequence, scored once. Given up: the familiar `[2P, T]` halves
-"chosen first, rejected second"; who needs them can index by `chosen` and `rejected`.
+A layout (padded, packed, prefix-shared) decides where the N completion tokens of a batch stand. `PairBatch` says so in
+three vectors, so losses, references, the store and metrics need not know the layout. A completion that belongs to
+several pairs of one prompt is one sequence, scored once. Given up: the familiar `[2P, T]` halves, "chosen first,
+rejected second"; index by `chosen` and `rejected` instead.
 
 Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N completion tokens.
 """
@@ -19,17 +19,17 @@ from torch import Tensor
 ContentId = tuple[int, int]
 """A completion's 128-bit content id, as two signed 64-bit halves (see `data.tokenize.content_id`)."""
 
-SEQUENCES = "sequences"
-"""Where a batch has its `Sequences`."""
+HOST_SEQUENCES = "host_sequences"
+"""The key under which a layout puts a batch's `HostSequences`."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sequences:
-    """The content ids of a batch's sequences, how many of their tokens count, and the row in which each is predicted.
+class HostSequences:
+    """Of each of a batch's S sequences: its content id, its number of completion tokens, and the row it stands in.
 
-    Python numbers and no tensor, so that they stay in host memory wherever the batch goes: to read them from a device
-    is to wait for it.
+    It holds Python numbers and no tensor, so it stays in host memory wherever the batch goes. Reading the same from a
+    device would wait for the device.
     """
 
     content: tuple[ContentId, ...]
@@ -42,12 +42,15 @@ class PairBatch:
     """A batch of preference pairs, laid out for one forward pass.
 
     `inputs` are the model's keyword arguments (`input_ids [R T]`, `attention_mask`, ..., and what a layout tells the
-    attention). Completion token n is the token `target[n]`, predicted by the hidden state at the flat position
-    `source[n]` (row * T + column), and belongs to sequence `sequence[n]`; `sequence` never decreases, and within a
-    sequence tokens stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]`
-    is the 128-bit content id of sequence s (see `data.tokenize.content_id`). `reference[n]` is the reference's log-prob
-    of token n, where it was computed ahead. `sequences` says of the sequences in host memory what `content` and
-    `sequence` say, where a layout does. `unidentified` names the inputs that `content` does not cover.
+    attention). Completion token n is the token `target[n]`. The hidden state at the flat position `source[n]`
+    (row * T + column) predicts it, and it belongs to sequence `sequence[n]`. `sequence` never decreases, and the tokens
+    of a sequence stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is
+    the 128-bit content id of sequence s (see `data.tokenize.content_id`).
+
+    Three fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
+    the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the
+    sequences. `unidentified_inputs` names the inputs that the content ids do not cover, so that log-probs of this batch
+    must not be stored.
     """
 
     inputs: dict[str, Any]
@@ -57,9 +60,9 @@ class PairBatch:
     chosen: Int[Tensor, "P"]
     rejected: Int[Tensor, "P"]
     content: Int[Tensor, "S 2"]
-    reference: Float[Tensor, "N"] | None = None
-    sequences: Sequences | None = None
-    unidentified: tuple[str, ...] = ()
+    reference_logps: Float[Tensor, "N"] | None = None
+    host_sequences: HostSequences | None = None
+    unidentified_inputs: tuple[str, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -70,45 +73,45 @@ class PairBatch:
         return self.content.shape[0]
 
     def content_ids(self) -> list[ContentId]:
-        """Of each of the S sequences; read from the device where the batch has no `sequences`."""
-        if self.sequences is not None:
-            return list(self.sequences.content)
+        """The content id of each of the S sequences; read from the device where the batch has no `host_sequences`."""
+        if self.host_sequences is not None:
+            return list(self.host_sequences.content)
         content: Any = self.content
         return [(high, low) for high, low in content.tolist()]
 
     def lengths(self) -> list[int]:
-        """Number of completion tokens of each of the S sequences; read like `content_ids`."""
-        if self.sequences is not None:
-            return list(self.sequences.lengths)
+        """Number of completion tokens of each of the S sequences; read from where `content_ids` reads."""
+        if self.host_sequences is not None:
+            return list(self.host_sequences.lengths)
         counts: Any = torch.bincount(self.sequence, minlength=self.num_sequences)
         return counts.tolist()
 
     def tokens_of_rows(self) -> list[int]:
-        """Number of completion tokens that are predicted in each of the R rows; read like `content_ids`."""
+        """Number of completion tokens of each of the R rows; read from where `content_ids` reads."""
         num_rows, num_columns = self.inputs["input_ids"].shape
-        if self.sequences is None:
+        if self.host_sequences is None:
             counts: Any = torch.bincount(self.source // num_columns, minlength=num_rows)
             return counts.tolist()
         tokens = [0] * num_rows
-        for row, length in zip(self.sequences.rows, self.sequences.lengths, strict=True):
+        for row, length in zip(self.host_sequences.rows, self.host_sequences.lengths, strict=True):
             tokens[row] += length
         return tokens
 
     def check_identified(self) -> None:
-        """ValueError where a log-prob of this batch must not be kept, since an input of it is in no content id."""
-        if self.unidentified:
+        """ValueError where log-probs of this batch must not be stored: content ids do not cover all its inputs."""
+        if self.unidentified_inputs:
             raise ValueError(
-                f"Reference log-probs were to be kept for later, but of the model inputs {list(self.unidentified)} "
-                "that the data collator adds nobody can tell which completion they belong to, so another input would "
-                "find the same numbers. Give them one row per completion ([2P, ...], chosen first), or ask the "
-                "reference batch by batch: precompute_ref_log_probs=False."
+                "Reference log-probs were to be kept for later, but of the model inputs "
+                f"{list(self.unidentified_inputs)} that the data collator adds nobody can tell which completion they "
+                "belong to, so another input would find the same numbers. Give them one row per completion "
+                "([2P, ...], chosen first), or ask the reference batch by batch: precompute_ref_log_probs=False."
             )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
-        """The batch in a plain dict of tensors, as data loaders carry it: what is not a field is a model input."""
+        """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        optional = {"reference", SEQUENCES, "unidentified"}
+        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs"}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(
@@ -122,14 +125,14 @@ class PairBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceLogps:
-    """Log-probs (nats, fp32) of the N completion tokens of a batch, and which of its S sequences each belongs to."""
+    """Log-probs (nats, fp32) of the N completion tokens of a batch, and the sequence that each token belongs to."""
 
     per_token: Float[Tensor, "N"]
     sequence: Int[Tensor, "N"]
     num_sequences: int
 
     def sums(self) -> Float[Tensor, "S"]:
-        """`log pi(y|x)` per sequence, nats: the sum over its tokens."""
+        """`log pi(y|x)` of each sequence, nats: the sum over its tokens."""
         return self.segment_sum(self.per_token)
 
     def lengths(self) -> Int[Tensor, "S"]:
@@ -138,19 +141,21 @@ class SequenceLogps:
         return ones.new_zeros(self.num_sequences).index_add(0, self.sequence, ones)
 
     def ranks(self) -> Int[Tensor, "N"]:
-        """0-based place of each token within its completion."""
+        """0-based index of each token within its completion."""
         lengths = self.lengths()
         starts = lengths.cumsum(0) - lengths
         return torch.arange(len(self.sequence), device=self.sequence.device) - starts[self.sequence]
 
     def segment_sum(self, values: Float[Tensor, "N"]) -> Float[Tensor, "S"]:
-        """Sum of one value per token over the tokens of each sequence, added up in fp64: one after another in fp32, the
-        errors of a long completion would show in exp(log ratio)."""
-        wide = values.dtype if values.device.type == "mps" else torch.float64  # which MPS does not have
+        """Sum of one value per token over the tokens of each sequence.
+
+        Added up in fp64: in fp32, the rounding errors of a long completion would show in exp(log ratio).
+        """
+        wide = values.dtype if values.device.type == "mps" else torch.float64  # MPS has no fp64
         total = values.new_zeros(self.num_sequences, dtype=wide).index_add(0, self.sequence, values.to(wide))
         return total.to(values.dtype)
 
     def in_sequences(self, sequences: Int[Tensor, "K"]) -> Bool[Tensor, "N"]:
-        """True where a token belongs to one of the given sequences."""
+        """True where a token belongs to one of `sequences`."""
         member = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.sequence.device)
         return member.index_fill(0, sequences, True)[self.sequence]

@@ -4,7 +4,7 @@ from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 
 
 @final

@@ -14,8 +14,8 @@ from torch import nn
 import holdfast
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import loaded_from
-from holdfast.reference.base import Reference
-from holdfast.scoring.score import unwrap
+from holdfast.reference.reference import Reference
+from holdfast.scoring.causal_lm import unwrap
 
 TAGS = ("holdfast", "dpo")
 

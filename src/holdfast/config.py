@@ -15,15 +15,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.data.dates import check_date
 from holdfast.internals.transformers import dict_fields
-from holdfast.losses import LOSSES, LossOptions, check_losses
-from holdfast.reference.build import Way, Wish
+from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
+from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.tensor_file import Place
 from holdfast.training_arguments import check_heeded, check_noise
 
 LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
-WAYS: tuple[str, ...] = ("auto", *get_args(Way))
 
 
 def _option(help: str, **kwargs: Any) -> Any:
@@ -31,8 +30,9 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
-    """Options of `DPOTrainer`. What is not listed here is `transformers.TrainingArguments`'.
+class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
+    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare the losses' own;
+    what is listed nowhere here is `transformers.TrainingArguments`'.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, `bf16` on where the accelerator computes in it (never by default on a CPU), and two that spare
@@ -100,30 +100,16 @@ class DPOConfig(TrainingArguments):
     pad_to_multiple_of: int | str | None = _option("Pad rows to a multiple of this many tokens.", default=None)
     pad_token: str | None = _option("Padding token. Default: the tokenizer's, else its end-of-sequence.", default=None)
 
-    # The loss
+    # The losses. Their own options are inherited from `LossOptions`, those of modifiers from `ModifierOptions`.
     # A factory, since `HfArgumentParser` reads no other default of a list.
     loss_type: list[str] | str = _option(
         f"One or several of: {', '.join(LOSSES)}.", default_factory=lambda: ["sigmoid"]
     )
     loss_weights: list[float] | None = _option("One weight per loss. Default: 1 each.", default=None)
-    beta: float = _option("Strength of the pull to the reference; IPO's tau, ORPO's lambda.", default=0.1)
-    label_smoothing: float = _option(
-        "Probability that a label is flipped (sigmoid, robust, aot, aot_unpaired); EXO's epsilon.", default=0.0
-    )
-    f_divergence_type: str = _option(
-        "Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence.",
-        default="reverse_kl",
-    )
-    f_alpha_divergence_coef: float = _option("alpha of the alpha-divergence.", default=0.5)
-    ld_alpha: float | None = _option("LD-DPO's alpha in [0, 1]: weight of tokens past the shared length.", default=None)
-    use_weighting: bool = _option("Weight pairs by the policy's own likelihood of them (WPO).", default=False)
-    discopop_tau: float = _option("Temperature of the DiscoPOP loss.", default=0.05)
-    simpo_gamma: float = _option("Target margin of the SimPO loss.", default=0.5)
-    cpo_alpha: float = _option("Weight of the likelihood term in the CPO loss.", default=1.0)
 
     # The reference
     reference: str = _option(
-        f"How the reference is held: {', '.join(WAYS)}. `auto` goes by the kind of model and the flags below.",
+        f"How the reference is held: {', '.join(WAY_NAMES)}. `auto` goes by the kind of model and the flags below.",
         default="auto",
     )
     model_adapter_name: str | None = _option(
@@ -211,9 +197,9 @@ class DPOConfig(TrainingArguments):
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
-    def wish(self, *, is_stream: bool) -> Wish:
+    def reference_options(self, *, is_stream: bool) -> ReferenceOptions:
         """Which reference is asked for, in a run over a stream or over data with an end."""
-        return Wish(
+        return ReferenceOptions(
             way=self.reference if self.needs_reference else "none",
             adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
@@ -221,7 +207,7 @@ class DPOConfig(TrainingArguments):
             is_stream=is_stream,
             sync_steps=self.ref_model_sync_steps if self.sync_ref_model else None,
             mixup_alpha=self.ref_model_mixup_alpha if self.sync_ref_model else 0.0,
-            weights=self.ref_model_weights,
+            shares=self.ref_model_weights,
             keeps_versions=self.reference_store_versions,
             store=Path(self.reference_store) if self.reference_store is not None else None,
             place=cast(Place, self.snapshot_device),
@@ -289,9 +275,9 @@ class DPOConfig(TrainingArguments):
         )
 
     def _check_reference(self) -> None:
-        if self.reference not in WAYS:
+        if self.reference not in WAY_NAMES:
             raise ValueError(
-                f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAYS)}. "
+                f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAY_NAMES)}. "
                 "Choose one of them."
             )
         self._check_places()

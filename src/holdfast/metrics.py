@@ -16,9 +16,9 @@ from torch import Tensor
 from holdfast.batch import PairBatch
 from holdfast.data.loader.fillers import rows_of_pairs
 from holdfast.losses import PairLogps
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 from holdfast.scoring.score import Scores
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.segments import SEGMENTS
 
 SumAndCount = tuple[Tensor, Tensor]
 
@@ -95,7 +95,7 @@ def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
     """`num_tokens`, a sum and no mean: the prompt and completion of both sides of each pair, padding left out. So it
     does not depend on the layout: a prompt counts as often as it is read in rows of one sequence."""
     ids = batch.inputs["input_ids"]
-    if PIECES in batch.inputs:
+    if SEGMENTS in batch.inputs:
         ends = batch.inputs["position_ids"].flatten()[batch.source] + 2  # tokens of a sequence up to each that counts
         lengths = ends.new_zeros(batch.num_sequences).scatter_reduce(0, batch.sequence, ends, "amax")
         num_tokens = lengths[torch.cat([batch.chosen, batch.rejected])].sum()

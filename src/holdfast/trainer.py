@@ -57,16 +57,15 @@ from holdfast.policy.placement import placed_alike, same_on_all_processes
 from holdfast.policy.prepare import make_policy
 from holdfast.policy.rotations import pin_rotations
 from holdfast.policy.untouched import untouched
-from holdfast.reference.adapter import null_ref_context
 from holdfast.reference.audit import audit, checksums, introduction
-from holdfast.reference.base import Reference
-from holdfast.reference.build import choose_reference
+from holdfast.reference.build import build_reference
 from holdfast.reference.load import RefModel, load_ref_models, ref_model_entries
+from holdfast.reference.look_ahead import LookAhead
+from holdfast.reference.reference import Reference
 from holdfast.reference.run_folder import running
-from holdfast.reference.user_logps import all_bring_logps, with_given, without_given
-from holdfast.reference.windows import Windows
-from holdfast.scoring.parts import score_in_parts
-from holdfast.scoring.score import unwrap, vocabulary_size
+from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
+from holdfast.scoring.causal_lm import unwrap, vocabulary_size
+from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training_arguments import check_optimizer, check_optimizers
 
 logger = logging.getLogger(__name__)
@@ -147,7 +146,7 @@ class DPOTrainer(Trainer):
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self.reference = self._make_reference(load_ref_models(ref_model, args))
-        self._windows = Windows(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
+        self._windows = LookAhead(self.reference, self.accelerator, self._pair_batch, args, self._full_eval.as_trained)
         if self.reference is not None and args.sync_ref_model:
             self.add_callback(SyncCallback(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
         if hasattr(unwrap(policy), "add_model_tags"):
@@ -199,12 +198,12 @@ class DPOTrainer(Trainer):
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """A context in which an implicit reference's policy computes as that reference."""
-        return null_ref_context(self.reference)
+        return contextlib.nullcontext() if self.reference is None else self.reference.null_ref_context()
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> Reference | None:
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        wish = self.args.wish(is_stream=is_stream)
-        if wish.way != "none":
+        options = self.args.reference_options(is_stream=is_stream)
+        if options.way != "none":
             ref_models = placed_alike(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
         datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
@@ -214,8 +213,8 @@ class DPOTrainer(Trainer):
         # Log-probs that the data bring along come from other batches: comparing them with the reference is the check.
         self._dependence = None if all_bring_logps(datasets) else self._find_dependence(models)
         check_same_batches(self._dependence, self.args)
-        reference = choose_reference(
-            wish,
+        reference = build_reference(
+            options,
             self.model,
             ref_models,
             self.accelerator.autocast,
@@ -245,7 +244,8 @@ class DPOTrainer(Trainer):
         return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
-        if (reference := with_given(reference, datasets, self.model, self.args, self.accelerator)) is not None:
+        use_user_columns(reference, datasets, self.model, self.args, self.accelerator)
+        if reference is not None:
             how = self.data_collator, self._pair_batch, self._collated, self.accelerator
             with untouched(self.model):
                 reference.prepare(all_pending(datasets, self.args, *how))
@@ -257,9 +257,16 @@ class DPOTrainer(Trainer):
             return
         found = "not audited"
         if self.args.reference_audit:
-            where = self.model, self.reference, batch, self.accelerator, self._captured
             with untouched(self.model):
-                found = audit(*where, is_users_choice=self._is_reference_chosen)
+                found = audit(
+                    self.model,
+                    self.reference,
+                    batch,
+                    autocast=self.accelerator.autocast,
+                    mixed_precision=self.accelerator.mixed_precision,
+                    captured=self._captured,
+                    is_users_choice=self._is_reference_chosen,
+                )
         if self.is_world_process_zero():  # at the level that shows where nobody has configured logging
             logger.warning(introduction(self.reference, self._provenance and self._provenance.weights, found))
 
@@ -296,7 +303,7 @@ class DPOTrainer(Trainer):
             what = identity, self._layout_name(), self.args, self.model, self.train_dataset
             self._provenance = checkpoints.provenance(*what, first=self._collated(self._first_rows()[:1]))
         if self.reference is not None:
-            self.reference.release()
+            self.reference.before_policy_changes()
         if not self._is_introduced and not self._is_sharded:
             self._introduce(self._collated(self._first_rows()))
         if checkpoint is not None:
@@ -311,7 +318,7 @@ class DPOTrainer(Trainer):
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
-        tensors = with_positions(without_given(tensors, self.reference))
+        tensors = with_positions(without_user_columns(tensors, self.reference))
         if not isinstance(self.data_collator, PaddedLayout | SharedLayout):
             tensors = identified(tensors, takes_positions=takes_positions(unwrap(self.model)))
         return PairBatch.from_tensors(self._prepare_inputs(tensors))
@@ -324,7 +331,7 @@ class DPOTrainer(Trainer):
         if not self._is_introduced and self.model.training and self.state.global_step == 0:
             self._introduce(batch)
         with self.accelerator.autocast():
-            scores = score_in_parts(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
+            scores = score_within_limit(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
         assert (statistics := scores.statistics) is not None  # noqa: RUF018
         batch, is_filled = self._real_pairs(batch)
         options = {"loss_types": self.args.loss_types, "options": self.args.loss_options}
@@ -333,11 +340,13 @@ class DPOTrainer(Trainer):
         if self.reference is not None:
             with self._full_eval.as_trained():
                 reference = pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+        is_weighted = self.args.use_weighting
+        pair_weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
         losses = preference_loss(
             policy,
             reference,
             loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            weights=wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if self.args.use_weighting else None,
+            pair_weights=pair_weights,
             **options,
         )
         if scores.aux_loss is not None:
@@ -378,7 +387,7 @@ class DPOTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
         if self.reference is not None:
-            self.reference.release()
+            self.reference.before_policy_changes()
         offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with offload if self.args.activation_offloading else contextlib.nullcontext():
             return super().training_step(*args, **kwargs)

@@ -24,7 +24,7 @@ from holdfast.losses import LOSSES
 from holdfast.reference import user_logps as given
 from holdfast.reference.digests import digest
 from holdfast.reference.stored import PrecomputedReference
-from holdfast.reference.user_logps import GivenReference
+from holdfast.reference.user_logps import UserLogps
 from naive import logp, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -65,7 +65,7 @@ def test_the_trajectory_is_that_of_a_second_model(kind: str, tmp_path: Path) -> 
         return layout(features)
 
     ours = made(tmp_path, data, POLICIES[kind]())
-    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.user_logps, UserLogps)
     initial = copy.deepcopy(ours.model)
     ours.data_collator = recording
     ours.train()
@@ -98,7 +98,7 @@ def test_every_loss_of_sums(loss: str, tmp_path: Path) -> None:
     live = trainer(tiny_model(), config(tmp_path, reference="model", **options))
     ours.train()
     live.train()
-    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.user_logps, UserLogps)
     assert logged(ours) == pytest.approx(logged(live), rel=1e-5, abs=1e-5)
     for name in ("rewards/chosen", "rewards/rejected"):
         assert logged(ours, name) == pytest.approx(logged(live, name), abs=1e-5)
@@ -109,9 +109,9 @@ def test_the_gap_to_a_chosen_reference_is_that_of_the_sums(tmp_path: Path, caplo
     other, plain = _other(tiny_model()), rows().select(range(1, 12))  # no two with one completion
     data, theirs = with_sums(plain, other), with_sums(plain, tiny_model())
     ours = made(tmp_path, data, ref_model=copy.deepcopy(other), per_device_train_batch_size=11, max_steps=1)
-    assert isinstance(ours.reference, GivenReference)
-    assert isinstance(ours.reference.inner, PrecomputedReference)
-    ours.reference.inner._inner = None
+    assert isinstance(ours.reference.user_logps, UserLogps)
+    assert isinstance(ours.reference.stored, PrecomputedReference)
+    ours.reference.scorer = None
     ours.train()
     gaps = [abs(a - b) for name in (CHOSEN, REJECTED) for a, b in zip(data[name], theirs[name], strict=True)]
     (line,) = [record.message for record in caplog.records if "differs from the policy by" in record.message]
@@ -136,7 +136,7 @@ def test_a_quantised_reference_that_is_gone(bits: int, tmp_path: Path) -> None:
     live.train()
     data = Dataset.from_list([row | {CHOSEN: a, REJECTED: b} for row, (a, b) in zip(table, sums, strict=True)])
     ours = run(data, **AHEAD)
-    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.user_logps, UserLogps)
     ours.train()
     assert logged(ours) == pytest.approx(logged(live), abs=1e-5 if bits == 4 else 1e-3)
 
@@ -192,7 +192,7 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     made(tmp_path / "parts", data, POLICIES[kind](), **saving, max_steps=2).train()
     resumed = made(tmp_path / "parts", data, POLICIES[kind](), **saving)
     resumed.train(resume_from_checkpoint=True)
-    assert isinstance(resumed.reference, GivenReference)
+    assert isinstance(resumed.reference.user_logps, UserLogps)
     for name in ("loss", "rewards/chosen", "rewards/rejected", "num_tokens"):
         assert logged(resumed, name) == logged(whole, name)
     assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
@@ -301,7 +301,7 @@ def test_where_sums_cannot_be_used(options: dict[str, Any], message: str, tmp_pa
 def test_with_the_flag_of_the_common_trainer(tmp_path: Path) -> None:
     options = {"reference": "auto", "precompute_ref_log_probs": True}
     ours = made(tmp_path, with_sums(rows(), tiny_model()), **options)
-    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.user_logps, UserLogps)
 
 
 def test_a_stream_is_refused(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_collator_that_passes_the_columns_on(tmp_path: Path) -> None:
     for keeps in (True, False):
         args = config(tmp_path, precompute_ref_log_probs=True, remove_unused_columns=not keeps)
         ours = trainer(copy.deepcopy(model), args, train_dataset=data, data_collator=DataCollatorForPreference(0))
-        assert isinstance(ours.reference, GivenReference)
+        assert isinstance(ours.reference.user_logps, UserLogps)
         ours.train()
         runs.append(logged(ours))
     assert runs[0] == runs[1]
@@ -339,7 +339,7 @@ def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
     theirs = with_sums(rows(), tiny_model().bfloat16())
     gap = max(abs(a - b) for a, b in zip(data[CHOSEN], theirs[CHOSEN], strict=True))
     assert given.LEAST_NATS < gap < given.NATS_PER_ROOT_TOKEN_HALF
-    assert isinstance(ours.reference, GivenReference)
+    assert isinstance(ours.reference.user_logps, UserLogps)
     with pytest.raises(ValueError, match="the gap is"):
         made(tmp_path, changed(data, lambda row, _: {CHOSEN: row[CHOSEN] - 1}), tiny_model().bfloat16())
 

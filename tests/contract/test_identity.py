@@ -8,6 +8,7 @@ parameter, buffer, module setting and config entry), so that a new one enters th
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,9 @@ AHEAD = {"reference": "precomputed", "reference_audit": False}
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What a trainer is made of."""
+    """What a trainer is made of. Only the very same object is the same run, so that what it left can be looked up."""
 
     policy: Callable[[], nn.Module] = tiny_model
     options: dict[str, Any] = field(default_factory=dict)
@@ -355,14 +356,48 @@ def test_the_table_is_long():
     assert len(MUTATIONS) >= 60
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What a run computes live, and what it leaves: its folder, everything that it stored, and its reference's name."""
+
+    logps: Tensor
+    folder: Path
+    home: Path
+    weights: str
+    store_name: str
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
+    """What a run was before anything changed. Many rows begin with the same run, which is made once."""
+
+    @functools.cache
+    def left_by(run: Run) -> Before:
+        root = tmp_path_factory.mktemp("before")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOLDFAST_HOME", str(root / "home"))
+            with torch.no_grad():
+                logps = live(run, root / "live")
+            stored = run.made(root / "run")
+            stored.train()
+            identity, name = stored.reference.identity(), stored.reference.store.folder.name
+        return Before(logps=logps, folder=root / "run", home=root / "home", weights=identity.weights, store_name=name)
+
+    return left_by
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_identity_follows_the_numbers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_follows_the_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Run], Before]
+) -> None:
     first, second = MUTATIONS[name]
+    left = before(first)
+    shutil.copytree(left.folder, tmp_path / "run")
+    shutil.copytree(left.home, tmp_path / "home")
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
     with torch.no_grad():
-        before, after = live(first, tmp_path / "a"), live(second, tmp_path / "b")
-    is_same = torch.equal(before, after)
-    stored = first.made(tmp_path / "run")
-    stored.train()
+        after = live(second, tmp_path / "b")
+    is_same = torch.equal(left.logps, after)
     there = names_of_stores()
     assert len(there) == 1
     again = second.made(tmp_path / "other")
@@ -370,8 +405,8 @@ def test_identity_follows_the_numbers(name: str, tmp_path: Path, monkeypatch: py
     if is_same:
         assert names_of_stores() == there, "all was found"
         if "sync_ref_model" not in second.options and "reference_window" not in second.options:
-            assert again.reference.identity().weights == stored.reference.identity().weights
-            assert again.reference.store.folder == stored.reference.store.folder
+            assert again.reference.identity().weights == left.weights
+            assert again.reference.store.folder.name == left.store_name
     else:
         again.train()
         assert len(names_of_stores()) == 2 or name in _OF_A_CONTENT_ID

@@ -88,6 +88,7 @@ def assert_zero_margin(losses: list[float]) -> None:
     assert losses == pytest.approx([math.log(2)] * len(losses), abs=2e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", MODELS)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import holdfast.scoring.attention as attention
-import holdfast.scoring.segments as pieces
+import holdfast.scoring.segments as row_segments
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.last_layer import narrowed
-from holdfast.scoring.score import score, unwrap
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.score import score
+from holdfast.scoring.segments import SEGMENTS
 from shared_rows import ROWS, assert_same, logps_of, problem, shared_batch
 
 NARROWED = (
@@ -57,7 +58,7 @@ def num_tokens_of_maps(model: nn.Module, batch: PairBatch) -> list[set[int]]:
 
 
 def num_read(batch: PairBatch) -> int:
-    segments = batch.inputs[PIECES].segments()
+    segments = batch.inputs[SEGMENTS]
     return sum(1 + sum(map(sum, segment.groups)) for segment in segments)
 
 
@@ -73,12 +74,12 @@ def test_what_is_no_plain_feed_forward_part_is_computed_in_full(family: str) -> 
     batch = shared_batch()
     first, last = num_tokens_of_maps(tiny_model(family), batch)
     assert first == last
-    with narrowed(tiny_model(family), batch.inputs[PIECES]) as modules:
+    with narrowed(tiny_model(family), batch.inputs[SEGMENTS]) as modules:
         assert modules == frozenset()
 
 
 def test_prompts_ask_nothing_in_the_last_layer_but_by_their_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "GROUP_TOKENS", 11)
+    monkeypatch.setattr(row_segments, "GROUP_TOKENS", 11)
     plain, asked = attention._attend, []
     monkeypatch.setattr(attention, "_attend", lambda query, *given, **options: (
         asked.append(query.shape[1]) or plain(query, *given, **options)
@@ -161,7 +162,7 @@ def test_a_feed_forward_part_that_mixes_tokens_is_found() -> None:
 def test_parts_that_may_mix_tokens_are_never_narrowed(part: nn.Module) -> None:
     model = tiny_model("llama")
     layers_of(model)[-1].mlp.more = part
-    with narrowed(model, shared_batch().inputs[PIECES]) as modules:
+    with narrowed(model, shared_batch().inputs[SEGMENTS]) as modules:
         assert modules == frozenset()
 
 
@@ -190,7 +191,7 @@ def test_every_token_that_predicts_is_read(pairs: list[tuple[int, int, int]], ro
     for row, (prompt, *_) in zip(rows, pairs, strict=True):
         row["prompt_ids"] = row["prompt_ids"] if prompt else []
     batch = shared_batch(rows, row_tokens=row_tokens)
-    runs = batch.inputs[PIECES].read_runs()
+    runs = batch.inputs[SEGMENTS].unread_and_read()
     assert sum(runs) == batch.inputs["input_ids"].numel()
     is_read = torch.cat([torch.full((length,), bool(place % 2)) for place, length in enumerate(runs)])
     assert is_read[batch.source].all()

@@ -14,7 +14,8 @@ from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.scoring import head
-from holdfast.scoring.score import LogitTransform, _known_transform, score
+from holdfast.scoring.score import score
+from holdfast.scoring.transform import LogitTransform, known_transform
 from recomputation import recompute
 from shared_rows import assert_equal_logps
 
@@ -53,8 +54,10 @@ def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, chunk_t
 def test_completions_without_pairs_take_the_vocabulary_in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And pairs do not: a reference that is asked about them adds up as the policy does."""
     monkeypatch.setattr(head, "_CPU_VOCABULARY", 7)
-    plain, sizes = head._log_probs, []
-    monkeypatch.setattr(head, "_log_probs", lambda states, *given: sizes.append(len(states)) or plain(states, *given))
+    plain, sizes = head._logps_by_vocabulary, []
+    monkeypatch.setattr(
+        head, "_logps_by_vocabulary", lambda states, *rest: sizes.append(len(states)) or plain(states, *rest)
+    )
     model = tiny_model(family)
     pairs, none = batch_of(rows()), torch.empty(0, dtype=torch.int64)
     alone = replace(pairs, chosen=none, rejected=none)
@@ -88,7 +91,7 @@ def test_equals_the_oracle(family: str, chunk_tokens: int | None) -> None:
 def test_reads_what_the_model_does_to_its_logits(family: str, transform: LogitTransform) -> None:
     model = tiny_model(family)
     score(model, batch_of(rows()))
-    assert _known_transform(model) == transform
+    assert known_transform(model) == transform
 
 
 def test_a_transform_that_is_edited_later_is_read_again() -> None:
@@ -110,7 +113,7 @@ def test_a_model_with_logits_of_its_own_is_scored_through_them() -> None:
 
     model.forward = forward
     assert_same(model, chunk_tokens=4)
-    assert _known_transform(model) == "own forward"
+    assert known_transform(model) == "own forward"
 
 
 def test_statistics_are_those_of_the_distribution() -> None:

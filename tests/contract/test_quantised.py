@@ -23,7 +23,7 @@ from holdfast.policy.prepare import make_policy
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.audit import checksums
 from holdfast.reference.digests import digest
-from holdfast.reference.model import ModelReference, weights
+from holdfast.reference.model import ModelReference, weight_tensors
 from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import config, logged, rows, trainer
 
@@ -153,13 +153,13 @@ def test_the_scales_are_part_of_the_fingerprint(bits: str, base: str, tmp_path: 
     doubled.save_pretrained(tmp_path)
     first, again, other = quantised(base, bits), quantised(base, bits), quantised(str(tmp_path), bits)
     assert digest(first.named_parameters()) == digest(other.named_parameters())
-    prints = [ModelReference(m, torch.no_grad, origin="a test").fingerprint() for m in (first, again, other)]
+    prints = [ModelReference(m, torch.no_grad, origin="a test").identity().weights for m in (first, again, other)]
     assert prints[0] == prints[1] != prints[2]
     plain = tiny_model()
-    assert dict(weights(plain)).keys() == dict(plain.named_parameters()).keys()
+    assert dict(weight_tensors(plain)).keys() == dict(plain.named_parameters()).keys()
     for is_trained in (False, True):
         policies = [adapted(quantised(folder, bits), is_trained=is_trained) for folder in (base, str(tmp_path))]
-        held = [AdapterReference.capture(policy, torch.no_grad).fingerprint() for policy in policies]
+        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights for policy in policies]
         assert held[0] != held[1]
     assert checksums(again).keys() == {n for n, p in again.named_parameters() if p.is_floating_point()}
 
@@ -199,7 +199,7 @@ def test_qlora_follows_the_naive_run(bits: str, is_trained: bool, held: str, bas
     )
     theirs = adapted(dequantised(quantised(base, bits)), is_trained=is_trained)
     if held == "auto":
-        assert isinstance(ours.reference, AdapterReference)
+        assert isinstance(ours.reference.scorer, AdapterReference)
         assert (len(dict(ours.reference.tensors())) > 0) == is_trained
     losses = assert_follows(ours, theirs, recording)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -291,7 +291,7 @@ def test_a_resumed_qlora_run(bits: str, base: str, tmp_path: Path) -> None:
     resumed = run(base)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert logged(resumed)[2:] == logged(whole)[2:]
-    assert digest(weights(resumed.model)) == digest(weights(whole.model))
+    assert digest(weight_tensors(resumed.model)) == digest(weight_tensors(whole.model))
     assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
     doubled = tiny_model(hidden_size=64, intermediate_size=128)
     with torch.no_grad():

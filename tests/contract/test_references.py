@@ -19,7 +19,7 @@ import oracle
 from families import tiny_model
 from holdfast.reference.adapter import AdapterReference, adds_nothing
 from holdfast.reference.digests import digest
-from holdfast.reference.model import ModelReference
+from holdfast.reference.moving.model import MovingModel
 from holdfast.store.maintenance import stores
 from holdfast.store.store import default_root
 from naive import NUM_STEPS, Recording, logp, naive_run
@@ -53,6 +53,7 @@ def assert_same_run(kind: str, folder: Path, **options: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_follows_the_naive_run(kind: str, way: str, tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_bf16_references_accumulate_in_fp32() -> None:
     nn.init.constant_(policy.weight, 2.0)
     held = copy.deepcopy(policy)
     nn.init.constant_(held.weight, 1.0)
-    reference = ModelReference(held, torch.no_grad, origin="a test", policy=policy)
+    reference = MovingModel(held, torch.no_grad, origin="a test", policy=policy)
     for _ in range(500):
         reference.sync(0.001)
     state = dict(reference.tensors())["weight.fp32"]
@@ -521,13 +522,13 @@ def test_a_snapshot_is_audited_as_it_is_held(place: str, tmp_path: Path, caplog:
     num_bytes = sum(4 * p.numel() for p in ours.model.parameters())
     assert f", {num_bytes} bytes held; it gives the policy's log-probs" in caplog.text
     ours = trainer(tiny_model(), config(tmp_path, **options))
-    plain = ours.reference.release
+    plain = ours.reference.before_policy_changes
 
     def release() -> None:
         plain()
         dict(ours.reference.tensors())["lm_head.weight"].mul_(1.5)
 
-    ours.reference.release = release
+    ours.reference.before_policy_changes = release
     with pytest.raises(ValueError, match=r"The reference's `lm_head.weight` differs from the policy's by up to"):
         ours.train()
 

@@ -16,14 +16,14 @@ from transformers.masking_utils import causal_mask_function
 import holdfast.data.layouts.choose as layout
 import holdfast.scoring.attention as attention
 import holdfast.scoring.flex as flex
-import holdfast.scoring.segments as pieces
+import holdfast.scoring.segments as row_segments
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.choose import shared_problem
 from holdfast.data.layouts.prefix_shared import SharedLayout
 from holdfast.scoring.attention import attending, shared_mask
-from holdfast.scoring.segments import Pieces
+from holdfast.scoring.segments import Segments
 from recomputation import recompute
 from shared_rows import ROWS, assert_same, logps_of, oracle_logps, padded_batch, problem, shared_batch
 
@@ -36,7 +36,7 @@ EXACT = sorted(CONFIGS.keys() - WRONG)
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether prompts are attended with their completions by plain products, as short ones are, or each by a kernel."""
     if request.param == "apart":
-        monkeypatch.setattr(pieces, "GROUP_TOKENS", 11)
+        monkeypatch.setattr(row_segments, "GROUP_TOKENS", 11)
         monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
     return request.param
 
@@ -45,7 +45,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_equals_the_oracle(family: str, cut: str) -> None:
     """In three rows, one of them of two segments, with padding."""
     batch = shared_batch()
-    segments = batch.inputs[pieces.PIECES].segments()
+    segments = batch.inputs[row_segments.SEGMENTS]
     assert {segment.is_joined for segment in segments} == ({True} if cut == "joined" else {False})
     assert len(batch.inputs["input_ids"]) == 3
     assert (batch.inputs["attention_mask"] == 0).any()
@@ -64,7 +64,7 @@ def test_however_rows_are_filled(family: str, row_tokens: int) -> None:
 
 @pytest.mark.parametrize("group_tokens", [0, 11, 25])
 def test_however_completions_are_grouped(group_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(row_segments, "GROUP_TOKENS", group_tokens)
     assert_same(tiny_model("mistral"))
 
 
@@ -113,7 +113,7 @@ def _more_families(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("lfm2", r"has layers that are not attention \(conv\)"),
         ("falcon_h1", r"has layers that are not attention \(hybrid\)"),
-        ("stablelm", r"fails on them \(ValueError: .*the pieces of the rows did not reach it"),
+        ("stablelm", r"fails on them \(ValueError: .*the segments of the rows did not reach it"),
         ("bloom", "is not on the attention interface"),
         ("mpt", "is not on the attention interface"),
         ("mamba", r"has layers that are not attention \(linear_attention\)"),
@@ -140,7 +140,7 @@ def test_state_along_the_row_is_also_found_in_the_numbers(family: str, monkeypat
 def test_a_broken_mask_is_found(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rejected completion sees the chosen one: every number is finite and plausible, and wrong."""
     model = tiny_model("llama")
-    monkeypatch.setattr(pieces, "_group_mask", lambda visible, prompt, group, device, is_joined: (
+    monkeypatch.setattr(row_segments, "_group_mask", lambda visible, prompt, group, device, is_joined: (
         torch.ones(prompt + sum(group), prompt + sum(group), dtype=torch.bool).tril()[0 if is_joined else prompt :]
     ))  # fmt: skip
     assert "gives log-probs that differ from" in str(problem(model))
@@ -232,14 +232,14 @@ def test_no_other_attention_can_use_the_mask() -> None:
 
 def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> None:
     """Twice the segments, twice the mask; and sixteen completions of 300 tokens are masked one by one."""
-    visible, device = pieces.causal_mask_function, torch.device("cpu")
+    visible, device = row_segments.causal_mask_function, torch.device("cpu")
     for prompt, queries in ((40, 70), (240, 30)):  # a short prompt is masked with its completions
         segment = [(0, prompt, True), (0, 20, False), (0, 10, False)]
         length = prompt + 30
-        sizes = [Pieces.of(segment * times, 1, length * times).masks(visible, device).numel() for times in (1, 2, 4)]
+        sizes = [Segments.of(segment * times, 1, length * times).masks(visible, device).numel() for times in (1, 2, 4)]
         assert sizes == [queries * length, 2 * queries * length, 4 * queries * length]
     long = [(0, 40, True), *[(0, 300, False)] * 16]
-    assert Pieces.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
+    assert Segments.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ However the reference is held, whenever it is asked, whether it moves and where 
 weights agree to 1e-5 step by step, also across an epoch, a short last batch, two syncs, and windows that a sync, the
 end of an epoch and the end of the run cut short. A cell without a meaning is refused, and the refusal is its test.
 
+`make test` runs the covering cells, in which any three values meet; `make nightly` runs every cell.
+
 The oracle's batches are the dataset's rows in their order, which every run is told to keep.
 """
 
 import copy
 import functools
 import math
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +20,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from covering import covering
 from holdfast import DPOTrainer
 from naive import Row, naive_loss, naive_run
 from policies import POLICIES, config, logged, rows, trainer
-from table import CELLS, KINDS, MOTIONS, SYNC_STEPS, Cell, block, written
+from table import CELLS, COVERING, KINDS, MOTIONS, SYNC_STEPS, Cell, block, written
 
 MAX_STEPS, BATCH_SIZE = 7, 2
 NUM_PAIRS = {1: 9, 2: 11}
@@ -89,9 +93,11 @@ def assert_follows(ours: DPOTrainer, theirs: Trajectory, num_syncs: int) -> None
 
 
 def marked(cell: Cell) -> Any:
-    """Of the fast kinds, datasets online and streams in windows go into every check."""
-    is_fast = cell.kind in FAST_KINDS and (cell.data, cell.window) in (("map", "online"), ("stream", "windowed"))
-    return pytest.param(cell, id=str(cell), marks=[] if is_fast else [pytest.mark.slow])
+    """The cell as a parameter. Of the covering ones, those of the fast kinds go into every check."""
+    marks = [] if cell in COVERING else [pytest.mark.nightly]
+    if cell.kind not in FAST_KINDS:
+        marks.append(pytest.mark.slow)
+    return pytest.param(cell, id=str(cell), marks=marks)
 
 
 @pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS])
@@ -106,10 +112,17 @@ def test_every_cell(cell: Cell, tmp_path: Path) -> None:
 
 
 ACCUMULATED = [c for c in CELLS if c.kind in FAST_KINDS and c.way in ("model", "snapshot_disk", "precomputed")]
+ACCUMULATED_COVERING = set(covering([astuple(cell) for cell in ACCUMULATED], strength=2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ACCUMULATED, ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=str(cell), marks=[] if astuple(cell) in ACCUMULATED_COVERING else pytest.mark.nightly)
+        for cell in ACCUMULATED
+    ],
+)
 def test_cells_with_accumulated_gradients(cell: Cell, tmp_path: Path) -> None:
     """Two batches per step, of which the last of an epoch has one pair: the mean of two means."""
     alpha = MOTIONS[cell.motion]
@@ -118,6 +131,7 @@ def test_cells_with_accumulated_gradients(cell: Cell, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", sorted(POLICIES.keys() - KINDS.keys()))
 @pytest.mark.parametrize("motion", ["hard", "soft"])
 def test_every_other_adapter_moves(kind: str, motion: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from holdfast import DPOTrainer
-from holdfast.reference import snapshot, windows
+from holdfast.reference import look_ahead, snapshot
 from policies import POLICIES, config, logged, rows, trainer
 
 SNAPSHOT = {"reference": "snapshot"}
@@ -39,10 +39,10 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[int
     """For a policy: the number of its forward passes within each exchange of its weights, exchange by exchange."""
     counts: list[int] = []
     inside: list[bool] = []
-    plain = snapshot.holding
+    plain = snapshot.exchanged
 
     @contextlib.contextmanager
-    def holding(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def exchanged(policy: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         counts.append(0)
         inside.append(True)
         with plain(policy, values):
@@ -57,10 +57,11 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[int
         policy.register_forward_pre_hook(count)
         return counts
 
-    monkeypatch.setattr(snapshot, "holding", holding)
+    monkeypatch.setattr(snapshot, "exchanged", exchanged)
     return watch
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "place", [*(pytest.param(place, marks=pytest.mark.slow) for place in ("device", "cpu")), "disk"]
 )
@@ -140,7 +141,7 @@ def test_a_stream_is_read_no_further_than_the_window(
 
 def test_batches_that_wait_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No room for a single batch: each step is a window of its own, with both of its batches, whatever was asked."""
-    monkeypatch.setattr(windows, "WAITING_BYTES", 1)
+    monkeypatch.setattr(look_ahead, "WAITING_BYTES", 1)
     reads: list[int] = []
     callback = ReadAtEachStep(reads)
     options = {"gradient_accumulation_steps": 2, "reference_window": 100, "max_steps": 4} | SNAPSHOT
@@ -187,6 +188,7 @@ def losses_asked_per_batch(kind: str, alpha: float, data: str) -> dict[str, list
         return losses(kind, alpha, data, Path(folder), reference="model")
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("data", ["map", pytest.param("stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("way", IN_THE_MIDDLE)

@@ -22,9 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from families import tiny_model
-from holdfast import DataCollatorForPreference, DPOTrainer
+from holdfast import DataCollatorForPreference, DPOTrainer, Reference
 from holdfast.reference.digests import digest
-from holdfast.reference.stored import PrecomputedReference
 from holdfast.store.store import LogpStore
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
@@ -184,7 +183,7 @@ def resumed_given(folder: Path) -> Any:
             sums = [float(logp(policy, row, f"{side}_ids")) for row in table.to_list()]
             table = table.add_column(f"ref_{side}_logps", sums)
     found = resumed(folder, train_dataset=table, reference="precomputed")
-    kinds = gather_object([type(make(folder, policy, train_dataset=table, reference="precomputed").reference).__name__])
+    kinds = gather_object([make(folder, policy, train_dataset=table, reference="precomputed").reference.kind])
     return found | {"kind_of_each_process": kinds}
 
 
@@ -223,16 +222,16 @@ def precomputed_values(folder: Path) -> Any:
     """What every process scores of 5 and 1 rows, and finds when they were prepared, without asking again."""
     held_out = rows(5, seed=1).select([0])
     scored: list[int] = []
-    plain = PrecomputedReference._scored
+    plain = Reference._scored
 
-    def counted(self: PrecomputedReference, batch: Any) -> Any:
+    def counted(self: Reference, batch: Any) -> Any:
         scored.append(batch.num_sequences)
         return plain(self, batch)
 
-    PrecomputedReference._scored = counted
+    Reference._scored = counted
     ours = make(folder, tiny_model(), train_dataset=rows(5), eval_dataset=held_out, reference="precomputed")
-    PrecomputedReference._scored = plain
-    ours.reference._inner = None
+    Reference._scored = plain
+    ours.reference.scorer = None
     found = {}
     for row in (*rows(5).to_list(), *held_out.to_list()):
         batch = ours._collated([row])
@@ -256,7 +255,7 @@ def precomputed_by_a_collator(folder: Path) -> Any:
     LogpStore.flush = late
     ours = make(folder, tiny_model(), train_dataset=rows(12), data_collator=collate, reference="precomputed")
     LogpStore.flush = plain
-    ours.reference._inner = None
+    ours.reference.scorer = None
     for row in rows(12).to_list():
         ours.reference.logps(ours._collated([row]))  # an error where it is not held
     return {"held_by_each_process": gather_object([ours.reference.store.num_completions])}

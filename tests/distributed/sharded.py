@@ -22,7 +22,8 @@ from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.policy.prepare import disable_dropout
 from holdfast.reference.adapter import AdapterReference
-from holdfast.scoring.score import score, unwrap
+from holdfast.scoring.causal_lm import unwrap
+from holdfast.scoring.score import score
 from policies import POLICIES, rows
 
 

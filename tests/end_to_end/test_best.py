@@ -69,6 +69,7 @@ def run(kind: str, folder: Path, step: int, resume: bool = False, **options: Any
     return ours
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize(
     ("kind", "way"), [(kind, way) for kind in KINDS for way in WAYS if (kind, way) != ("full", "adapter")]

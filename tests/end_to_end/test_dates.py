@@ -224,7 +224,15 @@ def elsewhere(folder: Path, day: str, steps: int, options: dict[str, Any]) -> li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, MOVING, {"stream": True}, AHEAD | {"resume_from_checkpoint": "true"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param(MOVING, marks=pytest.mark.nightly),
+        {"stream": True},
+        AHEAD | {"resume_from_checkpoint": "true"},
+    ],
+)
 def test_a_copied_folder_goes_on_without_caches(options: dict[str, Any], tmp_path: Path) -> None:
     """Stopped after a save, copied, resumed a day later by a process that finds no cache of datasets or log-probs."""
     for name in ("whole", "stopped"):

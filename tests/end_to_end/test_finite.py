@@ -62,7 +62,7 @@ def in_the_reference(ours: Any, value: float) -> None:
     if ours.ref_model is not None:
         ours.ref_model.get_parameter(NAME).data[3, 2] = value
     else:
-        ours.reference._inner._tensors.change(
+        ours.reference.scorer._plain.change(
             lambda name, tensor: tensor.view(-1)[0].fill_(value) if name == NAME else None
         )
 
@@ -103,6 +103,7 @@ def complete(folder: Path) -> list[str]:
     return sorted(path.parent.parent.name for path in folder.glob("checkpoint-*/reference/manifest.json"))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finite_checkpoint_remains_and_is_named(kind: str, value: float, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def made(folder: Path, kind: str, way: str, **options: Any) -> Any:
     return trainer(POLICIES[kind](), config(folder, **WAYS[way], **store, **options), eval_dataset=rows(6, 4), **other)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["full", "lora_sft"])
 def test_an_evaluation_leaves_no_trace(kind: str, way: str, tmp_path: Path) -> None:

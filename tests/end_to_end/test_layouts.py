@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-import holdfast.scoring.segments as pieces
+import holdfast.scoring.segments as row_segments
 from families import CONFIGS, tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.segments import SEGMENTS
 from policies import POLICIES, config, logged, rows, trainer
 
 WRONG = ("lfm2", "falcon_h1")
@@ -68,6 +68,7 @@ def test_every_family_trains_alike(family: str, layout: str, tmp_path: Path) -> 
     assert_same_run(found, trained(family, tmp_path, "padded", max_steps=2, learning_rate=0.1))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", ["full", "lora_sft", "dora"])
 @pytest.mark.parametrize("way", REFERENCES)
 def test_every_reference_trains_alike(way: str, policy: str, tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_right_layout_is_taken_without_a_word(tmp_path: Path, caplog: pytest.L
         ours = trainer(tiny_model(), config(tmp_path, padding_free=True))
     assert ours.data_collator.name == "prefix_shared"
     assert not [r for r in caplog.records if "layout" in r.getMessage()]
-    assert PIECES in ours.data_collator(rows().to_list()[:2])
+    assert SEGMENTS in ours.data_collator(rows().to_list()[:2])
 
 
 def test_the_reference_is_tried_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +193,7 @@ def test_a_broken_mask_is_found_before_anything_is_scored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Completions of a prompt that see each other: rows without shared prompts are still right."""
-    monkeypatch.setattr(pieces, "_group_mask", lambda visible, prompt, group, device, is_joined: (
+    monkeypatch.setattr(row_segments, "_group_mask", lambda visible, prompt, group, device, is_joined: (
         torch.ones(prompt + sum(group), prompt + sum(group), dtype=torch.bool).tril()[0 if is_joined else prompt :]
     ))  # fmt: skip
     with caplog.at_level(logging.WARNING):
@@ -216,6 +217,7 @@ def test_a_collator_of_the_user_lays_the_rows_out(tmp_path: Path) -> None:
 # --- in parts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 @pytest.mark.parametrize("policy", ["full", "lora_sft"])
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -192,6 +192,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 # --- kills ------------------------------------------------------------------------------------------------------------
 
+PLACES = ["save@3", "manifest@3", "sync@3", "rotate@3"]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -200,59 +201,80 @@ from policies import config, trainer
 from test_resume import MOVING, SAVING
 import holdfast.checkpoint.folder as checkpoint
 
-folder, place = sys.argv[1:]
-step = int(place.split("@")[1])
-
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
-ours = trainer(tiny_model(), config(Path(folder), **SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}))
-if place.startswith("save"):      # weights are written, optimizer and reference are not
-    def save(*args): die() if ours.state.global_step == step else plain(*args)
-    plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
-elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
-    plain, checkpoint.json.dumps = checkpoint.json.dumps, None
-    def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
-    checkpoint.json.dumps = dumps
-elif place.startswith("sync"):    # half of the weights have moved
-    plain = ours.reference._mixture.move
-    def move(reference, policy, alpha):
-        if ours.state.global_step == step:
-            some = list(reference)[: len(reference) // 2]
-            plain({n: reference[n] for n in some}, {n: policy[n] for n in some}, alpha)
-            die()
-        plain(reference, policy, alpha)
-    ours.reference._mixture.move = move
-elif place.startswith("rotate"):
-    plain = checkpoint.shutil.rmtree
-    def rmtree(path, **kwargs):
-        if ours.state.global_step == step and "checkpoint-" in Path(path).name:
-            next(Path(path).glob("*.safetensors")).unlink()
-            die()
-        plain(path, **kwargs)
-    checkpoint.shutil.rmtree = rmtree
-ours.train(resume_from_checkpoint=len(list(Path(folder).glob("checkpoint-*/reference/manifest.json"))) > 0)
+def live(folder, place):
+    step = int(place.split("@")[1])
+    ours = trainer(tiny_model(), config(Path(folder), **SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}))
+    if place.startswith("save"):      # weights are written, optimizer and reference are not
+        def save(*args): die() if ours.state.global_step == step else plain(*args)
+        plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
+    elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
+        plain, checkpoint.json.dumps = checkpoint.json.dumps, None
+        def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
+        checkpoint.json.dumps = dumps
+    elif place.startswith("sync"):    # half of the weights have moved
+        plain = ours.reference.scorer._average.move
+        def move(reference, policy, alpha):
+            if ours.state.global_step == step:
+                some = list(reference)[: len(reference) // 2]
+                plain({n: reference[n] for n in some}, {n: policy[n] for n in some}, alpha)
+                die()
+            plain(reference, policy, alpha)
+        ours.reference.scorer._average.move = move
+    elif place.startswith("rotate"):
+        plain = checkpoint.shutil.rmtree
+        def rmtree(path, **kwargs):
+            if ours.state.global_step == step and "checkpoint-" in Path(path).name:
+                next(Path(path).glob("*.safetensors")).unlink()
+                die()
+            plain(path, **kwargs)
+        checkpoint.shutil.rmtree = rmtree
+    ours.train()
+
+root, *places = sys.argv[1:]
+codes = []
+for place in places:
+    child = os.fork()
+    if child == 0:
+        try:
+            live(os.path.join(root, place), place)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        os._exit(1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+Path(root, "codes.txt").write_text(" ".join(map(str, codes)))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["save@3", "manifest@3", "sync@3", "rotate@3"])
-def test_a_kill_loses_nothing(place: str, tmp_path: Path) -> None:
-    """SIGKILL inside a save, before the manifest, inside a sync and inside the deletion of an older checkpoint."""
-    options = SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}
-    whole = trainer(tiny_model(), config(tmp_path / "whole", **options))
-    whole.train()
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder for each of `PLACES`, in which a run was killed there; each in a fork of one process."""
+    root = tmp_path_factory.mktemp("killed")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path])
     }
     process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "killed"), place],
+        [sys.executable, "-c", KILLED, str(root), *PLACES],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
-    resumed = trainer(tiny_model(), config(tmp_path / "killed", **options))
+    codes = (root / "codes.txt").read_text().split() if process.returncode == 0 else []
+    assert codes == [str(-signal.SIGKILL)] * len(PLACES), process.stderr[-2000:]
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_loses_nothing(place: str, killed: Path, tmp_path: Path) -> None:
+    """SIGKILL inside a save, before the manifest, inside a sync and inside the deletion of an older checkpoint."""
+    options = SAVING | MOVING | {"save_steps": 1, "save_total_limit": 1}
+    whole = trainer(tiny_model(), config(tmp_path / "whole", **options))
+    whole.train()
+    resumed = trainer(tiny_model(), config(killed / place, **options))
     resumed.train(resume_from_checkpoint=True)
     assert logged(resumed) == logged(whole)
     assert resumed.reference.version == whole.reference.version == 4

@@ -44,6 +44,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (folder / "_reference").rglob("*.safetensors")}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", KEPT)
 @pytest.mark.parametrize("kind", ["full", "lora_fresh"])
 def test_a_second_run_leaves_the_reference_of_the_first(kind: str, way: str, tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_what_is_no_tensor_stays_in_host_memory(tmp_path: Path) -> None:
     batches = [ours._prepare_inputs(batch) for batch in prepared]
     expected = [layout(dataset.to_list()[start : start + 3]) for start in range(0, len(dataset), 3)]
     for found, made in zip(batches, expected, strict=True):
-        assert found["shared_pieces"] == made["shared_pieces"]
-        assert found["sequences"] == made["sequences"]
+        assert found["row_segments"] == made["row_segments"]
+        assert found["host_sequences"] == made["host_sequences"]
         assert torch.equal(found["input_ids"], made["input_ids"])
 
 

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.scoring import head
-from holdfast.scoring.head import LogitTransform, is_plain_linear, is_sharded, linear_columns
+from holdfast.scoring.causal_lm import is_plain_linear, is_sharded
+from holdfast.scoring.head import linear_logps
+from holdfast.scoring.transform import LogitTransform
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(cap=2.0), LogitTransform(3.0, 1.5)]
@@ -42,7 +44,7 @@ def direction() -> Tensor:
 
 def ours(given: Leaves, transform: LogitTransform = TRANSFORMS[0], **options: Any) -> tuple[Tensor, ...]:
     options = {"chunk_tokens": 4} | options
-    return linear_columns(given["states"], given["weight"], given.get("bias"), targets(), transform, **options)
+    return linear_logps(given["states"], given["weight"], given.get("bias"), targets(), transform, **options)
 
 
 def plain(given: Leaves, transform: LogitTransform = TRANSFORMS[0]) -> Tensor:
@@ -111,7 +113,7 @@ def test_a_token_beyond_the_vocabulary_has_no_log_prob(monkeypatch: pytest.Monke
     target = targets()
     target[4] = VOCABULARY
     with torch.no_grad():
-        (logps,) = linear_columns(
+        (logps,) = linear_logps(
             given["states"], given["weight"], None, target, LogitTransform(), chunk_tokens=4, any_order=True
         )
     assert logps.isnan().tolist() == [row == 4 for row in range(TOKENS)]
@@ -244,7 +246,7 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
 def test_no_tokens(is_trained: bool) -> None:
     given = leaves(is_trained)
     states = given["states"][:0]
-    columns = linear_columns(
+    columns = linear_logps(
         states, given["weight"], None, targets()[:0], LogitTransform(), chunk_tokens=4, with_statistics=True
     )
     assert [column.shape for column in columns] == [(0,)] * 5
@@ -281,7 +283,7 @@ def test_no_tensor_of_all_tokens_by_vocabulary_is_made(is_trained: bool) -> None
     target = torch.arange(num_tokens)
     watch = Watch()
     with watch:
-        columns = linear_columns(
+        columns = linear_logps(
             states, weight, None, target, LogitTransform(cap=3.0), chunk_tokens=chunk, with_statistics=True
         )
         columns[0].sum().backward()
@@ -298,7 +300,7 @@ def test_a_trained_head_of_one_chunk_makes_its_logits_once() -> None:
     """Logits, and the gradients of states and weight: three products, where four are needed chunk by chunk."""
     given, watch = leaves(is_trained=True), Watch()
     with watch:
-        linear_columns(
+        linear_logps(
             given["states"], given["weight"], None, targets(), LogitTransform(), chunk_tokens=100
         )[0].sum().backward()  # fmt: skip
     assert watch.num_products() == 3

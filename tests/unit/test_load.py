@@ -141,7 +141,7 @@ GOOD_LINE = LINES.splitlines()[0] + "\n"
             r"line 2: a row must be a JSON object .*found NoneType None. Corr",
         ),
         ("a.jsonl", GOOD_LINE + "[1, 2]\n", r"line 2: a row must be a JSON object such as \{\"prompt\".*found list"),
-        ("a.json", "[" + GOOD_LINE + ",\n" + GOOD_LINE + ",]", r"a.json, line 4, column 2: malformed JSON"),
+        ("a.json", "[" + GOOD_LINE + ",\n" + GOOD_LINE + ", x]", r"a.json, line 4, column 3: malformed JSON"),
         ("a.json", '[{"prompt": "a"}, "b"]', r"element 1 of the array: a row must be a JSON object .*found str b"),
         ("a.json", "[]", r"must hold at least one row; found an empty array"),
         ("a.jsonl", GOOD_LINE.encode() + b'{"prompt": "\xe9"}', r"line 2: the text must be in utf-8.*pass `encoding=`"),

@@ -28,6 +28,7 @@ from holdfast.losses import (
     preference_loss,
     wpo_weights,
 )
+from holdfast.losses.options import option_names, rules
 
 LN2 = math.log(2.0)
 
@@ -179,11 +180,21 @@ AT_ZERO_MARGIN = {
 }
 
 
+def at_zero_margin(name: str) -> float:
+    """The value by hand, above; of a loss that is not there, by the oracle."""
+    if name in AT_ZERO_MARGIN:
+        return AT_ZERO_MARGIN[name]
+    chosen, rejected = [torch.full((5,), -2.0)], [torch.full((4,), -3.5)]
+    smoothing = 0.1 if "label_smoothing" in LOSSES[name].reads else 0.0
+    options = {"label_smoothing": smoothing}
+    return oracle.LOSS_ORACLE[name](chosen, rejected, chosen, rejected, options).item()
+
+
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_reference])
 def test_value_at_zero_margin(name):
     """A policy that is its reference: what every run starts with."""
     smoothing = 0.1 if "label_smoothing" in LOSSES[name].reads else 0.0
-    assert value(name, POLICY, POLICY, label_smoothing=smoothing) == close(AT_ZERO_MARGIN[name])
+    assert value(name, POLICY, POLICY, label_smoothing=smoothing) == close(at_zero_margin(name))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +295,7 @@ def test_weights_multiply_every_pair_on_its_own():
     reference = of_pairs([-12.0, -4.0], [-13.0, -7.0], [5, 2], [4, 3])
     how = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "options": LossOptions()}
     plain = preference_loss(policy, reference, **how)
-    weighted = preference_loss(policy, reference, **how, weights=torch.tensor([0.5, 3.0]))
+    weighted = preference_loss(policy, reference, **how, pair_weights=torch.tensor([0.5, 3.0]))
     assert weighted.tolist() == close(0.5 * plain[0].item(), 3.0 * plain[1].item())
 
 
@@ -328,13 +339,27 @@ def package_losses(name: str, policy: Tensor, reference: Tensor, log_sum_sq: Ten
         loss_types=[name],
         loss_weights=[1.0],
         options=LossOptions(**{key: number for key, number in options.items() if key != "ld_alpha"}),
-        weights=None if log_sum_sq is None else wpo_weights(logps, log_sum_sq, batch),
+        pair_weights=None if log_sum_sq is None else wpo_weights(logps, log_sum_sq, batch),
     )
+
+
+OTHER_VALUES = {"label_smoothing": 0.1, "discopop_tau": 0.3, "simpo_gamma": 1.2, "cpo_alpha": 0.4}
+DIVERGENCE, COEFFICIENT = "f_divergence_type", "f_alpha_divergence_coef"
+
+
+def other_value(option: str) -> float:
+    """A value of the option that is not its default: the one above, or the first of a few that its rule allows."""
+    if option in OTHER_VALUES:
+        return OTHER_VALUES[option]
+    default, rule = getattr(LossOptions(), option), rules(LossOptions)[option]
+    return next(value for value in (0.3, 1.2, 0.7, 3.0, -0.5) if value != default and rule.allows(value))
 
 
 def combinations():
     """Every loss with everything that it reads: plain and other numbers, divergences, LD-DPO, WPO."""
-    others = {"label_smoothing": 0.1, "discopop_tau": 0.3, "simpo_gamma": 1.2, "cpo_alpha": 0.4}
+    others = {
+        name: other_value(name) for name in option_names(LossOptions) if name not in ("beta", DIVERGENCE, COEFFICIENT)
+    }
     alphas = [("alpha_divergence", coef) for coef in (0.5, 0.0, 1.0, 1.7)]
     for name, loss in LOSSES.items():
         divergences = [("reverse_kl", 0.5)]
@@ -514,12 +539,12 @@ def test_no_divergence_turns_a_far_margin_into_nan(name, ratio_w, ratio_l, diver
     options = {"label_smoothing": smoothing, "f_divergence_type": divergence}
     policy, reference = of_pairs([ratio_w], [ratio_l], [4], [4]), of_pairs([0.0], [0.0], [4], [4])
     found = value(name, policy, reference, **options)
+    assert not math.isnan(found[0])
     if ratio_w == ratio_l:
-        assert found == close(AT_ZERO_MARGIN[name])
-    elif name in ("ipo", "discopop"):  # not monotone: too far above its target is wrong too; a bump beyond zero
-        assert not math.isnan(found[0])
-    else:
-        assert (found[0] > AT_ZERO_MARGIN[name]) == (ratio_w < ratio_l)
+        assert found == close(at_zero_margin(name))
+    elif name in ("sigmoid", "hinge", "exo_pair", "robust", "sigmoid_norm"):
+        # Not `ipo`, to which a margin far above its target is wrong too, nor `discopop`, which has a bump beyond zero.
+        assert (found[0] > at_zero_margin(name)) == (ratio_w < ratio_l)
     assert not any(map(math.isnan, gradient_at(name, ratio_w, reference, ratio_l, **options)))
 
 
@@ -575,7 +600,7 @@ INF, NAN = math.inf, math.nan
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([],), r"loss_type must name at least one loss, got none\. Choose from sigmoid, hinge, .*, cpo\."),
+        (([],), rf"loss_type must name at least one loss, got none\. Choose from {', '.join(LOSSES)}\."),
         ((["sigmod"],), r"loss_type 'sigmod' is unknown\. Did you mean 'sigmoid'\? There are sigmoid, hinge, "),
         ((["sigmoid", "IPO"],), r"loss_type 'IPO' is unknown\."),
         ((["sigmoid"], [1.0, 2.0]), r"loss_weights must be finite, one per loss, got \[1\.0, 2\.0\]\. Weigh each of"),
@@ -692,6 +717,30 @@ def test_unknown_names_are_said_where_the_check_was_skipped():
         value("dpo")
     with pytest.raises(ValueError, match=r"f_divergence_type 'kl' is unknown\. Did you mean '.*_kl'\?"):
         value("sigmoid", f_divergence_type="kl")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_the_options_that_it_declares_and_no_other(name):
+    """Another value of an option changes the loss or its gradient where the loss declares it, and nowhere else."""
+    _, policy, reference, _ = random_logps(seed=5)
+    plain = {"label_smoothing": 0.05, "f_divergence_type": "alpha_divergence"}
+    changes = {option: other_value(option) for option in option_names(LossOptions) if option != DIVERGENCE}
+    declared = set(option_names(LOSSES[name].options))
+    before = package_losses(name, policy, reference, None, plain)
+    for option, changed in changes.items():
+        after = package_losses(name, policy, reference, None, plain | {option: changed})
+        assert torch.equal(before, after) == (option not in declared), option
+    after = package_losses(name, policy, reference, None, plain | {DIVERGENCE: "forward_kl"})
+    assert torch.equal(before, after) == (DIVERGENCE not in declared)
+
+
+def test_an_option_out_of_its_range_is_refused_whatever_the_losses():
+    """Every option of a loss has a rule, and every number has values that it does not allow."""
+    assert set(rules(LossOptions)) == set(option_names(LossOptions))
+    for option, rule in rules(LossOptions).items():
+        if not rule.choices:
+            with pytest.raises(ValueError, match=rf"{option} must be a finite number.*, got nan"):
+                check(["sigmoid"], **{option: NAN})
 
 
 def test_every_loss_names_its_paper():

@@ -16,9 +16,9 @@ from torch import nn
 
 import holdfast
 from holdfast.reference import run_folder
-from holdfast.reference.offloaded import ParkedReference
+from holdfast.reference.offloaded import OffloadedReference
 from holdfast.reference.run_folder import RunFolder, running
-from holdfast.reference.tensor_file import KeptTensors
+from holdfast.reference.tensor_file import TensorFile
 
 HOLDER = """
 import sys, time
@@ -168,10 +168,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_comes_back_from_disk_or_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    kept = KeptTensors("disk", RunFolder(tmp_path), "kept.safetensors")
+    kept = TensorFile(RunFolder(tmp_path), "kept.safetensors")
     if dtype not in WRITABLE:
         with pytest.raises(ValueError, match=rf"kept on disk, but 'b' is of {dtype}, which safetensors cannot write"):
-            kept.keep({"a": torch.zeros(2), "b": torch.empty(4, dtype=dtype)})
+            kept.write({"a": torch.zeros(2), "b": torch.empty(4, dtype=dtype)})
         return
     draw = torch.randint(0, 2 if dtype == torch.bool else 256, (3 * 16,), dtype=torch.uint8)
     values = {
@@ -180,7 +180,7 @@ def test_every_dtype_comes_back_from_disk_or_is_refused(dtype: torch.dtype, tmp_
     }  # fmt: skip
     if dtype == torch.float4_e2m1fn_x2:  # two values a byte: safetensors has no scalar of it
         del values["scalar"]
-    kept.keep(values)
+    kept.write(values)
     found = dict(kept.items())
     assert found.keys() == values.keys()
     for name, value in values.items():
@@ -194,9 +194,9 @@ def test_every_dtype_comes_back_from_disk_or_is_refused(dtype: torch.dtype, tmp_
 
 def test_a_file_that_was_changed_is_refused_by_tensor(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    kept = KeptTensors("disk", folder, "kept.safetensors")
+    kept = TensorFile(folder, "kept.safetensors")
     values = {"first": torch.arange(100.0), "second": torch.arange(100.0) + 1}
-    kept.keep(values)
+    kept.write(values)
     file = folder.path() / "kept.safetensors"
     whole = file.read_bytes()
     place = whole.index(bits(values["second"]).numpy().tobytes())
@@ -217,7 +217,7 @@ def test_a_file_that_was_changed_is_refused_by_tensor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 tensors were kept in .*cannot be opened.*Start again"):
         list(kept.items())
 
-    kept.keep(values)
+    kept.write(values)
     assert [name for name, _ in kept.items()] == ["first", "second"]
 
 
@@ -227,12 +227,12 @@ def test_a_parked_module_has_its_weights_again_whatever_their_dtype(dtype: torch
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     packed = (torch.randn(8, 8) * 50).to(dtype)
     module[1].weight = nn.Parameter(packed.clone(), requires_grad=False)
-    parked = ParkedReference(
+    parked = OffloadedReference(
         module, contextlib.nullcontext, folder=RunFolder(tmp_path), name="parked.safetensors", origin="the module"
     )
     frame = parked._frame
     assert not any(parameter.numel() for parameter in frame.parameters())
-    with parked.held():
+    with parked.in_place():
         for (name, found), expected in zip(frame.named_parameters(), module.parameters(), strict=True):
             assert found.dtype == expected.dtype, name
             assert torch.equal(bits(found.detach()), bits(expected.detach())), name

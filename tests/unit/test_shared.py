@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.batch import SEQUENCES, PairBatch
+from holdfast.batch import HOST_SEQUENCES, PairBatch
 from holdfast.data.layouts.padded import PaddedLayout, truncated_rows
 from holdfast.data.layouts.prefix_shared import SharedLayout, _packed
 from holdfast.data.tokenize import content_id
-from holdfast.scoring.segments import PIECES, Pieces, Segment
+from holdfast.scoring.segments import SEGMENTS, Segment, Segments
 
 PAD = 0
 # Few tokens and short sequences, so that prompts and completions occur again.
@@ -33,7 +33,7 @@ EXAMPLES = [
 ]
 
 
-def lengths(pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
+def lengths(pieces: Segments) -> Iterator[tuple[int, int, bool]]:
     """(row, number of tokens, whether it is a prompt) of every piece, in reading order."""
     for row, segments in enumerate(pieces.rows):
         for segment in segments:
@@ -44,7 +44,7 @@ def lengths(pieces: Pieces) -> Iterator[tuple[int, int, bool]]:
 def pieces(tensors: dict[str, Any]) -> Iterator[tuple[list[int], list[int], list[int], bool]]:
     """(ids, positions, flat places, whether it is a prompt) of every piece, in reading order."""
     filled = [0] * len(tensors["input_ids"])
-    for row, length, is_prompt in lengths(tensors[PIECES]):
+    for row, length, is_prompt in lengths(tensors[SEGMENTS]):
         here = slice(filled[row], filled[row] + length)
         places = row * tensors["input_ids"].shape[1] + torch.arange(here.start, here.stop)
         filled[row] += length
@@ -62,12 +62,12 @@ def test_a_batch_by_hand() -> None:
     The first prompt begins 4 of the 6 rows that the padded layout would have, its completion 3 4 is in 2 of them.
     """
     batch = PairBatch.from_tensors(tensors := SharedLayout(PAD, row_tokens=8)(EXAMPLES))
-    assert sorted(batch.inputs) == ["attention_mask", "input_ids", "position_ids", PIECES]
+    assert sorted(batch.inputs) == ["attention_mask", "input_ids", "position_ids", SEGMENTS]
     assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 5, 10, 11, 12], [6, 7, 8, 9, 0, 0, 0, 0]]
     assert tensors["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 3, 4], [0, 1, 1, 2, 0, 0, 0, 0]]
     assert tensors["attention_mask"].tolist() == [[4, 4, 2, 2, 1, 1, 1, 1], [2, 1, 1, 1, 0, 0, 0, 0]]
     first, second = Segment(prompt=2, groups=((2, 1, 3),)), Segment(prompt=1, groups=((1, 2),))
-    assert tensors[PIECES] == Pieces(rows=((first,), (second,)), num_columns=8)
+    assert tensors[SEGMENTS] == Segments(rows=((first,), (second,)), num_columns=8)
     assert batch.source.tolist() == [1, 2, 8, 1, 8, 10, 1, 5, 6]
     assert batch.target.tolist() == [3, 4, 7, 5, 8, 9, 10, 11, 12]
     assert batch.sequence.tolist() == [0, 0, 1, 2, 3, 3, 4, 4, 4]
@@ -96,7 +96,7 @@ def test_every_pair_has_the_sequences_of_the_padded_layout(rows: list[dict], mul
     assert (shared["sequence"].diff() >= 0).all()
     assert len(shared["content"]) == len({tuple(ids) for ids in shared["content"].tolist()})
     assert shared["input_ids"].shape[1] % (multiple or 1) == 0
-    assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name not in (PIECES, SEQUENCES))
+    assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name not in (SEGMENTS, HOST_SEQUENCES))
 
 
 @given(ROWS, st.sampled_from([None, 4]), st.sampled_from([1, 12, 100]), st.booleans())
@@ -105,8 +105,8 @@ def test_host_memory_says_of_sequences_what_the_tensors_say(
 ) -> None:
     layout = SharedLayout(PAD, pad_to_multiple_of=multiple, row_tokens=budget, shares_prompts=shares)
     batch = PairBatch.from_tensors(layout(rows))
-    read = replace(batch, sequences=None)
-    assert batch.sequences is not None
+    read = replace(batch, host_sequences=None)
+    assert batch.host_sequences is not None
     assert batch.content_ids() == read.content_ids()
     assert batch.lengths() == read.lengths()
     assert batch.tokens_of_rows() == read.tokens_of_rows()
@@ -211,7 +211,7 @@ def test_it_travels_to_workers() -> None:
     collator = SharedLayout(3, max_length=9, truncation_mode="keep_end", pad_to_multiple_of=4, row_tokens=7)
     assert pickle.loads(pickle.dumps(collator)) == collator
     batch = collator(EXAMPLES)
-    assert pickle.loads(pickle.dumps(batch[PIECES])) == batch[PIECES]
+    assert pickle.loads(pickle.dumps(batch[SEGMENTS])) == batch[SEGMENTS]
 
 
 def test_options_that_are_refused() -> None:

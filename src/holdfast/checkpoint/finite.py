@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from holdfast.checkpoint.folder import complete_checkpoints
-from holdfast.reference.base import Reference
+from holdfast.reference.reference import Reference
 
 _NUM_NAMED = 3
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -27,9 +27,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from holdfast.batch import PairBatch
 from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.internals.transformers import attention_of
-from holdfast.reference.base import Reference
 from holdfast.reference.digests import digest
 from holdfast.reference.identity import Identity, numerics
+from holdfast.reference.reference import Reference
 
 FOLDER, MANIFEST, STATE = "reference", "manifest.json", "state.safetensors"
 FORMAT = 2
@@ -174,7 +174,7 @@ def save_reference(
             save_file(state, staged / STATE)
         manifest = {
             **manifest,
-            "kind": type(reference).__name__,
+            "kind": reference.kind,
             "description": reference.describe(),
             "version": reference.version,
             "drift": reference.drift,
@@ -197,7 +197,7 @@ def load_reference(checkpoint: Path, reference: Reference | None, provenance: Pr
         if (reference is None) != (manifest["kind"] == "none"):
             raise ValueError(
                 f"{checkpoint} was written by a run whose reference was of kind {manifest['kind']!r}; this run has "
-                f"{'none' if reference is None else type(reference).__name__}. Resume with the losses and `reference` "
+                f"{'none' if reference is None else reference.kind}. Resume with the losses and `reference` "
                 "of that run."
             )
         return

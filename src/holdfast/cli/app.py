@@ -98,12 +98,10 @@ def precompute(
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
-        from holdfast import PrecomputedReference
         from holdfast.cli.assembly import trainer_of
-        from holdfast.reference.user_logps import GivenReference
 
         reference = trainer_of(run, arguments).reference
-        if not isinstance(reference, PrecomputedReference | GivenReference):
+        if reference is None or not reference.is_precomputed:
             raise ValueError(
                 "Log-probs were to be computed ahead, but this run's cannot be: its data are a stream, its reference "
                 "moves (sync_ref_model), is asked in windows (reference_window), or there is none. `holdfast train` "

@@ -18,7 +18,6 @@ from holdfast.data.formats import REFERENCE_COLUMNS
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
 from holdfast.data.load import load_preferences
-from holdfast.reference.stored import PrecomputedReference
 from holdfast.store.store import LogpStore
 from holdfast.trainer import DPOTrainer
 
@@ -58,7 +57,7 @@ def needed(run: RunFile) -> Needed:
         trainer = trainer_of(run, arguments, takes_given=False)
         datasets: dict[str, Any] = {"train": trainer.train_dataset} | by_name(trainer.eval_dataset)
         streams = [name for name, data in datasets.items() if not isinstance(data, Dataset)]
-        if streams or arguments.sync_ref_model or not isinstance(trainer.reference, PrecomputedReference):
+        if streams or arguments.sync_ref_model or trainer.reference is None:
             obstacle = (
                 f"the {streams[0]} dataset is a stream" if streams
                 else "its reference moves (sync_ref_model)" if arguments.sync_ref_model
@@ -73,7 +72,8 @@ def needed(run: RunFile) -> Needed:
         ids: set[ContentId] = set()
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())
-        return Needed(store=trainer.reference.store, ids=frozenset(ids))
+        assert trainer.reference.stored is not None
+        return Needed(store=trainer.reference.stored.store, ids=frozenset(ids))
 
 
 def _tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -18,29 +18,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import SEQUENCES
+from holdfast.batch import HOST_SEQUENCES
 from holdfast.data.layouts.padded import POSITION_KEYS
-from holdfast.scoring.segments import PIECES
+from holdfast.scoring.segments import SEGMENTS
 
-UNIDENTIFIED = "unidentified"
+UNIDENTIFIED = "unidentified_inputs"
 """Where a batch names its inputs that no content id covers."""
 
-_COVERED = frozenset({"input_ids", "attention_mask", "reference", SEQUENCES, *POSITION_KEYS})
+_COVERED = frozenset({"input_ids", "attention_mask", "reference_logps", HOST_SEQUENCES, *POSITION_KEYS})
 _PLAIN = (str, int, float, bool, type(None))
 
 
 def identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
-    """A batch of a user's collator, with content ids that cover all of its inputs; `unidentified` names those that they
-    cannot cover. With `takes_positions` the model is told positions where rows are padded on the left."""
+    """A batch of a user's collator, with content ids that cover all of its inputs; `unidentified_inputs` names those
+    that they cannot cover. With `takes_positions` the model is told positions where rows are padded on the left."""
     batch = dict(tensors)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     attended = mask.bool()
-    if PIECES not in batch and takes_positions and "position_ids" not in batch and not bool(attended[:, 0].all()):
+    if SEGMENTS not in batch and takes_positions and "position_ids" not in batch and not bool(attended[:, 0].all()):
         batch["position_ids"] = (attended.long().cumsum(1) - 1).clamp(min=0)
-    extras = {name: value for name, value in batch.items() if name not in _COVERED and name != PIECES}
-    if PIECES in batch:
+    extras = {name: value for name, value in batch.items() if name not in _COVERED and name != SEGMENTS}
+    if SEGMENTS in batch:
         extras.pop("position_ids", None)
-    if not bool(((mask == 0) | (mask == 1)).all()) and PIECES not in batch:
+    if not bool(((mask == 0) | (mask == 1)).all()) and SEGMENTS not in batch:
         extras["attention_mask"] = mask
     if not extras:
         return batch

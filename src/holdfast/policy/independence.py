@@ -26,8 +26,9 @@ from holdfast.data.inputs import takes_positions
 from holdfast.data.layouts.padded import PaddedLayout, Row
 from holdfast.policy.rotations import plain_attributes
 from holdfast.policy.untouched import untouched
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
-from holdfast.scoring.score import score, unwrap
+from holdfast.scoring.score import score
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 logger = logging.getLogger(__name__)

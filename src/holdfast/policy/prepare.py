@@ -14,7 +14,7 @@ from holdfast.internals.torch import dropout_class
 from holdfast.policy.adapters import check_adapter, check_policy_adapters, is_adapted
 from holdfast.policy.load import PolicyOptions, load_policy
 from holdfast.policy.quantised import is_quantised, pin_quantised_layers
-from holdfast.scoring.score import unwrap
+from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from holdfast.scoring.score import unwrap
+from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
 

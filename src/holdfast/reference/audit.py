@@ -11,20 +11,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.base import Reference, num_bytes
+from holdfast.reference.base import num_bytes
 from holdfast.reference.identity import Identity
-from holdfast.reference.user_logps import GivenReference
-from holdfast.scoring.frozen import frozen_logps
-
-TOLERANCE_NATS = 1e-3
-"""Largest gap of one token's log-prob in fp32. The same path twice differs by nothing, another batch by about 1e-5."""
-
-TOLERANCE_NATS_HALF = 0.05
-"""Largest mean gap per token under bf16 or fp16, where another batch shape alone moves single tokens by 0.1."""
+from holdfast.reference.reference import Reference
+from holdfast.scoring.frozen import Autocast, frozen_logps
+from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF
 
 _CACHED = 2**18
 """Values that are read from memory once, however often they are summed up."""
@@ -77,30 +71,31 @@ def _parts(values: Tensor) -> Sequence[Tensor]:
     return values.reshape(-1).split(_CACHED if values.device.type == "cpu" else max(1, values.numel()))
 
 
-def introduction(reference: Reference, weights: str | None, found: str) -> str:
-    """Which reference it is, where it is held and what the audit found, in one line; `weights` is their digest."""
-    digest = f", weights {weights[:12]}" if weights else ""
-    return f"Reference: {reference.describe()}{digest}, {num_bytes(reference)} bytes held; {found}."
+def introduction(reference: Reference, digest: str | None, found: str) -> str:
+    """Which reference it is, where it is held and what the audit found, in one line; `digest` is that of its
+    weights."""
+    weights = f", weights {digest[:12]}" if digest else ""
+    return f"Reference: {reference.describe()}{weights}, {num_bytes(reference)} bytes held; {found}."
 
 
 def audit(
     policy: nn.Module,
     reference: Reference,
     batch: PairBatch,
-    accelerator: Accelerator,
-    captured: Checksums,
     *,
+    autocast: Autocast,
+    mixed_precision: str,
+    captured: Checksums,
     is_users_choice: bool,
 ) -> str:
     """What was measured on `batch`, in a clause. ValueError when a captured reference is not the policy, naming what
     differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
-    # Sums that came with the data have no single tokens. What gave them may be gone, but not where it is the policy.
-    of_sums = is_users_choice and isinstance(reference, GivenReference)
-    asked = reference.inner if isinstance(reference, GivenReference) and not of_sums else reference
-    gap = Gap.between(frozen_logps(policy, batch, accelerator.autocast), asked.logps(batch), of_sums=of_sums)
-    is_half_precision = (
-        accelerator.mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
-    )
+    # Log-probs given by the user are sums, so only sums can be compared: the model they came from may have been freed.
+    # Where the reference is the policy, it is asked itself.
+    of_sums = is_users_choice and reference.user_logps is not None
+    theirs = reference.logps(batch) if of_sums else reference.computed_logps(batch)
+    gap = Gap.between(frozen_logps(policy, batch, autocast), theirs, of_sums=of_sums)
+    is_half_precision = mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
     if math.isnan(gap.mean):
         raise ValueError(
             "Policy and reference were compared on the first batch, and a log-prob is NaN. Check the weights and dtype "

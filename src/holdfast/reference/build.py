@@ -1,9 +1,9 @@
 """From options to a reference: the one place that knows every way to hold one.
 
-A way is a class in a file of its own; a new one is added to `Way` and `_held`.
+`WAYS` has them by name. A new way is a class in a file of its own, and an entry there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,41 @@ from torch import nn
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
 from holdfast.reference.adapter import AdapterReference
-from holdfast.reference.base import Reference
+from holdfast.reference.base import Scorer
 from holdfast.reference.identity import Identity, numerics, store_key
-from holdfast.reference.mixture import MixtureReference, mixture_weights
+from holdfast.reference.mixture import MixtureReference, mixture_shares
 from holdfast.reference.model import ModelReference, freeze
-from holdfast.reference.moving import lora_products as products
-from holdfast.reference.moving.average import check_mixable, effective_parameters
-from holdfast.reference.offloaded import ParkedReference
-from holdfast.reference.other_adapter import NamedAdapterReference, check_named
+from holdfast.reference.moving import lora_products
+from holdfast.reference.moving.hard_snapshot import HardSnapshot
+from holdfast.reference.moving.model import MovingModel
+from holdfast.reference.moving.soft_snapshot import SoftSnapshot
+from holdfast.reference.offloaded import OffloadedReference
+from holdfast.reference.other_adapter import OtherAdapterReference, check_other_adapter
+from holdfast.reference.reference import Reference, Roles
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import Motion, SnapshotReference
+from holdfast.reference.snapshot import SnapshotReference
 from holdfast.reference.stored import PrecomputedReference
 from holdfast.reference.tensor_file import Place
-from holdfast.reference.windowed import WindowedReference
+from holdfast.reference.window import Window
+from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.frozen import Autocast
-from holdfast.scoring.score import unwrap, vocabulary_size
 from holdfast.store.store import LogpStore, default_root
 
-Way = Literal["model", "adapter", "snapshot", "precomputed", "none"]
+Motion = Literal["fixed", "hard", "soft"]
+"""Whether a reference stays, is set to the policy at every sync (alpha = 1), or mixed with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What was asked for: the way by name (`auto` = go by the model), which adapter of the policy it is, where a
-    snapshot is held (in `folder`, if on disk), whether log-probs are computed ahead and over how many optimizer steps
-    (`window`; None where that is left open), whether the data is a stream, how often and how far the reference moves
-    (None and 0 for a fixed one), the weights of several references (None for equal ones), and the folder of stored
-    log-probs (None for the default), with or without those of versions that are over."""
+class ReferenceOptions:
+    """Which reference is asked for.
+
+    `way` is the name of a way to hold it (`auto` goes by the model), `adapter` which adapter of the policy it is.
+    `place` is where a snapshot is held, in `folder` if on disk. `is_ahead` says whether log-probs are computed ahead;
+    `window` over how many optimizer steps, None where that is left open. `is_stream` says that the data have no end.
+    `sync_steps` and `mixup_alpha` are how often and how far it moves, None and 0 for a fixed one. `shares` are those of
+    several references, None for equal ones. `store` is the folder of stored log-probs, None for the default;
+    `keeps_versions` leaves those of past versions there.
+    """
 
     way: str = "auto"
     adapter: str | None = None
@@ -51,7 +59,7 @@ class Wish:
     is_stream: bool = False
     sync_steps: int | None = None
     mixup_alpha: float = 0.0
-    weights: Sequence[float] | None = None
+    shares: Sequence[float] | None = None
     store: Path | None = None
     keeps_versions: bool = False
 
@@ -61,8 +69,135 @@ class Wish:
         return "fixed" if self.sync_steps is None else "hard" if self.mixup_alpha == 1 else "soft"
 
 
-def choose_reference(
-    wish: Wish,
+# --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+def _model(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -> Roles:
+    """A copy of the policy."""
+    if options.motion == "fixed":
+        return Roles(scorer=ModelReference.capture(policy, autocast))
+    model = MovingModel.capture(policy, autocast)
+    return Roles(scorer=model, moving=model)
+
+
+def _adapter(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -> Roles:
+    """Inside a PEFT policy."""
+    return Roles(scorer=AdapterReference.capture(policy, autocast))
+
+
+def _snapshot(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -> Roles:
+    """Values for the policy's trainable tensors. Those of log-probs ahead wait on disk for data nobody announced."""
+    place = options.place if options.way == "snapshot" else "disk" if options.is_ahead else "device"
+    if options.motion == "fixed":
+        snapshot = SnapshotReference(policy, autocast, place=place, folder=options.folder)
+        return Roles(scorer=snapshot, captured=snapshot)
+    kind = HardSnapshot if options.motion == "hard" else SoftSnapshot
+    moving = kind(policy, autocast, place=place, folder=options.folder)
+    return Roles(scorer=moving, moving=moving, captured=moving)
+
+
+Way = Callable[[ReferenceOptions, nn.Module, Autocast], Roles]
+WAYS: Mapping[str, Way] = {"model": _model, "adapter": _adapter, "snapshot": _snapshot}
+"""The ways to hold the policy as it starts to train, by name."""
+
+WAY_NAMES = ("auto", *WAYS, "precomputed", "none")
+"""The values of the option `reference`."""
+
+
+def _way_of_policy(options: ReferenceOptions, policy: nn.Module) -> str:
+    """The name of the way in which the policy itself is held as its reference. ValueError where that cannot be."""
+    moves, is_ahead = options.motion != "fixed", options.is_ahead
+    if options.way == "adapter" and not is_adapted(policy):
+        raise ValueError(
+            f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "
+            "Pass a `peft_config`, or use reference='model' or 'precomputed'."
+        )
+    obstacle = lora_products.why_not(policy) if options.motion == "soft" and is_adapted(policy) else None
+    if options.way == "model" and (moves or not is_ahead):
+        return "model"
+    if options.way == "auto" and (obstacle or not (is_ahead or is_adapted(policy))):
+        return "model"
+    if options.way not in ("auto", "model", "adapter", "precomputed"):
+        name = options.way
+    else:
+        name = "adapter" if is_adapted(policy) and not moves else "snapshot"
+    if obstacle:
+        raise ValueError(
+            f"sync_ref_model=True was asked for with reference={options.way!r} and ref_model_mixup_alpha="
+            f"{options.mixup_alpha}, but inside the policy there is no exact mix of two such adapters: {obstacle}. Use "
+            "reference='model', whose weights move merged, or ref_model_mixup_alpha=1."
+        )
+    return name
+
+
+# --- one reference, or several ----------------------------------------------------------------------------------------
+
+
+def _one(options: ReferenceOptions, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast) -> Roles:
+    """One reference: the model that the user chose, an adapter of the policy, or the policy as it starts to train."""
+    if ref_model is not None:
+        return _of_model(options, policy, ref_model, autocast)
+    if options.adapter is not None:
+        named = check_other_adapter(policy, options.adapter)
+        return Roles(scorer=OtherAdapterReference(named, autocast, options.adapter))
+    return WAYS[_way_of_policy(options, policy)](options, policy, autocast)
+
+
+def _of_model(options: ReferenceOptions, policy: nn.Module, ref_model: nn.Module, autocast: Autocast) -> Roles:
+    """The module that the user chose."""
+    if options.way in WAYS.keys() - {"model"} or options.adapter is not None:
+        asked = f"ref_adapter_name={options.adapter!r}" if options.adapter is not None else f"reference={options.way!r}"
+        raise ValueError(
+            f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
+            "another model. Drop one of them."
+        )
+    check_ref_model(policy, ref_model)
+    if options.motion == "fixed":
+        return Roles(scorer=ModelReference(freeze(ref_model), autocast, origin=_ORIGIN))
+    model = MovingModel.of_model(ref_model, autocast, origin=_ORIGIN, policy=policy)
+    return Roles(scorer=model, moving=model)
+
+
+_ORIGIN = "the given ref_model"
+
+
+def _several(
+    options: ReferenceOptions, policy: nn.Module, ref_models: Sequence[nn.Module | None], autocast: Autocast
+) -> tuple[Roles, list[Scorer]]:
+    """The one reference, or the mixture of several, and the scorers that it is made of. Where the policy is one of
+    several, `options.way` says how it is held."""
+    if len(ref_models) == 1:
+        roles = _one(options, policy, ref_models[0], autocast)
+        return roles, [roles.scorer]
+    others = replace(options, way="model") if None in ref_models else options
+    found = [_one(options if module is None else others, policy, module, autocast) for module in ref_models]
+    captured = next((roles.captured for roles in found if roles.captured is not None), None)
+    scorers = [roles.scorer for roles in found]
+    mixture = MixtureReference(scorers, mixture_shares(options.shares, len(scorers)))
+    return Roles(scorer=mixture, captured=captured), scorers
+
+
+def _offloaded(options: ReferenceOptions, autocast: Autocast, scorers: list[Scorer]) -> Scorer | None:
+    """What is left of the scorers once whole datasets are scored: nothing in memory, but enough to be asked again;
+    None where one is quantised, which has state beside its tensors."""
+    found: list[Scorer] = []
+    for number, scorer in enumerate(scorers):
+        module = scorer.module
+        if module is None:
+            found.append(scorer)
+        elif is_quantised(module):
+            return None
+        else:
+            name = f"parked-{number}.safetensors"
+            found.append(OffloadedReference(module, autocast, folder=options.folder, name=name, origin=_ORIGIN))
+    return found[0] if len(found) == 1 else MixtureReference(found, mixture_shares(options.shares, len(found)))
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def build_reference(
+    options: ReferenceOptions,
     policy: nn.Module,
     ref_models: Sequence[nn.Module | None],
     autocast: Autocast,
@@ -76,123 +211,48 @@ def choose_reference(
     """The reference for `policy` as it is now; None for the way `none`.
 
     `ref_models` are the modules that the user chose, placed already, None among them for the policy itself; several of
-    them are mixed. Raises ValueError when the wish contradicts the models.
+    them are mixed. Raises ValueError when the options contradict the models.
     """
-    if wish.way == "none":
+    if options.way == "none":
         if any(ref_model is not None for ref_model in ref_models):
             raise ValueError(
                 "A `ref_model` was given, but the losses and reference='none' compare with no reference, so it would "
                 "be ignored. Drop `ref_model`, or use a loss that compares with a reference."
             )
         return None
-    wish = replace(wish, is_ahead=wish.is_ahead or wish.way == "precomputed")
-    held = _mixed(wish, policy, ref_models, autocast)
-    if not wish.is_ahead:
-        return _windowed(wish, held)
+    options = replace(options, is_ahead=options.is_ahead or options.way == "precomputed")
+    roles, scorers = _several(options, policy, ref_models, autocast)
+    window = _window(options, roles.scorer)
+    if not options.is_ahead:
+        return Reference(roles, window=window)
 
     def open_store(identity: Identity, version: int | None) -> LogpStore:
         device = next(policy.parameters()).device
         rounded = numerics(identity, device=device, mixed_precision=mixed_precision, layout=layout())
-        return LogpStore.open(wish.store or default_root(), store_key(identity, rounded, version))
+        return LogpStore.open(options.store or default_root(), store_key(identity, rounded, version))
 
-    moves = wish.motion != "fixed"
-    is_whole = not moves and wish.window is None
     stored = PrecomputedReference(
-        held,
-        open_store=open_store,
-        park=partial(_parked, wish, autocast),
-        is_whole=is_whole,
-        moves=moves,
-        keeps_versions=wish.keeps_versions,
+        open_store,
+        keeps_versions=options.keeps_versions,
         is_quiet=is_quiet,
         is_main=is_main,
         wait_for_all=wait_for_all,
     )
-    return stored if is_whole and not wish.is_stream else _windowed(wish, stored)
+    scores_datasets = options.motion == "fixed" and options.window is None
+    offload = partial(_offloaded, options, autocast, scorers) if scores_datasets else None
+    is_whole = scores_datasets and not options.is_stream
+    return Reference(roles, stored=stored, window=None if is_whole else window, offload=offload)
 
 
-def _mixed(wish: Wish, policy: nn.Module, ref_models: Sequence[nn.Module | None], autocast: Autocast) -> Reference:
-    """The one reference, or the mixture of several. Where the policy is one of them, `wish.way` says how it is held."""
-    if len(ref_models) == 1:
-        return _held(wish, policy, ref_models[0], autocast)
-    others = replace(wish, way="model") if None in ref_models else wish
-    parts = [_held(wish if module is None else others, policy, module, autocast) for module in ref_models]
-    return MixtureReference(parts, mixture_weights(wish.weights, len(parts)))
-
-
-def _windowed(wish: Wish, held: Reference) -> Reference:
-    """`held` asked a window at a time, where that was asked for or spares exchanges of weights."""
-    steps = wish.window
+def _window(options: ReferenceOptions, scorer: Scorer) -> Window | None:
+    """How many steps are scored together, where that was asked for or spares exchanges of weights; else None."""
+    steps = options.window
     if steps is None:
-        parts = held.references if isinstance(held, MixtureReference) else (held,)
-        comes_from_afar = wish.place != "device" and any(isinstance(part, SnapshotReference) for part in parts)
-        if not (wish.is_ahead or comes_from_afar):
-            return held
+        if not (options.is_ahead or scorer.comes_from_afar):
+            return None
         # After a hard sync the policy itself can score all that comes before the next one.
-        steps = wish.sync_steps if wish.is_ahead or wish.motion == "hard" else None
-    return held if steps == 1 else WindowedReference(held, steps=steps, sync_steps=wish.sync_steps)
-
-
-def _held(wish: Wish, policy: nn.Module, ref_model: nn.Module | None, autocast: Autocast) -> Reference:
-    """The reference that is asked, now or ahead."""
-    if ref_model is not None:
-        return _chosen(wish, policy, ref_model, autocast)
-    if wish.adapter is not None:
-        return NamedAdapterReference(check_named(policy, wish.adapter), autocast, wish.adapter)
-    if wish.way == "adapter" and not is_adapted(policy):
-        raise ValueError(
-            f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "
-            "Pass a `peft_config`, or use reference='model' or 'precomputed'."
-        )
-    moves, obstacle = wish.motion != "fixed", _why_not_inside(wish, policy)
-    is_module = wish.way == "model" and (moves or not wish.is_ahead)
-    if is_module or (wish.way == "auto" and (obstacle or not (wish.is_ahead or is_adapted(policy)))):
-        return ModelReference.capture(policy, autocast, moves=moves)
-    if wish.way != "snapshot" and not moves and is_adapted(policy):
-        return AdapterReference.capture(policy, autocast)
-    if obstacle:
-        raise ValueError(
-            f"sync_ref_model=True was asked for with reference={wish.way!r} and ref_model_mixup_alpha="
-            f"{wish.mixup_alpha}, but inside the policy there is no exact mix of two such adapters: {obstacle}. Use "
-            "reference='model', whose weights move merged, or ref_model_mixup_alpha=1."
-        )
-    place = wish.place if wish.way == "snapshot" else "disk" if wish.is_ahead else "device"
-    return SnapshotReference(policy, autocast, place=place, folder=wish.folder, motion=wish.motion)
-
-
-def _why_not_inside(wish: Wish, policy: nn.Module) -> str | None:
-    """What of the policy's adapters cannot be mixed without merging them; None where all can, or need not be."""
-    return products.why_not(policy) if wish.motion == "soft" and is_adapted(policy) else None
-
-
-def _chosen(wish: Wish, policy: nn.Module, ref_model: nn.Module, autocast: Autocast) -> Reference:
-    """The module that the user chose."""
-    if wish.way in ("adapter", "snapshot") or wish.adapter is not None:
-        asked = f"ref_adapter_name={wish.adapter!r}" if wish.adapter is not None else f"reference={wish.way!r}"
-        raise ValueError(
-            f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
-            "another model. Drop one of them."
-        )
-    check_ref_model(policy, ref_model)
-    moves = wish.motion != "fixed"
-    if moves:
-        check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
-    return ModelReference(freeze(ref_model), autocast, origin="the given ref_model", policy=policy if moves else None)
-
-
-def _parked(wish: Wish, autocast: Autocast, held: Reference, number: int = 0) -> Reference | None:
-    """What is kept of `held` once all datasets are scored: nothing in memory, but enough to be asked again, except for
-    quantised weights, which have state beside their tensors."""
-    if isinstance(held, MixtureReference):
-        parts = [_parked(wish, autocast, part, index) for index, part in enumerate(held.references)]
-        known = [part for part in parts if part is not None]
-        return MixtureReference(known, held.weights) if len(known) == len(parts) else None
-    if held.module is None:
-        return held
-    if is_quantised(held.module):
-        return None
-    name = f"parked-{number}.safetensors"
-    return ParkedReference(held.module, autocast, folder=wish.folder, name=name, origin="the given ref_model")
+        steps = options.sync_steps if options.is_ahead or options.motion == "hard" else None
+    return None if steps == 1 else Window(steps=steps, sync_steps=options.sync_steps)
 
 
 def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from holdfast.losses import LossOptions
 from holdfast.policy.load import PolicyOptions, init_mapping, load_model
-from holdfast.reference.mixture import check_mixture, mixture_weights
+from holdfast.reference.mixture import check_mixture, mixture_shares
 
 RefModel = str | os.PathLike[str] | nn.Module | None
 """A reference as it is handed in: a module, a path or hub id, or None for the policy as it starts to train."""
@@ -64,7 +64,7 @@ def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOpt
             f"ref_model_weights={args.ref_model_weights} was asked for, but `ref_model` is one "
             f"{type(ref_model).__name__}, so there is nothing to weight. Pass a list of references, or drop it."
         )
-    mixture_weights(args.ref_model_weights, len(entries))
+    mixture_shares(args.ref_model_weights, len(entries))
     if len(entries) == 1:
         return
     check_mixture(args.loss_types, args.loss_options, args.ld_alpha)

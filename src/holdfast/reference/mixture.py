@@ -14,65 +14,47 @@ for both completions (margins and accuracies are exact). Costs what the referenc
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
-from holdfast.reference.base import PER_BATCH, Reference
+from holdfast.reference.base import Scorer
 from holdfast.reference.identity import Identity
 
 
 @final
-class MixtureReference(Reference):
-    """The mixture of `references` with `weights` (see `mixture_weights`); fixed.
+class MixtureReference(Scorer):
+    """The mixture of `references`, each with its share (see `mixture_shares`); fixed.
 
     At most one of them may be inside the policy: two would take turns in the same module.
     """
 
-    def __init__(self, references: Sequence[Reference], weights: Sequence[float]) -> None:
-        self.version = 0
-        self.drift = 0.0
+    kind = "MixtureReference"
+
+    def __init__(self, references: Sequence[Scorer], shares: Sequence[float]) -> None:
         self.references = tuple(references)
-        self.weights = tuple(mixture_weights(weights, len(self.references)))
+        self.shares = tuple(mixture_shares(shares, len(self.references)))
+        self.comes_from_afar = any(reference.comes_from_afar for reference in self.references)
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
-        """See `Reference.logps`; up to the constant `-log Z(x)` of each prompt."""
+        """See `Scorer.logps`; up to the constant `-log Z(x)` of each prompt."""
         per_token = torch.zeros_like(batch.target, dtype=torch.float32)
-        for weight, reference in zip(self.weights, self.references, strict=True):
-            per_token = per_token + weight * reference.logps(batch).per_token
+        for share, reference in zip(self.shares, self.references, strict=True):
+            per_token = per_token + share * reference.logps(batch).per_token
         return SequenceLogps(per_token=per_token, sequence=batch.sequence, num_sequences=batch.num_sequences)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """See `Reference.held`: all of them."""
+    def in_place(self) -> Iterator[None]:
+        """See `Scorer.in_place`: all of them."""
         with contextlib.ExitStack() as stack:
             for reference in self.references:
-                stack.enter_context(reference.held())
+                stack.enter_context(reference.in_place())
             yield
-
-    def sync(self, mixup_alpha: float) -> None:
-        """ValueError: a mixture of log-probs has no weights of its own to move."""
-        raise ValueError(
-            f"A sync (alpha {mixup_alpha}) was asked of a mixture of {len(self.references)} references, which are "
-            "mixed by their log-probs: there are no weights to mix with the policy's. Use a single `ref_model`, or "
-            "sync_ref_model=False."
-        )
-
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
-        """Tells each of them."""
-        for reference in self.references:
-            reference.prepare(datasets)
-
-    def release(self) -> None:
-        """Tells each of them."""
-        for reference in self.references:
-            reference.release()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those of reference i under `<i>.<name>`."""
@@ -80,38 +62,19 @@ class MixtureReference(Reference):
             yield from ((f"{number}.{name}", tensor) for name, tensor in reference.tensors())
 
     def identity(self) -> Identity:
-        """That of all of them, with their weights, in order."""
-        return Identity.mixture([reference.identity() for reference in self.references], self.weights)
+        """That of all of them, with their shares, in order."""
+        return Identity.mixture([reference.identity() for reference in self.references], self.shares)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """That of reference i under `<i>.<name>`; empty, since none of them moves."""
-        states = enumerate(reference.state_dict() for reference in self.references)
-        return {f"{number}.{name}": tensor for number, state in states for name, tensor in state.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
-        """Back to what `state_dict` gave."""
-        for number, reference in enumerate(self.references):
-            own = {
-                name.removeprefix(f"{number}."): tensor
-                for name, tensor in state.items()
-                if name.startswith(f"{number}.")
-            }
-            reference.load_state_dict(own, version, drift)
-
-    def describe(self, asked: str = PER_BATCH) -> str:
-        """See `Reference.describe`; each with its weight."""
+    def describe(self, when: str) -> str:
+        """See `Scorer.describe`; each with its share."""
         parts = (
-            f"{weight:g} * ({part.describe(asked)})" for weight, part in zip(self.weights, self.references, strict=True)
+            f"{share:g} * ({reference.describe(when)})"
+            for share, reference in zip(self.shares, self.references, strict=True)
         )
         return f"the log-linear mixture {' + '.join(parts)}"
 
-    @property
-    def module(self) -> nn.Module | None:
-        """None: it is no one module."""
-        return None
 
-
-def mixture_weights(weights: Sequence[float] | None, num_references: int) -> list[float]:
+def mixture_shares(weights: Sequence[float] | None, num_references: int) -> list[float]:
     """One weight per reference: `weights`, or equal ones where that is None. ValueError where they are not as many, or
     not positive, or do not sum to 1 (to 1e-5)."""
     if weights is None:

@@ -1,11 +1,11 @@
 """A reference that the user names among the policy's own adapters, or the bare base under them (`"__base__"`).
 
-For a policy that carries an SFT adapter next to the one that trains: the weights are there already, so the reference
-costs nothing but a forward pass per batch. Only flags of the adapter layers are switched; `requires_grad` stays.
+Meant for a policy that carries an SFT adapter next to the one that trains. The weights are there already, so the
+reference costs a forward pass per batch and no memory. Only flags of the adapter layers are switched, and
+`requires_grad` stays.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, final
 
@@ -13,69 +13,39 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
 from holdfast.internals.peft import adapter_layers, switched
 from holdfast.policy.adapters import check_adapter
-from holdfast.reference.base import PER_BATCH, FixedReference
-from holdfast.reference.identity import Identity
-from holdfast.scoring.frozen import Autocast, frozen_logps
+from holdfast.reference.base import InsidePolicy
+from holdfast.scoring.frozen import Autocast
 
 BASE = "__base__"
 
 
 @final
-class NamedAdapterReference(FixedReference):
+class OtherAdapterReference(InsidePolicy):
     """The policy's base with its adapter `name` alone, or bare where `name` is `"__base__"`."""
 
+    kind = "NamedAdapterReference"
+
     def __init__(self, policy: PeftModel, autocast: Autocast, name: str) -> None:
-        super().__init__()
-        self._policy = policy
-        self._autocast = autocast
+        super().__init__(policy, autocast)
         self._name = name
 
-    @contextlib.contextmanager
-    def null_ref_context(self) -> Iterator[None]:
-        """Within it the policy's module computes as the reference; undone on leaving, exceptions included."""
-        with switched(self._policy, None if self._name == BASE else self._name):
-            yield
-
-    def held(self) -> AbstractContextManager[None]:
-        """See `Reference.held`."""
-        return self.null_ref_context()
-
-    def logps(self, batch: PairBatch) -> SequenceLogps:
-        """See `Reference.logps`."""
-        with self.null_ref_context():
-            return frozen_logps(self._policy, batch, self._autocast)
-
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
-        """Nothing to do: it is asked per batch."""
-
-    def release(self) -> None:
-        """Nothing to do: training does not change it."""
+    def in_place(self) -> AbstractContextManager[None]:
+        """See `Scorer.in_place`; undone on leaving, exceptions included."""
+        return switched(self.policy, None if self._name == BASE else self._name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """None beyond the policy's own."""
         return iter(())
 
-    def identity(self) -> Identity:
-        """See `Reference.identity`."""
-        with self.held():
-            return Identity.of(self._policy)
-
-    def describe(self, asked: str = PER_BATCH) -> str:
-        """See `Reference.describe`."""
+    def describe(self, when: str) -> str:
+        """See `Scorer.describe`."""
         what = "the bare base" if self._name == BASE else f"the adapter {self._name!r} on the base"
-        return f"{what}, inside the policy, {asked}, fixed"
-
-    @property
-    def module(self) -> nn.Module | None:
-        """None: the module is the policy's."""
-        return None
+        return f"{what}, inside the policy, {when}, fixed"
 
 
-def check_named(policy: nn.Module, name: str) -> PeftModel:
+def check_other_adapter(policy: nn.Module, name: str) -> PeftModel:
     """`policy`, whose adapter `name` (or bare base) can be its reference. ValueError where that is not there, would
     train along, or cannot be switched to."""
     if not isinstance(policy, PeftModel):

@@ -1,11 +1,12 @@
-"""Named tensors kept on the accelerator, in host memory or in a file, and changed where they are.
+"""A reference's own tensors by name: on the accelerator, in host memory or in a file, and changed where they are.
 
 A file is safetensors, and is never mapped: the pages of a map stay resident beside what is made from them, while plain
 memory takes the place of gradients that are gone. It is read, and changed in place, one tensor at a time. The digest of
-each stays in memory and is compared when it is read. What is kept in a file is for this process, in a folder of its
-own: what a killed run must find again is in its checkpoints.
+each tensor stays in memory and is compared when the tensor is read. A file is for this process, in a folder of its own:
+what a killed run must find again is in its checkpoints.
 """
 
+import abc
 import contextlib
 import json
 import os
@@ -24,44 +25,81 @@ from holdfast.reference.run_folder import RunFolder
 Place = Literal["device", "cpu", "disk"]
 
 
+class OwnTensors(abc.ABC):
+    """Tensors by name that belong to a reference."""
+
+    @abc.abstractmethod
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Copies `values`, in place of all from before. ValueError where there is no room."""
+
+    @abc.abstractmethod
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by name. ValueError where one is not what was written."""
+
+    @abc.abstractmethod
+    def change(self, change: Callable[[str, Tensor], None]) -> None:
+        """Calls `change` with each tensor by name, to be changed in place."""
+
+    @abc.abstractmethod
+    def in_memory(self) -> Mapping[str, Tensor]:
+        """The tensors that take memory."""
+
+
+def own_tensors(place: Place, folder: RunFolder, name: str) -> OwnTensors:
+    """No tensors yet, at `place`: on `disk` they go to the file `name` of `folder`."""
+    return TensorFile(folder, name) if place == "disk" else TensorMemory(in_host_memory=place == "cpu")
+
+
 @final
-class KeptTensors:
-    """Tensors by name, kept at `place`; those on `disk` go to the file `name` of `folder`."""
+class TensorMemory(OwnTensors):
+    """Tensors in memory: where they come from, or in host memory."""
 
-    def __init__(self, place: Place, folder: RunFolder, name: str) -> None:
-        self._place = place
-        self._folder = folder
-        self._name = name
+    def __init__(self, *, in_host_memory: bool) -> None:
+        self._in_host_memory = in_host_memory
         self._values: dict[str, Tensor] = {}
-        self._entries: dict[str, _Entry] = {}
 
-    def keep(self, values: Mapping[str, Tensor]) -> None:
-        """Keeps copies of `values`, and nothing else from before. ValueError where the file cannot be written."""
-        values = {name: value.detach() for name, value in values.items()}
-        if self._place == "disk":
-            self._write(values)
-        elif self._place == "cpu":
-            self._values = {name: _in_host_memory(value) for name, value in values.items()}
-        else:
-            self._values = {name: value.clone() for name, value in values.items()}
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """See `OwnTensors.write`."""
+        copied = _in_host_memory if self._in_host_memory else Tensor.clone
+        self._values = {name: copied(value.detach()) for name, value in values.items()}
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by name, each read when its turn comes where they are in a file. ValueError where that does not
-        hold what was written to it."""
+        """See `OwnTensors.items`."""
+        yield from self._values.items()
+
+    def change(self, change: Callable[[str, Tensor], None]) -> None:
+        """See `OwnTensors.change`."""
+        for name, value in self._values.items():
+            change(name, value)
+
+    def in_memory(self) -> Mapping[str, Tensor]:
+        """See `OwnTensors.in_memory`: all of them."""
+        return self._values
+
+
+@final
+class TensorFile(OwnTensors):
+    """Tensors in the file `name` of `folder`."""
+
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._entries: dict[str, _Entry] = {}
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """See `OwnTensors.items`: each tensor is read when its turn comes. ValueError where the file does not hold what
+        was written to it."""
         if self._entries:
             with self._open("rb") as stream:
                 for name, entry in self._entries.items():
                     yield name, self._read(stream, name, entry)
-        yield from self._values.items()
 
     def in_memory(self) -> Mapping[str, Tensor]:
-        """Those that take memory: none of a file."""
-        return self._values
+        """See `OwnTensors.in_memory`: none of a file."""
+        return {}
 
     def change(self, change: Callable[[str, Tensor], None]) -> None:
-        """Calls `change` with each tensor by name, to be changed in place; of a file one after the other."""
-        for name, value in self._values.items():
-            change(name, value)
+        """See `OwnTensors.change`: one tensor after the other."""
         if not self._entries:
             return
         with self._open("r+b") as stream:
@@ -107,7 +145,9 @@ class KeptTensors:
             )
         return value
 
-    def _write(self, values: Mapping[str, Tensor]) -> None:
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """See `OwnTensors.write`."""
+        values = {name: value.detach() for name, value in values.items()}
         _check_dtypes(values)
         partial = None
         try:

@@ -1,13 +1,13 @@
-"""Attention for rows that hold several completions of a prompt: each completion sees the prompt and itself, no more.
+"""Attention for rows that hold several sequences: each completion sees its prompt and itself, and no more.
 
-Rows are attended piece by piece, as `scoring.segments` takes them apart. That reaches the model through transformers'
-attention interface: for the length of one forward pass the model's configuration names it, and the pieces travel as a
-keyword argument to every attention layer. Layers that activation checkpointing computes again in the backward pass find
-it again.
+Rows are attended span by span, as `scoring.segments` takes them apart. transformers lets a model's configuration name
+its attention, so this one is registered under `NAME`, and the configuration names it for the length of one forward
+pass. The `Segments` reach every attention layer as a keyword argument. Activation checkpointing calls layers again in
+the backward pass, when the forward pass is over; those calls name the attention again.
 
-Given up: models that are not on the attention interface, carry state along the row (Mamba, convolutions) or count
-distance in columns (ALiBi); `holdfast.data.layouts.choose` finds them. On a GPU so many small products wait for
-each other; there `holdfast.scoring.flex` does the same in one kernel a layer.
+Given up: models that are not on transformers' attention interface, carry state along the row (Mamba, convolutions) or
+count distance in columns (ALiBi). `holdfast.data.layouts.choose` finds them. On a GPU so many small products wait for
+each other; there `holdfast.scoring.flex` computes the same in one kernel a layer.
 """
 
 import contextlib
@@ -29,66 +29,68 @@ from transformers.masking_utils import causal_mask_function
 from holdfast.internals.transformers import attention_of, recomputation, set_attention, set_recomputation
 from holdfast.scoring import flex
 from holdfast.scoring.last_layer import narrowed
-from holdfast.scoring.segments import PIECES, Pieces
+from holdfast.scoring.segments import SEGMENTS, Segments
 
 NAME = "holdfast_shared"
-"""Under which transformers knows this attention."""
+"""The name by which transformers knows this attention."""
 
 PLAIN_SCORES = 2**16
-"""Up to so many scores per head plain products are faster on a CPU than its fused kernel, and take little memory."""
+"""Up to so many scores per head, plain products are faster on a CPU than its fused kernel, and take little memory."""
 
 
 # --- for the length of a forward pass ---------------------------------------------------------------------------------
 
-_ACTIVE: ContextVar[Pieces | None] = ContextVar("holdfast_shared_pieces", default=None)
+_ACTIVE: ContextVar[Segments | None] = ContextVar("holdfast_row_segments", default=None)
+"""The segments of the batch whose forward pass runs."""
 _NARROW: ContextVar[frozenset[nn.Module]] = ContextVar("holdfast_narrow_modules", default=frozenset())
-"""Those in which nobody reads what a prompt gathers, but for its last token."""
+"""Modules of the last layer. A prompt's outputs there are unread, except its last token's."""
 
 
 @contextlib.contextmanager
 def attending(
     causal_lm: PreTrainedModel, inputs: Mapping[str, Any], *, needs_mask: bool = False, narrows: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """The keyword arguments to call the model with; inside, its attention is that of the pieces among `inputs`, and
-    `narrows` its last layer to what is read of it.
+    """The keyword arguments to call the model with. Inside, the model attends by the `Segments` among `inputs`.
 
-    Without pieces nothing changes. FlashAttention, where the model has it, attends sequences that share no prompt by
-    itself, unless the model `needs_mask`s for something else: it would take them for padding. On leaving, the model is
-    as it was, also when the forward pass failed.
+    With `narrows`, its last layer computes only what is read of it (`scoring.last_layer`). Without segments nothing
+    changes. A model with FlashAttention keeps it where no prompt is shared, and gets the ends of the sequences, unless
+    it needs the attention mask for something else (`needs_mask`). On leaving, the model is as it was, also when the
+    forward pass failed.
     """
     inputs = dict(inputs)
-    pieces = inputs.get(PIECES)
-    if not isinstance(pieces, Pieces):
+    segments = inputs.get(SEGMENTS)
+    if not isinstance(segments, Segments):
         yield inputs
         return
-    if pieces.are_whole and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
-        kept = {name: value for name, value in inputs.items() if name not in (PIECES, "attention_mask")}
-        yield kept | pieces.varlen(inputs["input_ids"].device)
+    if segments.share_no_prompt and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
+        others = {name: value for name, value in inputs.items() if name not in (SEGMENTS, "attention_mask")}
+        yield others | segments.flash_arguments(inputs["input_ids"].device)
         return
-    switched = partial(_switched, causal_lm, configs_of(causal_lm), pieces, narrows=narrows)
-    with switched(), _kept_in_recomputation(causal_lm, switched):
+    attention = partial(_segment_attention, causal_lm, configs_of(causal_lm), segments, narrows=narrows)
+    with attention(), _recomputing_under(attention, causal_lm):
         yield inputs
 
 
 def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
     """The configuration objects that the model's modules read, each once."""
-    found = (module.__dict__.get("config") for module in causal_lm.modules())
-    return list({id(config): config for config in found if isinstance(config, PretrainedConfig)}.values())
+    configs = (module.__dict__.get("config") for module in causal_lm.modules())
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
 
 
 @contextlib.contextmanager
-def _switched(
-    causal_lm: PreTrainedModel, configs: Sequence[PretrainedConfig], pieces: Pieces, *, narrows: bool
+def _segment_attention(
+    causal_lm: PreTrainedModel, configs: Sequence[PretrainedConfig], segments: Segments, *, narrows: bool
 ) -> Iterator[None]:
-    if _ACTIVE.get() is pieces:
+    """Inside, the configurations name this attention, and `segments` are active; nothing changes if they are."""
+    if _ACTIVE.get() is segments:
         yield
         return
     before = [attention_of(config) for config in configs]
-    token = _ACTIVE.set(pieces)
+    token = _ACTIVE.set(segments)
     try:
         for config in configs:
             set_attention(config, NAME)
-        with narrowed(causal_lm, pieces) if narrows else contextlib.nullcontext(frozenset()) as modules:
+        with narrowed(causal_lm, segments) if narrows else contextlib.nullcontext(frozenset()) as modules:
             narrow = _NARROW.set(modules)
             try:
                 yield
@@ -101,17 +103,20 @@ def _switched(
 
 
 @contextlib.contextmanager
-def _kept_in_recomputation(
-    causal_lm: PreTrainedModel, switched: Callable[[], contextlib.AbstractContextManager[None]]
+def _recomputing_under(
+    context: Callable[[], contextlib.AbstractContextManager[None]], causal_lm: PreTrainedModel
 ) -> Iterator[None]:
-    """Activation checkpointing runs layers again after the forward pass is left: those runs switch for themselves."""
-    patched: list[tuple[Any, Callable[..., Any]]] = []
+    """Inside, layers are checkpointed together with a context that they run under.
+
+    Activation checkpointing runs a layer again when this context is long left; that run enters its own `context()`.
+    """
+    replaced: list[tuple[Any, Callable[..., Any]]] = []
 
     def wrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             @wraps(function, assigned=())
             def layer(*args: Any, **kwargs: Any) -> Any:
-                with switched():
+                with context():
                     return function(*args, **kwargs)
 
             return checkpoint(layer, *args, **kwargs)
@@ -123,11 +128,11 @@ def _kept_in_recomputation(
         for module in modules:
             checkpoint = recomputation(module)
             if checkpoint is not None:
-                patched.append((module, checkpoint))
+                replaced.append((module, checkpoint))
                 set_recomputation(module, wrapped(checkpoint))
         yield
     finally:
-        for module, checkpoint in patched:
+        for module, checkpoint in replaced:
             set_recomputation(module, checkpoint)
 
 
@@ -141,10 +146,13 @@ def shared_mask(
     dtype: torch.dtype = torch.float32,
     **_: Any,
 ) -> Float[Tensor, "M"] | BlockMask:
-    """What is added to the scores, 0 or -inf by `Pieces.masks`, where transformers would make a [T T] mask; or a block
-    mask where flex attention works. No other attention can use the first: its shape is wrong."""
-    pieces = _ACTIVE.get()
-    if pieces is None:
+    """What transformers passes to attention layers in place of a [T T] mask: 0 or -inf for each value of
+    `Segments.masks`, or a block mask where flex attention works.
+
+    No other attention accepts the first, since its shape is [M].
+    """
+    segments = _ACTIVE.get()
+    if segments is None:
         raise ValueError(
             f"the attention {NAME!r} computes rows of shared prompts, and works inside `attending` only; found a "
             "forward pass outside of it. Leave `attn_implementation` as it was."
@@ -153,9 +161,9 @@ def shared_mask(
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if flex.is_usable(device, dtype):
-        rows = [[(s.prompt, [*chain.from_iterable(s.groups)]) for s in row] for row in pieces.rows]
-        return flex.block_mask(rows, pieces.num_columns, mask_function, device)
-    seen = pieces.masks(mask_function, device)
+        rows = [[(s.prompt, [*chain.from_iterable(s.groups)]) for s in row] for row in segments.rows]
+        return flex.block_mask(rows, segments.num_columns, mask_function, device)
+    seen = segments.masks(mask_function, device)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
@@ -173,44 +181,45 @@ def shared_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "R T H dv"], None]:
-    """What each token gathers from the tokens that it sees: softmax(scaling q k^T) v, piece by piece, or at once under
-    a block mask.
+    """softmax(scaling q k^T) v over the tokens that each token sees, span by span, or at once under a block mask.
 
     `softcap` bounds the scores by cap * tanh(score / cap) (Gemma 2), `s_aux` [H] are sinks that take a share of the
-    softmax (gpt-oss). Padding gets zeros. Raises ValueError where the pieces do not describe what there is to attend.
+    softmax (gpt-oss). Padding gets zeros. ValueError where the segments do not describe the queries and keys.
     """
-    pieces, masks = _checked_call(module, query, key, kwargs.get(PIECES), attention_mask, position_bias)
+    segments, masks = _checked_call(module, query, key, kwargs.get(SEGMENTS), attention_mask, position_bias)
     if isinstance(masks, BlockMask):
-        options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        return flex.flex_attention(module, query, key, value, masks, dropout=dropout, **options), None
+        output = flex.flex_attention(
+            module, query, key, value, masks, scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux
+        )
+        return output, None
     attend: Callable[..., Tensor] = partial(_attend, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
-    prompt_masks, group_masks = pieces.split(masks)
+    prompt_masks, group_masks = segments.split_masks(masks)
     is_narrow = module in _NARROW.get()
-    gathered: list[Tensor] = []
+    outputs: list[Tensor] = []
     for row, states in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)):
-        # Split once, because each slice's own gradient would be a row of zeros with a piece in it.
-        parts = iter(zip(*(state.split(pieces.lengths(row), dim=1) for state in states), strict=True))
-        for segment in pieces.rows[row]:
+        # Split once: the gradient of a slice would be a whole row, zero but for the span.
+        spans = iter(zip(*(state.split(segments.span_lengths(row), dim=1) for state in states), strict=True))
+        for segment in segments.rows[row]:
             if segment.is_joined:
-                own_query, own_key, own_value = next(parts)
-                gathered.append(attend(own_query, own_key, own_value, next(group_masks)))
+                own_query, own_key, own_value = next(spans)
+                outputs.append(attend(own_query, own_key, own_value, next(group_masks)))
                 continue
-            prompt_query, prompt_key, prompt_value = next(parts)
+            prompt_query, prompt_key, prompt_value = next(spans)
             prompt_mask = next(prompt_masks)
             if segment.prompt > 0 and is_narrow and segment.groups:
-                gathered.append(prompt_query.new_zeros(segment.prompt - 1, query.shape[1], value.shape[-1]))
+                outputs.append(prompt_query.new_zeros(segment.prompt - 1, query.shape[1], value.shape[-1]))
                 last = prompt_query.new_zeros(1, segment.prompt) if prompt_mask is None else prompt_mask[-1:]
-                gathered.append(attend(prompt_query[:, -1:], prompt_key, prompt_value, last))
+                outputs.append(attend(prompt_query[:, -1:], prompt_key, prompt_value, last))
             elif segment.prompt > 0:
-                gathered.append(attend(prompt_query, prompt_key, prompt_value, prompt_mask))
+                outputs.append(attend(prompt_query, prompt_key, prompt_value, prompt_mask))
             for _ in segment.groups:
-                own_query, own_key, own_value = next(parts)
+                own_query, own_key, own_value = next(spans)
                 seen_key, seen_value = torch.cat([prompt_key, own_key], 1), torch.cat([prompt_value, own_value], 1)
-                gathered.append(attend(own_query, seen_key, seen_value, next(group_masks)))
-        padding = next(parts)[0]
-        gathered.append(padding.new_zeros(padding.shape[1], padding.shape[0], value.shape[-1]))
+                outputs.append(attend(own_query, seen_key, seen_value, next(group_masks)))
+        padding = next(spans)[0]
+        outputs.append(padding.new_zeros(padding.shape[1], padding.shape[0], value.shape[-1]))
     num_rows, num_heads, num_columns, _ = query.shape
-    return torch.cat(gathered).view(num_rows, num_columns, num_heads, value.shape[-1]), None
+    return torch.cat(outputs).view(num_rows, num_columns, num_heads, value.shape[-1]), None
 
 
 def _attend(
@@ -224,12 +233,12 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Float[Tensor, "q H dv"]:
-    """One piece; `bias` is added to its scores, and None is causal. Nobody sees nothing: a token sees itself."""
+    """The attention of one span. `bias` is added to its scores; None means causal. Every token sees itself at least."""
     bias = bias if bias is None else bias.to(query.dtype)
     num_scores = query.shape[1] * key.shape[1]
     is_small = num_scores <= PLAIN_SCORES and query.device.type == "cpu" and query.dtype.itemsize >= 4
     if softcap is None and sinks is None and not is_small:
-        gathered = scaled_dot_product_attention(
+        output = scaled_dot_product_attention(
             query[None],
             key[None],
             value[None],
@@ -239,7 +248,7 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[0] != key.shape[0],
         )[0]
-        return gathered.transpose(0, 1)
+        return output.transpose(0, 1)
     num_groups = query.shape[0] // key.shape[0]
     if num_groups > 1:
         key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
@@ -252,34 +261,34 @@ def _attend(
         scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (scale / softcap)) + bias
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]
-    return (drop(weights, p=dropout) @ value).transpose(0, 1)
+    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]
+    return (drop(shares, p=dropout) @ value).transpose(0, 1)
 
 
 def _checked_call(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    pieces: Any,
+    segments: Any,
     attention_mask: Tensor | BlockMask | None,
     position_bias: Tensor | None,
-) -> tuple[Pieces, Tensor | BlockMask]:
-    """Pieces and masks; ValueError for what would be silently wrong, which `data.layouts.choose` makes a fall-back."""
+) -> tuple[Segments, Tensor | BlockMask]:
+    """Segments and masks. ValueError where the numbers would be wrong; `data.layouts.choose` then takes padded rows."""
     name = type(module).__name__
-    if not isinstance(pieces, Pieces) or attention_mask is None:
+    if not isinstance(segments, Segments) or attention_mask is None:
         raise ValueError(
-            f"{name} was called for rows of shared prompts, but the pieces of the rows did not reach it; found "
-            f"{PIECES}={pieces!r}. Use the padded layout for this model."
+            f"{name} was called for rows of shared prompts, but the segments of the rows did not reach it; "
+            f"found {SEGMENTS}={segments!r}. Use the padded layout for this model."
         )
-    if position_bias is not None or query.shape[2] != pieces.num_columns or key.shape[2] != pieces.num_columns:
+    if position_bias is not None or query.shape[2] != segments.num_columns or key.shape[2] != segments.num_columns:
         raise ValueError(
-            f"{name} attends rows of shared prompts of {pieces.num_columns} tokens; found {query.shape[2]} queries, "
+            f"{name} attends rows of shared prompts of {segments.num_columns} tokens; found {query.shape[2]} queries, "
             f"{key.shape[2]} keys{' and a bias by position' if position_bias is not None else ''}. Use the padded "
             "layout with virtual tokens, caches and position biases."
         )
-    return pieces, attention_mask
+    return segments, attention_mask
 
 
-# Not compiled: to the compiler other pieces would be another function.
+# Not compiled: to the compiler a function with other segments is another function.
 AttentionInterface.register(NAME, torch.compiler.disable(shared_attention))
 AttentionMaskInterface.register(NAME, torch.compiler.disable(shared_mask))

@@ -1,13 +1,13 @@
 """The attention of `holdfast.scoring.attention` in one kernel a layer: FlexAttention with a block mask, for GPUs.
 
-Piece by piece, a GPU waits for its next small kernel. Here the mask is a function of (row, query, key) that reads each
-token's segment, completion and position, and blocks of 128 x 128 in which nobody sees anybody are skipped, so rows do
-not pay for their neighbours either and no [T T] mask exists. The kernel is the one that transformers calls for
-`attn_implementation="flex_attention"`, which knows soft-capping, sinks and grouped heads.
+Span by span, a GPU would wait for one small kernel after another. Here the mask is a function of (row, query, key) that
+reads each token's segment, completion and position. Blocks of 128 x 128 in which no query sees a key are skipped. So
+rows do not pay for their neighbours here either, and no [T T] mask exists. The kernel is the one that transformers
+calls for `attn_implementation="flex_attention"`, which handles soft-capping, sinks and grouped heads.
 
-It is compiled when it is first used. `is_usable` tries that once a device, forward and backward, against plain
-products; where it fails or differs, attention stays piece by piece. Given up: CPUs, on which it has no backward pass in
-torch 2.13, dropout, which it does not know, and fp64.
+The kernel is compiled when it is first used. `is_usable` tries it once a device, forward and backward, against plain
+products. Where it fails or differs, attention goes span by span. Given up: CPUs, for which it has no backward pass in
+torch 2.13; attention dropout, which it cannot do; and fp64.
 """
 
 import functools
@@ -31,11 +31,14 @@ Row = Sequence[tuple[int, Sequence[int]]]
 """The segments of a row: tokens of the prompt, and of each of its completions."""
 
 PADDING = -1
+"""The segment of a padding token."""
 
 
 def block_mask(rows: Sequence[Row], num_columns: int, visible: Callable[..., Any], device: torch.device) -> BlockMask:
-    """Which keys each query of the rows sees: of its segment the prompt's and its own completion's, as far as
-    `visible`, a mask function of transformers, lets its position see theirs. Padding sees itself."""
+    """Which keys each query sees: those of its prompt and of its own completion, at positions that `visible` allows.
+
+    `visible` is a mask function of transformers. Padding sees itself.
+    """
     segment, completion, position = (torch.from_numpy(ids).to(device) for ids in _token_ids(rows, num_columns))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -71,23 +74,26 @@ def flex_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **options: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
-    """What each token gathers, [R T H dv]; `options` are `softcap` and `s_aux`, as attention layers give them.
-    ValueError with dropout."""
+    """The attention's output `[R T H dv]`. ValueError with dropout.
+
+    `softcap` bounds the scores, and `s_aux` [H] are sinks, as in `scoring.attention.shared_attention`.
+    """
     if dropout > 0:
         raise ValueError(
             f"{type(module).__name__} drops attention weights with a probability of {dropout}, which flex attention "
             "cannot. Use disable_dropout=True, or layout='padded'."
         )
-    # Scaled here, since another number would be another kernel.
+    # Scaled here: the kernel would be compiled anew for another factor.
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return flex_attention_forward(module, query, key, value, mask, scaling=1.0, **options)[0]
+    return flex_attention_forward(module, query, key, value, mask, scaling=1.0, softcap=softcap, s_aux=s_aux)[0]
 
 
 @functools.cache
 def is_usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel works here: compiled, forward and backward, and right to rounding. Tried once."""
+    """Whether the compiled kernel works on `device`, forward and backward, and is right to rounding. Tried once."""
     if device.type != "cuda":
         return False
     try:
@@ -102,25 +108,25 @@ def is_usable(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _gap(device: torch.device, dtype: torch.dtype) -> float:
-    """Largest difference to softmax(q k^T) v of the output and the gradients, over the largest of them."""
+    """Largest difference of output and gradients from those of softmax(q k^T) v, relative to the largest value."""
     draw = torch.Generator().manual_seed(0)
     shape = (3, 2, 4, 160, 32)  # query, key and value; rows, heads, tokens
-    given = [part.to(device, dtype).requires_grad_(True) for part in torch.randn(shape, generator=draw)]
+    leaves = [leaf.to(device, dtype).requires_grad_(True) for leaf in torch.randn(shape, generator=draw)]
     rows: list[Row] = [[(40, (30, 20)), (10, (25, 35))], [(70, (40,))]]
     mask = block_mask(rows, 160, causal_mask_function, device)
     upstream = torch.randn(2, 160, 4, 32, generator=draw).to(device, dtype)
-    query, key, value = given
-    found = flex_attention(nn.Identity().train(), query, key, value, mask, scaling=0.2)
-    gradients = torch.autograd.grad(found, given, upstream)
-    wide = [part.detach().float().requires_grad_(True) for part in given]
+    query, key, value = leaves
+    output = flex_attention(nn.Identity().train(), query, key, value, mask, scaling=0.2)
+    gradients = torch.autograd.grad(output, leaves, upstream)
+    wide = [leaf.detach().float().requires_grad_(True) for leaf in leaves]
     scores = (wide[0] @ wide[1].transpose(-1, -2) * 0.2).masked_fill(~dense(rows, 160, device), float("-inf"))
     expected = (scores.softmax(-1) @ wide[2]).transpose(1, 2)
-    pairs = zip((found, *gradients), (expected, *torch.autograd.grad(expected, wide, upstream.float())), strict=True)
+    pairs = zip((output, *gradients), (expected, *torch.autograd.grad(expected, wide, upstream.float())), strict=True)
     return max(float((one.float() - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
 def dense(rows: Sequence[Row], num_columns: int, device: torch.device) -> Int[Tensor, "R 1 T T"]:
-    """The mask of causal attention as booleans, made another way: for comparison."""
+    """The same mask under causal attention, as booleans, computed independently of `block_mask`: for comparison."""
     mask = torch.eye(num_columns, dtype=torch.bool).repeat(len(rows), 1, 1)
     for row, segments in enumerate(rows):
         start = 0

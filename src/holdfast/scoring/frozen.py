@@ -1,4 +1,8 @@
-"""Log-probs as a reference gives them: without gradients, in eval mode, under the policy's own numerics."""
+"""Log-probs as a reference gives them: without gradients, in eval mode, under the policy's own numerics.
+
+A reference must be scored under the autocast context of the policy's forward pass; otherwise the two differ by rounding
+where they should be equal. Given up: a cheaper dtype for the reference alone.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,23 +16,23 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.scoring.score import score
 
 Autocast = Callable[..., AbstractContextManager[Any]]
-"""Makes the context under which the policy's forward pass runs; a reference must be scored under the same."""
+"""Returns the context under which the policy's forward pass runs."""
 
 
 def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLogps:
-    """`module`'s log-probs as a reference gives them: no gradients, eval mode, the policy's own numerics."""
+    """The log-probs of `module` without gradients, in eval mode, under `autocast`."""
     with torch.no_grad(), evaluating(module), autocast():
         return score(module, batch).logps
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """All of `module` in eval mode, each part put back as it was: a policy and its parts may be in different modes."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    """Inside, all of `module` is in eval mode; on leaving, each submodule is in the mode that it was in before."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True

@@ -1,13 +1,14 @@
-"""What stands in the rows of a batch that hold several sequences, and who sees whom there.
+"""What stands in the rows of a batch that hold several sequences, and which tokens see each other there.
 
-A row is a run of segments, each a prompt and its completions (`data.layouts.prefix_shared` makes them). A completion
-sees its prompt and itself. What is attended in one, a prompt, a group of its completions, or both where they are few,
-gets a mask of its own, so that no row pays for its neighbours and no [T T] mask exists.
+A row is a run of segments, each a prompt and its completions (`data.layouts.prefix_shared` lays them out), and then
+padding. A completion sees its prompt and itself. A *span* is a run of tokens that is attended in one call: a prompt, a
+group of its completions, or both together where they are few. Each span has a mask of its own, so no row pays for its
+neighbours and no [T T] mask exists.
 
-Which earlier tokens a layer may see (sliding windows, chunks) is asked of the model's own mask function, in
-*positions*, not in columns: the same answer that the model gives itself when it has a row alone.
+Which earlier tokens a layer may see (sliding windows, chunks) is asked of the model's own mask function, in *positions*
+and not in columns. So the answer is the one that the model gives itself for a sequence alone in its row.
 
-Given up: skipping what a group of completions computes for each other in vain.
+Given up: the scores between completions of one group, which are computed and then masked.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,69 +21,79 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-PIECES = "shared_pieces"
-"""Where a batch has its `Pieces`, and the keyword argument under which attention layers find them."""
+SEGMENTS = "row_segments"
+"""The model input under which a batch has its `Segments`; attention layers get it as a keyword argument."""
 
 GROUP_TOKENS = 256
-"""Completions of a prompt are attended together up to so many tokens, and with the prompt as well where all are so few:
-fewer calls, little computed for nothing."""
+"""Most tokens of the completions that are attended together, and of a prompt with its completions. More would be fewer
+calls, but more scores that are masked."""
 
 
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A prompt's number of tokens, and its completions' in groups that are attended together."""
+    """A prompt's number of tokens, and its completions' numbers of tokens, in groups that are attended together.
+
+    A sequence that shares its prompt with no other is one segment without groups; `prompt` is then its whole length.
+    """
 
     prompt: int
     groups: tuple[tuple[int, ...], ...]
 
     @property
     def is_joined(self) -> bool:
-        """Whether prompt and completions are attended in one."""
+        """Whether prompt and completions are one span."""
         return len(self.groups) == 1 and self.prompt + sum(self.groups[0]) <= GROUP_TOKENS
 
-    def lengths(self) -> list[int]:
-        """The tokens of what is attended in one, in reading order."""
+    def span_lengths(self) -> list[int]:
+        """The number of tokens of each span, in reading order."""
         groups = [*map(sum, self.groups)]
         return [self.prompt + groups[0]] if self.is_joined else [self.prompt, *groups]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pieces:
-    """The pieces of every row of a batch, in reading order; what is left of a row's `num_columns` is padding.
+class Segments:
+    """The segments of every row of a batch, in reading order; what is left of a row's `num_columns` is padding.
 
-    Python numbers and no tensor, so that they stay in host memory wherever the batch goes: to read lengths from a
-    device is to wait for it.
+    It holds Python numbers and no tensor, so it stays in host memory wherever the batch goes. Reading lengths from a
+    device would wait for the device.
     """
 
     rows: tuple[tuple[Segment, ...], ...]
     num_columns: int
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Pieces":
-        """From (row, number of tokens, whether it is a prompt or else a completion of the last one) of each piece."""
+    def of(cls, lengths: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Segments":
+        """From one (row, number of tokens, whether it is a prompt) for each prompt and each of its completions.
+
+        A completion follows its prompt.
+        """
         rows: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_rows)]
-        for row, length, is_prompt in pieces:
+        for row, length, is_prompt in lengths:
             if is_prompt:
                 rows[row].append((length, []))
             else:
                 rows[row][-1][1].append(length)
-        made = tuple(tuple(Segment(prompt=p, groups=_grouped(completions)) for p, completions in row) for row in rows)
-        return cls(rows=made, num_columns=num_columns)
+        segments = tuple(tuple(Segment(prompt=p, groups=_grouped(lengths)) for p, lengths in row) for row in rows)
+        return cls(rows=segments, num_columns=num_columns)
 
-    def segments(self) -> Iterator[Segment]:
-        """Those of all rows."""
+    def __iter__(self) -> Iterator[Segment]:
         for row in self.rows:
             yield from row
 
-    def lengths(self, row: int) -> list[int]:
-        """The tokens of what is attended in one in a row, then of its padding."""
-        lengths = [n for segment in self.rows[row] for n in segment.lengths()]
+    def span_lengths(self, row: int) -> list[int]:
+        """The number of tokens of each span of a row, and last of its padding."""
+        lengths = [n for segment in self.rows[row] for n in segment.span_lengths()]
         return [*lengths, self.num_columns - sum(lengths)]
 
-    def read_runs(self) -> list[int]:
-        """All rows laid end to end, as numbers of tokens in turn that predict no token of a completion, and that do:
-        each prompt's last one, and its completions. A sequence that stands for itself counts in full."""
+    def unread_and_read(self) -> list[int]:
+        """Numbers of tokens of all rows laid end to end, in turn: of a run whose last hidden states nobody reads, of a
+        run whose last hidden states are read, and so on.
+
+        Read are the tokens that predict a completion token: a prompt's last one, and its completions. A segment without
+        groups counts as read in full, because where its completion begins is not recorded.
+        """
         runs = [0, 0]
 
         def extend(unread: int, read: int) -> None:
@@ -94,33 +105,33 @@ class Pieces:
             for segment in row:
                 unread = max(0, segment.prompt - 1) if segment.groups else 0
                 extend(unread, segment.prompt - unread + sum(map(sum, segment.groups)))
-            extend(self.lengths(index)[-1], 0)
+            extend(self.span_lengths(index)[-1], 0)
         return runs
 
     @property
-    def are_whole(self) -> bool:
-        """Whether every sequence stands for itself, and shares its prompt with none."""
-        return not any(segment.groups for segment in self.segments())
+    def share_no_prompt(self) -> bool:
+        """Whether every sequence has its prompt to itself: the rows are packed, and no more."""
+        return not any(segment.groups for segment in self)
 
-    def varlen(self, device: torch.device) -> dict[str, Any]:
-        """What FlashAttention must be told of the sequences, if they `are_whole`: where they end in all rows laid end
-        to end, padding among them."""
-        lengths = [n for row in range(len(self.rows)) for n in self.lengths(row) if n > 0]
+    def flash_arguments(self, device: torch.device) -> dict[str, Any]:
+        """The keyword arguments that tell FlashAttention where sequences end in all rows laid end to end, padding among
+        them. Only for segments that `share_no_prompt`."""
+        lengths = [n for row in range(len(self.rows)) for n in self.span_lengths(row) if n > 0]
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
         longest = max(lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     def masks(self, visible: Callable[..., Tensor], device: torch.device) -> Bool[Tensor, "M"]:
-        """Which keys each query sees, all pieces one after another, True where it does.
+        """Which keys each query sees, True where it does: the masks of all spans, flattened, one after another.
 
-        First that of the prompts, unless it is plainly causal; then for each group [tokens of the group, tokens of
-        its prompt and of itself], where the prompt is among the queries too if it is joined. `visible` is a mask
-        function of transformers, asked with positions.
+        The prompts' masks come first, unless all are plainly causal. The mask of each group follows: [tokens of the
+        group, tokens of its prompt and of itself], with the prompt among the queries too where the two are joined.
+        `visible` is a mask function of transformers; it is asked with positions.
         """
         prompts = [] if visible is causal_mask_function else self._prompt_masks(visible, device)
         groups = [
             _group_mask(visible, segment.prompt, group, device, is_joined=segment.is_joined)
-            for segment in self.segments()
+            for segment in self
             for group in segment.groups
         ]
         none = torch.empty(0, dtype=torch.bool, device=device)
@@ -128,22 +139,22 @@ class Pieces:
 
     def _prompt_masks(self, visible: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
         """Every prompt begins at position 0, so its mask is a corner of that of the longest one."""
-        prompts = [segment.prompt for segment in self.segments() if not segment.is_joined]
+        prompts = [segment.prompt for segment in self if not segment.is_joined]
         longest = max(prompts, default=0)
         positions = torch.arange(longest)
-        seen = _seen(visible, positions, positions)  # asked in host memory, which is not waited for
+        seen = _seen(visible, positions, positions)  # in host memory: the comparison must not wait for the device
         if torch.equal(seen, torch.ones_like(seen).tril()):
             return []
         positions = torch.arange(longest, device=device)
         seen = _seen(visible, positions, positions)
         return [seen[:prompt, :prompt] for prompt in prompts]
 
-    def split(self, masks: Tensor) -> tuple[Iterator[Tensor | None], Iterator[Tensor]]:
-        """`masks` taken apart again: one for each prompt (None: plainly causal), and one for each group."""
-        prompts = [(segment.prompt, segment.prompt) for segment in self.segments() if not segment.is_joined]
+    def split_masks(self, masks: Tensor) -> tuple[Iterator[Tensor | None], Iterator[Tensor]]:
+        """The masks of `masks` taken apart again: one for each prompt (None: plainly causal), one for each group."""
+        prompts = [(segment.prompt, segment.prompt) for segment in self if not segment.is_joined]
         groups = [
             (sum(group) + segment.prompt * segment.is_joined, segment.prompt + sum(group))
-            for segment in self.segments()
+            for segment in self
             for group in segment.groups
         ]
         num_of_groups = sum(queries * keys for queries, keys in groups)
@@ -165,14 +176,14 @@ def _grouped(completions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def _group_mask(
     visible: Callable[..., Tensor], prompt: int, group: Sequence[int], device: torch.device, *, is_joined: bool
 ) -> Bool[Tensor, "q k"]:
-    # Nothing here is copied from the host, which would wait for the device.
+    # Everything is made on the device: a copy from host memory would wait for it.
     owners = [torch.full((length,), index, device=device) for index, length in enumerate((prompt, *group))]
     starts = (0, *(prompt for _ in group))
     lengths = (prompt, *group)
-    ends = [torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)]
-    owner, positions = torch.cat(owners), torch.cat(ends)
+    ranges = [torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)]
+    owner, positions = torch.cat(owners), torch.cat(ranges)
     first = 0 if is_joined else prompt
-    is_own = (owner == 0) | (owner == owner[first:, None])  # the prompt's keys are everybody's
+    is_own = (owner == 0) | (owner == owner[first:, None])  # owner 0 is the prompt, whose keys every query sees
     return _seen(visible, positions[first:], positions) & is_own
 
 
@@ -182,5 +193,5 @@ def _seen(visible: Callable[..., Tensor], queries: Int[Tensor, "q"], keys: Int[T
 
 
 def _shaped(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    parts = flat.split([queries * keys for queries, keys in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    masks = flat.split([queries * keys for queries, keys in shapes])
+    return [mask.view(shape) for mask, shape in zip(masks, shapes, strict=True)]

@@ -29,8 +29,8 @@ from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import ROW_TOKENS, SharedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, frozen_logps
-from holdfast.scoring.score import unwrap
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 `SharedLayout` groups the completions of a batch by prompt; a completion that several pairs have stands once as well.
 One prompt with its completions is a segment, and segments fill rows up to a budget of tokens, so that padding is what
-rows differ by. The pieces of each row go along for `scoring.attention`, which keeps completions apart; positions go
+rows differ by. The segments of each row go along for `scoring.attention`, which keeps completions apart; positions go
 on from the prompt for each. What is scored, its order and its content ids are those of `PaddedLayout`. With
 `shares_prompts=False` each sequence is a segment of its own, prompt and all (packed).
 
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import SEQUENCES, Sequences
+from holdfast.batch import HOST_SEQUENCES, HostSequences
 from holdfast.data.layouts.padded import PaddedLayout, Row, check_counts, content_of, truncated_rows
 from holdfast.data.tokenize import TruncationMode
-from holdfast.scoring.segments import PIECES, Pieces
+from holdfast.scoring.segments import SEGMENTS, Segments
 
 ROW_TOKENS = 1_000
 """Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
@@ -39,11 +39,11 @@ class SharedLayout:
     `pad_to_multiple_of`); by default of about `ROW_TOKENS`, or as many more as leave next to no padding.
     `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2] as in `PaddedLayout`, with a
     completion that occurs again left out the second time. Two values are no tensors, and stay in host memory:
-    `shared_pieces`, the `Pieces` of the rows, and `sequences`, the `Sequences`.
+    `row_segments`, the `Segments` of the rows, and `host_sequences`, the `HostSequences`.
 
     `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
     load-balancing loss of models with experts) are those of padded rows. With `shares_prompts=False` every sequence is
-    one piece, which counts as a prompt without completions.
+    one segment, which counts as a prompt without completions.
 
     Raises `ValueError` for a row that has no completion token to predict after truncation.
     """
@@ -103,8 +103,8 @@ class SharedLayout:
             "content": np.array(content),
         }
         in_host_memory = {
-            PIECES: Pieces.of(laid.pieces, *laid.input_ids.shape),
-            SEQUENCES: Sequences(
+            SEGMENTS: Segments.of(laid.lengths, *laid.input_ids.shape),
+            HOST_SEQUENCES: HostSequences(
                 content=tuple(content),
                 lengths=tuple(lengths),
                 rows=tuple(int(source[0]) // laid.input_ids.shape[1] for source in sources),
@@ -123,7 +123,7 @@ def unshared(tensors: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]
 
     For who needs a row a completion, [2P T], such as a function that is shown logits.
     """
-    if PIECES not in tensors:
+    if SEGMENTS not in tensors:
         return dict(tensors)
     ids, positions, source, target, sequence = (
         tensors[name].reshape(-1).cpu().numpy()
@@ -154,7 +154,7 @@ class _Rows:
     input_ids: np.ndarray  # [R T]
     position_ids: np.ndarray
     attention_mask: np.ndarray
-    pieces: list[tuple[int, int, bool]]
+    lengths: list[tuple[int, int, bool]]
     filled: list[int]
 
     @classmethod
@@ -163,7 +163,7 @@ class _Rows:
         zeros = np.zeros((num_rows, num_columns), dtype=np.int64)
         ids = np.full_like(zeros, pad_token_id)
         return cls(
-            input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), pieces=[], filled=[0] * num_rows
+            input_ids=ids, position_ids=zeros, attention_mask=zeros.copy(), lengths=[], filled=[0] * num_rows
         )  # fmt: skip
 
     def append(
@@ -192,7 +192,7 @@ class _Rows:
         self.input_ids[row, start:end] = ids
         self.position_ids[row, start:end] = position + np.arange(len(ids))
         self.attention_mask[row, start:end] = count
-        self.pieces.append((row, len(ids), is_prompt))
+        self.lengths.append((row, len(ids), is_prompt))
         return row * self.input_ids.shape[1] + np.arange(start, end)
 
 

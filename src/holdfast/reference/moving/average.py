@@ -59,8 +59,11 @@ def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor])
 
 
 @final
-class Mixture:
-    """The fp32 state of a moving reference: empty until the first move, and for weights that are fp32 themselves."""
+class Average:
+    """The moving average that a reference is, with an fp32 state beside weights in a smaller dtype.
+
+    The state is empty until the first move, and for weights that are fp32 themselves.
+    """
 
     def __init__(self) -> None:
         self._fp32: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """The trainer's batches, with the reference's log-probs in them where it is asked a window at a time.
 
 Knows the trainer's side of a window: how many batches an optimizer step takes, and where the run is. What a window is
-to the reference is in `reference.windowed`, how batches are read ahead in `data.ahead`.
+to the reference is in `reference.window`, how batches are read ahead in `data.loader.lookahead`.
 """
 
 import contextlib
@@ -14,14 +14,17 @@ from transformers import TrainerState, TrainingArguments
 
 from holdfast.batch import PairBatch
 from holdfast.data.loader.lookahead import Batch, read_ahead
-from holdfast.reference.base import Reference
-from holdfast.reference.windowed import WAITING_BYTES, WindowedReference
+from holdfast.reference.reference import Reference
+from holdfast.reference.window import Window
+
+WAITING_BYTES = 2**28
+"""A window ends where its batches hold this much."""
 
 
 @final
-class Windows:
-    """Reads ahead for `reference` where it is a windowed one; hands batches through as they are for any other. It is
-    asked within `as_trained()`."""
+class LookAhead:
+    """Reads batches ahead for a `reference` that has a window, which is asked within `as_trained()`; hands batches
+    through as they are for any other, and for none."""
 
     def __init__(
         self,
@@ -31,7 +34,8 @@ class Windows:
         args: TrainingArguments,
         as_trained: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self._reference = reference if isinstance(reference, WindowedReference) else None
+        self._reference = reference
+        self._window: Window | None = None if reference is None else reference.window
         self._accelerator = accelerator
         self._pair_batch = pair_batch
         self._as_trained = as_trained
@@ -42,12 +46,12 @@ class Windows:
     def of_training(self, batches: Iterator[Batch], state: TrainerState) -> Iterator[Batch]:
         """`batches`, a window ahead; the same iterator again for the same `batches`. No window reaches past a sync or
         the end of the run."""
-        reference = self._reference
-        if reference is None:
+        window = self._window
+        if window is None:
             return batches
 
         def size() -> int:
-            steps = min(reference.next_steps(state.global_step), state.max_steps - state.global_step)
+            steps = min(window.next_steps(state.global_step), state.max_steps - state.global_step)
             return max(1, steps) * self._batches_per_step
 
         if self._source is not batches:
@@ -57,11 +61,11 @@ class Windows:
 
     def of_evaluation(self, loader: Any) -> Any:
         """The data loader, whose batches come a window ahead."""
-        reference = self._reference
-        if reference is None:
+        window = self._window
+        if window is None:
             return loader
         return _AheadLoader(
-            loader, lambda batches: self._read(batches, lambda: reference.num_steps * self._batches_per_step)
+            loader, lambda batches: self._read(batches, lambda: window.num_steps * self._batches_per_step)
         )
 
     def _read(self, batches: Iterator[Batch], size: Callable[[], int]) -> Iterator[Batch]:
@@ -71,9 +75,9 @@ class Windows:
     def _complete(self, window: list[Batch]) -> None:
         assert self._reference is not None
         with self._as_trained():
-            scored = self._reference.score(map(self._pair_batch, window), len(window) / self._batches_per_step)
+            scored = self._reference.score_window(map(self._pair_batch, window), len(window) / self._batches_per_step)
         for tensors, logps in zip(window, scored, strict=True):
-            tensors["reference"] = logps
+            tensors["reference_logps"] = logps
 
 
 @final

@@ -1,0 +1,71 @@
+"""The preference losses: pure functions from the log-probs of pairs to one value per pair, in one table, `LOSSES`.
+
+`table` says what a loss is; the losses stand in `pairwise` and `reference_free`, each beside its equation and below the
+options that it alone reads. `modifiers` act from outside, `objective` sums losses, `checks` refuses what has no
+meaning. Runs reach a loss by its name in `LOSSES`, so a new one need not be listed here.
+"""
+
+from holdfast.losses.checks import check_losses
+from holdfast.losses.modifiers import (
+    F_DIVERGENCES,
+    MAX_EXPONENT,
+    ModifierOptions,
+    f_divergence_score,
+    pair_logps,
+    wpo_weights,
+)
+from holdfast.losses.objective import LossOptions, implicit_rewards, preference_loss
+from holdfast.losses.pairwise import (
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    robust,
+    sigmoid,
+    sigmoid_norm,
+    sppo_hard,
+)
+from holdfast.losses.reference_free import cpo, orpo, sft, simpo
+from holdfast.losses.table import LOSSES, Loss, LossFunction, LossInputs, PairLogps
+
+__all__ = [
+    "F_DIVERGENCES",
+    "LOSSES",
+    "MAX_EXPONENT",
+    "Loss",
+    "LossFunction",
+    "LossInputs",
+    "LossOptions",
+    "ModifierOptions",
+    "PairLogps",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
+    "check_losses",
+    "cpo",
+    "discopop",
+    "exo_pair",
+    "f_divergence_score",
+    "hinge",
+    "implicit_rewards",
+    "ipo",
+    "nca_pair",
+    "orpo",
+    "pair_logps",
+    "preference_loss",
+    "robust",
+    "sft",
+    "sigmoid",
+    "sigmoid_norm",
+    "simpo",
+    "sppo_hard",
+    "wpo_weights",
+]

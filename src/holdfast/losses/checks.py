@@ -1,0 +1,73 @@
+"""Whether the losses of a run, their options and their modifiers make sense together.
+
+`DPOConfig` asks once, before any model is loaded. An option that no loss of the run would read is refused, not ignored.
+"""
+
+import math
+from collections.abc import Sequence
+
+from holdfast.losses.modifiers import ModifierOptions
+from holdfast.losses.objective import LossOptions
+from holdfast.losses.options import check_values, option_names, require_known, rules
+from holdfast.losses.table import LOSSES
+
+
+def check_losses(
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    options: LossOptions,
+    *,
+    ld_alpha: float | None,
+    use_weighting: bool,
+) -> None:
+    """None; ValueError where losses, options and modifiers make no sense together, or no loss would read an option."""
+    names = list(loss_types)
+    if not names:
+        raise ValueError(f"loss_type must name at least one loss, got none. Choose from {', '.join(LOSSES)}.")
+    for name in names:
+        require_known("loss_type", name, LOSSES)
+    if len(loss_weights) != len(names) or not all(map(math.isfinite, loss_weights)):
+        raise ValueError(f"loss_weights must be finite, one per loss, got {list(loss_weights)}. Weigh each of {names}.")
+    check_values(options)
+    check_values(ModifierOptions(ld_alpha=ld_alpha, use_weighting=use_weighting))
+    for name in names:
+        objection = LOSSES[name].objection
+        if objection is not None and (reason := objection(options)) is not None:
+            raise ValueError(f"{name} {reason}")
+    sorting = [name for name in names if LOSSES[name].sorts_batch]
+    if use_weighting and sorting:
+        raise ValueError(f"use_weighting weighs pairs, but {sorting[0]} sorts them apart. Give up one of the two.")
+    _check_readers(names, options)
+    _check_read_under(options)
+    if ld_alpha is not None and not _with_options(names):
+        raise ValueError(f"ld_alpha={ld_alpha} is not read by {names[0]}. Set it to None, or add a preference loss.")
+
+
+def _with_options(names: Sequence[str]) -> list[str]:
+    """The losses that read an option. The others (`sft`) may stand beside any loss and any option."""
+    return [name for name in names if option_names(LOSSES[name].options)]
+
+
+def _check_readers(names: Sequence[str], options: LossOptions) -> None:
+    """ValueError where an option that is not at its default is read by no loss, or by too few of them."""
+    defaults, readers = LossOptions(), _with_options(names)
+    for option, rule in rules(LossOptions).items():
+        value, default = getattr(options, option), getattr(defaults, option)
+        if value == default or option == "beta" or rule.read_under is not None:  # the logged rewards read beta
+            continue
+        unable = [name for name in readers if option not in LOSSES[name].reads]
+        if len(unable) == len(readers) or (unable and rule.concerns_all_losses):
+            able = ", ".join(name for name, loss in LOSSES.items() if option in loss.reads)
+            unread = f"{option}={value} is not read by {', '.join(unable) or names[0]}"
+            raise ValueError(f"{unread}. Leave it at {default}, or choose from {able}.")
+
+
+def _check_read_under(options: LossOptions) -> None:
+    """ValueError where an option that is not at its default only counts under another value of a second option."""
+    defaults = LossOptions()
+    for option, rule in rules(LossOptions).items():
+        value = getattr(options, option)
+        if rule.read_under is not None and value != getattr(defaults, option):
+            other, needed = rule.read_under
+            if (setting := getattr(options, other)) != needed:
+                raise ValueError(f"{option}={value} is not read by {setting}. Drop it or use {needed}.")

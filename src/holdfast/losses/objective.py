@@ -1,0 +1,58 @@
+"""What a run minimises, from the names and weights of its losses; and the rewards that its policy stands for.
+
+`LossOptions` stands here because here are all losses known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from holdfast.losses.pairwise import PairwiseOptions
+from holdfast.losses.reference_free import ReferenceFreeOptions
+from holdfast.losses.table import LOSSES, LossInputs, PairLogps, require_reference
+
+
+@dataclass(kw_only=True)
+class LossOptions(PairwiseOptions, ReferenceFreeOptions):
+    """The options of all losses. `DPOConfig` inherits them."""
+
+
+def preference_loss(
+    policy: PairLogps,
+    reference: PairLogps | None,
+    *,
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    options: LossOptions,
+    pair_weights: Float[Tensor, "P"] | None = None,
+) -> Float[Tensor, "P"]:
+    """The weighted sum of the named losses per pair: pair_weights[p] * sum_k loss_weights[k] * loss_k[p].
+
+    `pair_weights` are those of `wpo_weights`. ValueError for an unknown name, or a needed reference that is None.
+    """
+    require_reference(loss_types, reference)
+    inputs = LossInputs(policy=policy, reference=reference, options=options)
+    terms = [weight * LOSSES[name].function(inputs) for name, weight in zip(loss_types, loss_weights, strict=True)]
+    total = torch.stack(terms).sum(0)  # [P]
+    return total if pair_weights is None else pair_weights * total
+
+
+def implicit_rewards(
+    policy: PairLogps, reference: PairLogps | None, loss_types: Sequence[str], options: LossOptions
+) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+    """The rewards that the policy stands for, chosen and rejected, without gradient.
+
+    beta * (log pi_theta(y|x) - log pi_ref(y|x)) (Rafailov et al. 2023, arXiv:2305.18290). Where no loss needs a
+    reference: beta * log pi_theta(y|x) / |y| if `simpo` or `orpo` is among them, else beta * log pi_theta(y|x).
+    """
+    require_reference(loss_types, reference)
+    if any(LOSSES[name].needs_reference for name in loss_types):
+        chosen, rejected = LossInputs(policy=policy, reference=reference, options=options).log_ratios()
+    elif any(LOSSES[name].is_length_averaged for name in loss_types):
+        chosen, rejected = policy.means()
+    else:
+        chosen, rejected = policy.chosen, policy.rejected
+    return options.beta * chosen.detach(), options.beta * rejected.detach()

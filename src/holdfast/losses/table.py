@@ -1,0 +1,118 @@
+"""`LOSSES`: every preference loss by name, with its paper, its options, and what matters for combining it.
+
+A loss is a pure function from `LossInputs` to one value per pair, a few lines beside its equation, so that it can be
+compared with numbers worked by hand. The decorator `loss` enters it into the table. `LossInputs` is generic in the
+options, so that a type checker finds a loss that reads an option which it has not declared. Given up: a mean inside
+the loss (the caller weights and reduces), and a check of the options on every step (`checks` is for configuration).
+
+Notation in this package: P pairs, N completion tokens, S sequences; w chosen, l rejected;
+r = log pi_theta - log pi_ref (nats), score = r seen through the f-divergence, m = beta (score_w - score_l),
+eps = label_smoothing, sigma the logistic function.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from holdfast.losses.options import Options, option_names, require_known, rules
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+O_co = TypeVar("O_co", bound=Options, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLogps:
+    """Log-probs (nats, fp32) of the two completions of each pair, and their numbers of scored tokens, in pair order.
+
+    `chosen` and `rejected` are log pi(y|x) after LD-DPO, if it is on; `chosen_likelihood` is log pi(y_w|x) without it.
+    """
+
+    chosen: Float[Tensor, "P"]
+    rejected: Float[Tensor, "P"]
+    chosen_lengths: Int[Tensor, "P"]
+    rejected_lengths: Int[Tensor, "P"]
+    chosen_likelihood: Float[Tensor, "P"]
+
+    def means(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+        """Log-probs per token, nats: chosen, rejected."""
+        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs(Generic[O_co]):
+    """What a loss reads. `reference` is None only where no loss of the run needs one."""
+
+    policy: PairLogps
+    reference: PairLogps | None
+    options: O_co
+
+    def log_ratios(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+        """log pi_theta(y|x) - log pi_ref(y|x), nats: chosen, rejected."""
+        assert self.reference is not None
+        return self.policy.chosen - self.reference.chosen, self.policy.rejected - self.reference.rejected
+
+
+LossFunction = Callable[[LossInputs[O]], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A loss, its paper, and what matters for combining it."""
+
+    function: LossFunction[Any]
+    paper: str
+    options: type[Options]
+    needs_reference: bool = True
+    is_length_averaged: bool = False
+    """Whether a loss without a reference compares log-probs per token."""
+    sorts_batch: bool = False
+    """Whether its k-th value belongs to rank k of the batch, not to pair k."""
+    objection: Callable[[Any], str | None] | None = None
+    """What the loss says against these options, beyond the ranges; None where it can be computed."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The options that change its value, apart from beta and from those that only count under another option."""
+        apart = {"beta", *(name for name, rule in rules(self.options).items() if rule.read_under is not None)}
+        return tuple(name for name in option_names(self.options) if name not in apart)
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def loss(
+    paper: str,
+    options: type[O],
+    *,
+    needs_reference: bool = True,
+    is_length_averaged: bool = False,
+    sorts_batch: bool = False,
+    objection: Callable[[O], str | None] | None = None,
+) -> Callable[[LossFunction[O]], LossFunction[O]]:
+    """A decorator that enters a function into `LOSSES` under its own name; the arguments are as in `Loss`."""
+
+    def enter(function: LossFunction[O]) -> LossFunction[O]:
+        LOSSES[function.__name__] = Loss(
+            function=function,
+            paper=paper,
+            options=options,
+            needs_reference=needs_reference,
+            is_length_averaged=is_length_averaged,
+            sorts_batch=sorts_batch,
+            objection=objection,
+        )
+        return function
+
+    return enter
+
+
+def require_reference(loss_types: Sequence[str], reference: PairLogps | None) -> None:
+    """ValueError where one of the losses is unknown, or needs a reference that is None."""
+    for name in loss_types:
+        require_known("loss_type", name, LOSSES)
+        if LOSSES[name].needs_reference and reference is None:
+            free = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
+            raise ValueError(f"{name} compares with a reference, but got None. Pass its log-probs, or use {free}.")

@@ -1,0 +1,88 @@
+"""A snapshot that every sync sets to the policy (TR-DPO with alpha = 1).
+
+After a sync the policy is the reference again until training changes it. So no mix is ever computed, adapters of every
+kind can be held this way, and what comes before the next step is scored by the policy itself.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.reference.base import Captured, InsidePolicy, Moving
+from holdfast.reference.run_folder import RunFolder
+from holdfast.reference.snapshot import Exchange, beside_policy, description, trainable, where
+from holdfast.reference.tensor_file import OwnTensors, Place, own_tensors
+from holdfast.scoring.frozen import Autocast
+
+
+@final
+class HardSnapshot(InsidePolicy, Captured, Moving):
+    """The policy with the values that its trainable tensors had at the last sync, or when training began."""
+
+    kind = "SnapshotReference"
+
+    def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, folder: RunFolder) -> None:
+        super().__init__(policy, autocast)
+        self.version = 0
+        self.drift = 0.0
+        self.comes_from_afar = place != "device"
+        self._where = where(place, folder)
+        self._values = own_tensors(place, folder, "snapshot.safetensors")
+        self._exchange = Exchange(policy, lambda: beside_policy(policy, dict(self._values.items())))
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """See `Scorer.in_place`."""
+        return self._exchange.in_place()
+
+    def before_policy_changes(self) -> None:
+        """See `Captured.before_policy_changes`. ValueError where a file cannot be written."""
+        if self._exchange.is_policy:
+            self._values.write(trainable(self.policy))
+            self._exchange.is_policy = False
+
+    @torch.no_grad()
+    def sync(self, mixup_alpha: float) -> None:
+        """See `Moving.sync`. ValueError where alpha is not 1."""
+        if mixup_alpha != 1:
+            raise ValueError(
+                f"A sync (alpha {mixup_alpha}) was asked of a snapshot that was made for another motion "
+                "(hard). Set sync_ref_model and ref_model_mixup_alpha when the trainer is made."
+            )
+        self.before_policy_changes()
+        self.drift = _distance(trainable(self.policy), self._values)
+        self._exchange.is_policy = True
+        self.version += 1
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Scorer.tensors`: none while it is the policy, and none of a file."""
+        if not self._exchange.is_policy:
+            yield from self._values.in_memory().items()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Moving.state_dict`: the values, which may be the policy's own."""
+        return trainable(self.policy) if self._exchange.is_policy else dict(self._values.items())
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
+        """See `Moving.load_state_dict`."""
+        if state:
+            own = trainable(self.policy)
+            self._values.write({name: state[name].to(value.device) for name, value in own.items()})
+            self._exchange.is_policy = False
+        self.version, self.drift = version, drift
+
+    def describe(self, when: str) -> str:
+        """See `Scorer.describe`."""
+        return description(self._where, when, f"moved {self.version} times")
+
+
+def _distance(policy: Mapping[str, Tensor], reference: OwnTensors) -> float:
+    """L2 distance of the two in weight space. A file is read one tensor at a time."""
+    squares = (
+        float((policy[name].float() - value.to(policy[name].device).float()).double().square().sum())
+        for name, value in reference.items()
+    )
+    return math.sqrt(sum(squares))

@@ -1,0 +1,97 @@
+"""The explicit reference that moves: a second module, mixed with the policy at every sync (TR-DPO).
+
+Under PEFT it is held with the adapters merged, since a mix of models is the mix of their effective weights and not of
+their factors. Costs the memory of its weights, an fp32 state beside weights in a smaller dtype, and a merged copy of
+the policy for the moment of a sync.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Self, final
+
+from torch import Tensor, nn
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.policy.adapters import is_adapted
+from holdfast.policy.quantised import is_quantised
+from holdfast.reference.base import Moving, Scorer
+from holdfast.reference.identity import Identity
+from holdfast.reference.model import beside, freeze, independent_copy, weight_tensors
+from holdfast.reference.moving.average import Average, check_mixable, effective_copy, effective_parameters
+from holdfast.scoring.frozen import Autocast, frozen_logps
+
+
+@final
+class MovingModel(Scorer, Moving):
+    """A frozen second module that a sync moves towards `policy`. `origin` says in words what it is."""
+
+    kind = "ModelReference"
+
+    def __init__(self, module: nn.Module, autocast: Autocast, *, origin: str, policy: nn.Module) -> None:
+        self.module: nn.Module = module
+        self.version = 0
+        self.drift = 0.0
+        self._autocast = autocast
+        self._origin = origin
+        self._policy = policy
+        self._average = Average()
+
+    @classmethod
+    def capture(cls, policy: nn.Module, autocast: Autocast) -> Self:
+        """A reference that is a copy of `policy` as it is now. ValueError where its weights are quantised."""
+        _check_mergeable(policy)
+        module = effective_copy(policy) if is_adapted(policy) else independent_copy(policy)
+        return cls(freeze(module), autocast, origin="a copy of the policy", policy=policy)
+
+    @classmethod
+    def of_model(cls, ref_model: nn.Module, autocast: Autocast, *, origin: str, policy: nn.Module) -> Self:
+        """A reference that begins as `ref_model`. ValueError where it cannot be mixed with `policy`."""
+        check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
+        return cls(freeze(ref_model), autocast, origin=origin, policy=policy)
+
+    def logps(self, batch: PairBatch) -> SequenceLogps:
+        """See `Scorer.logps`."""
+        return frozen_logps(self.module, beside(self.module, batch), self._autocast)
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """See `Scorer.in_place`: its weights always are."""
+        return contextlib.nullcontext()
+
+    def sync(self, mixup_alpha: float) -> None:
+        """See `Moving.sync`."""
+        own = dict(self.module.named_parameters())
+        self.drift = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+        self.version += 1
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Scorer.tensors`: its weights, and the fp32 state beside weights in a smaller dtype."""
+        yield from weight_tensors(self.module)
+        yield from self._average.tensors()
+
+    def identity(self) -> Identity:
+        """See `Scorer.identity`."""
+        return Identity.of(self.module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Moving.state_dict`: the weights, and their fp32 state."""
+        return dict(self.module.named_parameters()) | dict(self._average.tensors())
+
+    def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
+        """See `Moving.load_state_dict`."""
+        self._average.restore(dict(self.module.named_parameters()), state)
+        self.version, self.drift = version, drift
+
+    def describe(self, when: str) -> str:
+        """See `Scorer.describe`."""
+        return f"{self._origin}, a module of its own, {when}, moved {self.version} times"
+
+
+def _check_mergeable(policy: nn.Module) -> None:
+    if is_quantised(policy):
+        name = next(name for name, parameter in policy.named_parameters() if not parameter.is_floating_point())
+        raise ValueError(
+            "A moving copy of the policy was to be the reference, but the policy is quantised: adapters cannot be "
+            f"merged into `{name}` without rounding, so the copy would not be the policy. Leave `reference` at 'auto', "
+            "which moves the adapters inside the policy, or use sync_ref_model=False."
+        )

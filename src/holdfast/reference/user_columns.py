@@ -1,0 +1,66 @@
+"""Datasets that bring the reference's log-probs along, in columns: whether a run can use them, and where it does."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from holdfast.data.formats import REFERENCE_COLUMNS
+from holdfast.reference.reference import Reference
+from holdfast.reference.user_logps import UserLogps
+
+
+class UserLogpsOptions(Protocol):
+    """The options of a run (`DPOConfig`) that speak against log-prob sums of fixed weights."""
+
+    ld_alpha: float | None
+    sync_ref_model: bool
+
+
+def all_bring_logps(datasets: Mapping[str, Any]) -> bool:
+    """Whether each of the datasets has the reference's log-probs in its columns."""
+    return all(set(REFERENCE_COLUMNS) <= set(data.column_names or ()) for data in datasets.values())
+
+
+def use_user_columns(
+    reference: Reference | None,
+    datasets: Mapping[str, Any],
+    policy: nn.Module,
+    options: UserLogpsOptions,
+    accelerator: Accelerator,
+) -> None:
+    """Makes the user's log-probs a source of `reference`, where one of the datasets brings such along.
+
+    ValueError where they could not be used: no log-probs are computed ahead, the reference moves, or LD-DPO needs those
+    of single tokens.
+    """
+    names = [name for name, data in datasets.items() if set(REFERENCE_COLUMNS) & set(data.column_names or ())]
+    if not names:
+        return
+    if options.ld_alpha is not None:
+        obstacle, way_out = f"ld_alpha={options.ld_alpha} needs the log-prob of every token, and these are sums", ""
+    elif options.sync_ref_model:
+        obstacle, way_out = "sync_ref_model=True moves the reference, and these are of weights that stay", ""
+    elif reference is None or not reference.is_precomputed:
+        how = "no loss compares with a reference" if reference is None else reference.describe()
+        obstacle = f"this run has no log-probs computed ahead ({how}), so these would be ignored"
+        way_out = (
+            "" if reference is None else ", or set precompute_ref_log_probs=True (on data with an end) to use them"
+        )
+    else:
+        is_half = accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in policy.parameters())
+        if reference.user_logps is None:
+            reference.user_logps = UserLogps(is_half=is_half, is_main=accelerator.is_main_process)
+        return
+    raise ValueError(
+        f"the {names[0]} dataset brings reference log-probs along, in the columns {list(REFERENCE_COLUMNS)}, but "
+        f"{obstacle}. Drop the columns{way_out}."
+    )
+
+
+def without_user_columns(tensors: Mapping[str, Any], reference: Reference | None) -> dict[str, Any]:
+    """A collated batch less the sums that a collator passes on, where `reference` has them from the dataset."""
+    known = REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in known}

@@ -1,0 +1,74 @@
+"""The language model inside its wrappers, its head, and whether that head is a plain matrix.
+
+Scoring replaces the head of a model for one forward pass, so it must find the head whatever wraps the model. A plain
+matrix goes through `scoring.head`, which is fast and small; a head that computes more goes through its own forward. The
+question is asked narrowly: an adapter, a hook, a replaced forward or a quantised weight makes a head more than a
+matrix. Given up: speed for heads that are a matrix in disguise.
+"""
+
+from typing import Any, cast
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from holdfast.internals.torch import has_hooks
+
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`: without DDP, FSDP, DeepSpeed, `torch.compile` and PEFT around it."""
+    inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP shards parameters of `model`. It gathers their values for a module's forward pass and frees them."""
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+
+
+def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:
+    """The language-model head. Raises ValueError when the model has none."""
+    head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(
+            f"{type(causal_lm).__name__} was asked for log-probs, but it has no output embeddings (language-model "
+            "head). Pass a causal language model, for example from `AutoModelForCausalLM`."
+        )
+    return head
+
+
+def vocabulary_size(causal_lm: PreTrainedModel) -> int:
+    """Number of logits per token, after any resizing of the embeddings."""
+    head = output_embeddings(causal_lm)
+    size = getattr(head, "out_features", None)
+    return size if isinstance(size, int) else len(cast(Tensor, head.weight))
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return False
+    # Quantised and distributed weights are subclasses of Tensor with products of their own.
+    return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
+
+
+def matrix_of(head: object) -> nn.Linear | None:
+    """The plain linear map that `head` computes, or None where it computes more.
+
+    That is the head itself, the copy of it that an adapter trains while that adapter is active, or the layer below an
+    adapter that is off. So a bare base gives the same numbers to the bit whatever adapter is around it.
+    """
+    if isinstance(head, ModulesToSaveWrapper):
+        names = [] if head.disable_adapters else list(head.active_adapters)
+        is_saved = bool(names) and all(name in head.modules_to_save for name in names)
+        return matrix_of(head.modules_to_save[names[0]] if is_saved else head.original_module)
+    if isinstance(head, BaseTunerLayer):
+        return matrix_of(head.get_base_layer()) if head.disable_adapters and not head.merged else None
+    return head if isinstance(head, nn.Linear) and is_plain_linear(head) else None

@@ -1,0 +1,102 @@
+"""`tokens_per_batch`: a batch with more tokens than the limit is scored a few rows at a time.
+
+The log-probs and gradients are those of the whole batch; the memory is that of a few rows. Lengths vary, and the rare
+batch of long pairs decides what a machine can train. Only the log-probs of each group of rows are saved, and its
+activations are computed again in the backward pass. A batch within the limit is scored at once, at no extra cost.
+
+Given up: the second forward pass that a larger batch pays. A backward pass after each group would save it, but then the
+loss would be no function of the whole batch, as some losses must be.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.scoring.score import Scores, TokenStatistics, score
+from holdfast.scoring.segments import SEGMENTS
+
+_STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+def score_within_limit(
+    model: nn.Module, batch: PairBatch, num_tokens: int | None, *, router_logits: bool = False
+) -> Scores:
+    """`score(model, batch)` with statistics, and with at most `num_tokens` tokens (or one row) in the model at a time.
+
+    None is no limit. A load-balancing loss is a mean over all tokens of a batch, so it must not be asked for with a
+    limit. ValueError where a batch over the limit has inputs that cannot be cut into rows.
+    """
+    num_rows, num_columns = batch.inputs["input_ids"].shape
+    if num_tokens is None or num_rows == 1 or num_rows * num_columns <= num_tokens:
+        return score(model, batch, statistics=True, router_logits=router_logits)
+    assert not router_logits
+    results: list[tuple[Tensor, ...]] = []
+    indices: list[Tensor] = []
+    for rows, tokens in _row_groups(batch, max(1, num_tokens // num_columns)):
+        of_rows = partial(_logps_and_statistics, model, rows)
+        results.append(checkpoint(of_rows, use_reentrant=False) if torch.is_grad_enabled() else of_rows())
+        indices.append(tokens)
+    order = torch.cat(indices).argsort()
+    logps, *statistics = (torch.cat(values)[order] for values in zip(*results, strict=True))
+    return Scores(
+        logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
+        statistics=TokenStatistics(**dict(zip(_STATISTICS, statistics, strict=True))),
+    )
+
+
+def _logps_and_statistics(model: nn.Module, rows: PairBatch) -> tuple[Tensor, ...]:
+    scores = score(model, rows, statistics=True)
+    return scores.logps.per_token, *(getattr(scores.statistics, name) for name in _STATISTICS)
+
+
+def _row_groups(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, Int[Tensor, "n"]]]:
+    """The batch `num_rows` rows at a time, each with the indices of the completion tokens that are in it."""
+    ids = batch.inputs["input_ids"]
+    num_columns = ids.shape[1]
+    by_row = (batch.source // num_columns).argsort(stable=True)  # [N]
+    ends = [0, *accumulate(batch.tokens_of_rows())]
+    for first in range(0, len(ids), num_rows):
+        last = min(first + num_rows, len(ids))
+        tokens = by_row[ends[first] : ends[last]].sort().values
+        yield _rows(batch, first, last, tokens), tokens
+
+
+def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> PairBatch:
+    """The rows from `first` to before `last`, with their completion `tokens`, as a batch without pairs.
+
+    Sequences keep their numbers. ValueError where nobody can tell which rows an input belongs to.
+    """
+    if batch.unidentified_inputs:
+        raise ValueError(
+            f"tokens_per_batch was asked for, but of the model inputs {list(batch.unidentified_inputs)} that the data "
+            "collator adds nobody can tell which rows they belong to, so a batch cannot be cut. Give them one row per "
+            "completion, or drop tokens_per_batch and lower per_device_train_batch_size."
+        )
+    num_rows, num_columns = batch.inputs["input_ids"].shape
+    inputs: dict[str, Any] = {
+        name: value[first:last] if isinstance(value, Tensor) and len(value) == num_rows else value
+        for name, value in batch.inputs.items()
+        if name != SEGMENTS
+    }
+    segments: Any = batch.inputs.get(SEGMENTS)
+    if segments is not None:
+        inputs[SEGMENTS] = replace(segments, rows=segments.rows[first:last])
+    return replace(
+        batch,
+        inputs=inputs,
+        source=batch.source[tokens] - first * num_columns,
+        target=batch.target[tokens],
+        sequence=batch.sequence[tokens],
+        chosen=batch.chosen[:0],
+        rejected=batch.rejected[:0],
+        reference_logps=None,
+        host_sequences=None,
+    )
