@@ -39,6 +39,7 @@ def test_the_covering():
     assert {name for name in RUNS if name.endswith("-still")} == {f"{w}-{x}-still" for w in STILL for x in LAYOUTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["precomputed-padded-fixed-map-1", "resume-snapshot_disk"])
 def test_a_run_is_the_same_twice_and_another_with_another_number(name: str):
     """With 1e-6 of beta more, gradients, logs and weights are others; the reference and its store are not. The states
