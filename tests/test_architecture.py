@@ -30,6 +30,7 @@ LAYERS = (
     {"reference"},
     {"config", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
+    {"training"},
     {"trainer"},
     {"demo"},
     {"cli"},
