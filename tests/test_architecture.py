@@ -28,7 +28,7 @@ LAYERS = (
     {"data"},
     {"policy"},
     {"reference"},
-    {"config", "training_arguments"},
+    {"config", "testing", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},

@@ -38,7 +38,7 @@ class Startup:
         self._accelerator = accelerator
         self._captured = captured
         self._is_sharded = is_sharded
-        self._models: list[nn.Module] = [policy]
+        self._run_models: list[nn.Module] = [policy]
         self._longest_row: int | None = None
         self._dependence: Dependence | None = None
 
@@ -61,10 +61,10 @@ class Startup:
         options = self._args.reference_options(is_stream=is_stream)
         if options.way != "none":
             ref_models = move_all_to_device(ref_models, self._accelerator.device)
-        self._models = [self._policy, *filter(None, ref_models)]
+        self._run_models = [self._policy, *filter(None, ref_models)]
         is_main = self._accelerator.is_main_process
-        self._longest_row = pin_rotations(self._models, self._args.max_length, train_dataset, is_main=is_main)
-        self._dependence = None if brings_logps else self._find_dependence(self._models, train_dataset)
+        self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
+        self._dependence = None if brings_logps else self._find_dependence(self._run_models, train_dataset)
         check_same_batches(self._dependence, self._args)
         return build_reference(
             options,
@@ -87,17 +87,17 @@ class Startup:
         """The data collator, once all models of the run were seen to compute right what it lays out; see
         `data.layouts.choose.choose_layout`."""
         trial = LayoutTrial(
-            models=self._models,
+            models=self._run_models,
             first_pairs=first_pairs,
             pair_batch=pair_batch,
             accelerator=self._accelerator,
             is_sharded=self._is_sharded,
         )
         with contextlib.ExitStack() as stack:
-            for model in self._models:
+            for model in self._run_models:
                 stack.enter_context(untouched(model))
             chosen = choose_layout(collator, self._args, trial)
-        self._models = [self._policy]  # a reference model that is scored ahead may be let go
+        self._run_models = [self._policy]  # a reference model that is scored ahead may be let go
         return chosen
 
     def introduce(
