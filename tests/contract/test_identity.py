@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.reference.identity import Identity
 from holdfast.scoring.score import score
 from holdfast.store.maintenance import stores

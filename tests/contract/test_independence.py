@@ -283,7 +283,7 @@ def test_ordinary_models_are_independent(family: str) -> None:
 def test_dependence_is_found_and_its_kind(kind: str) -> None:
     found = dependence(planted(kind), rows()[0], 40, torch.no_grad)
     assert found is not None
-    assert found.is_kept == (kind != "neighbours")
+    assert found.outlives_batch == (kind != "neighbours")
 
 
 # --- start-up leaves the model as it was ------------------------------------------------------------------------------

@@ -195,12 +195,11 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 PLACES = ["save@3", "manifest@3", "sync@3", "rotate@3"]
 KILLED = """
-import os, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from families import tiny_model
 from policies import config, trainer
 from test_resume import MOVING, SAVING
-import holdfast.checkpoint.folder as checkpoint
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -211,9 +210,9 @@ def live(folder, place):
         def save(*args): die() if ours.state.global_step == step else plain(*args)
         plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
     elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
-        plain, checkpoint.json.dumps = checkpoint.json.dumps, None
+        plain, json.dumps = json.dumps, None
         def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
-        checkpoint.json.dumps = dumps
+        json.dumps = dumps
     elif place.startswith("sync"):    # half of the weights have moved
         plain = ours.reference.scorer._average.move
         def move(reference, policy, alpha):
@@ -224,13 +223,13 @@ def live(folder, place):
             plain(reference, policy, alpha)
         ours.reference.scorer._average.move = move
     elif place.startswith("rotate"):
-        plain = checkpoint.shutil.rmtree
+        plain = shutil.rmtree
         def rmtree(path, **kwargs):
             if ours.state.global_step == step and "checkpoint-" in Path(path).name:
                 next(Path(path).glob("*.safetensors")).unlink()
                 die()
             plain(path, **kwargs)
-        checkpoint.shutil.rmtree = rmtree
+        shutil.rmtree = rmtree
     ours.train()
 
 root, *places = sys.argv[1:]
