@@ -381,7 +381,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
                 logps = live(run, root / "live")
             stored = run.made(root / "run")
             stored.train()
-            identity, name = stored.reference.identity(), stored.reference.store.folder.name
+            identity, name = stored.reference.identity(), stored.reference.stored.store.folder.name
         return Before(logps=logps, folder=root / "run", home=root / "home", weights=identity.weights, store_name=name)
 
     return left_by
