@@ -1,13 +1,13 @@
-"""Pairs per second of computing the reference's log-probs ahead: our store, TRL's pass, and scoring every pair's rows.
+"""Pairs per second of computing the reference's log-probs ahead: holdfast's store, TRL's pass, and row by row.
 
     python benchmarks/bench_fill.py --profiles dialogue as_is
     python benchmarks/bench_fill.py --profiles four_completions
 
-`ours` is the filling of an empty store, digest of the weights and writing included; `peer` is TRL's precompute pass as
-its trainer makes it, cache file included; `padded_pairs` scores two padded rows for every pair with our own forward
-pass, in the order of the data, and keeps nothing. Building models and tokenizing is not timed. `four_completions` has
+`ours` fills an empty store; the digest of the weights and the writing are timed too. `peer` is TRL's precompute pass as
+its trainer runs it, with its cache file. `padded_pairs` scores two padded rows for every pair with holdfast's forward
+pass, in the order of the data, and stores nothing. Building models and tokenizing is not timed. `four_completions` has
 all six pairs of four completions for each dialogue prompt. Tokens are those that reach the model, padding included.
-Each run is a process of its own, sides take turns, and all must find the same log-probs. Adds to results/fill.json.
+Each run is a process of its own, sides take turns, and all must give the same log-probs. Adds to results/fill.json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NUM_ROWS = {"dialogue": 150, "as_is": 60, "four_completions": 25}
 
 
 class Pass:
-    """What a pass took: seconds, and tokens that reached the embeddings."""
+    """Seconds of a pass, and the tokens that reached the embeddings in it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -42,7 +42,7 @@ class Pass:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Adds what is done within."""
+        """Inside, time and tokens are counted."""
         import torch
 
         plain = torch.nn.Embedding.forward
@@ -61,7 +61,7 @@ class Pass:
 
 
 def measured(work: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and tokens of the pass, and the sums of the log-probs it found."""
+    """Seconds and tokens of a pass, and the sums of its log-probs."""
     import torch
 
     torch.set_num_threads(work["threads"])
@@ -77,7 +77,7 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(work: dict[str, Any]) -> dict[str, Any]:
-    """What both packages are given."""
+    """The training arguments that both packages get."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -89,7 +89,7 @@ def arguments(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_ours(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float, float]:
-    """The sums of what our store has, once it was filled while the trainer was made."""
+    """Sums of log-probs in holdfast's store, which is filled while the trainer is made."""
     from datasets import Dataset
 
     from holdfast import DPOConfig, DPOTrainer, Reference
@@ -115,7 +115,7 @@ def fill_ours(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float
 
 
 def fill_peer(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float, float]:
-    """The sums of what TRL's trainer adds to its dataset while it is made."""
+    """Sums of log-probs that TRL's trainer adds to its dataset while it is made."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -131,7 +131,7 @@ def fill_peer(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float
 
 
 def score_padded_pairs(work: dict[str, Any], rows: list[Any], found: Pass) -> tuple[float, float]:
-    """The sums of the log-probs of all pairs, from two padded rows each."""
+    """Sums of the log-probs of all pairs, from two padded rows each."""
     from contextlib import nullcontext
 
     import torch
@@ -160,11 +160,11 @@ def score_padded_pairs(work: dict[str, Any], rows: list[Any], found: Pass) -> tu
     return chosen, rejected
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- every side -------------------------------------------------------------------------------------------------------
 
 
 def check_same_logps(runs: dict[str, dict[str, Any]], name: str, *, is_half: bool) -> None:
-    """ValueError unless all sides found the same log-probs."""
+    """ValueError unless all sides give the same log-probs."""
     for side, run in runs.items():
         for which, found in run["logps"].items():
             wanted = next(iter(runs.values()))["logps"][which]

@@ -2,13 +2,15 @@
 
     python benchmarks/bench_head.py
 
-A padded batch of dialogue pairs has 4,416 positions, of which 612 predict completion tokens. `ours` is
-`scoring.head.linear_logps` (gradient formed in the forward pass of a frozen head, logits made again for a trained),
-`checkpointed` its fall-back for heads that are more than a matrix, `dense` keeps all logits of the completions, and
-`peer` is TRL's chunked function, if it is installed, on all positions as its trainer calls it and on completions alone.
-Times are medians over interleaved repeats in one process; the memory of temporaries is the growth of the kernel's peak
-(VmHWM, reset before the measurement) in a process of its own, above inputs and the gradients that are wanted. Needs
-Linux. Writes results/head.json.
+A padded batch of dialogue pairs has 4,416 positions, of which 612 predict completion tokens. There are four ways.
+`ours` is `scoring.head.linear_logps`: for a frozen head the gradient is computed in the forward pass, for a trained one
+the logits are computed again. `checkpointed` is the way for heads that are more than a matrix. `dense` saves all logits
+of the completions. `peer` is TRL's chunked function, if it is installed: on all positions, as its trainer calls it, and
+on completions alone.
+
+Times are medians over interleaved repeats in one process. The memory of temporaries is measured in a process of its
+own. It is the growth of the kernel's peak (VmHWM, reset before the measurement) above inputs and wanted gradients.
+Needs Linux. Writes results/head.json.
 """
 
 import argparse
@@ -41,7 +43,7 @@ def ours(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_t
 
 
 def checkpointed(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_tokens: int) -> Tensor:
-    """The fall-back of `holdfast.scoring.score`: a chunk's logits are made again by autograd."""
+    """The way of `holdfast.scoring.completion_head` for other heads: autograd computes a chunk's logits again."""
 
     def column(hidden: Tensor, target: Tensor) -> Tensor:
         return token_logps(nn.functional.linear(hidden, weight).float(), target, False)[0]
@@ -56,7 +58,7 @@ def dense(states: Tensor, weight: Tensor, source: Tensor, target: Tensor, chunk_
 
 
 def peer(states: Tensor, weight: Tensor, source: Tensor | None, target: Tensor) -> Tensor:
-    """TRL's function, with the width of a chunk that its trainer takes, and no statistics."""
+    """TRL's function, with the chunk size that its trainer takes, and without statistics."""
     from trl.kernels import ChunkedLogProbFunction
 
     hidden = states if source is None else states[source]
@@ -73,7 +75,7 @@ def has_peer() -> bool:
 
 
 class Setting:
-    """Inputs of one size, and a forward and backward pass over them in any of the ways."""
+    """Inputs of one size, and a forward and backward pass over them in each way."""
 
     def __init__(self, options: argparse.Namespace, *, is_trained: bool) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -112,9 +114,9 @@ def resident(name: str) -> float:
 
 
 def temporaries(way: str, options: argparse.Namespace, *, is_trained: bool) -> float:
-    """MiB at the peak of one step, above what is there before it and the gradients that are wanted."""
+    """MiB at the peak of one step, above what is resident before it and the wanted gradients."""
     small = argparse.Namespace(**vars(options) | {"positions": 64, "completion": 16, "vocabulary": 256})
-    Setting(small, is_trained=is_trained).step(way)  # what is allocated once: threads, the autograd engine
+    Setting(small, is_trained=is_trained).step(way)  # for what is allocated once: threads, the autograd engine
     setting = Setting(options, is_trained=is_trained)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -134,7 +136,7 @@ def in_a_process(way: str, options: argparse.Namespace, *, is_trained: bool) -> 
 
 
 def compare(options: argparse.Namespace, ways: list[str], *, is_trained: bool) -> dict[str, dict[str, Any]]:
-    """Times, memory, and the largest difference of a gradient from the dense one's, by way."""
+    """By way: times, memory, and the largest difference of a gradient from the dense way's."""
     setting = Setting(options, is_trained=is_trained)
     expected = setting.step("dense")[1]
     errors = {
@@ -158,7 +160,7 @@ def compare(options: argparse.Namespace, ways: list[str], *, is_trained: bool) -
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine, threads and versions that the numbers depend on."""
     sizes = ("positions", "completion", "width", "vocabulary", "chunk_tokens", "repeats")
     return {
         "python": platform.python_version(),

@@ -5,12 +5,12 @@
 `share`: the floating-point operations that a step needs by formula (`step_flops`), over its time, as a share of the
 rate at which the machine multiplies matrices of the step's own shapes. The step is the trainer's, optimizer included,
 on rows of 1,000 tokens and more. The formula counts neither padding nor anything that is computed again, so padding,
-recomputed logits and activations, and everything that is no matrix product, all lower the share. It has every layer
-compute every token, as is usual; `share_computed` counts what is left when the last layer leaves out what nobody reads.
+recomputed logits and activations, and everything that is no matrix product, all lower the share. The formula has every
+layer compute every token, as is usual. `share_computed` leaves out the tokens of the last layer that nobody reads.
 
 `growth`: seconds of a forward and backward pass over one row of up to 32k tokens, made longer by more pairs of dialogue
-length (`pairs`) or by more completions of one prompt (`completions`): the tokens a completion sees stay the same. The
-exponent of a power law through the points is 1 where cost is linear.
+length (`pairs`) or by more completions of one prompt (`completions`). Each completion sees as many tokens as before, so
+the exponent of a power law through the points is 1 where cost is linear.
 
 Adds to results/limit.json.
 """
@@ -52,7 +52,7 @@ def body_parameters(size: workload.Size) -> int:
 
 
 def seen_pairs(prompt: int, completions: Sequence[int]) -> int:
-    """(query, key) pairs in a prompt with these completions, each of which sees the prompt and itself, causally."""
+    """(query, key) pairs of a prompt and these completions, each of which sees the prompt and itself, causally."""
     return prompt * (prompt + 1) // 2 + sum(c * prompt + c * (c + 1) // 2 for c in completions)
 
 
@@ -75,12 +75,12 @@ def unread_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]]
 
 
 def step_flops(size: workload.Size, trees: Sequence[tuple[int, Sequence[int]]], reference: str) -> int:
-    """Forward, twice that for the backward pass, and another forward where the reference is live."""
+    """Operations of the forward pass, twice as many of the backward pass, and a second forward for a live reference."""
     return forward_flops(size, trees) * (4 if reference == "live" else 3)
 
 
 def products(size: workload.Size, num_tokens: int, num_completion: int) -> list[tuple[int, int, int, int]]:
-    """(rows, inputs, outputs, how often) of a forward pass's matrix products."""
+    """The matrix products of a forward pass: (rows, inputs, outputs, number of such products)."""
     keys = size.hidden // size.heads * size.key_heads
     return [
         (num_tokens, size.hidden, size.hidden, 2 * size.layers),
@@ -95,7 +95,7 @@ def products(size: workload.Size, num_tokens: int, num_completion: int) -> list[
 
 
 def product_rate(size: workload.Size, num_tokens: int, num_completion: int, repeats: int) -> float:
-    """FLOPs per second of the products of a step, forward and backward, each alone and again and again."""
+    """FLOPs per second of the matrix products of a step, forward and backward, each repeated alone."""
     import torch
 
     flops = seconds = 0.0
@@ -198,7 +198,7 @@ def measured_growth(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
-    """One row of at most that many tokens: of `pairs`, or of one prompt's `completions`."""
+    """One row of at most so many tokens, of `pairs` or of one prompt's `completions`."""
     from holdfast.batch import PairBatch
     from holdfast.data.layouts.prefix_shared import SharedLayout
 
@@ -217,7 +217,7 @@ def long_row(kind: str, num_tokens: int, vocabulary: int, device: str) -> Any:
 
 
 def forward_and_backward(model: Any, batch: Any) -> None:
-    """Of the log-probs of all completions."""
+    """A forward and backward pass of the log-probs of all completions."""
     import torch
 
     from holdfast.scoring.score import score
@@ -228,11 +228,11 @@ def forward_and_backward(model: Any, batch: Any) -> None:
     logps.per_token.sum().backward()
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- every part -------------------------------------------------------------------------------------------------------
 
 
 def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The summary of all runs with the reference held in that way."""
+    """The summary of all runs with one way to hold the reference."""
     size = workload.SIZES[options.size]
     trees = [(STEP["prompt"], (STEP["chosen"], STEP["rejected"]))] * BATCH
     flops, forward, unread = step_flops(size, trees, reference), forward_flops(size, trees), unread_flops(size, trees)
@@ -261,7 +261,7 @@ def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str
 
 
 def growth(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The summary of the run over rows of that kind."""
+    """The summary of the run over one kind of rows."""
     size = options.growth_size
     work = {"kind": kind, "size": size, "rows": options.rows, "repeats": options.repeats}
     with tempfile.TemporaryDirectory() as own:

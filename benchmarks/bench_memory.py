@@ -2,11 +2,11 @@
 
     python benchmarks/bench_memory.py
 
-A Llama of 97 M fp32 parameters takes six steps of AdamW on a few short pairs, so that weights outweigh everything else:
-the policy, its gradients and the optimizer's two moments are 4 copies of it. Every measurement is a process of its own,
-modes are interleaved, and the median of the repeats is reported. The peak is the kernel's own (VmHWM, which unlike
-`ru_maxrss` a process does not inherit from the one that started it); a thread samples how it splits into anonymous
-memory and pages of mapped files, which the kernel can drop at any time. Needs Linux. Writes results/memory.json.
+A Llama of 97 M fp32 parameters takes six steps of AdamW on a few short pairs, so the weights outweigh everything else:
+the policy, its gradients and the optimizer's two moments are four copies of them. Every measurement is a process of its
+own, modes are interleaved, and the median of the repeats is reported. The peak is the kernel's own (VmHWM, which unlike
+`ru_maxrss` a process does not inherit from its parent). A thread samples how it splits into anonymous memory and pages
+of mapped files, which the kernel can drop at any time. Needs Linux. Writes results/memory.json.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def memory() -> dict[str, float]:
-    """This process's resident memory in MiB: the peak, what is there now, and of that the anonymous part and files'."""
+    """This process's resident memory in MiB: the peak, the present amount, its anonymous and its file pages."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmHWM", "VmRSS", "Rss"))}
     names = {"peak": "VmHWM", "now": "VmRSS", "anonymous": "RssAnon", "files": "RssFile"}
@@ -69,7 +69,7 @@ class Sampler(threading.Thread):
 
 
 def measure(mode: str, *, checkpointing: bool, width: int, layers: int, steps: int) -> dict[str, Any]:
-    """The peaks of one run, in MiB, and what was resident before the model was made."""
+    """The peaks of one run in MiB, and the memory that was resident before the model was made."""
     import torch
     import transformers
     from datasets import Dataset
@@ -119,7 +119,7 @@ def measure(mode: str, *, checkpointing: bool, width: int, layers: int, steps: i
 
 
 def word_level_tokenizer(vocabulary: int) -> Any:
-    """A tokenizer of that many words; the rows are token ids already."""
+    """A tokenizer of so many words, which nothing is tokenized with: the rows are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def word_level_tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- every mode -------------------------------------------------------------------------------------------------------
 
 
 def in_a_process(mode: str, options: argparse.Namespace, *, checkpointing: bool) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def in_a_process(mode: str, options: argparse.Namespace, *, checkpointing: bool)
 
 
 def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the repeats of one mode, and how they compare with `base`, the same without a reference."""
+    """Medians over the repeats of one mode, and their growth over `base`, the same run without a reference."""
 
     def median(values: list[dict[str, Any]], name: str) -> float:
         return statistics.median(value[name] for value in values)
@@ -168,7 +168,7 @@ def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
 
 
 def environment(options: argparse.Namespace, weights: float) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine, threads and versions that the numbers depend on."""
     import safetensors
     import torch
     import transformers

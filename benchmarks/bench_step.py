@@ -1,13 +1,13 @@
-"""Pairs per second and peak memory of a training step: ours, ours with padded rows, and TRL's, by mode and lengths.
+"""Pairs per second and peak memory of a training step, of holdfast, of holdfast with padded rows, and of TRL.
 
     python benchmarks/bench_step.py --profiles dialogue --modes full
     python benchmarks/bench_step.py --profiles as_is --modes lora --checkpointing
 
 Each run is a process of its own that trains a small Llama from the same folder on the same pairs in the same order,
-with each package's own defaults for the mode; sides take turns. Not timed: building the model, tokenizing, log-probs
-ahead, and the first steps. A few more steps then measure memory (see `measure`). All sides must log the same losses and
-log-probs, else the benchmark fails: it would compare unlike work. What is reported is the median over the repeats, and
-of the ratios of runs that followed each other.
+with each package's own defaults for the mode; sides take turns. Building the model, tokenizing, log-probs ahead, and
+the first steps are not timed. A few more steps then measure memory (see `measure`). All sides must log the same losses
+and log-probs; otherwise the benchmark would compare unlike work, and it fails. Reported are medians over the repeats,
+of each side and of the ratios of consecutive runs.
 
 On a GPU: bf16 autocast, `--size 0.5b`. Adds to results/step.json, which holds runs of one environment; those of other
 machines, threads or versions go into files of their own (`--output results/step_gpu.json`).
@@ -45,7 +45,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def measured(work: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the timed steps, MiB at the peaks of the others, and what was logged."""
+    """Seconds of the timed steps, MiB at the peaks of the others, and the logged numbers."""
     import torch
 
     torch.set_num_threads(work["threads"])
@@ -65,7 +65,7 @@ def measured(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(work: dict[str, Any], watch: Any, *, steps: int) -> Any:
-    """The side's trainer on what the folder `inputs` holds."""
+    """The side's trainer on the model and the pairs in the folder `inputs`."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -97,7 +97,7 @@ def make_trainer(work: dict[str, Any], watch: Any, *, steps: int) -> Any:
     )
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- every side -------------------------------------------------------------------------------------------------------
 
 
 def check_same_work(runs: dict[str, dict[str, Any]], name: str, *, is_half: bool) -> None:
@@ -144,7 +144,7 @@ def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def ratio(ours: list[float], others: list[float]) -> float:
-    """The median of the ratios of runs that followed each other."""
+    """The median of the ratios of consecutive runs."""
     return statistics.median(one / other for one, other in zip(ours, others, strict=True))
 
 

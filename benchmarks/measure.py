@@ -1,11 +1,13 @@
-"""How the benchmarks measure: processes of their own, clocks and peaks of training steps, the machine's description.
+"""How the benchmarks measure: a process for each measurement, clocks and peaks of training steps, the machine.
 
-A measurement runs in a fresh process that prints one line of JSON. Steps are timed from the end of the one before, so
-that whatever is done between two steps counts. The peak of a step is the growth of the kernel's own mark (VmHWM, reset
-before each step) above what was resident when the step before had ended, gradients freed and the allocator trimmed: so
-without weights, references and the optimizer's state, and with gradients and activations. For these steps, which are
-not timed, freed blocks of 64 KiB and more go back to the system at once, so that the peak holds no memory that nobody
-uses. On a GPU both come from torch's own counters. Needs Linux.
+A measurement runs in a fresh process that prints one line of JSON. A step is timed from the end of the one before, so
+everything between two steps counts.
+
+The peak of a step is the growth of the kernel's own mark (VmHWM, reset before each step). It starts from what was
+resident when the step before had ended, its gradients were freed and the allocator was trimmed. So it has gradients and
+activations in it, but no weights, references or optimizer state. The steps whose peak is measured are not timed: freed
+blocks of 64 KiB and more go back to the system at once, so that the peak holds no unused memory. On a GPU both come
+from torch's own counters. Needs Linux.
 
 Given up: peaks and times of the same steps, since handing memory back costs time.
 """
@@ -57,7 +59,7 @@ def in_a_process(script: str, work: Mapping[str, Any], *, threads: int, folder: 
 
 
 def idle_share(seconds: float = 0.5) -> float:
-    """The part of the processors' time that went unused during this many seconds."""
+    """The share of the processors' time that went unused during so many seconds."""
 
     def ticks() -> list[int]:
         return [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
@@ -97,7 +99,7 @@ class Peak:
         self._before = 0.0
 
     def begin(self) -> None:
-        """Starts from what is in use now."""
+        """Starts from the memory that is in use now."""
         import torch
 
         gc.collect()
@@ -111,7 +113,7 @@ class Peak:
         self._before = resident("VmRSS")
 
     def end(self) -> float:
-        """MiB at the peak since `begin`, above what was in use then."""
+        """MiB at the peak since `begin`, above the memory that was in use then."""
         import torch
 
         if torch.cuda.is_available():
@@ -121,7 +123,7 @@ class Peak:
 
 
 def clock() -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """The time in seconds, once the device has done everything."""
     import torch
 
     if torch.cuda.is_available():
@@ -163,7 +165,7 @@ def watch(warmup: int, timed: int) -> Any:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The machine, threads and versions that the numbers depend on."""
     import importlib.metadata as metadata
 
     import torch
@@ -189,7 +191,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 class Results:
-    """A file of results by name, of one environment, to which runs of a benchmark add; no file where it has no path."""
+    """A file of results by name, all of one environment, to which a benchmark adds. Without a path none is written."""
 
     def __init__(self, path: Path | None, benchmark: str, threads: int) -> None:
         self._path = path
@@ -198,7 +200,7 @@ class Results:
             self._document["results"] = self._found(json.loads(path.read_text(encoding="utf-8")))
 
     def _found(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The results in the file; ValueError where they were measured elsewhere."""
+        """The results in the file. ValueError where they were measured in another environment."""
         ours = self._document["environment"]
         theirs = document.get("environment", {})
         differing = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} - {"date"}
@@ -211,7 +213,7 @@ class Results:
         return document["results"]
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        """Writes the file with this result in it; an earlier one of that name is replaced."""
+        """Writes the file with this result in it, in place of an earlier one of the same name."""
         self._document["results"][name] = result
         if self._path is None:
             return

@@ -1,9 +1,9 @@
-"""The tables of docs/benchmarks.md, made from the results.
+"""The tables of docs/benchmarks.md, made from the result files.
 
     python benchmarks/tables.py
 
-Replaces what stands between `<!-- table: NAME -->` and `<!-- end of table -->` by the tables of all result files of
-that benchmark, a table a file, since a file has the results of one environment.
+Replaces the text between `<!-- table: NAME -->` and `<!-- end of table -->` by the tables of that benchmark. Each
+of its result files gives one table, since a file holds the results of one environment.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""What the benchmarks train on: pairs of real conversations in two length profiles, a tokenizer of them, and a model.
+"""The benchmarks' inputs: pairs of real conversations in two length profiles, a tokenizer for them, and a model.
 
 The `dialogue` profile cuts each text so that prompts have 116 tokens on average, chosen answers 37 and rejected ones
-49, template included, and that lengths spread like those of real dialogue: log-normally, the longest text keeping most.
-`as_is` takes the rows as they are. The tokenizer is trained on the same text, so it has as many tokens as the model has
-rows in its head, as long as the text has that many. Weights are random: speed and memory do not depend on them.
+49, with the template. Lengths then spread like those of real dialogue: log-normally, in the order of the texts' own
+lengths. `as_is` takes the rows as they are. The tokenizer is trained on the same text, so it has as many tokens as the
+model has rows in its head, if the text has so many. Weights are random: speed and memory do not depend on them.
 
 Given up: natural endings. A cut text ends in the middle of a sentence.
 """
@@ -48,7 +48,7 @@ class Size:
     is_tied: bool = False
 
     def config(self) -> Any:
-        """Its `LlamaConfig`."""
+        """The `LlamaConfig` of this size."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -59,7 +59,7 @@ class Size:
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """Its fields, for a result."""
+        """The fields of this size, for a result."""
         return asdict(self)
 
 
@@ -159,7 +159,7 @@ def _cut_column(texts: Sequence[str], side: str, tokenizer: Any) -> list[str]:
 
 
 def _overhead(side: str, tokenizer: Any) -> int:
-    """Tokens that the template adds to a message of this side."""
+    """The number of tokens that the template adds to a message of this side."""
     nothing: Pair = {name: [{"role": ROLES[name], "content": ""}] for name in SIDES}
     return lengths([nothing], tokenizer)[side][0]
 
@@ -199,7 +199,7 @@ def four_completions(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def facts(pairs: Sequence[Pair], tokenizer: Any, batch: int, max_length: int) -> dict[str, Any]:
-    """What lengths the pairs have, and how many tokens padded batches of consecutive pairs have over those needed."""
+    """Lengths of the pairs, and the tokens of padded batches of consecutive pairs over the needed ones."""
     found = lengths(pairs, tokenizer)
     rows = list(zip(*(found[side] for side in SIDES), strict=True))
     padded = needed = 0
@@ -215,11 +215,11 @@ def facts(pairs: Sequence[Pair], tokenizer: Any, batch: int, max_length: int) ->
     }
 
 
-# --- what a measurement finds in its folder ---------------------------------------------------------------------------
+# --- the files in a measurement's folder ------------------------------------------------------------------------------
 
 
 def write_model(folder: Path, size: Size, tokenizer: Any) -> None:
-    """A model of that size with random weights, and the tokenizer, as `from_pretrained` reads them."""
+    """Writes a model with random weights, and the tokenizer, as `from_pretrained` reads them."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -229,5 +229,5 @@ def write_model(folder: Path, size: Size, tokenizer: Any) -> None:
 
 
 def write_pairs(file: Path, pairs: Sequence[Pair]) -> None:
-    """The pairs as JSONL."""
+    """Writes the pairs as JSONL."""
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

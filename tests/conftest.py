@@ -21,7 +21,8 @@ os.environ |= {
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
-SHAPED = ("batch", "losses", "scoring")
+SCORING = ("attention", "completion_head", "head", "last_layer", "score", "segments", "token_limit", "transform")
+SHAPED = ("batch", "losses", *(f"scoring.{name}" for name in SCORING))
 install_import_hook([f"holdfast.{name}" for name in SHAPED], "shapes.checked")
 
 import pytest  # noqa: E402

@@ -59,13 +59,14 @@ def covering(rows: Sequence[Row], strength: int) -> list[Row]:
 def mark_nightly(items: Sequence[Any]) -> None:
     """Marks those of pytest's items that covering rows of their own test's parameters stand for.
 
-    Rows are told apart by the numbers of their values. An item that is collected alone, by its name, covers itself.
+    Two rows have the same value of a parameter if it is the same object. An item that is
+    collected alone, by its name, covers itself.
     """
     tables: dict[tuple[Any, int], list[tuple[Row, Any]]] = defaultdict(list)
     for item in items:
         if (marker := item.get_closest_marker("covering")) is not None:
             (strength,) = marker.args
-            tables[item.function, strength].append((tuple(item.callspec.indices.values()), item))
+            tables[item.function, strength].append((tuple(map(id, item.callspec.params.values())), item))
     for (_, strength), table in tables.items():
         chosen = set(covering([row for row, _ in table], strength))
         for row, item in table:

@@ -7,11 +7,13 @@ shows the table; as a script, this writes the README's anew.
 import itertools
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from covering import covering
+from holdfast.reference import build
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table: references -->", "<!-- /table -->"
@@ -27,14 +29,22 @@ KINDS = {
 }
 """Kinds of policies (the names of `policies.POLICIES`), and how the README calls them."""
 
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("`model`", {"reference": "model"}),
-    "adapter": ("`adapter`", {"reference": "adapter"}),
-    "snapshot": ("`snapshot` on the device", {"reference": "snapshot"}),
-    "snapshot_cpu": ("`snapshot` in host memory", {"reference": "snapshot", "snapshot_device": "cpu"}),
-    "snapshot_disk": ("`snapshot` on disk", {"reference": "snapshot", "snapshot_device": "disk"}),
-    "precomputed": ("`precomputed`", {"reference": "precomputed"}),
-}
+PLACES = {"device": "on the device", "cpu": "in host memory", "disk": "on disk"}
+"""Where a snapshot is held, and how the README calls it."""
+
+
+def _ways() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """By name, every way that the package has; a snapshot once for each place."""
+    for name in (*build.WAYS, "precomputed"):
+        if name == "snapshot":
+            yield name, (f"`{name}` {PLACES['device']}", {"reference": name})
+            for place in ("cpu", "disk"):
+                yield f"{name}_{place}", (f"`{name}` {PLACES[place]}", {"reference": name, "snapshot_device": place})
+        else:
+            yield name, (f"`{name}`", {"reference": name})
+
+
+WAYS = dict(_ways())
 """Ways to hold a reference: how the README calls them, and the options that ask for them."""
 
 SYNC_STEPS = 3

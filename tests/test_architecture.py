@@ -118,6 +118,16 @@ def test_losses_stand_on_torch_and_batch_alone(path):
     assert of_the_package <= {"holdfast.batch", "holdfast.losses"}
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "store").glob("*.py")), ids=lambda path: path.stem)
+def test_the_store_knows_no_model(path):
+    """Of the package it imports itself and the batch's records, and of libraries none that has models."""
+    names = set(imported(ast.parse(path.read_text(encoding="utf-8"))))
+    own = {name for name in names if name.startswith("holdfast.")}
+    assert {name for name in own if name.split(".")[1] not in ("batch", "store")} == set()
+    assert {name for name in names if name.split(".")[0] in ("accelerate", "peft", "transformers")} == set()
+    assert {name for name in names if name.startswith("torch.nn")} == set()
+
+
 def private_names_of_others(source: str, own: set[str]) -> list[str]:
     """The private names (`_x`) in `source` that are none of the package's own: attributes, options of calls, texts that
     name one (in `getattr` and its like, as a key, in `... in vars(x)`), and imports."""

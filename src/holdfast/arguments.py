@@ -10,9 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
-from holdfast.internals.transformers import check_trainer
+from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.policy.independence import Dependence
-from holdfast.policy.load import default_output_dir
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
 from holdfast.training_arguments import check_metrics, check_stream
@@ -61,6 +60,12 @@ def checked_arguments(
     return args
 
 
+def default_output_dir(model: str | nn.Module) -> str:
+    """`<model name>-DPO`, for a run without a config."""
+    path = model if isinstance(model, str) else loaded_from(model.config)
+    return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"
+
+
 def _check_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
@@ -86,7 +91,8 @@ def prepare_device(args: DPOConfig) -> None:
 
 
 def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
-    """Weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts."""
+    """The weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts.
+    ValueError where the option does not fit the model or the other options."""
     config = causal_lm.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")
     if args.router_aux_loss_coef and not has_router:
@@ -106,24 +112,25 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
     return coefficient
 
 
-def check_same_batches(found: Dependence | None, args: DPOConfig) -> None:
-    """ValueError where a run of `args` would score other batches than the policy's, on which its numbers depend."""
-    if found is None:
+def check_same_batches(dependence: Dependence | None, args: DPOConfig) -> None:
+    """ValueError where a run of `args` would score other batches than the policy's, and log-probs depend on the
+    batch."""
+    if dependence is None:
         return
     comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"
-    asks = args.needs_reference
-    asked = {
-        "precompute_ref_log_probs=True": asks and (args.precompute_ref_log_probs or args.reference == "precomputed"),
-        f"reference_window={args.reference_window}": asks and (args.reference_window or 1) > 1,
-        f"snapshot_device={args.snapshot_device!r} without reference_window=1": asks
-        and comes_from_afar
+    reference_options = {
+        "precompute_ref_log_probs=True": args.computes_ahead,
+        f"reference_window={args.reference_window}": (args.reference_window or 1) > 1,
+        f"snapshot_device={args.snapshot_device!r} without reference_window=1": comes_from_afar
         and args.reference_window is None,
-        f"tokens_per_batch={args.tokens_per_batch}": args.tokens_per_batch is not None,
     }
-    option = next((name for name, is_asked in asked.items() if is_asked), None)
+    is_set = (reference_options if args.needs_reference else {}) | {
+        f"tokens_per_batch={args.tokens_per_batch}": args.tokens_per_batch is not None
+    }
+    option = next(filter(is_set.get, is_set), None)
     if option is not None:
         raise ValueError(
-            f"{option} was asked for, which scores rows in other batches than the policy's, but {found.reason}: the "
-            "numbers would be those of another batch. Drop it, so that the reference is asked batch by batch "
+            f"{option} was asked for, which scores rows in other batches than the policy's, but {dependence.reason}: "
+            "the numbers would be those of another batch. Drop it, so that the reference is asked batch by batch "
             "(reference='model' or 'adapter')."
         )

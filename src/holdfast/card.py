@@ -1,4 +1,4 @@
-"""The model card that goes with a trained model: what it was trained from, how, and which reference it had."""
+"""The model card of a trained model: its base model, how it was trained, and which reference it had."""
 
 import os
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def write_card(
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
 ) -> None:
-    """Writes `README.md` into the run's output folder. What `model` was loaded from is named in its header only where
-    it can be a hub id; `metadata` is what else the header says (`language`, `license`, ...)."""
+    """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...).
+    The header names the base model only where that can be a hub id."""
     folder = Path(str(args.output_dir))
     base_model = loaded_from(unwrap(model).config) or None
     dataset = metadata.pop("dataset", None) or dataset

@@ -199,8 +199,13 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         """Whether any of the losses compares with a reference."""
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
+    @property
+    def computes_ahead(self) -> bool:
+        """Whether the reference's log-probs are computed before training: by the flag, or by the way it is held."""
+        return self.precompute_ref_log_probs or self.reference == "precomputed"
+
     def reference_options(self, *, is_stream: bool) -> ReferenceOptions:
-        """Which reference is asked for, in a run over a stream or over data with an end."""
+        """Which reference the options ask for. `is_stream`: whether the training data are a stream."""
         return ReferenceOptions(
             way=self.reference if self.needs_reference else "none",
             adapter=self.ref_adapter_name,
@@ -218,7 +223,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     @property
     def reference_folder(self) -> Path:
-        """The folder whose folders are of references that are held on disk."""
+        """The folder of references that are held on disk; each has a folder of its own in it."""
         return Path(str(self.output_dir)) / "_reference"
 
     def _check_ranges(self) -> None:
@@ -246,8 +251,9 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
                 raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
 
     def _check_gathering(self) -> None:
-        """Dispatching, accelerate's default for streams, would split a batch along its first dimension, which pairs,
-        sequences and tokens do not share; transformers puts gathered objects of several batches together wrongly."""
+        """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along
+        its first dimension, but pairs, sequences and tokens differ in theirs. And transformers puts gathered objects of
+        several batches together wrongly."""
         if self.eval_use_gather_object:
             raise ValueError(
                 "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
@@ -272,51 +278,68 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         )
 
     def _check_reference(self) -> None:
+        self._check_way()
+        self._check_snapshot()
+        self._check_store()
+        if self.ref_model_weights is not None:
+            check_weights(self.ref_model_weights)
+        self._check_ref_adapter()
+        self._check_mixup_alpha()
+        self._check_losses_compare()
+
+    def _check_way(self) -> None:
         if self.reference not in WAY_NAMES:
             raise ValueError(
                 f"reference={self.reference!r} was asked for; the ways to hold a reference are {', '.join(WAY_NAMES)}. "
                 "Choose one of them."
             )
-        self._check_places()
-        is_ahead = self.precompute_ref_log_probs or self.reference == "precomputed"
-        for name in ("reference_store", "reference_store_versions"):
-            if getattr(self, name) and not (is_ahead and (self.sync_ref_model or name == "reference_store")):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} was asked for, but no log-probs "
-                    f"{'of a moving reference ' if name != 'reference_store' else ''}are computed ahead. Set "
-                    "precompute_ref_log_probs=True, or drop it."
-                )
-        if self.ref_model_weights is not None:
-            check_weights(self.ref_model_weights)
-        if self.ref_adapter_name is not None and (
-            self.sync_ref_model or self.reference in ("model", "snapshot", "none")
-        ):
-            other = "sync_ref_model=True" if self.sync_ref_model else f"reference={self.reference!r}"
-            raise ValueError(
-                f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
-                "inside the policy that stay as they are, the second is not. Drop one of them."
-            )
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(
-                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
-                "reference would never move. Use sync_ref_model=False for a fixed one."
-            )
-        self._check_combination()
 
-    def _check_places(self) -> None:
-        places = get_args(Place)
-        if self.snapshot_device not in places:
+    def _check_snapshot(self) -> None:
+        devices = get_args(Place)
+        if self.snapshot_device not in devices:
             raise ValueError(
-                f"snapshot_device={self.snapshot_device!r} was asked for; a snapshot is held on {', '.join(places)}. "
+                f"snapshot_device={self.snapshot_device!r} was asked for; a snapshot is held on {', '.join(devices)}. "
                 "Choose one of them."
             )
-        if self.snapshot_device != places[0] and self.reference != "snapshot":
+        if self.snapshot_device != devices[0] and self.reference != "snapshot":
             raise ValueError(
                 f"snapshot_device={self.snapshot_device!r} was asked for with reference={self.reference!r}, which "
                 "keeps no snapshot. Use reference='snapshot', or drop it."
             )
 
-    def _check_combination(self) -> None:
+    def _check_store(self) -> None:
+        """Options of the store want log-probs that are computed ahead; one of them also a reference that moves."""
+        if self.reference_store and not self.computes_ahead:
+            raise ValueError(
+                f"reference_store={self.reference_store!r} was asked for, but no log-probs are computed ahead. Set "
+                "precompute_ref_log_probs=True, or drop it."
+            )
+        if self.reference_store_versions and not (self.computes_ahead and self.sync_ref_model):
+            raise ValueError(
+                f"reference_store_versions={self.reference_store_versions!r} was asked for, but no log-probs of a "
+                "moving reference are computed ahead. Set precompute_ref_log_probs=True, or drop it."
+            )
+
+    def _check_ref_adapter(self) -> None:
+        """An adapter that is the reference stays as it is, inside the policy."""
+        if self.ref_adapter_name is None:
+            return
+        if self.sync_ref_model or self.reference in ("model", "snapshot", "none"):
+            other = "sync_ref_model=True" if self.sync_ref_model else f"reference={self.reference!r}"
+            raise ValueError(
+                f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
+                "inside the policy that stay as they are, the second is not. Drop one of them."
+            )
+
+    def _check_mixup_alpha(self) -> None:
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
+                "reference would never move. Use sync_ref_model=False for a fixed one."
+            )
+
+    def _check_losses_compare(self) -> None:
+        """A loss that compares with a reference needs one. An option about the reference needs such a loss."""
         if self.reference == "none" and self.needs_reference:
             needy = [name for name in self.loss_types if LOSSES[name].needs_reference]
             raise ValueError(
@@ -324,17 +347,16 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
                 "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
                 "or leave `reference` at 'auto'."
             )
-        ahead = self.precompute_ref_log_probs or self.reference == "precomputed"
-        flags = {
+        is_set = {
             "sync_ref_model": self.sync_ref_model,
             "ref_adapter_name": self.ref_adapter_name is not None,
-            "precompute_ref_log_probs": ahead,
+            "precompute_ref_log_probs": self.computes_ahead,
             "reference_window": self.reference_window is not None,
             "ref_model_weights": self.ref_model_weights is not None,
         }
-        flag = next((name for name, is_set in flags.items() if is_set), None)
-        if flag and (self.reference == "none" or not self.needs_reference):
+        option = next(filter(is_set.get, is_set), None)
+        if option is not None and not self.needs_reference:
             raise ValueError(
-                f"{flag} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
+                f"{option} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
                 f"reference to apply it to. Drop it, or add a loss that compares with a reference."
             )

@@ -26,16 +26,18 @@ from holdfast.arguments import check_same_batches, checked_arguments, prepare_de
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
 from holdfast.card import TAGS, write_card
-from holdfast.checkpoint import folder as checkpoints
 from holdfast.checkpoint.finite import check_finite, check_loss, infinite_buffers
+from holdfast.checkpoint.folder import best_checkpoint, checkpoint_to_resume, save_complete
 from holdfast.checkpoint.policy_state import (
-    best_checkpoint,
     check_loaded,
-    is_saved_otherwise,
     load_adapters,
     load_converted,
+    needs_conversion,
     policy_digest,
 )
+from holdfast.checkpoint.provenance import Provenance
+from holdfast.checkpoint.reference_state import load_reference, read_manifest
+from holdfast.checkpoint.template_date import date_to_print, recorded_date
 from holdfast.config import DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.completions import Batching, all_to_score, datasets_by_name
@@ -52,12 +54,13 @@ from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.independence import Dependence, check_resumable, find_dependence
-from holdfast.policy.load import load_tokenizer, padding_id
-from holdfast.policy.placement import placed_alike, same_on_all_processes
+from holdfast.policy.placement import move_all_to_device
 from holdfast.policy.prepare import make_policy
 from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import audit, checksums, introduction
 from holdfast.reference.build import build_reference
@@ -91,7 +94,7 @@ class DPOTrainer(Trainer):
     _is_introduced = False
     _masks: frozenset[str] = frozenset()
     _uploading: Sequence[str] = ()
-    _provenance: checkpoints.Provenance | None = None
+    _provenance: Provenance | None = None
     reference: Reference | None = None
 
     def __init__(
@@ -119,7 +122,7 @@ class DPOTrainer(Trainer):
         self._captured = checksums(policy)
 
         self._rows = train_dataset, eval_dataset
-        self._date = date_of_run(tokenizer, args.template_date, checkpoints.recorded_date(args), self._rows)
+        self._date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows)
         self._preparation = Preparation.of_options(
             args, tokenizer, vocab_size=vocabulary_size(unwrap(policy)), template_date=self._date
         )
@@ -153,7 +156,7 @@ class DPOTrainer(Trainer):
         self._full_eval = FullEval(policy)
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
-        if not self._is_sharded and same_on_all_processes(policy):
+        if not self._is_sharded and broadcast_unlike_tensors(policy):
             self._captured = checksums(policy)
 
     def _prepared(self, args: DPOConfig) -> tuple[Any, Any]:
@@ -163,7 +166,7 @@ class DPOTrainer(Trainer):
             return self._preparation.of(train_dataset, "train"), self._preparation.of_eval(eval_dataset)
 
     def _print_date_of(self, checkpoint: Path) -> None:  # templates print what they did in the run that wrote it
-        found = checkpoints.date_to_print(checkpoint, self._date, self.args.template_date)
+        found = date_to_print(checkpoint, self._date, self.args.template_date)
         if found == self._date:
             return
         if self.is_world_process_zero():
@@ -199,7 +202,7 @@ class DPOTrainer(Trainer):
         is_stream = isinstance(self.train_dataset, IterableDataset)
         options = self.args.reference_options(is_stream=is_stream)
         if options.way != "none":
-            ref_models = placed_alike(ref_models, self.accelerator.device)
+            ref_models = move_all_to_device(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
         datasets = {"train": self.train_dataset} | datasets_by_name(self.eval_dataset)
         self._longest = pin_rotations(
@@ -278,12 +281,10 @@ class DPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
-        checkpoint = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
         self._masks = infinite_buffers(self.model)
-        self._stream_position = (
-            StreamPosition(**checkpoints.read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
-        )
+        self._stream_position = StreamPosition(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
         with self._seen_by_other_runs():
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
@@ -296,7 +297,7 @@ class DPOTrainer(Trainer):
     def restore(self, checkpoint: str | bool = True) -> None:
         """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer
         must be made with what that run began with; ValueError names what differs."""
-        found = checkpoints.checkpoint_to_resume(checkpoint, self.args.output_dir)
+        found = checkpoint_to_resume(checkpoint, self.args.output_dir)
         assert found is not None
         self._settle(found)
         self._load_from_checkpoint(str(found))
@@ -307,9 +308,14 @@ class DPOTrainer(Trainer):
             self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
         if self.reference is not None and self._provenance is None and is_recorded:
-            identity = None if self._is_sharded else self.reference.identity()
-            what = identity, self._layout_name(), self.args, self.model, self.train_dataset
-            self._provenance = checkpoints.provenance(*what, first=self._collated(self._first_rows()[:1]))
+            self._provenance = Provenance.of_run(
+                args=self.args,
+                policy=self.model,
+                reference_identity=None if self._is_sharded else self.reference.identity(),
+                train_dataset=self.train_dataset,
+                first_pair=self._collated(self._first_rows()[:1]),
+                layout=self._layout_name(),
+            )
         if self.reference is not None:
             self.reference.before_policy_changes()
         if not self._is_introduced and not self._is_sharded:
@@ -317,7 +323,7 @@ class DPOTrainer(Trainer):
         if checkpoint is not None:
             check_resumable(self._dependence or self._find_dependence([self.model]))
         if checkpoint is not None:
-            checkpoints.load_reference(checkpoint, self.reference, self._provenance)
+            load_reference(checkpoint, self.reference, self._provenance)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
         names = TOKENIZED_COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
@@ -357,9 +363,10 @@ class DPOTrainer(Trainer):
         )
         if scores.aux_loss is not None:
             losses = losses + self._router_coef * scores.aux_loss
-        rewards = implicit_rewards(policy, reference, **options)
+        chosen, rejected = implicit_rewards(policy, reference, **options)
         tally = self._tallies["train" if self.model.training else "eval"]
-        tally.add(batch_metrics(batch, losses, rewards, policy, reference, scores, is_training=self.model.training))
+        is_training = self.model.training
+        tally.add(batch_metrics(batch, losses, chosen, rejected, policy, reference, scores, is_training=is_training))
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss
@@ -466,8 +473,15 @@ class DPOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _check_finite(self, loss: float, folder: Path) -> None:
-        what = self.model, self.optimizer, self.reference if self.args.should_save else None, loss, self._masks
-        check_finite(*what, step=self.state.global_step, folder=folder)
+        check_finite(
+            policy=self.model,
+            optimizer=self.optimizer,
+            reference=self.reference if self.args.should_save else None,
+            loss=loss,
+            masks=self._masks,
+            step=self.state.global_step,
+            folder=folder,
+        )
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
@@ -518,8 +532,15 @@ class DPOTrainer(Trainer):
         save = partial(super()._save_checkpoint, model, trial)
         push = getattr(self, "push_in_progress", None)
         self._uploading = () if push is None or push.is_done() else self._uploading
-        what = self.reference, self._provenance, self._record, self._uploading
-        checkpoints.save_complete(self, checkpoint, save, *what)
+        save_complete(
+            self,
+            checkpoint,
+            save,
+            reference=self.reference,
+            provenance=self._provenance,
+            run_record=self._record,
+            uploading=self._uploading,
+        )
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
@@ -532,7 +553,7 @@ class DPOTrainer(Trainer):
         checkpoint = Path(resume_from_checkpoint)
         if is_adapted(self.model) and not self._is_sharded:
             load_adapters(self.model, checkpoint)
-        elif not self._is_sharded and is_saved_otherwise(self.model, checkpoint):
+        elif not self._is_sharded and needs_conversion(self.model, checkpoint):
             load_converted(unwrap(self.model), checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -547,7 +568,7 @@ class DPOTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(best))
-        checkpoints.load_reference(best, self.reference, self._provenance)
+        load_reference(best, self.reference, self._provenance)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: transformers would push in the middle of a save, and `_save_checkpoint` does once it is complete."""

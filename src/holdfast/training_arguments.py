@@ -1,9 +1,9 @@
 """Options of `transformers` that this trainer cannot heed: each is refused with the reason and what to do instead.
 
-`transformers.Trainer` heeds what concerns the optimizer, the schedule, logs, checkpoints, loaders and processes.
-What concerns labels, losses of tokens, or the model between capture and training means something else for preference
-pairs, or nothing. `tests/unit/test_unheeded.py` has the whole table: a field that a newer `transformers` adds fails
-there until somebody has looked at it.
+Options about the optimizer, the schedule, logs, checkpoints, loaders and processes work as in `transformers.Trainer`.
+Options about labels, losses of tokens, or the model between capture and training mean something else for preference
+pairs, or nothing. `tests/unit/test_unheeded.py` lists every option. One that a newer `transformers` adds fails there
+until somebody has looked at it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Refusal:
-    """An option that is refused where `is_asked` of its value, with the reason and the way out."""
+    """An option that is refused where `is_asked(value)` is true, with the reason and the way out."""
 
     name: str
     reason: str
@@ -89,7 +89,7 @@ REFUSALS = (
 
 
 def check_heeded(args: TrainingArguments) -> None:
-    """ValueError where `args` ask for something that would be ignored, or would make other numbers than it says."""
+    """ValueError where `args` set an option that would be ignored, or that would give other numbers than it says."""
     for refusal in REFUSALS:
         value = getattr(args, refusal.name, None)
         if value is not None and refusal.is_asked(value):
@@ -97,18 +97,18 @@ def check_heeded(args: TrainingArguments) -> None:
 
 
 def check_noise(args: Any) -> None:
-    """ValueError where NEFTune's noise would depend on how rows are filled: it is scaled by their length."""
+    """ValueError where NEFTune's noise would depend on the layout, since it is scaled by the length of rows."""
     if args.neftune_noise_alpha is not None and (args.layout != "padded" or args.tokens_per_batch is not None):
-        found = f"layout={args.layout!r}" if args.layout != "padded" else f"tokens_per_batch={args.tokens_per_batch}"
+        other = f"layout={args.layout!r}" if args.layout != "padded" else f"tokens_per_batch={args.tokens_per_batch}"
         raise ValueError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} was asked for together with {found}, but NEFTune scales "
+            f"neftune_noise_alpha={args.neftune_noise_alpha} was asked for together with {other}, but NEFTune scales "
             "its noise by the length of a row, which would be of many sequences, or of a part of the batch. Use "
             "layout='padded' without tokens_per_batch."
         )
 
 
 def check_metrics(args: TrainingArguments, compute_metrics: Any) -> None:
-    """ValueError where options about `compute_metrics` and that function do not go together."""
+    """ValueError where an option about `compute_metrics` contradicts whether that function was passed."""
     if compute_metrics is not None and args.prediction_loss_only:
         raise ValueError(
             "prediction_loss_only=True was asked for together with `compute_metrics`, which would never be called. "
@@ -122,7 +122,7 @@ def check_metrics(args: TrainingArguments, compute_metrics: Any) -> None:
 
 
 def check_stream(args: TrainingArguments, train_dataset: Any) -> None:
-    """ValueError where a stream's place would be lost."""
+    """ValueError where a resumed run would lose its position in a stream."""
     if args.ignore_data_skip and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             "ignore_data_skip=True was asked for with a stream, whose place a checkpoint records: a resumed run would "
@@ -131,12 +131,12 @@ def check_stream(args: TrainingArguments, train_dataset: Any) -> None:
 
 
 def check_optimizers(optimizers: tuple[Any, Any], policy: nn.Module) -> None:
-    """ValueError where an optimizer or schedule of the user's would leave the policy as it is."""
+    """ValueError where the user's optimizer would not train the policy, or the user's schedule not steer it."""
     optimizer, schedule = optimizers
     if optimizer is not None:
         check_optimizer(optimizer, policy)
-    followed = getattr(schedule, "optimizer", optimizer)
-    if schedule is not None and (optimizer is None or followed is not optimizer):
+    of_schedule = getattr(schedule, "optimizer", optimizer)
+    if schedule is not None and (optimizer is None or of_schedule is not optimizer):
         raise ValueError(
             f"`optimizers` has a {type(schedule).__name__} "
             f"{'without an optimizer' if optimizer is None else 'of another optimizer'}, so the learning rate of the "

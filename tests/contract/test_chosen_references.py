@@ -23,7 +23,7 @@ from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.preference_collator import with_positions
 from holdfast.losses import LOSSES, LossOptions
 from holdfast.policy.load import load_model
-from holdfast.policy.placement import placed
+from holdfast.policy.placement import move_to_device
 from holdfast.reference.load import load_ref_models
 from holdfast.reference.mixture import MixtureReference, is_normaliser_free
 from holdfast.reference.model import ModelReference, freeze
@@ -113,6 +113,7 @@ def naive_mixture_run(
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft"])
 @pytest.mark.parametrize(
     "options",
@@ -392,9 +393,9 @@ def test_a_device_map_is_respected(tmp_path: Path) -> None:
     for device_map in ("cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}):
         args = config(tmp_path, ref_model_init_kwargs={"device_map": device_map})
         (module,) = load_ref_models(str(tmp_path / "whole"), args)
-        assert {p.device.type for p in placed(module, elsewhere).parameters()} == {"cpu"}
+        assert {p.device.type for p in move_to_device(module, elsewhere).parameters()} == {"cpu"}
     (module,) = load_ref_models(str(tmp_path / "whole"), config(tmp_path))
-    assert {p.device.type for p in placed(module, elsewhere).parameters()} == {"meta"}
+    assert {p.device.type for p in move_to_device(module, elsewhere).parameters()} == {"meta"}
 
 
 def test_a_bf16_reference_beside_an_fp32_policy(tmp_path: Path) -> None:

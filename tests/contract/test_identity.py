@@ -387,6 +387,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
     return left_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_identity_follows_the_numbers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Run], Before]
@@ -407,7 +408,7 @@ def test_identity_follows_the_numbers(
         assert names_of_stores() == there, "all was found"
         if "sync_ref_model" not in second.options and "reference_window" not in second.options:
             assert again.reference.identity().weights == left.weights
-            assert again.reference.store.folder.name == left.store_name
+            assert again.reference.stored.store.folder.name == left.store_name
     else:
         again.train()
         assert len(names_of_stores()) == 2 or name in _OF_A_CONTENT_ID
@@ -579,7 +580,7 @@ def test_versions_of_the_same_weights_are_found(tmp_path: Path) -> None:
     first.reference.state_dict()
     there = names_of_stores()
     fixed = Run(options={"max_steps": 3}).made(tmp_path / "b")
-    assert len(fixed.reference.store.missing(_ids(fixed))) < len(_ids(fixed))
+    assert len(fixed.reference.stored.store.missing(_ids(fixed))) < len(_ids(fixed))
     fixed.train()
     assert logged(fixed) == pytest.approx(logged(first), abs=1e-6)
     assert len(there) >= 1

@@ -115,6 +115,7 @@ def test_every_loss_is_ln_2_beside_a_given_reference(kind: str, tmp_path: Path) 
     assert_zero_margin(logged(ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["auto", "model", "snapshot", "precomputed", "soft sync"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, way: str, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_ordinary_models_are_independent(family: str) -> None:
 def test_dependence_is_found_and_its_kind(kind: str) -> None:
     found = dependence(planted(kind), rows()[0], 40, torch.no_grad)
     assert found is not None
-    assert found.is_kept == (kind != "neighbours")
+    assert found.outlives_batch == (kind != "neighbours")
 
 
 # --- start-up leaves the model as it was ------------------------------------------------------------------------------

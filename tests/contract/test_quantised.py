@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from families import tiny_model
 from holdfast.policy import load as models
-from holdfast.policy.placement import same_on_all_processes
+from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.prepare import make_policy
 from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.audit import checksums
@@ -340,10 +340,10 @@ def test_processes_that_loaded_other_codes_are_refused(bits: str, base: str, mon
     model = quantised(base, bits)
     monkeypatch.setattr(models, "PartialState", TwoProcesses)
     monkeypatch.setattr(models, "gather_object", with_second(None))
-    assert same_on_all_processes(model) == []
+    assert broadcast_unlike_tensors(model) == []
     monkeypatch.setattr(models, "gather_object", with_second("model.layers.0.self_attn.q_proj.weight"))
     with pytest.raises(ValueError, match=r"is quantised, and its processes loaded different weights: `model.layers.0"):
-        same_on_all_processes(model)
+        broadcast_unlike_tensors(model)
 
 
 def assert_close_logps(found: Tensor, expected: Tensor) -> None:

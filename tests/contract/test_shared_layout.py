@@ -245,7 +245,7 @@ def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> N
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel is compiled")
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.nightly), "gemma2"])
 def test_flex_attention_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, of which this is the forward pass; soft-capped and in windows, too."""
     monkeypatch.setattr(flex, "is_usable", lambda device, dtype: True)

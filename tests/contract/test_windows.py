@@ -188,7 +188,7 @@ def losses_asked_per_batch(kind: str, alpha: float, data: str) -> dict[str, list
         return losses(kind, alpha, data, Path(folder), reference="model")
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("data", ["map", pytest.param("stream", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("way", IN_THE_MIDDLE)

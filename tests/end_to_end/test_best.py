@@ -128,6 +128,7 @@ def test_what_trains_outside_the_adapter_is_refused_on_resume(tmp_path: Path) ->
         again.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", ["llama_tied", "mixtral", "qwen3_moe", "gpt_oss", "lfm2", "gemma3", "opt"])
 @pytest.mark.parametrize("shard_bytes", [None, 40_000])
 def test_every_family_comes_back(family: str, shard_bytes: int | None, tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[] if run in ("shared", "lora", "sync") else pytest.mark.nightly) for run in RUNS]
+)
 def test_compiled_runs_train_alike(run: str, tmp_path: Path) -> None:
     """Graphs are made for the first batch, once more when lengths turn out to vary, and then for few more shapes (one
     row is another graph than several)."""
@@ -74,6 +76,7 @@ def test_compiled_runs_train_alike(run: str, tmp_path: Path) -> None:
     assert found.evaluate(rows(8))["eval_loss"] == pytest.approx(expected.evaluate(rows(8))["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_inductor(tmp_path: Path) -> None:

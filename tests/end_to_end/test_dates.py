@@ -229,7 +229,7 @@ def elsewhere(folder: Path, day: str, steps: int, options: dict[str, Any]) -> li
     [
         pytest.param({}, marks=pytest.mark.nightly),
         pytest.param(MOVING, marks=pytest.mark.nightly),
-        {"stream": True},
+        pytest.param({"stream": True}, marks=pytest.mark.nightly),
         AHEAD | {"resume_from_checkpoint": "true"},
     ],
 )

@@ -1,9 +1,10 @@
 """Killed at any instant and resumed = never interrupted (law L5): bit for bit, for every way to hold a reference.
 
 Each run is killed at random instants, anywhere between the making of its trainer and its end, and taken up each time
-from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored. There are two
-such instants in `make test`, and ten more in `make nightly`. All of it once more, with two random instants, beside
-another run in the same folder, which comes to what it comes to without kills, and loses no file.
+from its last complete checkpoint; and then again inside saves, syncs and windows that are being scored. `make
+test` has two such instants for about half of the kinds; `make nightly` has ten more, for all. All of it once more, with
+two random instants, beside another run in the same folder, which comes to what it comes to without kills, and loses no
+file.
 """
 
 import contextlib
@@ -26,8 +27,13 @@ from holdfast.reference.run_folder import running
 pytestmark = pytest.mark.slow
 
 FEW_KILLS, MANY_KILLS = 2, 10
-BESIDE = ("snapshot on disk", "snapshot on disk, synced, windowed", "precomputed, synced, windowed")
-"""Kinds that are killed beside another run in `make test`: those that share most files with it."""
+ALONE = (
+    "model, synced", "snapshot in host memory, windowed", "snapshot on disk, synced, windowed, streamed",
+    "LoRA after SFT, with dropout", "LoRA, synced", "DoRA, synced", "precomputed, synced, windowed",
+)  # fmt: skip
+"""Kinds that `make test` kills: every policy and every way to hold, with most that a checkpoint has to hold for it."""
+BESIDE = ("snapshot on disk, synced, windowed",)
+"""Kinds that `make test` kills beside another run: what shares most files with it."""
 MOST_KILLS = 60
 PLACES = {"save": [0.2, 0.6, 0.9], "sync": [0.2, 0.7], "window": [0.5]}
 """Where a run is killed deliberately, after which parts of what happens there."""
@@ -67,15 +73,18 @@ def life(server: subprocess.Popen[str]) -> Life:
     return lived
 
 
+def nightly_unless_in(chosen: tuple[str, ...]) -> list[Any]:
+    """All kinds as parameters; those that are not chosen are nightly."""
+    return [pytest.param(kind, marks=[] if kind in chosen else pytest.mark.nightly) for kind in kills.KINDS]
+
+
 @pytest.mark.parametrize("num_kills", [FEW_KILLS, pytest.param(MANY_KILLS, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("kind", kills.KINDS)
+@pytest.mark.parametrize("kind", nightly_unless_in(ALONE))
 def test_a_kill_loses_nothing(kind: str, num_kills: int, life: Life, tmp_path: Path) -> None:
     check_kills(kind, life, tmp_path, alone, num_kills)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in BESIDE else pytest.mark.nightly) for kind in kills.KINDS]
-)
+@pytest.mark.parametrize("kind", nightly_unless_in(BESIDE))
 def test_a_kill_loses_nothing_beside_another_run(kind: str, life: Life, tmp_path: Path) -> None:
     check_kills(kind, life, tmp_path, beside_another, FEW_KILLS)
 

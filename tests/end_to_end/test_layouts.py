@@ -62,6 +62,8 @@ def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
 @pytest.mark.parametrize("family", sorted(CONFIGS.keys() - set(WRONG)))
 def test_every_family_trains_alike(family: str, layout: str, tmp_path: Path) -> None:
@@ -70,6 +72,7 @@ def test_every_family_trains_alike(family: str, layout: str, tmp_path: Path) -> 
     assert_same_run(found, trained(family, tmp_path, "padded", max_steps=2, learning_rate=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", ["full", "lora_sft", "dora"])
 @pytest.mark.parametrize("way", REFERENCES)
@@ -219,6 +222,7 @@ def test_a_collator_of_the_user_lays_the_rows_out(tmp_path: Path) -> None:
 # --- in parts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed", "padded"])
 @pytest.mark.parametrize("policy", ["full", "lora_sft"])

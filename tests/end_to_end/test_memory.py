@@ -32,6 +32,7 @@ def run(mode: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.nightly
 def test_what_snapshots_take() -> None:
     """On disk, fixed and synced: within 5 % of the same run with a loss that has no reference, where a second set of
     weights would be 11 %. In host memory: one set of weights, give or take a tenth for the noise of two peaks."""

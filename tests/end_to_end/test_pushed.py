@@ -53,6 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora_sft"])
 @pytest.mark.parametrize(
     ("strategy", "names"),

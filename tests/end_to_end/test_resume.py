@@ -31,6 +31,7 @@ def halves(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
     return whole, resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -194,12 +195,11 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 PLACES = ["save@3", "manifest@3", "sync@3", "rotate@3"]
 KILLED = """
-import os, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from families import tiny_model
 from policies import config, trainer
 from test_resume import MOVING, SAVING
-import holdfast.checkpoint.folder as checkpoint
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -210,9 +210,9 @@ def live(folder, place):
         def save(*args): die() if ours.state.global_step == step else plain(*args)
         plain, ours._save_optimizer_and_scheduler = ours._save_optimizer_and_scheduler, save
     elif place.startswith("manifest"):  # all of the reference is written, but not its manifest
-        plain, checkpoint.json.dumps = checkpoint.json.dumps, None
+        plain, json.dumps = json.dumps, None
         def dumps(*args, **kwargs): die() if ours.state.global_step == step else None; return plain(*args, **kwargs)
-        checkpoint.json.dumps = dumps
+        json.dumps = dumps
     elif place.startswith("sync"):    # half of the weights have moved
         plain = ours.reference.scorer._average.move
         def move(reference, policy, alpha):
@@ -223,13 +223,13 @@ def live(folder, place):
             plain(reference, policy, alpha)
         ours.reference.scorer._average.move = move
     elif place.startswith("rotate"):
-        plain = checkpoint.shutil.rmtree
+        plain = shutil.rmtree
         def rmtree(path, **kwargs):
             if ours.state.global_step == step and "checkpoint-" in Path(path).name:
                 next(Path(path).glob("*.safetensors")).unlink()
                 die()
             plain(path, **kwargs)
-        checkpoint.shutil.rmtree = rmtree
+        shutil.rmtree = rmtree
     ours.train()
 
 root, *places = sys.argv[1:]
@@ -282,6 +282,7 @@ def test_a_kill_loses_nothing(place: str, killed: Path, tmp_path: Path) -> None:
     assert digest(resumed.reference.tensors()) == digest(whole.reference.tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -310,6 +311,7 @@ def test_a_checkpoint_is_evaluated_by_a_later_trainer(kind: str, options: dict[s
         trainer(POLICIES["pissa"](), config(tmp_path, **SAVING | options)).restore(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6, 8])
 @pytest.mark.parametrize("options", [{}, {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 3}])
 def test_a_stream_that_begins_again_is_resumed_where_it_was(options: dict[str, Any], step: int, tmp_path: Path) -> None:

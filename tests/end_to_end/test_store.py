@@ -77,6 +77,7 @@ SAME: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SAME)
 def test_what_changes_no_number_is_found(change: str, tmp_path: Path, counting: Counting) -> None:
     first = trainer(tiny_model(), config(tmp_path, **AHEAD))
@@ -114,6 +115,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", OTHER)
 def test_what_changes_numbers_is_scored_again(change: str, tmp_path: Path, counting: Counting) -> None:
     trainer(tiny_model(), config(tmp_path, **AHEAD))
@@ -151,7 +153,10 @@ def test_a_longer_prompt_is_another_completion(tmp_path: Path, counting: Countin
     assert counting.during(lambda: trainer(tiny_model(), config(tmp_path, **AHEAD), train_dataset=longer)) == NUM_UNLIKE
 
 
-@pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft", "dora"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["full", "lora_sft", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("lora_fresh", "dora"))]
+)
 def test_a_sweep_pays_once(kind: str, tmp_path: Path, counting: Counting) -> None:
     """Twenty runs over losses and betas: the first scores, the others find, and each follows its live reference."""
     unfit = ("aot", "sppo", "exo")
@@ -260,6 +265,7 @@ def _streamed() -> Any:
     return rows().to_iterable_dataset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_past_versions_leave_the_store(alpha: float, keeps: bool, tmp_path: Path) -> None:

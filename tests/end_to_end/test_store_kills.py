@@ -25,15 +25,18 @@ import holdfast
 from holdfast.batch import ContentId
 from holdfast.store import store
 from holdfast.store import work_sharing as claims
-from holdfast.store.maintenance import carry_out, merge, plan, verify
-from holdfast.store.manifest import StoreKey
-from holdfast.store.shard import PARTIAL, shard_paths
+from holdfast.store.files import PARTIAL
+from holdfast.store.key import StoreKey
+from holdfast.store.maintenance import carry_out, cleanup_steps, merge, verify
+from holdfast.store.shard import shard_paths
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import CLAIM, claimed_blocks
 
 pytestmark = pytest.mark.slow
 
-KEY = StoreKey(weights="5a" * 16, config="c0" * 16, numerics={"dtype": "torch.float32"}, description="killed")
+KEY = StoreKey(
+    weights_digest="5a" * 16, config_digest="c0" * 16, numerics={"dtype": "torch.float32"}, description="killed"
+)
 NUM_COMPLETIONS, NUM_PER_SHARD, NUM_PER_BATCH = 2_000, 64, 8
 NUM_KILLS = 30
 
@@ -249,7 +252,7 @@ def test_a_kill_at_every_step_of_writing(lives, tmp_path, caplog):
         assert verify(folder) == []
         for left in folder.glob(f"*/*{PARTIAL}"):
             os.utime(left, (0, 0))
-        for step in plan(folder):
+        for step in cleanup_steps(folder):
             carry_out(step)
         assert is_as_expected(folder, IDS[: 2 * num])
         assert not list(folder.glob(f"*/*{PARTIAL}"))

@@ -90,6 +90,7 @@ CHANGES: dict[str, tuple[list[Row], str]] = {
 NUM_TOUCHED = {"some": range(1, 48), "all": range(46, 49), "same": range(1), "every third": range(14, 17)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_ids_is_scored_where_they_change(change: str, tmp_path: Path, scored: list[int]) -> None:
     before = completions(ROWS)
@@ -127,6 +128,7 @@ COLUMNS: dict[str, Callable[[Row], Row]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_names_of_columns_change_nothing(columns: str, tmp_path: Path, scored: list[int]) -> None:
     run(tmp_path, ROWS)

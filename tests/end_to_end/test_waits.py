@@ -107,6 +107,7 @@ def waits_between_logs(policy: str, folder: Path, **options: Any) -> Counter[str
     return waits.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_nothing_waits_between_logs(run: str, tmp_path: Path) -> None:
     policy, options, exceptions = RUNS[run]

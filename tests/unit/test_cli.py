@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 import holdfast
 import holdfast.demo
 from holdfast.cli import app as cli
+from holdfast.cli import errors
+from holdfast.cli.yaml_document import RunFileError
 
 runner = CliRunner()
 SMALLEST = "model: nowhere/policy\ndata: {train: pairs.jsonl}\ntraining: {use_cpu: true, output_dir: OUTPUT}\n"
@@ -50,7 +52,7 @@ def test_a_mistyped_key_is_a_message_with_exit_code_2(run_file):
 
 def test_debug_keeps_the_traceback(run_file):
     result = invoke("train", run_file, "--set", "training.btea=0.2", "--debug")
-    assert isinstance(result.exception, cli.RunFileError)
+    assert isinstance(result.exception, RunFileError)
     assert "error:" not in result.output
 
 
@@ -110,7 +112,7 @@ def test_brackets_in_an_error_are_not_markup(monkeypatch, run_file):
 
 
 def test_a_later_process_says_which_one_it_is(monkeypatch, run_file):
-    monkeypatch.setattr(cli, "_rank", 3)
+    monkeypatch.setattr(errors, "RANK", 3)
     monkeypatch.setattr(cli, "_train", raising(ValueError("out of reach"), "holdfast.trainer"))
     assert one_line(invoke("train", run_file).stderr) == "error: [rank 3] out of reach"
 

@@ -55,9 +55,9 @@ def test_the_chosen_references_are_about_a_quarter() -> None:
 class _Item:
     """What `mark_nightly` asks of one of pytest's items."""
 
-    def __init__(self, function: str, strength: int | None, **indices: int) -> None:
+    def __init__(self, function: str, strength: int | None, **params: Any) -> None:
         self.function = function
-        self.callspec = type("CallSpec", (), {"indices": indices})
+        self.callspec = type("CallSpec", (), {"params": params})
         self._strength = strength
         self.marks: list[str] = []
 
@@ -72,7 +72,7 @@ class _Item:
 def _chosen(items: list[_Item]) -> list[tuple[int, ...]]:
     mark_nightly(items)
     assert all(item.marks in ([], ["nightly"]) for item in items)
-    return [tuple(item.callspec.indices.values()) for item in items if not item.marks]
+    return [tuple(item.callspec.params.values()) for item in items if not item.marks]
 
 
 def test_rows_of_a_marked_test_that_are_not_needed_become_nightly() -> None:
@@ -89,3 +89,12 @@ def test_rows_of_other_tests_stay() -> None:
     assert _chosen([unmarked, alone]) == [(0,), (5, 7)]
     mark_nightly(items := [_Item("f", 1, kind=0), _Item("g", 1, kind=0), _Item("g", 1, kind=0)])
     assert [item.marks for item in items] == [[], [], []], "each test has a table of its own"
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("first", ["a", "b", "c"])
+@pytest.mark.parametrize("second", [1, 2])
+def test_pytest_chooses_by_these_marks(first: str, second: int, request: pytest.FixtureRequest) -> None:
+    """Of these six rows three hold every value, and more run only where nightly rows were asked for."""
+    ran = [item for item in request.session.items if getattr(item, "function", None) is request.function]
+    assert len(ran) <= (3 if "not nightly" in request.config.option.markexpr else 6)

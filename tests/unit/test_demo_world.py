@@ -103,7 +103,7 @@ def test_labels_have_the_frequency_of_bradley_terry(world: World) -> None:
     margin = float(world.reward(better[None]) - world.reward(worse[None]))
     expected = 1 / (1 + math.exp(-margin))
     assert abs(expected - 0.5) > 0.05, "a pair that the labels could not tell from a coin"
-    pairs = world.labelled(better.expand(20_000, -1), worse.expand(20_000, -1), seeded(0))
+    pairs = world.label(better.expand(20_000, -1), worse.expand(20_000, -1), seeded(0))
     is_better = (pairs.chosen == better).all(1)
     assert ((pairs.rejected == worse).all(1) == is_better).all()
     assert abs(is_better.double().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / 20_000)

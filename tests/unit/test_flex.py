@@ -56,6 +56,7 @@ def test_it_is_not_used_on_a_cpu() -> None:
     assert not is_usable(CPU, torch.float32)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the kernel is compiled")

@@ -32,6 +32,7 @@ def kept_and_faults(how: str, **environment: str) -> tuple[str, int]:
     return kept, int(faults)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_taken_again() -> None:
     """Without a fault for each of its 58,000 pages, once the heap has found its size."""
     kept, faults = kept_and_faults("keep")
@@ -40,6 +41,7 @@ def test_freed_memory_is_taken_again() -> None:
     assert kept_and_faults("leave")[1] > 100 * max(1, faults)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment", [{"MALLOC_TRIM_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"}]
 )

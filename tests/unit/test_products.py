@@ -304,6 +304,7 @@ def drifting(policy: PeftModel, *, is_smooth: bool) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.6, 0.1, 0.01])
 @pytest.mark.parametrize("is_smooth", [True, False], ids=["smooth", "random_walk"])
 def test_two_hundred_syncs(alpha, is_smooth):

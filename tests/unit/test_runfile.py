@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig
 
-from holdfast.cli.runfile import RunFile, Source, read_run_file
-from holdfast.cli.yaml_document import RunFileError, dumped, read_document
+from holdfast.cli.runfile import RunFile, read_run_file
+from holdfast.cli.sources import Source
+from holdfast.cli.yaml_document import RunFileError, read_document, to_yaml
 from holdfast.config import DPOConfig
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"
@@ -45,10 +46,11 @@ def arguments(read, training: str, *overrides: str) -> DPOConfig:
 
 def test_smallest_file_means_the_defaults(read):
     run = read(SMALLEST)
-    assert run.model == Source(path="folder/policy", options={})
-    assert run.tokenizer == run.model
-    assert run.train == Source(path="pairs.jsonl", options={})
-    assert (run.evaluation, run.reference, run.ref_model, run.peft_config()) == (None, "auto", None, None)
+    assert run["model"] == Source(path="folder/policy", options={})
+    assert run["tokenizer"] == run["model"]
+    assert run["data.train"] == Source(path="pairs.jsonl", options={})
+    assert (run["data.eval"], run["reference.kind"], run["reference.model"]) == (None, "auto", None)
+    assert run.peft_config() is None
 
 
 def test_every_section_in_its_long_form(read):
@@ -65,9 +67,9 @@ def test_every_section_in_its_long_form(read):
         training: {output_dir: out, beta: 0.5, loss_type: [sigmoid, sft], loss_weights: [1, 2], use_cpu: true}
         """
     )
-    assert run.tokenizer == Source(path="org/policy", options={"revision": "v2", "subfolder": "best"})
-    assert run.train == Source(path="org/pairs", options={"name": "en", "split": "train"})
-    assert run.evaluation == {
+    assert run["tokenizer"] == Source(path="org/policy", options={"revision": "v2", "subfolder": "best"})
+    assert run["data.train"] == Source(path="org/pairs", options={"name": "en", "split": "train"})
+    assert run["data.eval"] == {
         "easy": Source(path="easy.jsonl", options={}),
         "hard": Source(path="org/pairs", options={"split": "hard"}),
     }
@@ -85,24 +87,24 @@ def test_a_reference_model_shares_the_dtype_but_not_the_revision_of_the_policy(r
         "model: {path: a, revision: v2, dtype: float32}\ndata: {train: t}\ntraining: {use_cpu: true}\n"
         "reference: {model: {path: b, subfolder: x}}"
     )
-    assert run.ref_model == Source(path="b", options={"subfolder": "x"})
+    assert run["reference.model"] == Source(path="b", options={"subfolder": "x"})
     assert run.training_arguments().ref_model_init_kwargs == {"dtype": "float32", "subfolder": "x"}
 
 
 def test_a_reference_can_be_a_single_word(read):
-    assert read(SMALLEST + "reference: none").reference == "none"
+    assert read(SMALLEST + "reference: none")["reference.kind"] == "none"
 
 
 def test_one_evaluation_set_is_not_a_mapping_of_sets(read):
     text = "model: m\ndata: {train: t, eval: {path: e, split: test}}"
-    assert read(text).evaluation == Source(path="e", options={"split": "test"})
+    assert read(text)["data.eval"] == Source(path="e", options={"split": "test"})
 
 
 def test_the_tokenizer_may_be_elsewhere(read):
-    assert read(SMALLEST + "tokenizer: {path: t, revision: v1}").tokenizer == Source(
+    assert read(SMALLEST + "tokenizer: {path: t, revision: v1}")["tokenizer"] == Source(
         path="t", options={"revision": "v1"}
     )
-    assert read(SMALLEST + "tokenizer: t").tokenizer == Source(path="t", options={})
+    assert read(SMALLEST + "tokenizer: t")["tokenizer"] == Source(path="t", options={})
 
 
 def test_adapters_other_than_lora(read):
@@ -167,13 +169,13 @@ _scalars = (
 @given(st.dictionaries(st.text("abcdefgh_", min_size=1), st.recursive(_scalars, st.lists, max_leaves=5)))
 def test_what_is_dumped_reads_back_the_same(tmp_path_factory, values):
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
-    path.write_text(dumped({"x": values}), encoding="utf-8", newline="")
+    path.write_text(to_yaml({"x": values}), encoding="utf-8", newline="")
     assert read_document(path).values == {"x": values}
 
 
 @pytest.mark.parametrize("text", ["no", "1e-6", "010", "null", "1:30", "true", "~", "<<", "2026-01-01", ""])
 def test_strings_that_look_like_other_things_survive(write, text):
-    assert read_document(write(dumped({"x": text}))).values == {"x": text}
+    assert read_document(write(to_yaml({"x": text}))).values == {"x": text}
 
 
 def test_numbers_become_the_type_of_their_field(read):
@@ -186,7 +188,7 @@ def test_numbers_become_the_type_of_their_field(read):
 
 def test_anchors_and_merge_keys(read):
     run = read("model: m\ndata: {train: &pairs {path: p, name: en}, eval: {<<: *pairs, split: test}}")
-    assert run.evaluation == Source(path="p", options={"name": "en", "split": "test"})
+    assert run["data.eval"] == Source(path="p", options={"name": "en", "split": "test"})
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def test_an_override_can_remove_a_section(read):
 
 
 def test_an_override_keeps_an_equals_sign_in_its_value(read):
-    assert read(SMALLEST, "data.train=a=b.jsonl").train.path == "a=b.jsonl"
+    assert read(SMALLEST, "data.train=a=b.jsonl")["data.train"].path == "a=b.jsonl"
 
 
 @pytest.mark.parametrize("override", ["training.beta", "=1", "training..beta=1", ""])

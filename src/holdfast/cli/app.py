@@ -1,21 +1,11 @@
-"""The commands: `holdfast train`, `precompute`, `demo` and `store`. Thin: they read, call, print, and turn errors into
-messages.
+"""The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-An error that a user can mend is one message without a traceback (`--debug` shows it): anything the run file is refused
-for, what the operating system says (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this
-package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's
-value shows its traceback too; what can be foreseen is checked by us first.
-
-Works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`: only the first process prints,
-but an error is printed by every process that has it, since it may be the only one.
+`holdfast store` is in `cli.store`; which errors end in a message is in `cli.errors`. All works the same under
+`accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
 """
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,15 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from holdfast.cli import store as store_cli
+from holdfast.cli.errors import RANK, messages
 from holdfast.cli.runfile import RunFile, read_run_file
-from holdfast.cli.yaml_document import RunFileError, dumped
+from holdfast.cli.yaml_document import to_yaml
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
 
-_rank = int(os.environ.get("RANK", "0"))
-_output = Console(quiet=_rank != 0)
-_errors = Console(stderr=True)
+_output = Console(quiet=RANK != 0)
 
 app = typer.Typer(
     name="holdfast",
@@ -71,7 +60,7 @@ def train(
     debug: _Debug = False,
 ) -> None:
     """Train a model on preference pairs, as a run file says."""
-    with _messages(debug):
+    with messages(debug):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         assert arguments.output_dir is not None  # it has a default
@@ -92,7 +81,7 @@ def precompute(
 
     Under `accelerate launch` the processes share the work; a job that was killed goes on where it was.
     """
-    with _messages(debug):
+    with messages(debug):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         arguments.precompute_ref_log_probs = True
@@ -117,7 +106,7 @@ def demo(
     debug: _Debug = False,
 ) -> None:
     """Run the DPO paper's controlled experiment in miniature: offline, with an exact answer to compare with."""
-    with _messages(debug):
+    with messages(debug):
         _check_writable(output)
         from holdfast.demo import run_demo
 
@@ -126,7 +115,7 @@ def demo(
 
 
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
-    """Trains, saves and evaluates into `folder`; the metrics."""
+    """The metrics of a run that is trained, saved into `folder` and evaluated."""
     from holdfast.cli.assembly import trainer_of
 
     trainer = trainer_of(run, arguments)
@@ -135,19 +124,19 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     metrics = dict(result.metrics)
-    if run.evaluation is not None:
+    if run["data.eval"] is not None:
         evaluation = trainer.evaluate()
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
-        (folder / "run.yaml").write_text(dumped(run.document.values), encoding="utf-8")
+        (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return metrics
 
 
 def _check_writable(folder: Path) -> None:
-    """A folder that exists and can be written to; `ValueError` if that cannot be had, before anything is loaded."""
+    """Makes the folder where it is missing. `ValueError` where it cannot be written to, before anything is loaded."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -166,38 +155,3 @@ def _report(folder: Path, metrics: dict[str, float]) -> None:
     _output.print(table)
     _output.print(f"model, tokenizer and run.yaml: {escape(str(folder))}", soft_wrap=True)
     _output.print(f"logged numbers: {escape(str(folder / 'trainer_state.json'))}", soft_wrap=True)
-
-
-# Errors --------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _messages(debug: bool) -> Iterator[None]:
-    """Ends the command with a message where a user can mend the error: exit code 2 for the run file's, else 1."""
-    try:
-        yield
-    except Exception as error:
-        if debug or not _is_for_user(error):
-            raise
-        prefix = f"[rank {_rank}] " if _rank else ""
-        _errors.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
-
-
-def _is_for_user(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return True
-    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
-
-
-def _raised_in(traceback: TracebackType | None) -> str:
-    """The name of the module whose code raised."""
-    name = ""
-    while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return name
-
-
-if __name__ == "__main__":
-    app()

@@ -1,18 +1,20 @@
-"""A run file (`run.yaml`) -> the objects of one training run: model and data sources, `DPOConfig`, PEFT config.
+"""A run file (`run.yaml`) -> the arguments of one training run.
 
-The keys of a section are the fields of the class it becomes (`training:` is `DPOConfig`, `peft:` is peft's own config),
-so there is no second vocabulary to learn or to keep up to date, and every key and type is checked before anything is
-loaded. Given up: `DPOConfig` fields at the top level; each key has one home, and the error for a stray one names it.
+`KEYS` declares every key once: its type, and which fields of `DPOConfig` or arguments of `DPOTrainer` it becomes. The
+sections `training` and `peft` have no keys of their own here. Their keys are the fields of `DPOConfig` and of peft's
+config, so there is no second vocabulary to learn or to keep up to date. Every key and type is checked before anything
+is loaded. Given up: `DPOConfig` fields at the top level; each key has one home, and the error for a stray one names it.
 
 Reading a file imports neither torch nor transformers; those wait until an object is asked for.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
+from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
 from holdfast.cli.yaml_document import Document, field_hints, read_document
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from holdfast.config import DPOConfig
 
-SECTIONS = ("model", "tokenizer", "data", "peft", "reference", "training")
+# What a model, a tokenizer or a dataset may be loaded with, beside its path.
 _MODEL: dict[str, Any] = {
     "path": str,
     "revision": str | None,
@@ -33,12 +35,11 @@ _MODEL: dict[str, Any] = {
     "use_safetensors": bool | None,
 }
 _TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
-_SOURCE: dict[str, Any] = {"path": str, "split": str | None, "name": str | None, "streaming": bool}
-_DATA: dict[str, Any] = {"train": str | dict, "eval": str | dict | None}
-_REFERENCE: dict[str, Any] = {"kind": str, "model": str | dict | None}
-# What a reference model does not take over from the policy's options: which weights they are.
+_DATASET: dict[str, Any] = {"path": str, "split": str | None, "name": str | None, "streaming": bool}
+
 _WHICH_WEIGHTS = ("revision", "subfolder")
-# Fields of the training arguments that would have no effect, or that have their own place: refused, never ignored.
+"""Options that say which weights a model has. A reference model does not take these over from the policy's."""
+
 _ELSEWHERE = {
     "reference": "Write it as the section `reference:`.",
     "ref_model_init_kwargs": "Write it as `reference.model`: {path: ..., revision: ...}.",
@@ -47,72 +48,220 @@ _ELSEWHERE = {
     "do_predict": "There is no prediction pass; remove it.",
     "local_rank": "The launcher sets it; remove it.",
 }
+"""Fields of `DPOConfig` that would have no effect, or that have their own place: refused, never ignored."""
 
 
+# How a key is declared ----------------------------------------------------------------------------------------------
+
+Effect = Callable[["RunFile", Any, Mapping[str, Any]], Mapping[str, Any]]
+"""From the run file, a key's value, and what the keys before it have become, what the key adds or replaces."""
+
+
+def _nothing(run: "RunFile", value: Any, so_far: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
+
+
+def _as_written(document: Document, name: str, value: Any) -> Any:
+    return value
+
+
+def _no_default(values: Mapping[str, Any]) -> Any:
+    return None
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Something to load: a local path or a hub name, and the options to load it with."""
+class Key:
+    """A key of the run file.
 
-    path: str
-    options: dict[str, Any]
+    `name`: dotted, as in `data.train`. `hint`: the type of its value in the file. `read`: the value that the run has,
+    from the one in the file. `default`: the value where none is written, from those of the keys before. `example`: how
+    to write it; set where the key is required. `fields`: the fields of `DPOConfig` that it becomes. `arguments`: the
+    arguments of `DPOTrainer`. A key whose value is None becomes nothing.
+    """
+
+    name: str
+    hint: Any = Any
+    read: Callable[[Document, str, Any], Any] = _as_written
+    default: Callable[[Mapping[str, Any]], Any] = _no_default
+    example: str = ""
+    fields: Effect = _nothing
+    arguments: Effect = _nothing
 
 
+# How values are read, and what they become ---------------------------------------------------------------------------
+
+
+def _model(document: Document, name: str, value: Any) -> Source:
+    return read_source(document, name, value, _MODEL)
+
+
+def _tokenizer(document: Document, name: str, value: Any) -> Source:
+    return read_source(document, name, value, _TOKENIZER)
+
+
+def _same_as_model(values: Mapping[str, Any]) -> Source:
+    """The tokenizer beside the model's weights."""
+    model: Source = values["model"]
+    options = {name: model.options[name] for name in _WHICH_WEIGHTS if name in model.options}
+    return Source(path=model.path, options=options)
+
+
+def _dataset(document: Document, name: str, value: Any) -> Source:
+    return read_source(document, name, value, _DATASET)
+
+
+def _datasets(document: Document, name: str, value: Any) -> Source | dict[str, Source]:
+    """One dataset, or several by name."""
+    if isinstance(value, str) or value.keys() & _DATASET:
+        return _dataset(document, name, value)
+    return {part: _dataset(document, f"{name}.{part}", source) for part, source in value.items()}
+
+
+def _loaded_datasets(run: "RunFile", name: str) -> Any:
+    value = run[name]
+    if isinstance(value, dict):
+        return {part: load_dataset(run.document, f"{name}.{part}", source) for part, source in value.items()}
+    return load_dataset(run.document, name, value)
+
+
+def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields that the section `training` sets. RunFileError for one that has another place, or is set twice."""
+    from holdfast.config import DPOConfig
+
+    hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in _ELSEWHERE}
+    hints["resume_from_checkpoint"] = bool | str | None  # `true` is the newest checkpoint in the output folder
+    hints["model_init_kwargs"] = dict | None
+    for name in sorted(_ELSEWHERE.keys() & section):
+        raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
+    values = run.document.check("training", section, hints)
+    of_model, more = fields["model_init_kwargs"], values.get("model_init_kwargs") or {}
+    for name in sorted(more.keys() & of_model):
+        raise run.document.error(
+            "training.model_init_kwargs",
+            f"`{name}` is set twice: `model.{name}` is {of_model[name]!r}, and "
+            f"`training.model_init_kwargs.{name}` is {more[name]!r}. Keep one of them.",
+        )
+    return values | {"model_init_kwargs": {**of_model, **more}}
+
+
+def _ref_model_options(run: "RunFile", source: Source, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a reference model is loaded: as the policy is, but for which weights it has."""
+    shared = {name: value for name, value in fields["model_init_kwargs"].items() if name not in _WHICH_WEIGHTS}
+    return {"ref_model_init_kwargs": {**shared, **source.options}}
+
+
+# The keys ------------------------------------------------------------------------------------------------------------
+
+KEYS = (
+    Key(
+        name="model",
+        example="model: <folder or hub name>",
+        read=_model,
+        fields=lambda run, source, fields: {"model_init_kwargs": source.options},
+        arguments=lambda run, source, arguments: {"model": source.path},
+    ),
+    Key(
+        name="peft",
+        arguments=lambda run, section, arguments: {"peft_config": run.peft_config()},
+    ),
+    Key(
+        name="tokenizer",
+        read=_tokenizer,
+        default=_same_as_model,
+        arguments=lambda run, source, arguments: {
+            "processing_class": load_tokenizer(source, trust_remote_code=arguments["args"].trust_remote_code)
+        },
+    ),
+    Key(
+        name="data.train",
+        hint=str | dict,
+        example="data: {train: <file or hub name>}",
+        read=_dataset,
+        arguments=lambda run, source, arguments: {"train_dataset": _loaded_datasets(run, "data.train")},
+    ),
+    Key(
+        name="data.eval",
+        hint=str | dict | None,
+        read=_datasets,
+        arguments=lambda run, sources, arguments: {"eval_dataset": _loaded_datasets(run, "data.eval")},
+    ),
+    Key(name="training", fields=_training_fields),
+    Key(
+        name="reference.kind",
+        hint=str,
+        default=lambda values: "auto",
+        fields=lambda run, kind, fields: {"reference": kind},
+    ),
+    Key(
+        name="reference.model",
+        hint=str | dict | None,
+        read=_model,
+        fields=_ref_model_options,
+        arguments=lambda run, source, arguments: {"ref_model": source.path},
+    ),
+)
+"""Every key of a run file, in the order in which they take effect: a later one may change what an earlier one made."""
+
+SECTIONS = tuple(dict.fromkeys(key.name.partition(".")[0] for key in KEYS))
+"""The keys at the top level of a run file."""
+
+
+# Reading a file ------------------------------------------------------------------------------------------------------
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFile:
-    """A checked run file. `training` and `peft` become objects on demand, because their classes are slow to import."""
+    """A checked run file: `run["data.train"]` is the value of a key, None where neither the file nor a default has one.
+
+    The trainer's arguments are made on demand, because their classes are slow to import.
+    """
 
     document: Document
-    model: Source
-    tokenizer: Source
-    train: Source
-    evaluation: Source | dict[str, Source] | None
-    reference: str
-    ref_model: Source | None
+    values: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
 
     def training_arguments(self) -> "DPOConfig":
-        """`DPOConfig` from the sections `training`, `reference` and `model`; `RunFileError` if a value is refused."""
+        """The run's `DPOConfig`. `RunFileError` if a value is refused."""
         from holdfast.config import DPOConfig
 
-        hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in _ELSEWHERE}
-        hints["resume_from_checkpoint"] = bool | str | None  # `true` is the newest checkpoint in the output folder
-        hints["model_init_kwargs"] = dict | None
-        given = self.document.values.get("training") or {}
-        for name in sorted(_ELSEWHERE.keys() & given):
-            raise self.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
-        values = self.document.typed("training", given, hints)
-        more = values.pop("model_init_kwargs", None) or {}
-        for name in sorted(more.keys() & self.model.options):
-            raise self.document.error(
-                "training.model_init_kwargs",
-                f"`{name}` is set twice: `model.{name}` is {self.model.options[name]!r}, and "
-                f"`training.model_init_kwargs.{name}` is {more[name]!r}. Keep one of them.",
-            )
-        values["reference"] = self.reference
-        values["model_init_kwargs"] = model_options = {**self.model.options, **more}
-        if self.ref_model is not None:
-            shared = {name: value for name, value in model_options.items() if name not in _WHICH_WEIGHTS}
-            values["ref_model_init_kwargs"] = {**shared, **self.ref_model.options}
+        fields: dict[str, Any] = {}
+        for key in KEYS:
+            if self[key.name] is not None:
+                fields |= key.fields(self, self[key.name], fields)
         try:
-            return DPOConfig(**values)
+            return DPOConfig(**fields)
         except (ValueError, TypeError, ImportError) as error:
             raise self.document.error("training", f"the training arguments were refused: {error}") from error
 
+    def trainer_arguments(self, args: "DPOConfig") -> dict[str, Any]:
+        """The arguments of `DPOTrainer` by name, `args` among them; tokenizer and datasets are loaded for it.
+        ValueError, TypeError or OSError where one cannot be made."""
+        arguments: dict[str, Any] = {"args": args}
+        for key in KEYS:
+            if self[key.name] is not None:
+                arguments |= key.arguments(self, self[key.name], arguments)
+        return arguments
+
     def peft_config(self) -> "PeftConfig | None":
         """peft's config of the kind `peft.peft_type` (LORA unless named), or None without a `peft` section."""
-        given = self.document.values.get("peft")
-        if given is None:
+        section = self["peft"]
+        if section is None:
             return None
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        kind = given.get("peft_type", "LORA") if isinstance(given, dict) else "LORA"
+        kind = section.get("peft_type", "LORA") if isinstance(section, dict) else "LORA"
         if kind not in kinds:
             near = difflib.get_close_matches(str(kind).upper(), kinds, n=1) or sorted(kinds)
             raise self.document.error(
                 "peft.peft_type",
                 f"`peft.peft_type` must name a kind of adapter; found {kind!r}. Try {', '.join(near)}.",
             )
-        values = self.document.typed("peft", given, field_hints(kinds[kind]))
+        values = self.document.check("peft", section, field_hints(kinds[kind]))
         values.pop("peft_type", None)
         try:
             return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
@@ -128,53 +277,41 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     checked when their objects are asked for.
     """
     document = read_document(Path(path), overrides, sections_with=_sections_with)
-    values = document.values
-    for name in values:
+    for name in document.values:
         if name not in SECTIONS:
             raise document.unknown(str(name), SECTIONS)
-    if values.get("model") is None:
-        raise document.error("model", "a run needs a model; found no `model`. Write `model: <folder or hub name>`.")
-    if values.get("data") is None:
-        raise document.error("data", "a run needs data; found no `data`. Write `data: {train: <file or hub name>}`.")
-    model = _source(document, "model", values["model"], _MODEL)
-    data = document.typed("data", values["data"], _DATA)
-    if "train" not in data:
-        raise document.error("data", "`data` needs `train`. Write `data: {train: <file or hub name>}`.")
-    same = {name: model.options[name] for name in _WHICH_WEIGHTS if name in model.options}
-    tokenizer = values.get("tokenizer") or {"path": model.path, **same}
-    reference = values.get("reference") or "auto"
-    if not isinstance(reference, dict):
-        reference = {"kind": reference}
-    reference = document.typed("reference", reference, _REFERENCE)
-    ref_model = reference.get("model")
-    return RunFile(
-        document=document,
-        model=model,
-        tokenizer=_source(document, "tokenizer", tokenizer, _TOKENIZER),
-        train=_source(document, "data.train", data["train"], _SOURCE),
-        evaluation=_evaluation(document, data.get("eval")),
-        reference=reference.get("kind", "auto"),
-        ref_model=None if ref_model is None else _source(document, "reference.model", ref_model, _MODEL),
-    )
+    by_key = _values_by_key(document)
+    values: dict[str, Any] = {}
+    for key in KEYS:
+        value = by_key.get(key.name)
+        if value is None and key.example:
+            raise _missing(document, key)
+        values[key.name] = key.default(values) if value is None else key.read(document, key.name, value)
+    return RunFile(document=document, values=values)
 
 
-def _source(document: Document, where: str, value: Any, hints: Mapping[str, Any]) -> Source:
-    if isinstance(value, str):
-        return Source(path=value, options={})
-    options = document.typed(where, value, hints)
-    if "path" not in options:
-        raise document.error(
-            where, f"`{where}` needs `path`; found {', '.join(options) or 'nothing'}. Write `path: ...`."
-        )
-    return Source(path=options.pop("path"), options=options)
+def _values_by_key(document: Document) -> dict[str, Any]:
+    """The values in the file by dotted key, of the types that `KEYS` declares. A section of several keys may be written
+    as the value of its `kind` alone."""
+    by_key: dict[str, Any] = {}
+    for section in SECTIONS:
+        value = document.values.get(section)
+        hints = {key.name.partition(".")[2]: key.hint for key in KEYS if key.name.startswith(f"{section}.")}
+        if not hints or value is None:
+            by_key[section] = value
+            continue
+        if "kind" in hints and not isinstance(value, dict):
+            value = {"kind": value}
+        by_key |= {f"{section}.{name}": item for name, item in document.check(section, value, hints).items()}
+    return by_key
 
 
-def _evaluation(document: Document, value: str | dict[str, Any] | None) -> Source | dict[str, Source] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or value.keys() & _SOURCE:
-        return _source(document, "data.eval", value, _SOURCE)
-    return {name: _source(document, f"data.eval.{name}", source, _SOURCE) for name, source in value.items()}
+def _missing(document: Document, key: Key) -> Exception:
+    section, _, name = key.name.partition(".")
+    if document.values.get(section) is None:
+        noun = section if name else f"a {section}"
+        return document.error(section, f"a run needs {noun}; found no `{section}`. Write `{key.example}`.")
+    return document.error(section, f"`{section}` needs `{name}`. Write `{key.example}`.")
 
 
 def _sections_with(name: str) -> set[str]:
@@ -183,12 +320,8 @@ def _sections_with(name: str) -> set[str]:
 
     from holdfast.config import DPOConfig
 
-    sections = {
-        "": SECTIONS,
-        "model": _MODEL,
-        "data": _DATA,
-        "reference": _REFERENCE,
-        "peft": field_hints(LoraConfig),
-        "training": field_hints(DPOConfig).keys() - _ELSEWHERE.keys(),
-    }
-    return {section for section, keys in sections.items() if name in keys}
+    sections = {section for section in SECTIONS if f"{section}.{name}" in {key.name for key in KEYS}}
+    sections |= {"model"} if name in _MODEL else set()
+    sections |= {""} if name in SECTIONS else set()
+    sections |= {"peft"} if name in field_hints(LoraConfig) else set()
+    return sections | ({"training"} if name in field_hints(DPOConfig).keys() - _ELSEWHERE.keys() else set())

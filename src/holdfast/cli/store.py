@@ -1,13 +1,11 @@
-"""The commands `holdfast store list | verify | gc | export | import`: what there is, is it sound, making room, moving.
+"""The commands `holdfast store list | verify | gc | export | import`, over the stores of reference log-probs.
 
-Nothing here but `import --run` needs a model. Given up: clearing out without being asked twice; `gc` only says what it
-would do unless `--yes` is given.
+Only `import --run` needs a model. `gc` says what it would remove, and removes nothing without `--yes`. Given up:
+clearing out with one command.
 """
 
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from holdfast.cli.errors import messages
+
 if TYPE_CHECKING:
-    from holdfast.store.parquet import Transferred
+    from holdfast.store.parquet import TransferReport
 
 app = typer.Typer(
     name="store",
@@ -37,7 +37,7 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 @app.command("list")
 def list_stores(root: _Root = None, debug: _Debug = False) -> None:
     """List the stores: what they were computed with, how much they hold, when they were last used."""
-    with _messages(debug):
+    with messages(debug, of_libraries=True):
         from holdfast.store.maintenance import stores
 
         folder = _folder(root)
@@ -65,7 +65,7 @@ def verify(
     debug: _Debug = False,
 ) -> None:
     """Read every byte and name what is damaged; the exit code is 1 if anything is. Nothing is changed."""
-    with _messages(debug):
+    with messages(debug, of_libraries=True):
         from holdfast.store import maintenance as upkeep
 
         folder = _folder(root)
@@ -92,11 +92,11 @@ def gc(
     debug: _Debug = False,
 ) -> None:
     """Remove old stores and what kills left behind, and merge small shards."""
-    with _messages(debug):
+    with messages(debug, of_libraries=True):
         from holdfast.store import maintenance as upkeep
 
         max_bytes = None if max_size is None else parsed_bytes(max_size)
-        steps = upkeep.plan(_folder(root), older_than=older_than, max_bytes=max_bytes)
+        steps = upkeep.cleanup_steps(_folder(root), older_than=older_than, max_bytes=max_bytes)
         for step in steps:
             size = f" ({human_bytes(step.num_bytes)})" if step.num_bytes else ""
             _print(f"{step.action}: {step.path}{size}: {step.reason}")
@@ -119,7 +119,7 @@ def export_one(
     debug: _Debug = False,
 ) -> None:
     """Write a store into one Parquet file."""
-    with _messages(debug):
+    with messages(debug, of_libraries=True):
         from holdfast.store.maintenance import find_store
         from holdfast.store.parquet import export_store
 
@@ -141,7 +141,7 @@ def import_one(
     debug: _Debug = False,
 ) -> None:
     """Add an exported store to those here, once all of it is checked."""
-    with _messages(debug):
+    with messages(debug, of_libraries=True):
         from holdfast.store.parquet import coverage, import_store, read_exported
 
         if key:
@@ -156,13 +156,13 @@ def import_one(
             _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
             return
         read_exported(file)  # what can be refused at once is
-        from holdfast.cli.assembly import needed
+        from holdfast.cli.assembly import store_needs
         from holdfast.cli.runfile import read_run_file
 
-        wanted = needed(read_run_file(run_file, []))
-        done = import_store(wanted.store.folder.parent if root is None else root, file, wanted.store.key)
+        needs = store_needs(read_run_file(run_file, []))
+        done = import_store(needs.store.folder.parent if root is None else root, file, needs.store.key)
         _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
-        num_found, num_asked = coverage(file, wanted.ids)
+        num_found, num_asked = coverage(file, needs.ids)
         _print(f"{num_found:,} of the {num_asked:,} completions of {run_file} are in it")
 
 
@@ -187,7 +187,7 @@ def parsed_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _summary(done: "Transferred") -> str:
+def _summary(done: "TransferReport") -> str:
     name = f"{done.key.digest()[:12]} ({done.key.description or 'without a description'})"
     return f"{name}: {done.num_completions:,} completions, {done.num_tokens:,} tokens"
 
@@ -212,15 +212,3 @@ def _print(text: str) -> None:
 
 def _output() -> Console:
     return Console()
-
-
-@contextmanager
-def _messages(debug: bool) -> Iterator[None]:
-    """Ends the command with a message and exit code 1 where a user can mend the error."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error

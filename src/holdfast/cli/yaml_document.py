@@ -1,4 +1,4 @@
-"""A YAML file as checked values: every key known, every value of the type that its owner declares, every error placed.
+"""A YAML file as checked values: every key is known, every value has its declared type, every error names its line.
 
 Scalars are read by the rules of YAML 1.2, not by PyYAML's 1.1: `1e-6` is a number, and `no` is a string (as in
 `save_strategy: no`). A key given twice is an error, where YAML libraries keep the last. Given up: interpolation,
@@ -23,9 +23,9 @@ class RunFileError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """The parsed values of a file, and where each dotted key was written.
+    """The values of a file, and the line on which each dotted key was written.
 
-    `sections_with(name)` are the sections that have a key of that name: an error about a misplaced key names them.
+    `sections_with(name)` are the sections that have a key of that name; an error about a misplaced key names the first.
     """
 
     file: Path
@@ -34,7 +34,7 @@ class Document:
     overridden: frozenset[str]
     sections_with: Callable[[str], Collection[str]]
 
-    def place(self, key: str) -> str:
+    def location(self, key: str) -> str:
         """Where a reader finds a dotted key: `run.yaml, line 7`, or the `--set` that gave it."""
         if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
             return f"--set {key}"
@@ -44,7 +44,7 @@ class Document:
 
     def error(self, key: str, message: str) -> RunFileError:
         """The error to raise about a dotted key."""
-        return RunFileError(f"{self.place(key)}: {message}")
+        return RunFileError(f"{self.location(key)}: {message}")
 
     def unknown(self, key: str, known: Collection[str]) -> RunFileError:
         """The error for a key that no object has, with the nearest one that exists."""
@@ -60,30 +60,31 @@ class Document:
             advice = f"The valid keys are {', '.join(sorted(known))}."
         return self.error(key, f"`{key}` is not a key of the {owner}. {advice}")
 
-    def typed(self, where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
-        """`values` with each one as its hint wants it; an unknown key or a wrong type is a `RunFileError`."""
+    def check(self, where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the mapping at `where`, converted to their hints. RunFileError for an unknown key or a wrong
+        type."""
         if not isinstance(values, dict):
-            raise self.error(where, f"`{where}` must be a mapping of {_listed(hints)}; found {_shown(values)}.")
+            raise self.error(where, f"`{where}` must be a mapping of {_list_names(hints)}; found {_show(values)}.")
         for name in values:
             if name not in hints:
                 raise self.unknown(f"{where}.{name}" if where else str(name), hints)
         return {name: self.conform(f"{where}.{name}", value, hints[name]) for name, value in values.items()}
 
     def conform(self, key: str, value: Any, hint: Any) -> Any:
-        """The value as `hint` wants it (2 for a float is 2.0); anything that would have to be guessed is an error."""
+        """The value, converted to its hint where nothing is guessed (2 for a float is 2.0). Otherwise RunFileError."""
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-            return hint(**self.typed(key, value, field_hints(hint)))
+            return hint(**self.check(key, value, field_hints(hint)))
         # A mapping stays a mapping where that is allowed beside a class.
         options = sorted(_options(hint), key=is_dataclass)
         for option in options:
             if is_dataclass(option) and isinstance(value, dict):
                 return self.conform(key, value, option)
             if _fits(value, option):
-                return self._converted(key, value, option)
-        wanted = " or ".join(dict.fromkeys(_described(option) for option in options))
-        raise self.error(key, f"`{key}` must be {wanted}; found {_shown(value)}.{_advice(value, options)}")
+                return self._convert(key, value, option)
+        wanted = " or ".join(dict.fromkeys(_describe(option) for option in options))
+        raise self.error(key, f"`{key}` must be {wanted}; found {_show(value)}.{_advice(value, options)}")
 
-    def _converted(self, key: str, value: Any, option: Any) -> Any:
+    def _convert(self, key: str, value: Any, option: Any) -> Any:
         arguments = get_args(option)
         if option in (int, float):
             return option(value)
@@ -104,12 +105,12 @@ def read_document(
     Errors: `RunFileError` for a file that is missing, or not YAML (with the line), or not a mapping; for a key given
     twice; for an override without `=`, or inside something that is not a mapping.
     """
-    values, lines = _parsed(path)
-    values, overridden = _overridden(values, overrides)
+    values, lines = _parse(path)
+    values, overridden = _override(values, overrides)
     return Document(file=path, values=values, lines=lines, overridden=overridden, sections_with=sections_with)
 
 
-def dumped(values: Mapping[str, Any]) -> str:
+def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML text that `read_run_file` reads back as the same values."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
@@ -152,7 +153,7 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The values in a YAML file, and the line of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -172,7 +173,7 @@ def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise RunFileError(f"{path}: not readable as YAML: {error}. It must be a text file.") from error
     if not isinstance(values, dict):
-        raise RunFileError(f"{path}: a run file is a mapping of sections; found {_shown(values)}.")
+        raise RunFileError(f"{path}: a run file is a mapping of sections; found {_show(values)}.")
     return values, {} if node is None else dict(_lines(node))
 
 
@@ -185,8 +186,8 @@ def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{name}.")
 
 
-def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
-    """The values after the overrides, and the dotted keys that were overridden."""
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
+    """The values after the overrides, and the dotted keys that they set."""
     names: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -196,22 +197,23 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise RunFileError(f"--set {override}: the value is not readable as YAML. Quote it. ({error})") from error
-        values = _replaced(values, key.split("."), value, override)
+        values = _replace(values, key.split("."), value, override)
         names.add(key)
     return values, frozenset(names)
 
 
-def _replaced(values: Any, keys: Sequence[str], value: Any, override: str) -> Any:
-    """A copy of nested mappings with one value replaced; what stands in the way must be a mapping or nothing."""
+def _replace(values: Any, keys: Sequence[str], value: Any, override: str) -> Any:
+    """A copy of nested mappings with one value replaced. RunFileError where the path to it leads through anything but
+    mappings."""
     if not keys:
         return value
     if not isinstance(values, dict | None):
         raise RunFileError(
-            f"--set {override}: `{keys[0]}` can only be set inside a mapping; found {_shown(values)} there. "
+            f"--set {override}: `{keys[0]}` can only be set inside a mapping; found {_show(values)} there. "
             f"Write it as a mapping in the run file first, for example {{path: {values}, {keys[0]}: ...}}."
         )
     values = values or {}
-    return {**values, keys[0]: _replaced(values.get(keys[0]), keys[1:], value, override)}
+    return {**values, keys[0]: _replace(values.get(keys[0]), keys[1:], value, override)}
 
 
 # Types ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def _fits(value: Any, option: Any) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def _described(option: Any) -> str:
+def _describe(option: Any) -> str:
     kind = get_origin(option) or option
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
     names |= {list: "a list", tuple: "a list", dict: "a mapping"}
@@ -263,10 +265,10 @@ def _advice(value: Any, options: Sequence[Any]) -> str:
     return ""
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string", list: "the list"}
     return "nothing" if value is None else f"{kinds.get(type(value), 'the value')} {value!r}"
 
 
-def _listed(names: Collection[str]) -> str:
+def _list_names(names: Collection[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "nothing"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from typing import Any, final
 
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -172,7 +172,7 @@ def sample_pairs(policy: nn.Module, world: World, num_pairs: int, generator: tor
     first, second = texts.chunk(2)
     differs = (first != second).any(1).nonzero()[:num_pairs, 0]
     assert len(differs) == num_pairs, f"{num_drawn} draws gave {len(differs)} pairs of different texts"
-    return world.labelled(first[differs], second[differs], generator)
+    return world.label(first[differs], second[differs], generator)
 
 
 def train_arm(
@@ -219,8 +219,9 @@ def train_arm(
     )
 
 
+@final
 class _Observer(TrainerCallback):
-    """Advances the progress bar, and measures the policy at a few steps of its way; `seconds` is what that took."""
+    """Advances the progress bar, and measures the policy at a few steps. `seconds` is the time that measuring took."""
 
     def __init__(self, world: World, start: nn.Module, scale: Scale, seed: int, on_step: Callable[[], None]) -> None:
         self.world, self.start, self.scale, self.seed, self.on_step = world, start, scale, seed, on_step
@@ -241,7 +242,7 @@ class _Observer(TrainerCallback):
 
 
 def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> dict[str, Any]:
-    """`DPOConfig` fields of one arm: alike for all of them, but for the arm's own."""
+    """The fields of one arm's `DPOConfig`: the same for all arms, and the arm's own."""
     return {
         "output_dir": str(output_dir / arm.name),
         "reference": arm.reference,
@@ -269,7 +270,8 @@ def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> d
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and wait for it where another program has the core."""
+    """A context with one torch thread. Matrices this small gain nothing from a second one, and wait for it where
+    another program has the core."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -280,7 +282,8 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what would tear the demo's own progress bars: those of `datasets`, and a warning meant for peft."""
+    """A context without output that would tear the demo's own progress bars: those of `datasets`, and a warning about
+    peft."""
     was_off = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -305,9 +308,12 @@ def _optima(
 
 
 def _stages(scale: Scale, all_arms: tuple[Arm, ...]) -> tuple[Stage, ...]:
-    """What the progress bars show; the weights are typical seconds."""
+    """What the progress bars show."""
     return (
-        Stage(name="the start policy learns the source", num_steps=scale.num_pretrain_steps, weight=10),
-        Stage(name="the frontier of optimal policies", num_steps=len(scale.betas) + 1, weight=4),
-        *(Stage(name=f"DPO against {arm.label}", num_steps=scale.num_train_steps, weight=10) for arm in all_arms),
+        Stage(name="the start policy learns the source", num_steps=scale.num_pretrain_steps, typical_seconds=10),
+        Stage(name="the frontier of optimal policies", num_steps=len(scale.betas) + 1, typical_seconds=4),
+        *(
+            Stage(name=f"DPO against {arm.label}", num_steps=scale.num_train_steps, typical_seconds=10)
+            for arm in all_arms
+        ),
     )

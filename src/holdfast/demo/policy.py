@@ -1,9 +1,9 @@
 """The start policy of the demo, and what is measured of every policy that comes from it.
 
 The policy is a Llama of 84,000 parameters, trained from scratch on text of the source until its loss is next to the
-source's entropy. Everything measured here (samples, log-probs, KL) is computed from full logits by a few plain lines,
-on purpose not by the package's own log-prob code: the demo is to notice if that were wrong. Given up: speed on anything
-larger than this world.
+source's entropy. Everything measured here (samples, log-probs, KL) is computed from full logits by a few plain lines.
+It is not computed by the package's own log-prob code, so that the demo notices if that is wrong. Given up: speed on
+anything larger than this world.
 
 Dimensions: S texts, T tokens per text, V vocabulary.
 """

@@ -1,6 +1,7 @@
 """Progress of the demo: one bar with the time left for everything, and one for each stage.
 
-The stages differ in the time per step, so the overall bar advances by weights. Given up: weights for every machine.
+The stages differ in the time per step, so the overall bar advances by typical seconds. Given up: typical seconds of
+every machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A named part of the work: its number of steps, and its share of the time."""
+    """A stage of the demo: its number of steps, and how long they typically take together."""
 
     name: str
     num_steps: int
-    weight: float
+    typical_seconds: float
 
 
 @final
@@ -30,7 +31,7 @@ class StageProgress:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=console,
         )  # fmt: skip
-        self._unit = 100 / sum(stage.weight for stage in stages)
+        self._unit = 100 / sum(stage.typical_seconds for stage in stages)
         self._overall = self._progress.add_task("[bold]everything, %", total=100)
 
     def __enter__(self) -> Self:
@@ -41,7 +42,7 @@ class StageProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            self._progress.update(self._overall, completed=100)  # the weighted steps sum to it but for rounding
+            self._progress.update(self._overall, completed=100)  # its steps sum to that but for rounding
         self._progress.stop()
 
     def advancing(self, stage: Stage) -> Callable[[], None]:
@@ -50,6 +51,6 @@ class StageProgress:
 
         def advance() -> None:
             self._progress.advance(task)
-            self._progress.advance(self._overall, self._unit * stage.weight / stage.num_steps)
+            self._progress.advance(self._overall, self._unit * stage.typical_seconds / stage.num_steps)
 
         return advance

@@ -88,7 +88,7 @@ class World:
         """The true reward of each text."""
         return _gather_steps(self.scores, texts).sum(1)
 
-    def labelled(self, first: Int[Tensor, "P T"], second: Int[Tensor, "P T"], generator: torch.Generator) -> "Pairs":
+    def label(self, first: Int[Tensor, "P T"], second: Int[Tensor, "P T"], generator: torch.Generator) -> Pairs:
         """The pairs, labelled by people who prefer by the reward but not always.
 
         `P(first > second) = sigmoid(r(first) - r(second))` (Bradley and Terry 1952).

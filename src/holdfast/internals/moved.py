@@ -1,4 +1,7 @@
-"""`MovedError`: a name that the package leans on is not where the tested versions have it."""
+"""`MovedError`: a private name of a library is not where the tested versions have it.
+
+It names the installed version and the tested ones, so that a user can choose. Given up: guessing where the name went.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, final
@@ -9,7 +12,7 @@ TESTED = {
     "peft": ("0.20.0", "0.21.2"),
     "accelerate": ("1.10.0", "1.15.0"),
 }
-"""The oldest and the newest version of each library that the tests ran on."""
+"""The oldest and the newest version of each library that the tests have run on."""
 
 
 @final

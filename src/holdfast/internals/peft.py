@@ -1,10 +1,10 @@
-"""Private names of peft: the flags that say which adapters a layer computes with, and the proof that they do.
+"""Private names of peft: the flags that say which adapters a layer computes with, and the check that they do.
 
 peft's own `disable_adapter()` and `set_adapter()` change `requires_grad` of every factor, also of those that a user had
-frozen, and look through the whole model on each call. The two flags that they end in are all that is needed. But a
-renamed flag is set without effect, and then the reference is the policy for ever. So after every switch each layer is
-asked, by peft's public properties, what it computes with; and once per process a layer made for it must give the
-numbers.
+frozen, and search the whole model on each call. Both end in setting two private flags, which is all that is needed
+here. But if a release renamed a flag, setting the old one would have no effect, and the reference would silently be the
+policy. So there are two checks. After every switch each layer is asked, by peft's public properties, what it computes
+with. Once per process, a small layer made for it must give the right numbers. Given up: adapters of other libraries.
 """
 
 import contextlib
@@ -24,27 +24,27 @@ _FLAGS = ("_disable_adapters", "_active_adapter")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """By path, the layers of `model` that have adapters, modules that are saved whole among them."""
+    """The layers of `model` that have adapters, by path. Modules that an adapter saves whole are among them."""
     kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def adapters_of(layer: Any) -> set[str]:
-    """The names of the adapters that a layer has parts of."""
+    """The names of the adapters that have tensors in a layer."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
-        parts: list[Any] = [getattr(layer, "modules_to_save", None)]
+        by_adapter: list[Any] = [getattr(layer, "modules_to_save", None)]
     else:
-        parts = [getattr(layer, name, None) for name in layer.adapter_layer_names]
-    return {name for part in parts if isinstance(part, nn.ModuleDict | nn.ParameterDict) for name in part}
+        by_adapter = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+    return {name for tensors in by_adapter if isinstance(tensors, nn.ModuleDict | nn.ParameterDict) for name in tensors}
 
 
 @contextlib.contextmanager
 def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Inside, the layers of `model` compute with `adapter` alone, or without any where it is None; on leaving, as
-    before. No `requires_grad` is touched.
+    """Inside, the layers of `model` compute with `adapter` alone, or with no adapter where it is None.
 
-    MovedError where peft does not do so. ValueError where an adapter is merged, since peft would take it out of the
-    weights in the first forward pass without it, or leave it in beside another.
+    On leaving they compute as before. No `requires_grad` changes. MovedError where peft does not switch as told.
+    ValueError where an adapter is merged into the weights: peft would unmerge it in the next forward pass, or compute
+    with it and the other adapter together.
     """
     layers = adapter_layers(model)
     check_unmerged(layers)
@@ -67,29 +67,29 @@ def check_unmerged(layers: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def switched_layers(layers: dict[str, Any], adapter: str | None) -> Iterator[None]:
-    """`switched` for these layers alone."""
+    """`switched`, for these layers only."""
     before = {path: _state(path, layer) for path, layer in layers.items()}
-    flags = (True, None) if adapter is None else (False, [adapter])
+    is_off, active = (True, None) if adapter is None else (False, [adapter])
     try:
         for path, layer in layers.items():
-            _set(layer, flags[0], before[path][1] if adapter is None else flags[1])
+            _set(layer, is_off, before[path][1] if adapter is None else active)
         for path, layer in layers.items():
-            _check_state(path, layer, flags)
+            _check_state(path, layer, is_off, active)
         yield
     finally:
         for path, layer in layers.items():
             _set(layer, *before[path])
     for path, layer in layers.items():
-        _check_state(path, layer, before[path])
+        _check_state(path, layer, *before[path])
 
 
 def _state(path: str, layer: Any) -> tuple[bool, Any]:
-    """Whether the layer's adapters are off, and which are active: by its flags, which must be what it says itself."""
+    """The layer's two flags: whether its adapters are off, and which are active. Its properties must say the same."""
     missing = [flag for flag in _FLAGS if flag not in vars(layer) and not hasattr(type(layer), flag)]
     if missing:
         raise MovedError("peft", f"{type(layer).__name__}.{missing[0]}", f"`{path}` has no such attribute")
     is_off, active = (getattr(layer, flag) for flag in _FLAGS)
-    _check_state(path, layer, (is_off, active))
+    _check_state(path, layer, is_off, active)
     return is_off, active
 
 
@@ -101,9 +101,8 @@ def _set(layer: Any, is_off: bool, active: Any) -> None:
             raise MovedError("peft", f"{type(layer).__name__}.{flag}", str(error)) from None
 
 
-def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
-    """MovedError where the layer does not say that it is as it was set; the active adapters count where not None."""
-    is_off, active = wanted
+def _check_state(path: str, layer: Any, is_off: bool, active: Any) -> None:
+    """MovedError where the layer's properties do not say what was set. None for `active` means any."""
     kind = type(layer).__name__
     if layer.disable_adapters is not is_off:
         said = f"`{path}` says disable_adapters={layer.disable_adapters} after it was set to {is_off}"
@@ -115,7 +114,7 @@ def _check_state(path: str, layer: Any, wanted: tuple[bool, Any]) -> None:
 
 
 def untargeted_layers(policy: PeftModel) -> list[str]:
-    """The paths of layers that no adapter of `policy` was asked to change: they were there before it."""
+    """The paths of adapter layers that no adapter of `policy` targets: the model had them before peft wrapped it."""
     tuner = policy.base_model
     if not isinstance(tuner, BaseTuner):  # prompts have no layers
         return []
@@ -130,12 +129,12 @@ def untargeted_layers(policy: PeftModel) -> list[str]:
 
 
 def _ancestors(path: str) -> set[str]:
-    parts = path.split(".")
-    return {".".join(parts[:length]) for length in range(1, len(parts))}
+    names = path.split(".")
+    return {".".join(names[:length]) for length in range(1, len(names))}
 
 
 def activate(policy: PeftModel, adapter: str) -> None:
-    """Makes `adapter` the one that `policy` computes with and trains. MovedError where peft does not do so."""
+    """Makes `adapter` the one that `policy` computes with and trains. MovedError where peft does not make it so."""
     policy.set_adapter(adapter)
     for path, layer in adapter_layers(policy).items():
         if adapter in adapters_of(layer) and list(layer.active_adapters) != [adapter]:
@@ -143,11 +142,11 @@ def activate(policy: PeftModel, adapter: str) -> None:
             raise MovedError("peft", "PeftModel.set_adapter", said)
 
 
-# --- seen in numbers --------------------------------------------------------------------------------------------------
+# --- checked in numbers -----------------------------------------------------------------------------------------------
 
 
 class _Tiny(nn.Module):
-    """Two linear maps: one gets LoRA factors, of the other an adapter has a copy."""
+    """Two linear maps. An adapter has LoRA factors for the first, and a whole copy of the second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,9 +159,9 @@ class _Tiny(nn.Module):
 
 @functools.cache
 def check_switching() -> None:
-    """MovedError where, on a layer made for it, adapters that are off still count, or others than the one named do.
+    """MovedError where a small model gives the wrong numbers with its adapters off, or with one of two adapters on.
 
-    Once per process: a check that held is not made again.
+    Checked once per process: the result is cached.
     """
     try:
         _check_tiny()
@@ -185,7 +184,7 @@ def _check_tiny() -> None:
 
 
 def _check_numbers(model: Any, x: Tensor) -> None:
-    """The numbers of each state of the tiny model, beside the same from its weights by hand."""
+    """Compares the tiny model's output in each state with the output computed by hand from its weights."""
     layers = adapter_layers(model)
     for path, layer in layers.items():
         _state(path, layer)

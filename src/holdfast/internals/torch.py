@@ -1,5 +1,8 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, the wrapper of `torch.compile`, and a
-block mask that is compiled."""
+"""Private names of torch: a module's hooks, what it saves, dropout's base class, what `torch.compile` wraps a model in,
+and how a block mask is compiled.
+
+Given up: `torch.compile` of anything but a whole model.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -19,17 +22,17 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:
-    """What runs before the module's forward pass."""
+    """The hooks that run before the module's forward pass."""
     return list(looked_up("torch", module, "_forward_pre_hooks").values())
 
 
 def hooks_after(module: nn.Module) -> list[Callable[..., Any]]:
-    """What runs after the module's forward pass."""
+    """The hooks that run after the module's forward pass."""
     return list(looked_up("torch", module, "_forward_hooks").values())
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """What the module itself would save, without its children: its tensors, and a quantised weight's scales."""
+    """The tensors that the module itself saves, without its children's: also the scales of a quantised weight."""
     state: dict[str, Tensor] = {}
     looked_up("torch", module, "_save_to_state_dict")(state, "", keep_vars=False)
     missing = [name for name, _ in module.named_parameters(recurse=False) if name not in state]
@@ -39,15 +42,15 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def dropout_class() -> type[nn.Module]:
-    """What every dropout module is an instance of."""
-    found = looked_up("torch", nn.modules.dropout, "_DropoutNd")
-    if not issubclass(nn.Dropout, found):
+    """The base class of every dropout module."""
+    base = looked_up("torch", nn.modules.dropout, "_DropoutNd")
+    if not issubclass(nn.Dropout, base):
         raise MovedError("torch", "nn.modules.dropout._DropoutNd", "nn.Dropout is none")
-    return found
+    return base
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `model` is what `torch.compile` made of a module."""
+    """Whether `torch.compile` made `model`."""
     return type(model) is looked_up("torch", looked_up("torch", torch, "_dynamo"), "OptimizedModule")
 
 
@@ -57,18 +60,20 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def compiler(model: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What compiles a function with the options that `model` was compiled with."""
+    """A function that compiles another function with the options that `model` was compiled with."""
     return looked_up("torch", model, "dynamo_ctx")
 
 
 def compiled_block_mask(
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], num_rows: int, num_columns: int, device: torch.device
 ) -> flex_attention.BlockMask:
-    """The block mask of `sees`, a function of (row, head, query, key), for all heads. On a GPU its making is compiled,
-    so that no mask [R T T] is ever held."""
+    """The block mask of `sees`, a function of (row, head, query, key), one for all heads.
+
+    On a GPU the function that makes it is compiled, so no [R T T] mask is ever alive.
+    """
     make = flex_attention.create_block_mask
     if "_compile" not in inspect.signature(make).parameters:
-        taken = list(inspect.signature(make).parameters)
-        raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {taken}")
+        parameters = list(inspect.signature(make).parameters)
+        raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
     shape = (num_rows, None, num_columns, num_columns)
     return make(sees, *shape, device=str(device), _compile=device.type != "cpu")

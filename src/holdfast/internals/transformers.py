@@ -1,9 +1,9 @@
 """Private names of transformers: the attention that a config names, recomputation, what a model class can do, and the
 methods of `Trainer` that `DPOTrainer` replaces or calls.
 
-A method that replaces nothing is dead code, and a run with it another run without a word: on transformers 5.2, where
-`_init_training_state` had another name, a resumed stream skipped the wrong batches. So the trainer looks when it is
-made.
+A method that replaces nothing is dead code, and the run silently becomes another run: on transformers 5.2, where
+`_init_training_state` had another name, a resumed stream skipped the wrong batches. So `check_trainer` compares the
+tables below with the installed `Trainer` whenever a trainer is made. Given up: checking what the methods do.
 """
 
 import inspect
@@ -38,7 +38,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
 }
-"""Methods of `Trainer` that `DPOTrainer` replaces, with the parameters that it passes on or stands on."""
+"""Methods of `Trainer` that `DPOTrainer` replaces, with the parameters that it reads or passes on."""
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
@@ -49,16 +49,16 @@ CALLED: Mapping[str, tuple[str, ...]] = {
 
 
 def check_trainer() -> None:
-    """MovedError where a method of `Trainer` that its subclass replaces or calls is gone, takes other parameters, or is
-    no longer called by it."""
+    """MovedError where a method in `OVERRIDDEN` or `CALLED` is gone or lacks a parameter, or where `Trainer` no longer
+    calls a private one that is overridden."""
     for name, parameters in {**OVERRIDDEN, **CALLED}.items():
         method = inspect.getattr_static(Trainer, name, None)
         if not callable(method):
             raise MovedError("transformers", f"Trainer.{name}", "`Trainer` has no such method")
-        taken = inspect.signature(method).parameters
-        missing = [parameter for parameter in parameters if parameter not in taken]
+        accepted = inspect.signature(method).parameters
+        missing = [parameter for parameter in parameters if parameter not in accepted]
         if missing:
-            raise MovedError("transformers", f"Trainer.{name}", f"it takes no `{missing[0]}`, but {list(taken)[1:]}")
+            raise MovedError("transformers", f"Trainer.{name}", f"it takes no `{missing[0]}`, but {list(accepted)[1:]}")
     for name in OVERRIDDEN:
         if name.startswith("_") and not _is_called(name):
             raise MovedError("transformers", f"Trainer.{name}", "`Trainer` no longer calls it")
@@ -73,11 +73,11 @@ def _is_called(name: str) -> bool:
 
 
 def _reads(code: Any, name: str) -> bool:
-    return name in code.co_names or any(_reads(part, name) for part in code.co_consts if hasattr(part, "co_names"))
+    return name in code.co_names or any(_reads(inner, name) for inner in code.co_consts if hasattr(inner, "co_names"))
 
 
 def dict_fields() -> list[str]:
-    """The options of `TrainingArguments` that may be given as a JSON text."""
+    """The names of the options of `TrainingArguments` that may be given as JSON text."""
     return list(looked_up("transformers", TrainingArguments, "_VALID_DICT_FIELDS"))
 
 
@@ -92,8 +92,10 @@ def attention_of(config: PretrainedConfig) -> str | None:
 
 
 def set_attention(config: PretrainedConfig, name: str | None) -> None:
-    """Makes it `name`. Written to the inner attribute, since the public one also writes to
-    the configs nested in it."""
+    """Makes `name` the attention that `attention_of` returns.
+
+    It is written to the inner attribute, since the public one also writes to the configs nested in this one.
+    """
     before = looked_up("transformers", config, "_attn_implementation_internal")
     config._attn_implementation_internal = name
     if attention_of(config) != name:
@@ -106,48 +108,48 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
 
 
 def recomputation(module: nn.Module) -> Callable[..., Any] | None:
-    """What runs the module's layers again in the backward pass; None where activation checkpointing is off."""
-    found = vars(module).get("_gradient_checkpointing_func")
-    if found is None and vars(module).get("gradient_checkpointing") is True:
+    """The function that checkpoints the module's layers; None where activation checkpointing is off."""
+    function = vars(module).get("_gradient_checkpointing_func")
+    if function is None and vars(module).get("gradient_checkpointing") is True:
         raise MovedError(
             "transformers",
             "PreTrainedModel._gradient_checkpointing_func",
             f"{type(module).__name__} recomputes its layers by other means",
         )
-    return found
+    return function
 
 
 def set_recomputation(module: nn.Module, function: Callable[..., Any]) -> None:
-    """Makes it `function`."""
-    unknown: Any = module
-    unknown._gradient_checkpointing_func = function
+    """Makes `function` the one that `recomputation` returns."""
+    untyped: Any = module
+    untyped._gradient_checkpointing_func = function
 
 
 def is_on_attention_interface(causal_lm: PreTrainedModel) -> bool:
-    """Whether the model's attention is the one that its config names."""
+    """Whether the model's attention layers call the attention that its config names."""
     return bool(looked_up("transformers", causal_lm, "_can_set_attn_implementation")())
 
 
 def carries_state(causal_lm: PreTrainedModel) -> bool:
-    """Whether the model's class says that it carries state along its rows."""
+    """Whether the model's class says that it carries state from token to token, as Mamba does."""
     return bool(looked_up("transformers", causal_lm, "_is_stateful"))
 
 
 def has_own_adapters(causal_lm: nn.Module) -> bool:
-    """Whether transformers itself put an adapter into the model."""
+    """Whether transformers itself has loaded an adapter into the model."""
     if not isinstance(causal_lm, PreTrainedModel):
         return False
     return bool(looked_up("transformers", causal_lm, "_hf_peft_config_loaded"))
 
 
 def loaded_from(config: Any) -> str:
-    """The path or hub id that a model with this config was loaded from; empty where there is none."""
+    """The path or hub id from which a model with this config was loaded; empty if it was made in memory."""
     return getattr(config, "name_or_path", "") or ""
 
 
 def has_file(path: str, name: str, **location: Any) -> bool:
     """Whether the folder or hub repository `path` has the file `name`, as far as this machine can tell."""
-    found = cached_file(
+    file = cached_file(
         path,
         name,
         **location,
@@ -155,4 +157,4 @@ def has_file(path: str, name: str, **location: Any) -> bool:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    return found is not None
+    return file is not None

@@ -1,15 +1,18 @@
-"""Whether the adapters that a policy carries can be trained as they are: seen before anything is scored.
+"""A policy's adapters: whether they can be trained as they are, and whether a LoRA adds nothing yet.
 
-peft's layers may sit in a model that is no `PeftModel`: transformers puts them there (`from_pretrained` of an adapter's
-folder, `add_adapter`, `load_adapter`), and so does `inject_adapter_in_model`. Then base and adapter would both train,
-the adapter alone would be saved, and a fresh one of the same name would overwrite it.
+The checks run before anything is scored. Their main case: adapter layers in a model that is no `PeftModel`.
+transformers makes such models (`from_pretrained` of an adapter's folder, `add_adapter`, `load_adapter`), and so does
+peft's `inject_adapter_in_model`. Base and adapter would both train, only the adapter would be saved, and a fresh one of
+the same name would overwrite it.
 """
 
 import difflib
 from typing import Any, TypeGuard
 
 from peft import PeftModel
-from torch import nn
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 
 from holdfast.internals.peft import adapter_layers, adapters_of, check_switching, untargeted_layers
 from holdfast.internals.transformers import has_own_adapters
@@ -17,7 +20,7 @@ from holdfast.internals.transformers import has_own_adapters
 
 def check_policy_adapters(policy: nn.Module) -> None:
     """ValueError where `policy` has adapter layers that no `PeftModel` around it manages, or merged ones. MovedError
-    where peft does not switch adapters as it did."""
+    where this version of peft switches adapters in another way than the code knows."""
     layers = adapter_layers(policy)
     if not layers:
         return
@@ -54,7 +57,7 @@ def _names(layers: dict[str, Any]) -> set[str]:
 
 
 def check_adapter(option: str, name: str, policy: PeftModel) -> None:
-    """ValueError where the policy has no adapter `name`, saying which it has and which is nearest."""
+    """ValueError where the policy has no adapter `name`. The message names them, and the nearest one."""
     if name in policy.peft_config:
         return
     known = sorted(policy.peft_config)
@@ -68,3 +71,30 @@ def check_adapter(option: str, name: str, policy: PeftModel) -> None:
 def is_adapted(policy: nn.Module) -> TypeGuard[PeftModel]:
     """Whether `policy` is a PEFT model."""
     return isinstance(policy, PeftModel)
+
+
+def lora_factors(layer: LoraLayer, adapter: str) -> list[tuple[Tensor, Tensor]]:
+    """The pairs (A, B) of LoRA factors that the layer has for `adapter`: one pair at most for a weight, one for an
+    embedding."""
+    tables: Any = ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B))
+    return [(_weight(down[adapter]), _weight(up[adapter])) for down, up in tables if adapter in down and adapter in up]
+
+
+def lora_adds_nothing(layer: LoraLayer, adapter: str) -> bool:
+    """Whether the LoRA `adapter` leaves every number of `layer` as it is.
+
+    True only for plain factors of which one is all zero in each pair, as in a fresh LoRA, and without a bias. DoRA,
+    AdaLoRA and other variants count as adding something: they compute more than the product of two factors.
+    """
+    variants: Any = getattr(layer, "lora_variant", {})
+    if isinstance(layer, AdaLoraLayer) or variants.get(adapter) is not None or layer.use_dora.get(adapter):
+        return False
+    if any(bool(down.any()) and bool(up.any()) for down, up in lora_factors(layer, adapter)):
+        return False
+    ups: Any = (layer.lora_B, layer.lora_embedding_B)
+    biases = [getattr(up[adapter], "bias", None) for up in ups if adapter in up]
+    return not any(bool(bias.any()) for bias in biases if bias is not None)
+
+
+def _weight(factor: Any) -> Tensor:
+    return factor if isinstance(factor, Tensor) else factor.weight

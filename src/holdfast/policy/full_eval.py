@@ -1,9 +1,10 @@
 """Evaluation with the whole policy in half precision (`bf16_full_eval`, `fp16_full_eval`), undone afterwards.
 
-Outside training `transformers.Trainer` casts the model for an evaluation and leaves it so: training that follows would
-begin from rounded weights. Here the policy's tensors are put back, the very same ones. The reference is asked with the
-policy as it is trained, so an evaluation compares the rounded policy with the reference of the run, however that is
-held; and what is stored meanwhile is what any other run stores. Costs the rounded weights on top of the others.
+Outside training `transformers.Trainer` casts the model for an evaluation and leaves it so. Training that follows would
+begin from rounded weights. Here the policy gets its own tensors back afterwards, the very same objects. It also gets
+them back whenever the reference is asked, since the reference may be held inside the policy. So an evaluation compares
+the rounded policy with the unrounded reference, and stores the same log-probs as any other run. The cost is memory for
+the rounded weights beside the others.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from holdfast.policy.quantised import is_quantised
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """A module's tensor by name, and the values of it and of its gradient; of a buffer, itself alone."""
+class _ModuleTensor:
+    """A parameter with its values and its gradient's, or a buffer alone, and the module attribute that it is."""
 
     module: nn.Module
     name: str
@@ -31,20 +32,20 @@ class _Place:
 
 @final
 class FullEval:
-    """The casts of `policy`."""
+    """Casts `policy` for an evaluation, and back."""
 
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
-        self._trained: list[_Place] | None = None
+        self._trained: list[_ModuleTensor] | None = None
 
     @contextlib.contextmanager
     def cast(self) -> Iterator[None]:
-        """A context within which the policy may be cast to another dtype. Afterwards it has the tensors from before."""
-        self._trained = _places(self._policy)
+        """A context within which the policy may be cast to another dtype. Afterwards it has its own tensors again."""
+        self._trained = _tensors_of(self._policy)
         try:
             yield
         finally:
-            _put(self._trained)
+            _restore(self._trained)
             self._trained = None
 
     @contextlib.contextmanager
@@ -53,38 +54,40 @@ class FullEval:
         if self._trained is None:
             yield
             return
-        cast = _places(self._policy)
-        _put(self._trained)
+        cast = _tensors_of(self._policy)
+        _restore(self._trained)
         try:
             yield
         finally:
-            _put(cast)
+            _restore(cast)
 
 
-def _places(policy: nn.Module) -> list[_Place]:
-    places: list[_Place] = []
+def _tensors_of(policy: nn.Module) -> list[_ModuleTensor]:
+    tensors: list[_ModuleTensor] = []
     for module in policy.modules():
         for name, parameter in module.named_parameters(recurse=False):
             gradient = parameter.grad.data if parameter.grad is not None else None
-            places.append(_Place(module=module, name=name, tensor=parameter, values=parameter.data, gradient=gradient))
+            tensors.append(
+                _ModuleTensor(module=module, name=name, tensor=parameter, values=parameter.data, gradient=gradient)
+            )
         for name, buffer in module.named_buffers(recurse=False):
-            places.append(_Place(module=module, name=name, tensor=buffer))
-    return places
+            tensors.append(_ModuleTensor(module=module, name=name, tensor=buffer))
+    return tensors
 
 
-def _put(places: list[_Place]) -> None:
-    for place in places:
-        if place.values is not None:  # a parameter stays the object that the optimizer knows
-            place.tensor.data = place.values
-        if place.gradient is not None and place.tensor.grad is not None:
-            place.tensor.grad.data = place.gradient
-        if getattr(place.module, place.name) is not place.tensor:
-            setattr(place.module, place.name, place.tensor)
+def _restore(tensors: list[_ModuleTensor]) -> None:
+    for saved in tensors:
+        if saved.values is not None:  # a parameter stays the object that the optimizer knows
+            saved.tensor.data = saved.values
+        if saved.gradient is not None and saved.tensor.grad is not None:
+            saved.tensor.grad.data = saved.gradient
+        if getattr(saved.module, saved.name) is not saved.tensor:
+            setattr(saved.module, saved.name, saved.tensor)
 
 
 def check_full_eval(args: TrainingArguments, policy: nn.Module, *, is_sharded: bool) -> bool:
-    """Whether evaluations outside training are to be in half precision. ValueError where this policy cannot be cast and
-    come back."""
+    """Whether evaluations outside training are to be in half precision. ValueError where this policy cannot be cast
+    there and back."""
     asked = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)), None)
     if asked is None:
         return False

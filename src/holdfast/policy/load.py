@@ -1,7 +1,7 @@
-"""From what users hand in to a policy that can train: loading, adapters, tokenizer, dropout.
+"""A model from a path or hub id, for the policy and for references alike.
 
-Weights are read with `from_pretrained` (safetensors), code of other people's only when asked. A path with an
-`adapter_config.json` is loaded as a PEFT model.
+Weights are read with `from_pretrained`, from safetensors. Code that ships with a model runs only where
+`trust_remote_code` allows it. A path with an `adapter_config.json` is loaded as a PEFT model.
 """
 
 import difflib
@@ -17,12 +17,9 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 
-from holdfast.internals.transformers import has_file, loaded_from
+from holdfast.internals.transformers import has_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +37,7 @@ class PolicyOptions(Protocol):
 def load_model(
     path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: PolicyOptions, is_trainable: bool
 ) -> nn.Module:
-    """The causal language model at a local folder or of a hub id; fp32 unless `dtype` says otherwise. ValueError where
+    """The causal language model of a local folder or hub id, in fp32 unless `dtype` says otherwise. ValueError where
     there is none."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **init_mapping(init_kwargs, path)}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
@@ -84,7 +81,7 @@ def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, er
 
 
 def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
-    """The keyword arguments of `from_pretrained`, empty for None. ValueError where they are a text."""
+    """The keyword arguments of `from_pretrained`; none for None. ValueError where they are a string."""
     if isinstance(init_kwargs, str):
         raise ValueError(
             f"Keyword arguments for loading {path!r} were given as the string {init_kwargs!r}. Pass a mapping, or JSON."
@@ -120,48 +117,3 @@ def load_policy(model: str | nn.Module, args: PolicyOptions, quantization_config
             )
         kwargs["quantization_config"] = quantization_config
     return load_model(model, kwargs, args=args, is_trainable=True)
-
-
-def load_tokenizer(
-    processing_class: Any, policy: nn.Module, args: PolicyOptions
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The processing class as handed in or loaded from the policy's own path, and its tokenizer."""
-    if processing_class is None:
-        path = loaded_from(policy.config)
-        if not path:
-            raise ValueError(
-                "No `processing_class` was given, and the model was not loaded from a path where its tokenizer could "
-                "be. Pass the tokenizer as `processing_class`."
-            )
-        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-        location = {key: init_kwargs[key] for key in ("revision", "subfolder") if key in init_kwargs}
-        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **location)
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; pass a tokenizer or a processor with one."
-        )
-    return processing_class, tokenizer
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int:
-    """The id that fills rows up: of `pad_token`, else the tokenizer's padding, else its end-of-sequence token. It is
-    never attended to and never scored."""
-    token = pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if token is None:
-        raise ValueError(
-            "Rows are padded, but the tokenizer has neither a padding nor an end-of-sequence token. "
-            "Set `tokenizer.pad_token`, or `pad_token` in DPOConfig."
-        )
-    if token not in tokenizer.get_vocab():
-        raise ValueError(
-            f"pad_token={token!r} was asked for, but the tokenizer ({type(tokenizer).__name__}) has no such token. "
-            "Name one of its tokens, or add it and resize the model's embeddings."
-        )
-    return tokenizer.get_vocab()[token]
-
-
-def default_output_dir(model: str | nn.Module) -> str:
-    """`<model name>-DPO`, for a run without a config."""
-    path = model if isinstance(model, str) else loaded_from(model.config)
-    return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"

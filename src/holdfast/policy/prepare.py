@@ -1,4 +1,7 @@
-"""From a loaded model to a policy that can train: its adapter, its dropout, and what would not train is refused."""
+"""From a loaded model to a policy that can train: its adapter is added, its dropout switched off.
+
+A policy of which nothing would train is refused here, before anything is scored.
+"""
 
 import logging
 from typing import Any, cast
@@ -13,7 +16,7 @@ from holdfast.internals.peft import activate
 from holdfast.internals.torch import dropout_class
 from holdfast.policy.adapters import check_adapter, check_policy_adapters, is_adapted
 from holdfast.policy.load import PolicyOptions, load_policy
-from holdfast.policy.quantised import is_quantised, pin_quantised_layers
+from holdfast.policy.quantised import check_not_repacked, is_quantised, pin_quantised_layers
 from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
@@ -24,7 +27,7 @@ def make_policy(
 ) -> nn.Module:
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
     policy = load_policy(model, args, quantization_config)
-    _check_not_repacked(policy)
+    check_not_repacked(policy)
     check_policy_adapters(policy)
     policy = with_adapter(pin_quantised_layers(policy), peft_config, args.model_adapter_name)
     check_policy_adapters(policy)
@@ -36,17 +39,9 @@ def make_policy(
     return policy
 
 
-def _check_not_repacked(policy: nn.Module) -> None:
-    for name, parameter in policy.named_parameters():
-        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"The policy's `{name}` was repacked for inference, since the model ran on this CPU in eval mode; no "
-                "gradient would pass through it. Load the model again, and pass it before it runs."
-            )
-
-
 def _check_recomputable(policy: Any) -> None:
-    """ValueError for prefix tuning: its prefix is a cache of keys and values, which recomputed layers do not see."""
+    """ValueError for prefix tuning. Its prefix is a cache of keys and values, which layers lack when they are
+    recomputed."""
     for name in policy.active_adapters:
         if policy.peft_config[name].peft_type == PeftType.PREFIX_TUNING:
             raise ValueError(
@@ -56,12 +51,12 @@ def _check_recomputable(policy: Any) -> None:
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | None = None) -> nn.Module:
-    """`policy` with a fresh adapter where a `peft_config` was given; with `name`, that is its name, or that of the
-    adapter it carries that is to train.
+    """`policy` with a fresh adapter, where a `peft_config` was given. `name` is the fresh adapter's name; without a
+    `peft_config` it names the one of the policy's adapters that trains.
 
-    A quantised model is prepared for it as peft does: what of it is in 16 bits (norms, embeddings, head) becomes fp32.
-    A plain model of which every weight is frozen trains whole, and a line says so. ValueError if `policy` carries an
-    adapter already, if nothing of its adapters would train, or if it is quantised and has none.
+    A quantised model is prepared as peft does it: norms, embeddings and head in 16 bits become fp32. A plain model
+    whose weights are all frozen trains whole, and a warning says so. ValueError where a `peft_config` meets an adapter
+    that is there already, where no parameter of the adapters would train, or where a quantised model has no adapter.
     """
     if peft_config is not None:
         if not isinstance(peft_config, PeftConfig):
@@ -103,7 +98,7 @@ def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | 
 
 
 def disable_dropout(policy: nn.Module) -> None:
-    """Every dropout of the policy to zero: modules, and the probabilities that attention functions read."""
+    """Sets every dropout of the policy to zero: the modules', and the probabilities that attention functions read."""
     for part in policy.modules():
         if isinstance(part, dropout_class()):
             vars(part)["p"] = 0.0

@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies move with the longest row of a batch, made a constant of the run.
+"""Rotary embeddings whose frequencies change with the longest row of a batch, pinned for the run.
 
-The kinds `dynamic` and `longrope` take their frequencies from the longest row of the batch, and some keep these for the
-batches that follow. So a log-prob would depend on the row's neighbours. Here such an embedding is given the frequencies
-for rows of `max_length` tokens, for the whole run. Given up: the frequencies that it would choose for short rows alone.
+The kinds `dynamic` and `longrope` take their frequencies from the longest row of the batch. Some keep them for the
+batches that follow. A log-prob would then depend on the row's neighbours. So such an embedding gets the frequencies for
+rows of `max_length` tokens, for the whole run. Given up: the frequencies that it would choose for short rows alone.
 """
 
 import logging
@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.policy.untouched import plain_attributes
 from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
@@ -24,23 +25,24 @@ MOVING_ROTATIONS = ("dynamic", "longrope")
 
 
 def has_moving_rotations(module: nn.Module) -> bool:
-    """Whether it is a rotary embedding whose frequencies may change with the longest row of a batch."""
+    """Whether `module` is a rotary embedding whose frequencies may change with the longest row of a batch."""
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, Mapping) else [kind]
     return any(moving in one for one in kinds if isinstance(one, str) for moving in MOVING_ROTATIONS)
 
 
 _UNPINNED = "_before_it_was_pinned"
-"""Where a rotary embedding that is pinned keeps its plain attributes and its buffers from before."""
+"""The attribute in which a pinned rotary embedding keeps its original plain attributes and buffers."""
 
 
 def pin_rotations(
     models: Sequence[nn.Module], max_length: int | None, dataset: Any, *, is_main: bool = True
 ) -> int | None:
-    """Makes moving rotary frequencies of the `models` those for rows of `max_length` tokens, or as long as the longest
-    of the training data, with a line that says so. Returns that length, or `max_length` where none move.
+    """Pins the moving rotary frequencies of `models` to those for rows of `max_length` tokens, and logs that. Without a
+    `max_length` it is the length of the longest row of the training data. Returns the length; `max_length` where no
+    frequencies move.
 
-    ValueError where frequencies move and nobody knows how long rows can be.
+    ValueError where frequencies move and the longest row is not known, as of a stream.
     """
     moving = [[part for part in model.modules() if has_moving_rotations(part) or _is_pinned(part)] for model in models]
     if not any(moving):
@@ -68,8 +70,8 @@ def _is_pinned(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def pin(module: Any, length: int) -> bool:
-    """Makes the frequencies of a rotary embedding those for rows of `length` tokens, from now on, whatever they were
-    pinned to before; whether these are others than its first ones."""
+    """Pins the frequencies of a rotary embedding to those for rows of `length` tokens. It may be pinned to another
+    length already. Returns whether these differ from its original frequencies."""
     if not _is_pinned(module):
         plain = {name: value for name, value in plain_attributes(module).items() if not isinstance(value, Tensor)}
         vars(module)[_UNPINNED] = plain, {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -81,24 +83,20 @@ def pin(module: Any, length: int) -> bool:
     before = {name: buffer.clone() for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     device = next(module.buffers()).device
     for kind in kinds:
-        how = {} if kind is None else {"layer_type": kind}
-        module(torch.zeros(1, 1, 1, device=device), torch.full((1, 1), length - 1, device=device), **how)
+        layer_type = {} if kind is None else {"layer_type": kind}
+        last_position = torch.full((1, 1), length - 1, device=device)
+        module(torch.zeros(1, 1, 1, device=device), last_position, **layer_type)
     module.rope_type = dict.fromkeys(kinds, "default") if isinstance(module.rope_type, Mapping) else "default"
     return any(not torch.equal(before[name], buffer) for name, buffer in module.named_buffers() if name in before)
 
 
-def plain_attributes(part: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that are public and not its mode, by name."""
-    return {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "training"}
-
-
 def _longest_pair(dataset: Any) -> int | None:
-    """Tokens of the longest completion of the data with its prompt; None of a stream."""
+    """The number of tokens of the longest prompt with a completion in the data; None for a stream."""
     if not isinstance(dataset, Dataset):
         return None
     table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     longest = 0
-    for part in table.iter(1_000):
-        prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
+    for rows in table.iter(1_000):
+        prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns())
         longest = max(longest, int((prompts + np.maximum(*sides)).max()))
     return longest

@@ -1,18 +1,20 @@
-"""A model left as it was found: what a forward pass may change is put back afterwards."""
+"""A model left as it was: what a forward pass may change is put back afterwards.
+
+Checks score batches with the models of a run before it begins. They must leave no trace in it.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from holdfast.policy.rotations import plain_attributes
-
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Afterwards `model` is as it was before in all that a forward pass may change: buffers, plain attributes, modes;
-    and so is torch's random state. Parameters are not looked at."""
+    """A context after which `model` has its former buffers, plain attributes and modes, and torch its random state.
+    Parameters are not looked at."""
     attributes = {part: plain_attributes(part) for part in model.modules()}
     buffers = {part: {name: (b, b.clone()) for name, b in part.named_buffers(recurse=False)} for part in attributes}
     modes = {part: part.training for part in attributes}
@@ -34,3 +36,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     if vars(part).get(name) is not value:
                         setattr(part, name, value)
                 part.training = modes[part]
+
+
+def plain_attributes(part: nn.Module) -> dict[str, Any]:
+    """The public attributes of a module itself, without its mode, by name."""
+    return {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "training"}

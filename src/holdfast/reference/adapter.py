@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from holdfast.internals.peft import switched
+from holdfast.policy.adapters import lora_adds_nothing, lora_factors
 from holdfast.reference.base import InsidePolicy
 from holdfast.reference.exchange import exchanged
 from holdfast.scoring.frozen import Autocast
@@ -63,16 +64,10 @@ def adds_nothing(policy: nn.Module) -> bool:
     layers: Any = policy.modules()
     for layer in layers:
         if isinstance(layer, LoraLayer):
-            active = set(layer.active_adapters)
-            if active & getattr(layer, "lora_variant", {}).keys() or any(layer.use_dora.get(name) for name in active):
-                return False
-            pairs = (layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)
-            for down, up in pairs:
-                for name in active & set(down.keys()):
-                    factors: list[Any] = [f.weight if isinstance(f, nn.Module) else f for f in (down[name], up[name])]
-                    if all(bool(factor.detach().any()) for factor in factors):
-                        return False
-                    inert.update(id(factor) for factor in factors)
+            for name in layer.active_adapters:
+                if not lora_adds_nothing(layer, name):
+                    return False
+                inert.update(id(factor) for pair in lora_factors(layer, name) for factor in pair)
         elif isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return False  # a module that is saved whole may be a trained one
     return all(id(parameter) in inert for parameter in policy.parameters() if parameter.requires_grad)

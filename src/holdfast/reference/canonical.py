@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from holdfast.internals.peft import switched_layers
 from holdfast.internals.torch import own_state
+from holdfast.policy.adapters import lora_adds_nothing
 from holdfast.policy.rotations import has_moving_rotations
 from holdfast.reference.code import code_of, names_of_functions
 
@@ -166,9 +167,7 @@ def adds_nothing(layer: Any, name: str) -> bool:
         keyed = [getattr(layer, part, None) for part in layer.adapter_layer_names]
         tables: list[Any] = [part for part in keyed if hasattr(part, "keys")]
         return (bool(tables) and not any(name in part for part in tables)) or _adds_zero(layer, name)
-    if getattr(layer, "lora_variant", {}).get(name) is not None or layer.use_dora.get(name):
-        return False
-    return all(not bool(product.any()) for product in _least(layer, name))
+    return lora_adds_nothing(layer, name)
 
 
 @torch.no_grad()
@@ -195,19 +194,6 @@ def _adds_zero(layer: Any, name: str) -> bool:
     finally:
         for part, is_training in modes:
             part.training = is_training
-
-
-def _least(layer: Any, name: str) -> Iterator[Tensor]:
-    """Of each product of LoRA factors the one that vanishes, if one does, with the bias that is added to it."""
-    for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
-        if name in down and name in up:
-            factors: list[Any] = [
-                part.weight if isinstance(part, nn.Module) else part for part in (down[name], up[name])
-            ]
-            yield next((factor.detach() for factor in factors if not bool(factor.detach().any())), factors[0].detach())
-            bias = getattr(up[name], "bias", None)
-            if bias is not None:
-                yield bias.detach()
 
 
 def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:

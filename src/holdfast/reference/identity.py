@@ -20,7 +20,7 @@ from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.policy.rotations import has_moving_rotations
 from holdfast.reference.canonical import parts
 from holdfast.reference.digests import tensor_digests
-from holdfast.store.manifest import StoreKey
+from holdfast.store.key import StoreKey
 
 _OF_NO_ACCOUNT = {
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "model_type", "dtype",
@@ -126,8 +126,8 @@ def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, 
 def store_key(identity: Identity, numerics: Mapping[str, Any], version: int | None) -> StoreKey:
     """The key of the store that holds what this reference says; `version` only tells who may remove it."""
     return StoreKey(
-        weights=identity.weights,
-        config=identity.config,
+        weights_digest=identity.weights,
+        config_digest=identity.config,
         numerics=numerics,
         version=version,
         description=identity.description,

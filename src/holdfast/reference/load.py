@@ -91,6 +91,6 @@ def _load_ref_model(ref_model: RefModel, args: RefModelOptions) -> nn.Module | N
         init_kwargs = {name: value for name, value in given.items() if name not in ("revision", "subfolder")}
     module: Any = load_model(path, init_kwargs, args=args, is_trainable=False)
     if init_mapping(init_kwargs, path).get("device_map") is not None and not getattr(module, "hf_device_map", None):
-        # transformers records a map of several devices only; `placed` would move a model that was put on one.
+        # transformers records a map of several devices only; `move_to_device` would move a model that was put on one.
         module.hf_device_map = {"": str(next(module.parameters()).device)}
     return module

@@ -1,8 +1,9 @@
-"""Where in the shards of a store a completion is: 32 bytes for each, found by bisection, 100,000 at a time.
+"""Which shard of a store has a completion, and where: 32 bytes for each, found by bisection, 100,000 at a time.
 
-Entries are identified by content id and length together: a stored completion whose length is not the one that is asked
-for is another one. They stand in sorted runs; new ones begin a run, and runs of like size are merged, so that adding
-stays cheap however many there are. Given up: a plain dict, which takes eight times as much in each process.
+An entry is identified by content id and length together: a stored completion with another length than the one that is
+asked for is another completion. Entries stand in sorted runs. New ones begin a run, and runs of similar size are
+merged, so adding stays cheap however many entries there are. Given up: a plain dict, which takes eight times as much
+memory in each process.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """Entries ordered by `keys [M]`, 20 bytes each: content id and length, big-endian. `shard` and `start`, `[M]`."""
+    """M entries, ordered by `keys [M]`: content id and length, big-endian, 20 bytes each. `shard`, `start`: `[M]`."""
 
     keys: NDArray[np.bytes_]
     shard: NDArray[np.int32]
@@ -34,14 +35,14 @@ class _Run:
         """The completions' lengths, `[M]`."""
         return np.ascontiguousarray(self.raw()[:, _ID_BYTES:]).view(">u4").ravel().astype(np.int64)
 
-    def taken(self, which: NDArray[np.intp]) -> "_Run":
-        """Those entries."""
-        return _Run(keys=self.keys[which], shard=self.shard[which], start=self.start[which])
+    def select(self, indices: NDArray[np.intp]) -> "_Run":
+        """The entries at `indices`, in that order."""
+        return _Run(keys=self.keys[indices], shard=self.shard[indices], start=self.start[indices])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """For each of Q completions the number of its shard (-1: in none), where it begins there, and its length; `[Q]`."""
+class Locations:
+    """Of each of Q completions: the number of its shard (-1: in none), its first index there, and its length; `[Q]`."""
 
     shard: Ints
     start: Ints
@@ -50,7 +51,7 @@ class Places:
 
 @final
 class Index:
-    """The places of the completions of shards, which are numbered in the order in which they are added."""
+    """Where the completions of shards are. Shards are numbered in the order in which they are added."""
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
@@ -59,7 +60,7 @@ class Index:
         self.num_tokens = 0
 
     def add(self, shards: list[Shard]) -> None:
-        """Adds shards. Of completions that several have, the first is kept."""
+        """Adds shards. Of a completion that several shards have, the first shard's entry stays."""
         if not shards:
             return
         numbers = range(self._num_shards, self._num_shards + len(shards))
@@ -71,22 +72,22 @@ class Index:
             shard=np.repeat(np.array(numbers, dtype=np.int32), [len(shard.lengths) for shard in shards]),
             start=np.concatenate([shard.starts() for shard in shards]),
         )
-        run = _sorted(run.taken(np.flatnonzero(self._found(run.keys).shard < 0)))
+        run = _sorted(run.select(np.flatnonzero(self._locate(run.keys).shard < 0)))
         self.num_completions += len(run.keys)
         self.num_tokens += int(run.lengths().sum())
         self._runs.append(run)
         while len(self._runs) > 1 and 2 * len(self._runs[-1].keys) >= len(self._runs[-2].keys):
             self._runs[-2:] = [_merged(*self._runs[-2:])]
 
-    def find(self, content: Ints, lengths: Ints | None) -> Places:
-        """Where the completions with the content ids `[Q 2]` are that have these `lengths` `[Q]` (None: any)."""
+    def find(self, content: Ints, lengths: Ints | None) -> Locations:
+        """Where the completions with these content ids `[Q 2]` and `lengths` `[Q]` are; None for lengths means any."""
         if lengths is not None:
             is_possible = (lengths >= 0) & (lengths < 1 << 32)
-            places = self._found(_keys(content, np.where(is_possible, lengths, 0)))
-            return Places(shard=np.where(is_possible, places.shard, -1), start=places.start, length=lengths)
-        return self._found(_keys(content, np.zeros(len(content), dtype=np.int64)), has_length=False)
+            located = self._locate(_keys(content, np.where(is_possible, lengths, 0)))
+            return Locations(shard=np.where(is_possible, located.shard, -1), start=located.start, length=lengths)
+        return self._locate(_keys(content, np.zeros(len(content), dtype=np.int64)), has_length=False)
 
-    def _found(self, keys: NDArray[np.bytes_], *, has_length: bool = True) -> Places:
+    def _locate(self, keys: NDArray[np.bytes_], *, has_length: bool = True) -> Locations:
         num_bytes = _KEY_BYTES if has_length else _ID_BYTES
         asked = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[:, :num_bytes]
         shard = np.full(len(keys), -1, dtype=np.int64)
@@ -94,17 +95,17 @@ class Index:
         for run in self._runs:
             if len(run.keys) == 0:
                 continue
-            # Without a length the key ends in zeros: not after any entry of its content id.
-            place = np.minimum(np.searchsorted(run.keys, keys), len(run.keys) - 1)
-            is_here = (run.raw()[place, :num_bytes] == asked).all(1)
-            where = place[is_here]
-            shard[is_here], start[is_here] = run.shard[where], run.start[where]
-            length[is_here] = run.taken(where).lengths()
-        return Places(shard=shard, start=start, length=length)
+            # A key without a length ends in zeros, so it sorts before every entry of its content id.
+            entry = np.minimum(np.searchsorted(run.keys, keys), len(run.keys) - 1)
+            is_here = (run.raw()[entry, :num_bytes] == asked).all(1)
+            entries = entry[is_here]
+            shard[is_here], start[is_here] = run.shard[entries], run.start[entries]
+            length[is_here] = run.select(entries).lengths()
+        return Locations(shard=shard, start=start, length=length)
 
 
 def _keys(content: Ints, lengths: Ints) -> NDArray[np.bytes_]:
-    """`_Run.keys`; bytes, because numpy bisects no pairs of integers."""
+    """`_Run.keys` of these completions. They are bytes, because numpy cannot bisect pairs of integers."""
     raw = np.empty((len(content), _KEY_BYTES), dtype=np.uint8)
     raw[:, :_ID_BYTES] = content.astype(">i8").view(np.uint8).reshape(-1, _ID_BYTES)
     raw[:, _ID_BYTES:] = lengths.astype(">u4").view(np.uint8).reshape(-1, _KEY_BYTES - _ID_BYTES)
@@ -112,11 +113,11 @@ def _keys(content: Ints, lengths: Ints) -> NDArray[np.bytes_]:
 
 
 def _sorted(run: _Run) -> _Run:
-    """The run in order, of equal entries the first."""
-    run = run.taken(np.argsort(run.keys, kind="stable"))
+    """The run in order; of entries with equal keys, the first."""
+    run = run.select(np.argsort(run.keys, kind="stable"))
     is_first = np.ones(len(run.keys), dtype=bool)
     is_first[1:] = run.keys[1:] != run.keys[:-1]
-    return run.taken(np.flatnonzero(is_first))
+    return run.select(np.flatnonzero(is_first))
 
 
 def _merged(first: _Run, second: _Run) -> _Run:
@@ -125,4 +126,4 @@ def _merged(first: _Run, second: _Run) -> _Run:
         shard=np.concatenate([first.shard, second.shard]),
         start=np.concatenate([first.start, second.start]),
     )
-    return both.taken(np.argsort(both.keys, kind="stable"))
+    return both.select(np.argsort(both.keys, kind="stable"))

@@ -1,4 +1,7 @@
-"""Who is who among processes that share files: on which machine one runs, and whether it has ended."""
+"""Which machine a process runs on, and whether a process of this machine has ended.
+
+Processes that share files name their owners by these. Given up: to ask about processes of other machines.
+"""
 
 import os
 import socket
@@ -6,7 +9,7 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """Where the numbers of processes mean the same: containers may have one host name, and their own numbers."""
+    """A name for the host and the container, within which a process number means one process."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -14,12 +17,12 @@ def machine() -> str:
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this machine is gone, or waits for nothing but that its parent notices; if in doubt, not."""
+    """Whether a process of this machine is gone, or is a zombie. False in case of doubt."""
     if os.name != "posix":
         return False
     try:
-        os.kill(process, 0)  # asks whether it is there
-        # "number (command) state ...", and a command may have brackets and spaces.
+        os.kill(process, 0)  # sends nothing, but fails where there is no such process
+        # "number (command) state ..."; a command may itself have brackets and spaces.
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except ProcessLookupError:
         return True

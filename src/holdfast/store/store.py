@@ -1,24 +1,24 @@
 """The store: reference log-probs on disk, per token, computed once and never stale.
 
-A store is the folder `<root>/<digest of its StoreKey>`, of shards that are only ever added (`shards.py`) and a manifest
-(`manifest.py`). Its key says what the numbers were computed with, the content id which tokens they are for; nothing
-else is asked when one is looked up, so every run that would compute the same number finds it. There is no list of the
-shards and no lock: what has its digest's name is there, whoever wrote it. A kill costs what was not yet in a shard. A
-damaged shard is set aside and its completions count as missing. No path is absolute: a folder can be copied.
+A store is the folder `<root>/<digest of its StoreKey>`. It holds shards, which are only ever added (`shard.py`), and a
+manifest (`manifest.py`). The key says what the numbers were computed with, the content id which tokens they are for.
+Nothing else is asked in a look-up, so every run that would compute the same number finds it.
 
-Values stay in the files, mapped, until they are asked for: processes of one machine share one copy, in the system's
-cache. Given up: rows in order, and one big file (`holdfast store gc` merges small shards).
+There is no list of the shards and no lock: a file whose name is the digest of its bytes is a shard, whoever wrote it. A
+kill costs what was not yet in a shard. A damaged shard is set aside, and its completions count as missing. No path is
+absolute, so a folder can be copied. Values stay in the files, mapped, until they are asked for: the processes of one
+machine share one copy, in the system's cache.
+
+Given up: rows in order, and one big file (`holdfast store gc` merges small shards).
 """
 
 import contextlib
 import errno
 import logging
 import os
-import shutil
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,27 +30,21 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import ContentId
+from holdfast.store.files import DamagedError, flush_folder, free_bytes, remove_folder, set_aside, write_durably
 from holdfast.store.index import Index
-from holdfast.store.manifest import MANIFEST, StoreKey, keys_alike, read_manifest, write_manifest
-from holdfast.store.shard import (
-    Damaged,
-    Shard,
-    flush_folder,
-    open_shard,
-    set_aside,
-    shard_paths,
-    write_durably,
-    write_shard,
-)
+from holdfast.store.key import StoreKey
+from holdfast.store.manifest import MANIFEST, keys_alike, read_manifest, write_manifest
+from holdfast.store.shard import Shard, open_shard, shard_paths, write_shard
 
 logger = logging.getLogger(__name__)
 
 SHARD_COMPLETIONS = 512
-"""A shard is written when so many completions have been added: a kill costs no more than these."""
+"""A shard is written once so many completions have been added, so a kill costs no more than these."""
 SHARD_SECONDS = 30.0
-"""Or when so much time has passed since the last one and something is added."""
+"""A shard is also written with the first addition after so much time."""
 
-LAST_USED, DROPPED = "last-used", ".dropped"
+LAST_USED = "last-used"
+"""The file whose time of change says when the store was last used."""
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NUM_THREADS = 8
 _NUM_LISTINGS = 10
@@ -71,9 +65,9 @@ def default_root() -> Path:
 
 @final
 class LogpStore:
-    """The completions stored under `key` in `root`; made by `open`. May be used by several threads.
+    """The completions stored under `key` in `root`; made by `open`. Several threads may use it.
 
-    As a context it writes what was added when it ends, also where it ends by an exception.
+    As a context manager it writes what was added when it ends, also where it ends by an exception.
     """
 
     def __init__(self, root: Path, key: StoreKey) -> None:
@@ -88,15 +82,16 @@ class LogpStore:
         self._is_begun = False
         self._alike: tuple[Self, ...] = ()
         self.claim: Path | None = None
-        """A file of `holdfast.store.work_sharing`, renewed with each addition: work goes on under it."""
+        """The claim file under which work goes on (`holdfast.store.work_sharing`); renewed with each addition."""
 
     @classmethod
     def open(cls, root: Path | str, key: StoreKey) -> Self:
-        """The store, all its shards checked; one that was never written to is empty, and makes no folder yet.
+        """The store, all its shards checked. A store that was never written to is empty, and has no folder yet.
 
-        Whatever stores in `root` hold the same numbers, written for another version of a moving reference with the same
-        weights, are read as well. What is damaged is set aside under another name (skipped, where that is not
-        permitted), with a warning. ValueError if the store was written by a newer version of the package."""
+        Stores in `root` that hold the same numbers, under another version of a moving reference with the same weights,
+        are read as well. Damaged files are set aside under another name, or skipped where that is not permitted, with a
+        warning. ValueError if the store was written by a newer version of the package.
+        """
         store = cls._opened_alone(Path(root), key)
         store._alike = tuple(cls._opened_alone(Path(root), other) for other in keys_alike(Path(root), key))
         return store
@@ -113,47 +108,49 @@ class LogpStore:
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def get(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> dict[ContentId, Tensor]:
-        """The log-probs (fp32 `[n]`, nats, the caller's own) of those of `ids` that are there. With `lengths`, the
-        number of tokens of each, one that is stored with another number is not there."""
+        """The log-probs (fp32 `[n]`, nats, copies) of those of `ids` that are stored.
+
+        `lengths` are their numbers of tokens; a completion that is stored with another number counts as missing.
+        """
         ids = list(ids)
         wanted = None if lengths is None else list(lengths)
         with self._lock:
-            found = self._buffered(ids, wanted)
-            places = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
-            rows = np.flatnonzero(places.shard >= 0)
-            columns = (rows, places.shard[rows], places.start[rows], places.length[rows])
+            known = self._buffered(ids, wanted)
+            located = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+            rows = np.flatnonzero(located.shard >= 0)
+            columns = (rows, located.shard[rows], located.start[rows], located.length[rows])
             for row, shard, start, length in zip(*(column.tolist() for column in columns), strict=True):
                 stored = self._shards[shard].logps[start : start + length]
-                found.setdefault(ids[row], torch.from_numpy(stored.copy()))
+                known.setdefault(ids[row], torch.from_numpy(stored.copy()))
         for other in self._alike:
-            left = [row for row, key in enumerate(ids) if key not in found]
-            found |= other.get([ids[row] for row in left], None if wanted is None else [wanted[row] for row in left])
-        return found
+            left = [row for row, key in enumerate(ids) if key not in known]
+            known |= other.get([ids[row] for row in left], None if wanted is None else [wanted[row] for row in left])
+        return known
 
     def missing(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> list[ContentId]:
-        """Those of `ids` that are not there (see `get`), each once, in their order."""
+        """Those of `ids` that are not stored (see `get`), each once, in their order."""
         ids = list(ids)
         wanted = None if lengths is None else list(lengths)
         with self._lock:
             buffered = self._buffered(ids, wanted)
-            places = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
-        rows = np.flatnonzero(places.shard < 0).tolist()
+            located = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+        rows = np.flatnonzero(located.shard < 0).tolist()
         for other in self._alike:
-            there = other.get([ids[row] for row in rows], None if wanted is None else [wanted[row] for row in rows])
-            rows = [row for row in rows if ids[row] not in there]
+            known = other.get([ids[row] for row in rows], None if wanted is None else [wanted[row] for row in rows])
+            rows = [row for row in rows if ids[row] not in known]
         return [key for key in dict.fromkeys(ids[row] for row in rows) if key not in buffered]
 
     def has(self, content_id: ContentId, length: int | None = None) -> bool:
-        """Whether a completion is there (see `get`)."""
+        """Whether a completion is stored (see `get`)."""
         return not self.missing([content_id], None if length is None else [length])
 
     def refresh(self) -> int:
-        """The number of completions that other processes have written since the store was opened or last refreshed;
-        from now on they are there."""
+        """Reads what other processes have written since the store was opened or last refreshed; the number of
+        completions that are new."""
         with self._lock:
             before = self._index.num_completions
             damaged: list[tuple[Path, str]] = []
-            # A shard that is gone when it is to be opened was merged into another, which was there before that.
+            # A shard that is gone before it is opened was merged into another, which was written first: list again.
             for _ in range(_NUM_LISTINGS):
                 if not self._read_new(damaged):
                     break
@@ -163,12 +160,12 @@ class LogpStore:
 
     @property
     def num_completions(self) -> int:
-        """Completions that are there, written or not."""
+        """Number of completions, in shards or still in memory."""
         return self._index.num_completions + len(self._buffer)
 
     @property
     def num_tokens(self) -> int:
-        """Their tokens."""
+        """Number of their tokens."""
         return self._index.num_tokens + sum(len(logps) for logps in self._buffer.values())
 
     @property
@@ -179,8 +176,11 @@ class LogpStore:
     # Writing ----------------------------------------------------------------------------------------------------------
 
     def add(self, logps: Mapping[ContentId, Tensor]) -> None:
-        """Adds the log-probs (fp32 `[n]`) of completions; what is there already stays as it is. They are written with
-        the next shard. ValueError where something is new and cannot be written, or is not a finite fp32 vector."""
+        """Adds the log-probs (fp32 `[n]`) of completions; those that are stored already stay as they are.
+
+        They are written with the next shard. ValueError where a completion is new and cannot be written, or where its
+        log-probs are no finite fp32 vector.
+        """
         tensors = {key: value.detach().cpu() for key, value in logps.items()}
         _check_values(tensors)
         with self._lock:
@@ -197,8 +197,10 @@ class LogpStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what was added since the last shard as a new one. ValueError where that is not possible; then it is
-        kept in memory, and a later call tries again."""
+        """Writes what was added since the last shard as a new one.
+
+        ValueError where that is not possible; it stays in memory, and a later call tries again.
+        """
         with self._lock:
             if not self._buffer:
                 return
@@ -223,7 +225,7 @@ class LogpStore:
                 self._include([written])
 
     def check_writable(self) -> None:
-        """Nothing; ValueError where no shard could be written. To be asked before something long is computed."""
+        """ValueError where no shard could be written. Asked before a long computation."""
         if not self._is_begun:
             with self._writing("a manifest and shards"):
                 self._begin()
@@ -232,7 +234,7 @@ class LogpStore:
     def drop(self) -> None:
         """Removes the store from the disk, in one piece. OSError where that is not permitted."""
         with self._lock:
-            drop_folder(self.folder)
+            remove_folder(self.folder)
             self._buffer.clear()
             self._shards.clear()
             self._seen.clear()
@@ -245,7 +247,7 @@ class LogpStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Writes what was added. Where an exception is under way, that one is told, not that this failed as well."""
+        """Writes what was added. A failure to write is logged, not raised, where an exception is under way."""
         if error is None:
             self.flush()
             return
@@ -254,32 +256,34 @@ class LogpStore:
         except (ValueError, OSError) as second:
             logger.error("%s", second)
 
-    # Parts ------------------------------------------------------------------------------------------------------------
+    # Shards, manifest and errors --------------------------------------------------------------------------------------
 
     def _buffered(self, ids: Sequence[ContentId], lengths: Sequence[int] | None) -> dict[ContentId, Tensor]:
         if not self._buffer:
             return {}
-        found = ((row, key, self._buffer[key]) for row, key in enumerate(ids) if key in self._buffer)
-        return {key: value.clone() for row, key, value in found if lengths is None or len(value) == lengths[row]}
+        buffered = ((row, key, self._buffer[key]) for row, key in enumerate(ids) if key in self._buffer)
+        return {key: value.clone() for row, key, value in buffered if lengths is None or len(value) == lengths[row]}
 
     def _read_new(self, damaged: list[tuple[Path, str]]) -> bool:
-        """Opens the shards in the folder that were not seen yet; True if some were gone when they were opened."""
+        """Opens the shards in the folder that were not seen yet; True if some were gone by then."""
         paths = [path for path in shard_paths(self.folder) if path.name not in self._seen]
         if len(paths) > 1:
-            with ThreadPoolExecutor(_NUM_THREADS) as threads:  # hashing lets go of the interpreter; disks may be far
+            # Hashing frees the interpreter lock, and a disk may be slow to answer.
+            with ThreadPoolExecutor(_NUM_THREADS) as threads:
                 opened = list(threads.map(self._opened, paths))
         else:
             opened = [self._opened(path) for path in paths]
-        damaged += [(path, found) for path, found in zip(paths, opened, strict=True) if isinstance(found, str)]
-        self._seen |= {path.name for path, found in zip(paths, opened, strict=True) if isinstance(found, str)}
-        self._include([found for found in opened if isinstance(found, Shard)])
-        return any(found is None for found in opened)
+        unreadable = [(path, reason) for path, reason in zip(paths, opened, strict=True) if isinstance(reason, str)]
+        damaged += unreadable
+        self._seen |= {path.name for path, _ in unreadable}
+        self._include([shard for shard in opened if isinstance(shard, Shard)])
+        return any(shard is None for shard in opened)
 
     def _opened(self, path: Path) -> Shard | str | None:
-        """The shard, what is damaged of it, or None if it is gone."""
+        """The shard; or in words how it is damaged; or None if it is gone."""
         try:
             return open_shard(path, self.folder.name)
-        except Damaged as error:
+        except DamagedError as error:
             return str(error)
         except FileNotFoundError:
             return None
@@ -296,13 +300,13 @@ class LogpStore:
     def _set_aside(self, damaged: list[tuple[Path, str]]) -> None:
         are_moved = [set_aside(path) for path, _ in damaged]
         self._seen -= {path.name for (path, _), is_moved in zip(damaged, are_moved, strict=True) if is_moved}
-        named = "; ".join(f"{path.name}: {reason}" for path, reason in damaged[:3])
+        first = "; ".join(f"{path.name}: {reason}" for path, reason in damaged[:3])
         logger.warning(
             "%d damaged file(s) of the log-prob store %s are not used (%s%s). They were %s; what they held counts as "
             "missing and is computed again.",
             len(damaged),
             self.folder,
-            named,
+            first,
             "; ..." if len(damaged) > 3 else "",
             "renamed to *.corrupt" if all(are_moved) else "left in place, since renaming them is not permitted",
         )
@@ -312,7 +316,7 @@ class LogpStore:
         try:
             read_manifest(self.folder)
             return
-        except Damaged as error:
+        except DamagedError as error:
             self._set_aside([(self.folder / MANIFEST, str(error))])
         except FileNotFoundError:
             pass
@@ -320,7 +324,7 @@ class LogpStore:
             write_manifest(self.folder, self.key)
 
     def _begin(self) -> None:
-        """A folder with a manifest, into which files can be written. OSError."""
+        """Makes the folder and its manifest, and sees whether files can be written there. OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flush_folder(self.folder.parent)
         if not (self.folder / MANIFEST).exists():
@@ -328,21 +332,22 @@ class LogpStore:
         write_durably(self.folder / LAST_USED, b"")
 
     def _touch(self) -> None:
-        """Marks the store as used now; what cannot be written to need not be."""
+        """Marks the store as used now, where that is permitted."""
         with contextlib.suppress(OSError):
             (self.folder / LAST_USED).touch()
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def _writing(self, content: str) -> Iterator[None]:
+        """Turns an OSError into a ValueError that says what was to be written, why it was not, and what to do."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            asked = f"{what} were to be written to the log-prob store {self.folder}"
+            asked = f"{content} were to be written to the log-prob store {self.folder}"
             if error.errno in _FULL:
                 raise ValueError(
-                    f"{asked}, but there is no room for them: {reason}, {_free(self.folder):,} bytes are free. The "
-                    f"{self._index.num_completions} completions in finished shards are kept ({self.num_bytes:,} "
+                    f"{asked}, but there is no room for them: {reason}, {free_bytes(self.folder):,} bytes are free. "
+                    f"The {self._index.num_completions} completions in finished shards are kept ({self.num_bytes:,} "
                     "bytes). Free some space (`holdfast store gc`) or put the store on another disk "
                     "(`$HOLDFAST_HOME`), and run again: only what is missing is computed."
                 ) from error
@@ -351,16 +356,6 @@ class LogpStore:
                 f"{self._index.num_completions} completions. Change the folder's permissions, or choose another one "
                 "for the store (`$HOLDFAST_HOME`)."
             ) from error
-
-
-def drop_folder(folder: Path) -> None:
-    """Removes a store's folder: at once, by renaming it, then file by file. OSError."""
-    dropped = folder.with_name(f"{uuid.uuid4().hex}{DROPPED}")
-    try:
-        os.replace(folder, dropped)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def _array(ids: Iterable[ContentId]) -> np.ndarray:
@@ -380,9 +375,3 @@ def _check_values(logps: Mapping[ContentId, Tensor]) -> None:
             f"the log-probs of {len(logps)} completions were to be stored; {num_wrong} of them hold NaN or infinity. "
             "Check the reference's weights for NaN and its dtype for overflow (fp16)."
         )
-
-
-def _free(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which may not exist yet."""
-    place = next(place for place in (folder, *folder.parents) if place.exists())
-    return shutil.disk_usage(place).free

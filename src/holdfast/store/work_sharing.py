@@ -1,13 +1,16 @@
-"""Work on a store shared out among the processes that happen to fill it, ranks of one job or jobs of their own.
+"""Fills a store with several processes at once, and resumes a fill that crashed.
 
-Each process takes the next block of completions that is missing and that nobody else has claimed; so they share the
-work evenly however fast each is, more may join at any time, and none needs to know how many there are. A claim is a
-file that one process made, and no lock: what is stored never depends on it. When only claimed blocks are left, a
-process waits for them, and takes over each whose owner has died or shows no progress. It holds no claim while it
-waits, and no wait for a claim that stays as it is lasts longer than `PATIENCE_SECONDS`; so none is for ever.
+The processes may be ranks of one job or jobs of their own; more may join at any time, and none needs to know how many
+there are. Each takes the next block of completions that is missing from the store and that no other process has
+claimed. So they share the work evenly, however fast each is.
 
-Given up: an even end, since a block is never divided, and use where all processes must compute together (sharded
-parameters); share out by rank there.
+A fill that crashed leaves finished shards and claims. The shards count, so only what is missing is computed again. A
+claim is a file that one process made, and no lock: what is stored never depends on it. A claim is void once its process
+has ended. When only claimed blocks are left, a process waits for them, and takes over each whose owner has died or
+shows no progress for `PATIENCE_SECONDS`. It holds no claim while it waits, so no wait is for ever.
+
+Given up: an even end, since a block is never divided; and use where all processes must compute together (sharded
+parameters), which share out by rank instead.
 """
 
 import contextlib
@@ -22,22 +25,24 @@ import numpy as np
 import xxhash
 
 from holdfast.batch import ContentId
+from holdfast.store.files import remove
 from holdfast.store.processes import has_ended, machine
-from holdfast.store.shard import remove
 from holdfast.store.store import SHARD_COMPLETIONS, LogpStore
 
 logger = logging.getLogger(__name__)
 
 CLAIM = ".claim"
+"""How the name of a claim's file ends."""
 CLAIM_SECONDS = 900.0
-"""A claim of this age is void; one of this machine as soon as its process has ended. Each batch renews it."""
+"""A claim is void if it was not renewed for so long. Each batch renews it."""
 PATIENCE_SECONDS = 120.0
-"""For how long a claim that nobody renews is waited for, by the clock of who waits. Longer than a batch takes, and than
-a network's file system hides from one machine what another has done (60 s). Too short costs double work, no more."""
+"""So long a process waits, by its own clock, for a claim that nobody renews. A batch takes less, and a network file
+system hides for less (60 s) what another machine has done. Too short costs double work, no more."""
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
+"""How long a process waits before it looks at the claims of others again."""
 
-_Seen = dict[Path, tuple[int, float]]
-"""When a claim was last renewed, by its file, and when that was seen to be so first, by this process's clock."""
+_Renewals = dict[Path, tuple[int, float]]
+"""By claim: when its file was last renewed, and when this process first saw that, by its own clock."""
 
 
 def claimed_blocks(
@@ -46,32 +51,33 @@ def claimed_blocks(
     num_per_block: int = SHARD_COMPLETIONS,
     on_wait: Callable[[int], None] = lambda num_blocks: None,
 ) -> Generator[list[ContentId], None, None]:
-    """Those of `ids` that are missing from `store`, block by block, until none is: each block to be computed and added
-    before the next is asked for, when it is written. All processes must give the same `ids` in the same order.
+    """Yields those of `ids` that are missing from `store`, a block at a time, until none is missing.
 
-    Of a block's `num_per_block` ids, which stand together in `ids`, only the missing ones are yielded. `on_wait` is
-    told of how many blocks are with other processes while there is nothing else to do, each time it is looked."""
+    The caller computes and adds each block before it asks for the next; then the block is written. All processes must
+    give the same `ids` in the same order. A block is `num_per_block` neighbours in `ids`, of which only the missing
+    ones are yielded. While nothing else is to do, `on_wait` is called with the number of blocks of other processes.
+    """
     ids = list(dict.fromkeys(ids))
     blocks = [ids[begin : begin + num_per_block] for begin in range(0, len(ids), num_per_block)]
-    seen: _Seen = {}
+    renewals: _Renewals = {}
     with_others: dict[Path, list[ContentId]] = {}
     for block in blocks:
         store.refresh()
         if not store.missing(block):
             continue
         path = store.folder / f"{_digest(block)}{CLAIM}"
-        if _claim(store, path, seen):
+        if _claim(store, path, renewals):
             yield from _work(store, path, block)
         else:
             with_others[path] = block
-    yield from _taken_over(store, with_others, seen, on_wait)
+    yield from _taken_over(store, with_others, renewals, on_wait)
 
 
 def _work(store: LogpStore, path: Path, block: Sequence[ContentId]) -> Generator[list[ContentId], None, None]:
-    """What is missing of a block that this process has claimed, if anything is."""
+    """What is missing of a block that this process has claimed; nothing, if it is complete by now."""
     store.claim = path
     try:
-        # Whoever had the claim before wrote the block, and then removed the claim.
+        # A previous owner wrote the block before it removed its claim.
         store.refresh()
         if missing := store.missing(block):
             yield missing
@@ -84,21 +90,21 @@ def _work(store: LogpStore, path: Path, block: Sequence[ContentId]) -> Generator
 def _taken_over(
     store: LogpStore,
     with_others: Mapping[Path, list[ContentId]],
-    seen: _Seen,
+    renewals: _Renewals,
     on_wait: Callable[[int], None],
 ) -> Generator[list[ContentId], None, None]:
-    """What other processes leave of the blocks that they claimed; returns when all of it is stored."""
+    """What other processes leave undone of the blocks that they claimed; ends when every block is stored."""
     left, pause = dict(with_others), SHORTEST_POLL_SECONDS
     while left:
         num_left = len(left)
         store.refresh()
         left = {path: block for path, block in left.items() if store.missing(block)}
-        for path in random.sample([*left], len(left)):  # several wait, and should not want the same one
-            if _is_own(path):  # of another generator, which would be waited for in vain
+        for path in random.sample([*left], len(left)):  # in random order, since several processes may wait
+            if _is_own(path):  # of another generator of this process, which cannot go on while this one waits
                 yield store.missing(left.pop(path))
                 store.flush()
                 break
-            if _claim(store, path, seen):
+            if _claim(store, path, renewals):
                 yield from _work(store, path, left.pop(path))
                 break
         if len(left) < num_left:
@@ -109,16 +115,16 @@ def _taken_over(
             pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
 
 
-def _claim(store: LogpStore, path: Path, seen: _Seen) -> bool:
-    """True if the work is this process's now. A claim that is void goes; one that cannot be removed is no obstacle."""
+def _claim(store: LogpStore, path: Path, renewals: _Renewals) -> bool:
+    """Whether this process does the work now. A void claim is removed first, or ignored where it cannot be removed."""
     store.check_writable()
-    if (_is_void(path) or _is_stale(path, seen)) and not remove(path):
+    if (_is_void(path) or _is_stale(path, renewals)) and not remove(path):
         return True
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
         return False
-    except OSError:  # a claim is not needed; that the store cannot be written to is said elsewhere
+    except OSError:  # no claim is needed to work; the store itself says when it cannot be written to
         return True
     with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
         file.write(f"{os.getpid()} {machine()}")
@@ -139,7 +145,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _is_void(path: Path) -> bool:
-    """Whether who made a claim is gone."""
+    """Whether a claim is too old, or its process is one of this machine and has ended."""
     with contextlib.suppress(OSError, ValueError):
         if time.time() - path.stat().st_mtime > CLAIM_SECONDS:
             return True
@@ -148,15 +154,15 @@ def _is_void(path: Path) -> bool:
     return False
 
 
-def _is_stale(path: Path, seen: _Seen) -> bool:
-    """Whether a claim has been seen for long without being renewed."""
+def _is_stale(path: Path, renewals: _Renewals) -> bool:
+    """Whether this process has seen no renewal of a claim for `PATIENCE_SECONDS`."""
     try:
         renewed = path.stat().st_mtime_ns
     except OSError:
         return False
-    if seen.get(path, (None, 0.0))[0] != renewed:
-        seen[path] = renewed, time.monotonic()
-    return time.monotonic() - seen[path][1] > PATIENCE_SECONDS
+    if renewals.get(path, (None, 0.0))[0] != renewed:
+        renewals[path] = renewed, time.monotonic()
+    return time.monotonic() - renewals[path][1] > PATIENCE_SECONDS
 
 
 def _digest(block: Sequence[ContentId]) -> str:

@@ -1,0 +1,39 @@
+"""The date that chat templates print in a resumed run: the one that its checkpoint records.
+
+A template that prints the day would otherwise give other token ids on the day of the resume. How templates print a date
+is in `data.dates`.
+"""
+
+from pathlib import Path
+
+from holdfast.checkpoint.folder import complete_checkpoints
+from holdfast.checkpoint.reference_state import is_complete, read_manifest
+from holdfast.config import DPOConfig
+
+
+def recorded_date(args: DPOConfig) -> str | None:
+    """The date recorded by the checkpoint that `args.resume_from_checkpoint` names; None where there is none.
+
+    It is read before the trainer is made, so that the data are not tokenized and scored for another date first.
+    """
+    asked = args.resume_from_checkpoint
+    checkpoint = Path(asked) if isinstance(asked, str) else None
+    if asked is True:
+        checkpoint = next(reversed(complete_checkpoints(Path(str(args.output_dir)))), None)
+    if checkpoint is None or not is_complete(checkpoint):
+        return None
+    return read_manifest(checkpoint).get("template_date")
+
+
+def date_to_print(checkpoint: Path, current: str | None, asked: str | None) -> str | None:
+    """The date that chat templates print in a run that resumes `checkpoint` and has printed `current` so far.
+    ValueError where the option `template_date`, `asked`, is another one."""
+    recorded = read_manifest(checkpoint).get("template_date")
+    if recorded is None or current is None:
+        return current
+    if asked is not None and asked != recorded:
+        raise ValueError(
+            f"template_date={asked!r} was asked for, but chat templates printed {recorded} in the run that wrote "
+            f"{checkpoint}, so its rows have other token ids. Drop template_date, or set it to {recorded!r}."
+        )
+    return recorded

@@ -1,0 +1,58 @@
+"""Which errors end a command in a message, and which keep their traceback.
+
+An error that a user can mend is one message without a traceback (`--debug` shows it): anything the run file is refused
+for, what the operating system says (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this
+package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's
+value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this package first.
+
+Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from holdfast.cli.yaml_document import RunFileError
+
+RANK = int(os.environ.get("RANK", "0"))
+"""The number of this process among those that a launcher started."""
+
+_console = Console(stderr=True)
+
+
+@contextmanager
+def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
+    """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file,
+    else 1. With `debug`, every error keeps its traceback.
+
+    `of_libraries`: a library's `ValueError` is the user's as well. That is so where a command does nothing but read a
+    user's files.
+    """
+    try:
+        yield
+    except Exception as error:
+        if debug or not _is_for_user(error, of_libraries=of_libraries):
+            raise
+        prefix = f"[rank {RANK}] " if RANK else ""
+        _console.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+
+
+def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:
+    if isinstance(error, OSError) or (of_libraries and isinstance(error, ValueError)):
+        return True
+    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
+
+
+def _raised_in(traceback: TracebackType | None) -> str:
+    """The name of the module whose code raised the error."""
+    name = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return name

@@ -1,0 +1,126 @@
+"""Stores for tests: keys, random log-probs, stores filled with them, and damage done to their files."""
+
+import contextlib
+import errno
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from holdfast.batch import ContentId
+from holdfast.store.key import StoreKey
+from holdfast.store.parquet import export_store
+from holdfast.store.store import LogpStore
+
+KEY = StoreKey(
+    weights_digest="5a" * 16,
+    config_digest="c0" * 16,
+    numerics={"dtype": "torch.bfloat16", "autocast": None, "attention": "sdpa", "is_tf32": False},
+    description="tiny policy, bf16",
+)
+
+
+OTHER = StoreKey(weights_digest="5b" * 16, config_digest="c0" * 16, numerics=KEY.numerics, description="another policy")
+
+
+Values = dict[ContentId, Tensor]
+
+
+def values(num: int, seed: int = 0, *, most: int = 9) -> Values:
+    """Random log-probs of so many completions."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = [(draw.randrange(-(2**63), 2**63), draw.randrange(-(2**63), 2**63)) for _ in range(num)]
+    return {key: -torch.rand(draw.randint(1, most), generator=generator) for key in ids}
+
+
+def same(found: Mapping[ContentId, Tensor], expected: Mapping[ContentId, Tensor]) -> bool:
+    """Whether both hold the same completions, bit for bit."""
+    return found.keys() == expected.keys() and all(
+        found[key].dtype == torch.float32
+        and found[key].numpy().tobytes() == expected[key].numpy().astype(np.float32).tobytes()
+        for key in expected
+    )
+
+
+def filled(root: Path, content: Values, *, num_per_shard: int = 10, key: StoreKey = KEY) -> LogpStore:
+    """A store with that content, in shards of so many completions."""
+    with LogpStore.open(root, key) as opened:
+        items = list(content.items())
+        for begin in range(0, len(items), num_per_shard):
+            opened.add(dict(items[begin : begin + num_per_shard]))
+            opened.flush()
+    return opened
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_shard(path: Path) -> list[ContentId]:
+    """The content ids in a shard, by another reader."""
+    return [(high, low) for high, low in load_file(path)["content"].tolist()]
+
+
+def damaged(path: Path, draw: random.Random) -> None:
+    """Flips a bit of a file, or cuts it off."""
+    data = bytearray(path.read_bytes())
+    place = draw.randrange(len(data))
+    if draw.random() < 0.5:
+        data[place] ^= 1 << draw.randrange(8)
+    else:
+        del data[place:]
+    path.write_bytes(data)
+
+
+def newer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Writes shards or manifests as a newer version of the package would."""
+    monkeypatch.setattr(f"holdfast.store.{name}.FORMAT", 2)
+
+
+def failing(number: int):
+    """A function of the operating system that fails."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@contextlib.contextmanager
+def read_only() -> Iterator[None]:
+    """All calls that change a file system fail as on one that is mounted read-only, which holds for every user."""
+    original = os.open
+
+    def opened(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            failing(errno.EROFS)()
+        return original(path, flags, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "open", opened)
+        for name in ("mkdir", "replace", "rename", "unlink", "rmdir", "utime"):
+            monkeypatch.setattr(os, name, failing(errno.EROFS))
+        yield
+
+
+def used(root: Path, key: StoreKey, days_ago: float) -> None:
+    """Marks a store as last used so long ago."""
+    moment = time.time() - days_ago * 86_400
+    for path in (root / key.digest()).iterdir():
+        os.utime(path, (moment, moment))
+
+
+def exported(folder: Path, content: Values, **options: Any) -> Path:
+    """An exported store with that content."""
+    export_store(filled(folder / "store", content, **options).folder, folder / "out.parquet")
+    return folder / "out.parquet"
