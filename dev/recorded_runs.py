@@ -217,6 +217,19 @@ LOSSES: dict[str, dict[str, Any]] = {
     "aot_unpaired": {"label_smoothing": 0.1}, "apo_zero": {}, "apo_down": {}, "discopop": {"discopop_tau": 0.2},
     "sft": {}, "sigmoid_norm": {}, "simpo": {"simpo_gamma": 0.7}, "orpo": {}, "cpo": {"cpo_alpha": 0.4},
 }  # fmt: skip
+REFUSED: list[dict[str, Any]] = [
+    {"beta": 0.0}, {"label_smoothing": 0.5}, {"loss_type": "discopop", "discopop_tau": 0.0}, {"loss_type": "sigmiod"},
+    {"loss_type": "simpo", "simpo_gamma": -1.0}, {"loss_type": "cpo", "cpo_alpha": -1.0}, {"loss_type": []},
+    {"loss_weights": [1.0, 2.0]}, {"f_divergence_type": "kl"}, {"f_alpha_divergence_coef": 0.3}, {"ld_alpha": 2.0},
+    {"loss_type": "exo_pair"}, {"loss_type": "aot", "use_weighting": True}, {"loss_type": "sft", "ld_alpha": 0.5},
+    {"loss_type": "ipo", "label_smoothing": 0.1}, {"loss_type": "bco_pair", "f_divergence_type": "forward_kl"},
+    {"reference": "modle"}, {"reference": "adapter"}, {"reference": "none"}, {"snapshot_device": "cpu"},
+    {"reference": "snapshot", "snapshot_device": "tape"}, {"layout": "rows"},
+    {"layout": "padded", "padding_free": True},
+    {"truncation_mode": "middle"}, {"max_length": 1}, {"ref_model_mixup_alpha": 0.0}, {"ref_adapter_name": "no such"},
+    {"ref_model_weights": [0.5, 0.6]}, {"reference_store": "store"}, {"reference_store_versions": True},
+    {"template_date": "today"}, {"loss_type": "simpo", "reference_window": 2}, {"label_smoothing_factor": 0.1},
+]  # fmt: skip
 SOME = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
 HALVES = {"save_steps": 2}
@@ -237,8 +250,11 @@ def product() -> Iterator[tuple[str, Run]]:
             run = parts | {"options": options, "is_stream": data == "stream", "is_collated": layout == "collator"}
             yield f"{way}-{layout}-{motion}-{data}-{window}", Run(**run)
             if way in STILL:
-                still = {name: value for name, value in options.items() if name not in SYNCED}
-                yield f"{way}-{layout}-still", Run(**run | {"options": still, "is_stream": False})
+                still = {name: value for name, value in options.items() if name not in (*SYNCED, "reference_window")}
+                if way in ("other_adapter", "bare_base", "mixture"):
+                    still["reference_window"] = 1 + index % 2
+                run |= {"options": still, "is_stream": index > 1 and way != "sums"}
+                yield f"{way}-{layout}-still", Run(**run)
 
 
 def losses() -> Iterator[tuple[str, Run]]:
@@ -280,7 +296,7 @@ def kinds() -> Iterator[tuple[str, Run]]:
 
 
 def training() -> Iterator[tuple[str, Run]]:
-    """What concerns batches, the optimizer, evaluation, checkpoints, the store and texts."""
+    """What concerns batches, the optimizer, evaluation, checkpoints, the store, texts, and refused options."""
     dated = TEMPLATE.replace("<eos>", "<eos> w{{ strftime_now('%d') }}", 1)
     for name, options in {
         "accumulated": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "optim": "adamw_torch"},
@@ -317,6 +333,9 @@ def training() -> Iterator[tuple[str, Run]]:
         yield f"resume-{way}-stream", Run(**moved, after="resume", is_stream=True)
     yield "store-again", Run(options=AHEAD, after="again")
     yield "store-other", Run(options=AHEAD, ref_model=other, policy=lora, after="again")
+
+    for options in REFUSED:
+        yield f"refused-{options}", Run(options=options)
 
 
 RUNS: dict[str, Run] = dict([*product(), *losses(), *kinds(), *training()])

@@ -22,9 +22,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as tf
 from datasets import Dataset, disable_progress_bars
@@ -36,8 +38,8 @@ from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from recorded_runs import FORMS, RUNS, Run, pairs, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = re.compile(r"runtime$|_per_second$|^created$|^checksum$")
-MOST_SHOWN = 12
+TIMES = re.compile(r"runtime$|_per_second$|preparation_time$|^created$|^checksum$")
+MOST_SHOWN, WIDEST = 12, 400
 
 # --- what is recorded -------------------------------------------------------------------------------------------------
 
@@ -71,13 +73,27 @@ class Gradients(tf.TrainerCallback):
         self.digests.append(digest((n, p.grad) for n, p in model.named_parameters() if p.grad is not None))
 
 
+def plain(value: Any) -> Any:
+    """A nest of dicts and sequences with digests in the place of tensors, lists in that of arrays."""
+    if isinstance(value, dict):
+        return {name: plain(found) for name, found in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(found) for found in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return digest([("", value)]) if isinstance(value, Tensor) else value
+
+
 def file_record(path: Path) -> Any:
-    """A file's content where it is JSON, digests by tensor where it holds some, else a digest of its bytes."""
+    """A file's content where it is JSON, digests by tensor where it holds weights, else a digest of its content."""
     if path.suffix == ".json":
         return exact(json.loads(path.read_text()))
     if path.suffix == ".safetensors":
         return {name: digest([(name, tensor)]) for name, tensor in load_file(path).items()}
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    # Of equal states pickle may write unequal bytes, by which of their strings are one object.
+    is_pickled = path.suffix in (".pt", ".pth")
+    content = repr(plain(torch.load(path, weights_only=False))).encode() if is_pickled else path.read_bytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def folder_record(folder: Path) -> dict[str, Any]:
@@ -102,6 +118,12 @@ def store_record(root: Path) -> dict[str, Any]:
         manifest = exact(json.loads((folder / "manifest.json").read_text()))
         record[folder.name] = {"manifest": manifest, "logps": dict(sorted(logps.items())), "files": others}
     return record
+
+
+def defaults() -> dict[str, str]:
+    """The options of `DPOConfig` with their defaults."""
+    plain = [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(DPOConfig)]
+    return {name: "required" if value is MISSING else repr(value) for name, value in plain}
 
 
 @contextmanager
@@ -179,7 +201,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         "gradients": gradients.digests,
         "policy": digest(state.items()),
         "reference": trainer.reference.describe() if trainer.reference is not None else None,
-        "card": Path("run/README.md").read_text(),
+        "card": Path("run/README.md").read_text().splitlines(),
     }
 
 
@@ -197,7 +219,10 @@ def recorded(run: Run) -> dict[str, Any]:
         finally:
             os.chdir(before)
         record |= {"files": folder_record(Path(folder, "run")), "store": store_record(Path(folder, "home", "store"))}
-        return json.loads(json.dumps(record | {"messages": said}).replace(folder, "FOLDER"))
+        text = json.dumps(record | {"messages": said}).replace(folder, "FOLDER")
+        if "snapshot_device" in run.options and "reference_window" not in run.options:  # as long as was measured to pay
+            text = re.sub(r"asked ahead for \d+ optimizer steps", "asked ahead for SOME optimizer steps", text)
+        return json.loads(text)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -233,7 +258,8 @@ def write_record(path: Path, only: str) -> None:
     gc.collect()  # each run of a trainer collects garbage; what is imported never is any
     gc.freeze()
     record = {name: recorded(run) for name, run in RUNS.items() if only in name}
-    assert record, f"no run has {only!r} in its name"
+    record |= {"public names": {"names": sorted(holdfast.__all__), "defaults": defaults()}}
+    assert len(record) > 1, f"no run has {only!r} in its name"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -272,11 +298,13 @@ def main() -> int:
         statuses = [process.wait() for process in processes]
         assert not any(statuses), "a process that records has failed"
         records = [json.loads(path.read_text()) for path in (before, after)]
-    old, new = ({name: record for name, record in found.items() if asked.only in name} for found in records)
+    chosen = {name for name in {*records[0], *records[1]} if asked.only in name}
+    old, new = ({name: record for name, record in found.items() if name in chosen} for found in records)
     found = differences(old, new)
     for name, lines in found.items():
         more = [f"... and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
-        print("\n    ".join([f"{name}: {len(lines)} values differ", *lines[:MOST_SHOWN], *more]))
+        shown = [line if len(line) <= WIDEST else f"{line[:WIDEST]}..." for line in lines[:MOST_SHOWN]]
+        print("\n    ".join([f"{name}: {len(lines)} values differ", *shown, *more]))
     num_refused = sum("refused" in record for record in new.values())
     print(f"{len(new)} runs, {num_refused} of them refused; {len(found)} differ from {asked.before}.")
     return int(bool(found))

@@ -8,10 +8,10 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import holdfast.data.layouts.trial as trial
 import oracle
 from families import VOCABULARY
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.layouts.choose import shared_problem
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
 from holdfast.scoring.score import score
@@ -81,4 +81,6 @@ def assert_same(model: nn.Module, oracle_model: nn.Module | None = None, row_tok
 
 def problem(model: tf.PreTrainedModel, rows: Sequence[dict] = ROWS) -> str | None:
     with torch.no_grad():
-        return shared_problem(model, partial(logps_of, model), shared_batch(rows), padded_batch(rows))
+        return trial.known_problem(model) or trial.measured_problem(
+            model, partial(logps_of, model), shared_batch(rows), padded_batch(rows)
+        )

@@ -19,8 +19,8 @@ import tiny
 from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import DPOConfig
-from holdfast.data.formats import TOKENIZED_COLUMNS
-from holdfast.data.tokenize import UNUSABLE_REASONS
+from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions
 from holdfast.losses.options import Options, option_names, rules
 from holdfast.reference.build import WAY_NAMES

@@ -22,7 +22,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig as DPOConfig
-    from holdfast.data.layouts.padded import DataCollatorForPreference as DataCollatorForPreference
+    from holdfast.data.layouts.preference_collator import DataCollatorForPreference as DataCollatorForPreference
     from holdfast.reference.adapter import AdapterReference as AdapterReference
     from holdfast.reference.model import ModelReference as ModelReference
     from holdfast.reference.reference import Reference as Reference

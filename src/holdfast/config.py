@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.data.dates import check_date
+from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
@@ -22,7 +23,7 @@ from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.tensor_file import Place
 from holdfast.training_arguments import check_heeded, check_noise
 
-LAYOUTS = ("auto", "prefix_shared", "packed", "padded")
+LAYOUT_NAMES = ("auto", *LAYOUTS)
 
 
 def _option(help: str, **kwargs: Any) -> Any:
@@ -87,8 +88,9 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         default="keep_start",
     )
     layout: str = _option(
-        "How sequences are laid out in rows: `prefix_shared` (each prompt once, many completions a row), `packed` "
-        "(many sequences a row), `padded` (a row each), or `auto`, the first that computes the models right.",
+        "How sequences are laid out in rows: "
+        + "".join(f"`{layout.name}` ({layout.summary}), " for layout in LAYOUTS.values())
+        + "or `auto`, the first that computes the models right.",
         default="auto",
     )
     tokens_per_batch: int | None = _option(
@@ -224,21 +226,16 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         """The folder of references that are held on disk; each has a folder of its own in it."""
         return Path(str(self.output_dir)) / "_reference"
 
-    @property
-    def layout_options(self) -> dict[str, Any]:
-        """How sequences are cut and rows filled up."""
-        return {name: getattr(self, name) for name in ("max_length", "truncation_mode", "pad_to_multiple_of")}
-
     def _check_ranges(self) -> None:
         if self.template_date is not None:
             check_date(self.template_date)
-        if self.layout not in LAYOUTS:
+        if self.layout not in LAYOUT_NAMES:
             raise ValueError(
-                f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUTS)}. Choose one of them."
+                f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUT_NAMES)}. Choose one of them."
             )
-        if self.padding_free and self.layout == "padded":
+        if self.padding_free and self.layout in LAYOUTS and not LAYOUTS[self.layout].fills_rows:
             raise ValueError(
-                "padding_free=True was asked for with layout='padded', whose rows are padded. Drop one of them."
+                f"padding_free=True was asked for with layout={self.layout!r}, whose rows are padded. Drop one of them."
             )
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(

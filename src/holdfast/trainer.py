@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,16 +39,17 @@ from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference, read_manifest
 from holdfast.checkpoint.template_date import date_to_print, recorded_date
 from holdfast.config import DPOConfig
-from holdfast.data.completions import all_pending, by_name
+from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.completions import Batching, all_to_score, datasets_by_name
 from holdfast.data.dates import date_of_run
-from holdfast.data.inputs import identified, takes_positions
+from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.choose import choose_layout, make_layout
-from holdfast.data.layouts.padded import PaddedLayout, with_positions
-from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
-from holdfast.data.loader.fillers import filled, gather_rows, mean_over_processes, real_pairs, rows_of_pairs
+from holdfast.data.layouts.completion_rows import row_per_completion
+from holdfast.data.layouts.trial import LayoutTrial
+from holdfast.data.loader.fillers import gather_rows, mean_over_processes, real_pairs, rows_of_pairs, with_fillers
 from holdfast.data.loader.order import order_by_length
-from holdfast.data.loader.stream_position import StreamPlace
-from holdfast.data.prepare import prepare_dataset, prepare_eval
+from holdfast.data.loader.stream_position import StreamPosition
+from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, means, motion, tokens_logged
@@ -72,8 +74,6 @@ from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training_arguments import check_optimizer, check_optimizers
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class DPOTrainer(Trainer):
@@ -123,14 +123,9 @@ class DPOTrainer(Trainer):
 
         self._rows = train_dataset, eval_dataset
         self._date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows)
-        self._prepare_options: dict[str, Any] = {
-            "processing_class": tokenizer,
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "num_proc": args.dataset_num_proc,
-            "vocab_size": vocabulary_size(unwrap(policy)),
-            "template_date": self._date,
-        }
+        self._preparation = Preparation.of_options(
+            args, tokenizer, vocab_size=vocabulary_size(unwrap(policy)), template_date=self._date
+        )
         prepared, prepared_eval = self._prepared(args)
         super().__init__(
             model=policy,
@@ -168,8 +163,7 @@ class DPOTrainer(Trainer):
         train_dataset, eval_dataset = self._rows
         with args.main_process_first(desc="preparing the datasets"):
             assert train_dataset is not None  # `checked_arguments` refuses that
-            prepared = prepare_dataset(train_dataset, name="train", **self._prepare_options)
-            return prepared, prepare_eval(eval_dataset, **self._prepare_options)
+            return self._preparation.of(train_dataset, "train"), self._preparation.of_eval(eval_dataset)
 
     def _print_date_of(self, checkpoint: Path) -> None:  # templates print what they did in the run that wrote it
         found = date_to_print(checkpoint, self._date, self.args.template_date)
@@ -177,10 +171,11 @@ class DPOTrainer(Trainer):
             return
         if self.is_world_process_zero():
             logger.warning("Chat templates print the date %s, as in the run that wrote %s.", found, checkpoint)
-        self._date = self._prepare_options["template_date"] = found
+        self._date = found
+        self._preparation = replace(self._preparation, template_date=found)
         self.train_dataset, self.eval_dataset = self._prepared(self.args)
         self._provenance = None
-        datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+        datasets = {"train": self.train_dataset} | datasets_by_name(self.eval_dataset)
         self.reference = self._announce(self.reference, datasets)
 
     # --- the reference ------------------------------------------------------------------------------------------------
@@ -209,7 +204,7 @@ class DPOTrainer(Trainer):
         if options.way != "none":
             ref_models = move_all_to_device(ref_models, self.accelerator.device)
         models = [self.model, *filter(None, ref_models)]
-        datasets = {"train": self.train_dataset} | by_name(self.eval_dataset)
+        datasets = {"train": self.train_dataset} | datasets_by_name(self.eval_dataset)
         self._longest = pin_rotations(
             models, self.args.max_length, self.train_dataset, is_main=self.is_world_process_zero()
         )
@@ -227,11 +222,17 @@ class DPOTrainer(Trainer):
             is_main=self.is_world_process_zero(),
             wait_for_all=self.accelerator.wait_for_everyone,
         )
-        how = models, self._pair_batch, self.accelerator, self._is_sharded
+        trial = LayoutTrial(
+            models=models,
+            first_pairs=self._first_rows,
+            pair_batch=self._pair_batch,
+            accelerator=self.accelerator,
+            is_sharded=self._is_sharded,
+        )
         with contextlib.ExitStack() as stack:
             for model in models:
                 stack.enter_context(untouched(model))
-            self.data_collator = choose_layout(self.args, self.data_collator, self._first_rows, *how)
+            self.data_collator = choose_layout(self.data_collator, self.args, trial)
         return self._announce(reference, datasets)
 
     def _find_dependence(self, models: list[nn.Module]) -> Dependence | None:
@@ -249,9 +250,14 @@ class DPOTrainer(Trainer):
     def _announce(self, reference: Reference | None, datasets: Mapping[str, Any]) -> Reference | None:
         use_user_columns(reference, datasets, self.model, self.args, self.accelerator)
         if reference is not None:
-            how = self.data_collator, self._pair_batch, self._collated, self.accelerator
+            batching = Batching(
+                collator=self.data_collator,
+                pair_batch=self._pair_batch,
+                collate=self._collated,
+                accelerator=self.accelerator,
+            )
             with untouched(self.model):
-                reference.prepare(all_pending(datasets, self.args, *how))
+                reference.prepare(all_to_score(datasets, self.args, batching))
         return reference
 
     def _introduce(self, batch: PairBatch) -> None:  # in one line, once the audit has found it right on `batch`
@@ -278,7 +284,7 @@ class DPOTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
         self._masks = infinite_buffers(self.model)
-        self._place = StreamPlace(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPlace()
+        self._stream_position = StreamPosition(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
         with self._seen_by_other_runs():
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce(self.reference, {})  # what was scored meanwhile is stored, if anything is
@@ -320,15 +326,13 @@ class DPOTrainer(Trainer):
             load_reference(checkpoint, self.reference, self._provenance)
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        names = COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
+        names = TOKENIZED_COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
         return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
 
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
-        tensors = with_positions(without_user_columns(tensors, self.reference))
-        if not isinstance(self.data_collator, PaddedLayout | SharedLayout):
-            tensors = identified(tensors, takes_positions=takes_positions(unwrap(self.model)))
+        tensors = complete_batch(without_user_columns(tensors, self.reference), self.data_collator, unwrap(self.model))
         return PairBatch.from_tensors(self._prepare_inputs(tensors))
 
     def compute_loss(
@@ -367,7 +371,7 @@ class DPOTrainer(Trainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            rows = self._pair_batch(unshared(inputs, self._pad_token_id))
+            rows = self._pair_batch(row_per_completion(inputs, self._pad_token_id))
             return loss, model(**rows.inputs, use_cache=False)
 
     def _real_pairs(self, batch: PairBatch) -> tuple[PairBatch, bool]:
@@ -381,7 +385,7 @@ class DPOTrainer(Trainer):
             return [], None
         ahead = self._windows.of_training(epoch_iterator, self.state)
         samples, num_items = super().get_batch_samples(ahead, num_batches, device)
-        self._place.advance(epoch_iterator, len(samples))
+        self._stream_position.advance(epoch_iterator, len(samples))
         return samples, num_items
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -391,7 +395,7 @@ class DPOTrainer(Trainer):
             self.state.best_model_checkpoint = str(best) if best is not None else None
         if not isinstance(self.train_dataset, IterableDataset):
             return epochs_and_batches
-        return self._place.num_passes, self._place.num_batches
+        return self._stream_position.num_passes, self._stream_position.num_batches
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
@@ -408,8 +412,8 @@ class DPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = prepare_eval(eval_dataset, **self._prepare_options)
-            self.reference = self._announce(self.reference, by_name(eval_dataset))
+            eval_dataset = self._preparation.of_eval(eval_dataset)
+            self.reference = self._announce(self.reference, datasets_by_name(eval_dataset))
             if isinstance(eval_dataset, dict):
                 metrics: dict[str, float] = {}
                 for name, part in eval_dataset.items():
@@ -420,7 +424,7 @@ class DPOTrainer(Trainer):
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
-        test_dataset = prepare_dataset(test_dataset, name="test", **self._prepare_options)
+        test_dataset = self._preparation.of(test_dataset, "test")
         self.reference = self._announce(self.reference, {"test": test_dataset})
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -445,7 +449,7 @@ class DPOTrainer(Trainer):
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            batch, _ = self._real_pairs(self._pair_batch(unshared(inputs, self._pad_token_id)))
+            batch, _ = self._real_pairs(self._pair_batch(row_per_completion(inputs, self._pad_token_id)))
             self._is_real_row = rows_of_pairs(batch)
             return loss, outputs.logits, batch.inputs["input_ids"]
 
@@ -483,7 +487,9 @@ class DPOTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
-        return super()._get_dataloader(filled(dataset, batch_size, self.accelerator), description, batch_size, **kwargs)
+        return super()._get_dataloader(
+            with_fillers(dataset, batch_size, self.accelerator), description, batch_size, **kwargs
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "group_by_length":
@@ -503,7 +509,7 @@ class DPOTrainer(Trainer):
         return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
+        self._signature_columns = list(TOKENIZED_COLUMNS)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -541,7 +547,7 @@ class DPOTrainer(Trainer):
 
     def _record(self) -> dict[str, Any]:  # what a checkpoint's manifest says besides
         policy = policy_digest(self.model, is_sharded=self._is_sharded)
-        return {"place": self._place.record(), "policy": policy, "template_date": self._date}
+        return {"place": self._stream_position.record(), "policy": policy, "template_date": self._date}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)

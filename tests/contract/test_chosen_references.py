@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.padded import PaddedLayout, with_positions
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import with_positions
 from holdfast.losses import LOSSES, LossOptions
 from holdfast.policy.load import load_model
 from holdfast.policy.placement import move_to_device

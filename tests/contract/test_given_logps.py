@@ -19,7 +19,8 @@ from transformers import BitsAndBytesConfig
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
-from holdfast.data.layouts.padded import PaddedLayout, truncated_rows
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.rows import truncated_rows
 from holdfast.losses import LOSSES
 from holdfast.reference import user_logps as given
 from holdfast.reference.digests import digest

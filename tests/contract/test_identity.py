@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.reference.identity import Identity
 from holdfast.scoring.score import score
 from holdfast.store.maintenance import stores
@@ -380,7 +381,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
                 logps = live(run, root / "live")
             stored = run.made(root / "run")
             stored.train()
-            identity, name = stored.reference.identity(), stored.reference.store.folder.name
+            identity, name = stored.reference.identity(), stored.reference.stored.store.folder.name
         return Before(logps=logps, folder=root / "run", home=root / "home", weights=identity.weights, store_name=name)
 
     return left_by
@@ -407,7 +408,7 @@ def test_identity_follows_the_numbers(
         assert names_of_stores() == there, "all was found"
         if "sync_ref_model" not in second.options and "reference_window" not in second.options:
             assert again.reference.identity().weights == left.weights
-            assert again.reference.store.folder.name == left.store_name
+            assert again.reference.stored.store.folder.name == left.store_name
     else:
         again.train()
         assert len(names_of_stores()) == 2 or name in _OF_A_CONTENT_ID
@@ -579,7 +580,7 @@ def test_versions_of_the_same_weights_are_found(tmp_path: Path) -> None:
     first.reference.state_dict()
     there = names_of_stores()
     fixed = Run(options={"max_steps": 3}).made(tmp_path / "b")
-    assert len(fixed.reference.store.missing(_ids(fixed))) < len(_ids(fixed))
+    assert len(fixed.reference.stored.store.missing(_ids(fixed))) < len(_ids(fixed))
     fixed.train()
     assert logged(fixed) == pytest.approx(logged(first), abs=1e-6)
     assert len(there) >= 1

@@ -17,7 +17,7 @@ import holdfast.scoring.attention as attention
 import holdfast.scoring.segments as row_segments
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.layouts.packed import PackedLayout
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.last_layer import narrowed
 from holdfast.scoring.score import score
@@ -91,7 +91,7 @@ def test_prompts_ask_nothing_in_the_last_layer_but_by_their_last_token(monkeypat
 
 
 def test_sequences_that_share_nothing_are_computed_in_full() -> None:
-    batch = PairBatch.from_tensors(SharedLayout(0, row_tokens=40, shares_prompts=False)(ROWS))
+    batch = PairBatch.from_tensors(PackedLayout(0, row_tokens=40)(ROWS))
     first, last = num_tokens_of_maps(tiny_model("llama"), batch)
     assert first == last == {batch.inputs["input_ids"].numel()}
 

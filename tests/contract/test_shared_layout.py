@@ -13,15 +13,15 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
-import holdfast.data.layouts.choose as layout
+import holdfast.data.layouts.trial as trial
 import holdfast.scoring.attention as attention
 import holdfast.scoring.flex as flex
 import holdfast.scoring.segments as row_segments
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.choose import shared_problem
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.layouts.packed import PackedLayout
+from holdfast.data.layouts.trial import measured_problem
 from holdfast.scoring.attention import attending, shared_mask
 from holdfast.scoring.segments import Segments
 from recomputation import recompute
@@ -127,13 +127,13 @@ def test_families_that_need_padded_rows_are_found(family: str, reason: str) -> N
 
 @pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "mamba"])
 def test_convolutions_are_found_whatever_the_layers_are_called(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "LAYERS", {"conv", "hybrid", "linear_attention", "full_attention"})
+    monkeypatch.setattr(trial, "ATTENTION_LAYERS", {"conv", "hybrid", "linear_attention", "full_attention"})
     assert str(problem(tiny_model(family))).endswith("carries state along its rows")
 
 
 @pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "mamba"])
 def test_state_along_the_row_is_also_found_in_the_numbers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "known_problem", lambda causal_lm: None)
+    monkeypatch.setattr(trial, "known_problem", lambda causal_lm: None)
     assert "gives log-probs that differ from" in str(problem(tiny_model(family)))
 
 
@@ -152,14 +152,14 @@ def test_positions_that_run_on_are_found() -> None:
     places = torch.arange(shared.inputs["position_ids"].shape[1]).expand_as(shared.inputs["position_ids"])
     wrong = replace(shared, inputs=shared.inputs | {"position_ids": places})
     with torch.no_grad():
-        found = shared_problem(model, partial(logps_of, model), wrong, padded_batch())
+        found = measured_problem(model, partial(logps_of, model), wrong, padded_batch())
     assert "gives log-probs that differ from" in str(found)
 
 
 def test_the_tolerance_of_half_precision_is_a_mean() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16).bfloat16()
     with torch.no_grad():
-        compared = partial(shared_problem, model, partial(logps_of, model), shared_batch(), padded_batch())
+        compared = partial(measured_problem, model, partial(logps_of, model), shared_batch(), padded_batch())
         assert compared(is_half_precision=True) is None
         assert "5e-05 is rounding" in str(compared(is_half_precision=False))
 
@@ -306,7 +306,7 @@ def test_flash_attention_attends_sequences_that_share_nothing(family: str, monke
     ))  # fmt: skip
     for config in attention.configs_of(model):
         config._attn_implementation_internal = "flash_attention_2"
-    packed = PairBatch.from_tensors(SharedLayout(0, row_tokens=40, shares_prompts=False)(ROWS))
+    packed = PairBatch.from_tensors(PackedLayout(0, row_tokens=40)(ROWS))
     assert (packed.inputs["attention_mask"] == 0).any()
     for batch, num_calls in ((packed, model.config.num_hidden_layers), (shared_batch(), 0)):
         calls.clear()

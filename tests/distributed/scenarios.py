@@ -340,7 +340,7 @@ def unusable_rows(folder: Path) -> Any:
 
 def preparation(folder: Path) -> Any:
     """The main process prepares the dataset, and only then the others, from its cache."""
-    import holdfast.trainer as module
+    import holdfast.data.prepare as module
 
     if RANK == 0:
         rows(6).to_json(folder / "rows.jsonl")

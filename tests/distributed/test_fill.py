@@ -11,7 +11,7 @@ from datasets import IterableDataset
 from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.loader.fillers import FilledStream, rows_of_pairs
+from holdfast.data.loader.fillers import StreamWithFillers, rows_of_pairs
 from policies import config, rows, trainer
 
 
@@ -22,7 +22,7 @@ def stream(num_rows: int) -> IterableDataset:
 @pytest.mark.parametrize(("num_rows", "num_fillers"), [(5, 3), (7, 1), (8, 0), (1, 3)])
 def test_a_stream_is_filled_to_a_multiple(num_rows: int, num_fillers: int) -> None:
     """The rows in their order, then pairs of equal completions, every time it is read."""
-    filled, table = FilledStream(stream(num_rows), 4), list(stream(num_rows))
+    filled, table = StreamWithFillers(stream(num_rows), 4), list(stream(num_rows))
     for _ in range(2):
         found = list(filled)
         assert found[:num_rows] == table

@@ -160,7 +160,7 @@ def test_the_template_prints_what_transformers_would(wanted: str, begin: str, mo
     set_clock(monkeypatch, "2024-02-09")
     expected = tokenizer.apply_chat_template(ROWS[0]["prompt"], chat_template=template, tokenize=False)
     set_clock(monkeypatch, "2026-11-30")
-    template = dates.dated(template, "2024-02-09")
+    template = dates.template_with_date(template, "2024-02-09")
     assert tokenizer.apply_chat_template(ROWS[0]["prompt"], chat_template=template, tokenize=False) == expected
     assert datetime(2024, 2, 9).strftime(wanted) in expected
 

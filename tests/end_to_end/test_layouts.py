@@ -17,8 +17,10 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 import holdfast.scoring.segments as row_segments
 from families import CONFIGS, tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
+from holdfast.data.layouts.completion_rows import row_per_completion
+from holdfast.data.layouts.packed import PackedLayout
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.prefix_shared import SharedLayout, unshared
+from holdfast.data.layouts.prefix_shared import SharedLayout
 from holdfast.scoring.segments import SEGMENTS
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -139,16 +141,16 @@ def test_metrics_of_a_user_see_a_row_a_completion(tmp_path: Path) -> None:
     assert seen["padded"][0].shape[0] == 2 * 12
 
 
-@pytest.mark.parametrize("shares_prompts", [True, False])
-def test_unshared_is_the_padded_layout(shares_prompts: bool) -> None:
+@pytest.mark.parametrize("layout", [SharedLayout, PackedLayout])
+def test_a_row_per_completion_is_the_padded_layout(layout: type[SharedLayout | PackedLayout]) -> None:
     """Also of a pair without a prompt, and of completions of one token."""
     features = [*tree().to_list(), {"prompt_ids": [], "chosen_ids": [5, 6], "rejected_ids": [5, 7, 8]}]
     features += [{"prompt_ids": [9, 10], "chosen_ids": [11], "rejected_ids": [12]}]
-    batch = SharedLayout(0, row_tokens=40, shares_prompts=shares_prompts)(features)
-    found, expected = unshared(batch, 0), PaddedLayout(0)(features)
+    batch = layout(0, row_tokens=40)(features)
+    found, expected = row_per_completion(batch, 0), PaddedLayout(0)(features)
     for name in ("input_ids", "attention_mask", "source", "target", "sequence", "chosen", "rejected"):
         assert torch.equal(found[name], expected[name]), name
-    assert torch.equal(unshared(expected, 0)["input_ids"], expected["input_ids"])
+    assert torch.equal(row_per_completion(expected, 0)["input_ids"], expected["input_ids"])
 
 
 # --- who gets which ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 }
 """By name: the policy, options, and the functions that do read something."""
 
-NOT_ON_THE_DEVICE = ("torch/utils/data/", "holdfast/data/shared.py", "holdfast/data/layouts.py", "reference/store.py")
+NOT_ON_THE_DEVICE = ("torch/utils/data/", "holdfast/data/layouts/", "holdfast/store/store.py")
 """Where batches are made, and stored log-probs found, in host memory."""
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from holdfast.data.formats import TOKENIZED_COLUMNS
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.data.prepare import prepare_dataset
 
 peer = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs TRL")

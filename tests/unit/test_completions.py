@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import PairBatch
-from holdfast.data.completions import CPU_TOKENS, Completions, pending
+from holdfast.data.completions import CPU_TOKENS, Batching, Completions, to_score
+from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.packed import PackedLayout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
 
-LAYOUTS = {"padded": PaddedLayout(0), "prefix_shared": SharedLayout(0)}
+LAYOUTS = {"padded": PaddedLayout(0), "packed": PackedLayout(0), "prefix_shared": SharedLayout(0)}
 
 
 def dataset_of(num_rows: int, longest: int) -> Dataset:
@@ -33,7 +35,7 @@ def batches_of(completions: Any) -> list[PairBatch]:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("most_tokens", [1, 50, 200, 10_000, None])
-def test_no_batch_is_larger_than_it_may_be(layout: PaddedLayout | SharedLayout, most_tokens: int | None) -> None:
+def test_no_batch_is_larger_than_it_may_be(layout: Layout, most_tokens: int | None) -> None:
     completions = Completions(dataset_of(60, 80), layout, PairBatch.from_tensors, 4, most_tokens)
     batches = batches_of(completions)
     content = [tuple(ids) for batch in batches for ids in batch.content.tolist()]
@@ -78,7 +80,13 @@ def test_a_prompt_with_too_many_completions_is_computed_again_for_the_rest() -> 
 def test_there_is_a_bound_on_a_cpu_alone(device: str, most: int) -> None:
     """Where pairs of 1,000 tokens would make the training's batches 8,000."""
     accelerator = cast(Accelerator, SimpleNamespace(device=torch.device(device)))
-    found = pending(dataset_of(60, 1_000), 4, SharedLayout(0), PairBatch.from_tensors, cast(Any, None), accelerator)
+    batching = Batching(
+        collator=SharedLayout(0),
+        pair_batch=PairBatch.from_tensors,
+        collate=cast(Any, None),
+        accelerator=accelerator,
+    )
+    found = to_score(dataset_of(60, 1_000), 4, batching)
     sizes = [int((batch.inputs["attention_mask"] > 0).sum()) for batch in batches_of(found)]
     assert max(sizes) <= most
     assert (max(sizes) > CPU_TOKENS) == (device == "cuda")

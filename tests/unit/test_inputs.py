@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 
 from families import tiny_model
 from holdfast.batch import PairBatch
-from holdfast.data.inputs import UNIDENTIFIED, identified
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout
+from holdfast.data.inputs import UNIDENTIFIED, with_inputs_identified
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.store.maintenance import stores
 from holdfast.store.store import default_root
 from policies import config, logged, rows, trainer
@@ -32,7 +33,7 @@ def batch_with(**extra: Any) -> dict[str, Any]:
 
 
 def ids_of(batch: dict[str, Any], takes_positions: bool = True) -> list[Any]:
-    return PairBatch.from_tensors(identified(batch, takes_positions=takes_positions)).content_ids()
+    return PairBatch.from_tensors(with_inputs_identified(batch, takes_positions=takes_positions)).content_ids()
 
 
 def per_row(change: int = 0, *shape: int) -> Callable[[Tensor], Tensor]:
@@ -126,7 +127,7 @@ UNKNOWN: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_what_belongs_to_no_row_is_named(kind: str) -> None:
-    found = identified(batch_with(**UNKNOWN[kind]), takes_positions=True)
+    found = with_inputs_identified(batch_with(**UNKNOWN[kind]), takes_positions=True)
     assert found[UNIDENTIFIED] == tuple(UNKNOWN[kind])
     with pytest.raises(ValueError, match=rf"kept for later, but of the model inputs \['{next(iter(UNKNOWN[kind]))}'\]"):
         PairBatch.from_tensors(found).check_identified()

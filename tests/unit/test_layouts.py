@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.batch import PairBatch
-from holdfast.data.layouts.padded import POSITION_KEYS, DataCollatorForPreference, PaddedLayout, with_positions
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import POSITION_KEYS, DataCollatorForPreference, with_positions
 from holdfast.data.tokenize import content_id, truncate
 
 PAD = 0

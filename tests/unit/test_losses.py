@@ -293,9 +293,9 @@ def test_wpo_weights_by_hand():
 def test_weights_multiply_every_pair_on_its_own():
     policy = of_pairs([-10.0, -5.0], [-14.0, -6.0], [5, 2], [4, 3])
     reference = of_pairs([-12.0, -4.0], [-13.0, -7.0], [5, 2], [4, 3])
-    how = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "options": LossOptions()}
-    plain = preference_loss(policy, reference, **how)
-    weighted = preference_loss(policy, reference, **how, pair_weights=torch.tensor([0.5, 3.0]))
+    settings = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "options": LossOptions()}
+    plain = preference_loss(policy, reference, **settings)
+    weighted = preference_loss(policy, reference, **settings, pair_weights=torch.tensor([0.5, 3.0]))
     assert weighted.tolist() == close(0.5 * plain[0].item(), 3.0 * plain[1].item())
 
 
@@ -517,8 +517,8 @@ def gradient_at(name: str, chosen: float, reference: PairLogps | None, rejected:
     leaf = torch.tensor([chosen, rejected], requires_grad=True)
     lengths = {"chosen_lengths": torch.tensor([5]), "rejected_lengths": torch.tensor([4])}
     policy = PairLogps(chosen=leaf[:1], rejected=leaf[1:], chosen_likelihood=leaf[:1], **lengths)
-    how = {"loss_types": [name], "loss_weights": [1.0], "options": LossOptions(**options)}
-    (gradient,) = torch.autograd.grad(preference_loss(policy, reference, **how).sum(), leaf)
+    settings = {"loss_types": [name], "loss_weights": [1.0], "options": LossOptions(**options)}
+    (gradient,) = torch.autograd.grad(preference_loss(policy, reference, **settings).sum(), leaf)
     return gradient.tolist()
 
 

@@ -12,9 +12,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from torch.utils.data import DataLoader
 
 import tiny
-from holdfast.data.formats import TOKENIZED_COLUMNS, read_preference
+from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.formats import read_preference
 from holdfast.data.load import load_preferences
-from holdfast.data.prepare import prepare_dataset, prepare_eval
+from holdfast.data.prepare import Preparation, prepare_dataset
 from holdfast.data.tokenize import tokenize
 
 TOKENIZER = tiny.tokenizer()
@@ -312,19 +313,20 @@ def test_a_stream_goes_on_where_it_stood() -> None:
 
 def test_evaluation_datasets() -> None:
     good, bad = Dataset.from_list(ID_ROWS), Dataset.from_list([MIXED[1]])
-    assert prepare_eval(None, TOKENIZER) is None
-    assert list(prepare_eval(good, TOKENIZER)) == ID_ROWS
+    preparation = Preparation(processing_class=TOKENIZER, max_length=9)
+    assert preparation.of_eval(None) is None
+    assert list(preparation.of_eval(good)) == ID_ROWS
     for parts in (
         {"a": good, "b": good},
         DatasetDict(a=good, b=good),
         IterableDatasetDict(a=good.to_iterable_dataset()),
     ):
-        prepared = prepare_eval(parts, TOKENIZER, max_length=9)
+        prepared = preparation.of_eval(parts)
         assert {key: list(part) for key, part in prepared.items()} == dict.fromkeys(parts, ID_ROWS)
     with pytest.raises(ValueError, match=r"the eval 'b' dataset must have at least one usable row"):
-        prepare_eval({"a": good, "b": bad}, TOKENIZER)
+        preparation.of_eval({"a": good, "b": bad})
     with pytest.raises(ValueError, match=r"eval_dataset is a dict of evaluation datasets; found an empty one. Give"):
-        prepare_eval({}, TOKENIZER)
+        preparation.of_eval({})
 
 
 def test_other_arguments_that_are_refused() -> None:

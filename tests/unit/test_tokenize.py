@@ -11,10 +11,6 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from holdfast.data.formats import Preference, read_preference
 from holdfast.data.tokenize import (
-    EMPTY_COMPLETION,
-    EQUAL_COMPLETIONS,
-    NOTHING_TO_PREDICT,
-    PROMPT_FILLS,
     TokenizedPair,
     check_tokenizer,
     check_truncation,
@@ -22,6 +18,12 @@ from holdfast.data.tokenize import (
     content_id,
     tokenize,
     truncate,
+)
+from holdfast.data.usability import (
+    EMPTY_COMPLETION,
+    EQUAL_COMPLETIONS,
+    NOTHING_TO_PREDICT,
+    PROMPT_FILLS,
     unusable_reason,
 )
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
-from holdfast.data.formats import REFERENCE_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.identity import Identity, numerics
 
@@ -145,7 +145,7 @@ def dataset_digest(dataset: Any) -> str | None:
     if not isinstance(dataset, Dataset):
         return None
     state = hashlib.blake2b(digest_size=16)
-    id_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    id_columns = list(TOKENIZED_COLUMNS)
     logp_columns = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     tables: Any = dataset.select_columns(id_columns + logp_columns).with_format("arrow").iter(1_000)
     for table in tables:

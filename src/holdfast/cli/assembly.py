@@ -12,10 +12,9 @@ from datasets import Dataset
 from holdfast.batch import ContentId, PairBatch
 from holdfast.cli.runfile import RunFile
 from holdfast.config import DPOConfig
-from holdfast.data.completions import Completions, by_name
-from holdfast.data.formats import REFERENCE_COLUMNS
-from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.columns import REFERENCE_COLUMNS
+from holdfast.data.completions import Completions, datasets_by_name
+from holdfast.data.layouts.choose import layout_of
 from holdfast.store.store import LogpStore
 from holdfast.trainer import DPOTrainer
 
@@ -55,7 +54,7 @@ def store_needs(run: RunFile) -> StoreNeeds:
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         arguments.output_dir = folder
         trainer = trainer_of(run, arguments, uses_user_logps=False)
-        datasets: dict[str, Any] = {"train": trainer.train_dataset} | by_name(trainer.eval_dataset)
+        datasets: dict[str, Any] = {"train": trainer.train_dataset} | datasets_by_name(trainer.eval_dataset)
         streams = [name for name, data in datasets.items() if not isinstance(data, Dataset)]
         if streams or arguments.sync_ref_model or trainer.reference is None:
             obstacle = (
@@ -67,8 +66,8 @@ def store_needs(run: RunFile) -> StoreNeeds:
                 f"the log-probs of the run {run.document.file} were to be looked for, but what it needs cannot be "
                 f"listed: {obstacle}. Name a run over data with an end and a reference that stays."
             )
-        layout = trainer.data_collator
-        assert isinstance(layout, PaddedLayout | SharedLayout)
+        layout = layout_of(trainer.data_collator)
+        assert layout is not None, "a run file names no data collator"
         ids: set[ContentId] = set()
         for data in datasets.values():
             ids.update(Completions(data, layout, PairBatch.from_tensors, 1).ids())

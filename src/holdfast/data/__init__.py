@@ -1,1 +1,1 @@
-"""From files and rows to batches: load, read, tokenize, prepare, lay out. Each module does one of these."""
+"""From files to batches: `load`, `formats`, `tokenize`, `prepare`, then a layout of `layouts`. Each does one step."""

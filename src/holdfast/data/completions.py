@@ -1,9 +1,11 @@
-"""What a reference is to score ahead: the completions of a dataset, each once, in batches of like length.
+"""What a reference scores ahead of training: the completions of a dataset, each once, in batches of like length.
 
-A completion of many pairs is scored once. Completions are sorted by length and cut to a budget of tokens, so that
-little of a batch is padding; where the layout shares prompts, those of a prompt stay together. No batch is larger than
-the longest pairs would make the training's own, nor, on a CPU, than is of use there. That needs to know how rows are
-laid out; under a user's own data collator the batches are its pairs, in the order of the dataset.
+A completion of many pairs is scored once. Completions are sorted by length and cut into batches by a budget of tokens,
+so that little of a batch is padding; the completions of a prompt stay together where the layout shares prompts. No
+batch is larger than the longest pairs would make the training's own. On a CPU it is also no larger than is of use.
+
+All this needs to know how rows are laid out. Under a user's own data collator the batches are its pairs, in the order
+of the dataset, and a completion of many pairs is scored as often.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,41 +17,43 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import ContentId, PairBatch
-from holdfast.data.formats import REFERENCE_COLUMNS
-from holdfast.data.layouts.padded import DataCollatorForPreference, PaddedLayout, Row, content_of, truncated_rows
-from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.choose import layout_of
+from holdfast.data.layouts.rows import Row, content_of
 
-Blocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
-"""From all ids to those that are to be scored now, block by block; the next is asked for when one is done."""
-Missing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
-"""Those of the ids that are not known yet."""
+ChooseBlocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
+"""Takes all content ids and returns those to be scored, block by block. A block is asked for when the one before is
+scored."""
+FindMissing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
+"""Takes content ids and returns those whose log-probs are not known yet."""
+
+CPU_TOKENS = 3_200
+"""Tokens of a batch on a CPU, which gains nothing by larger matrices. A prompt with one completion may have more."""
 
 _ROWS_AT_A_TIME = 1_000
 
-CPU_TOKENS = 3_200
-"""On a CPU, the tokens of a batch (more where a prompt with a completion has more), which gains nothing by larger
-matrices."""
 
+class CompletionsToScore(Protocol):
+    """The completions of a dataset that a reference scores ahead."""
 
-class Pending(Protocol):
-    """Data that a reference scores ahead."""
-
-    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
-        """The batches to be scored; the next is asked for when one is done."""
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+        """The batches to be scored; the next is asked for when one is scored."""
         ...
 
     def num_completions(self) -> int:
         """How many completions there are."""
         ...
 
-    def given(self) -> "Iterator[GivenSum]":
-        """The log-prob sums that the data bring along, of both completions of every pair, or none at all."""
+    def user_logps(self) -> "Iterator[UserLogp]":
+        """The log-probs in the dataset's own columns, of both completions of every pair; nothing without columns."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GivenSum:
-    """What a row of a dataset says the log-prob of a completion of `num_tokens` tokens is (nats; not checked)."""
+class UserLogp:
+    """What a user's dataset says the log-prob of a completion of `num_tokens` tokens is (a sum in nats, not checked).
+    `where` names the row and column."""
 
     content: ContentId
     num_tokens: int
@@ -59,100 +63,112 @@ class GivenSum:
 
 @final
 class Completions:
-    """The completions of `dataset`, truncated and laid out by `layout`. `pair_batch` makes a batch of what a layout
-    gives; `num_pairs` is how many pairs a batch of the training has, and `most_tokens` bounds those of a batch here."""
+    """The distinct completions of `dataset`, cut and laid out by `layout`.
+
+    `pair_batch` makes a batch of what a layout returns. `num_pairs` is how many pairs a batch of the training has;
+    `most_tokens` bounds the tokens of a batch.
+    """
 
     def __init__(
         self,
         dataset: Dataset,
-        layout: PaddedLayout | SharedLayout,
+        layout: Layout,
         pair_batch: Callable[[Mapping[str, Any]], PairBatch],
         num_pairs: int,
         most_tokens: int | None = None,
     ) -> None:
-        self._dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-        self._columns = dataset.select_columns(_given_columns(dataset))
+        self._pairs = dataset.select_columns(list(TOKENIZED_COLUMNS))
+        self._logps = dataset.select_columns(_reference_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
         self._num_pairs = num_pairs
         self._most_tokens = most_tokens
-        self._places: dict[ContentId, _Place] | None = None
+        self._by_content: dict[ContentId, _Completion] | None = None
 
     def num_completions(self) -> int:
-        """Unlike ones."""
-        return len(self._found())
+        """How many distinct completions there are."""
+        return len(self._completions())
 
     def ids(self) -> Iterable[ContentId]:
-        """Of the unlike ones."""
-        return self._found()
+        """The content ids of the distinct completions."""
+        return self._completions()
 
-    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
-        """See `Pending.batches`: what `blocks` asks for, the longest first."""
-        places = self._found()
-        budget = 2 * self._num_pairs * max(place.length for place in places.values())
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+        """See `CompletionsToScore.batches`: all that `blocks` chooses, the longest first."""
+        completions = self._completions()
+        budget = 2 * self._num_pairs * max(completion.length for completion in completions.values())
         budget = min(budget, self._most_tokens or budget)
-        for block in blocks(self._order(places)):
-            for group in _within(budget, [places[key] for key in block], self._layout):
+        for block in blocks(self._order(completions)):
+            for group in _groups([completions[key] for key in block], budget, self._layout):
                 yield self._pair_batch(self._layout.of_completions(self._rows(group)))
 
-    def _order(self, places: "dict[ContentId, _Place]") -> list[ContentId]:
-        """The longest first, each with the others of its prompt where they are laid out together."""
-        if not _shares(self._layout):
-            return sorted(places, key=lambda key: (-places[key].length, key))
+    def _order(self, completions: "Mapping[ContentId, _Completion]") -> list[ContentId]:
+        """The longest completion first, each with the others of its prompt where the layout shares prompts."""
+        if not self._layout.shares_prompts:
+            return sorted(completions, key=lambda key: (-completions[key].length, key))
         longest: dict[int, int] = {}
-        for place in places.values():
-            longest[place.prompt] = max(place.length, longest.get(place.prompt, 0))
-        return sorted(
-            places, key=lambda key: (-longest[places[key].prompt], places[key].prompt, -places[key].length, key)
-        )
+        for completion in completions.values():
+            longest[completion.prompt] = max(completion.length, longest.get(completion.prompt, 0))
 
-    def given(self) -> Iterator[GivenSum]:
-        """See `Pending.given`: what the columns `ref_chosen_logps` and `ref_rejected_logps` hold."""
-        if not self._columns.column_names:
+        def rank(key: ContentId) -> tuple[int, int, int, ContentId]:
+            completion = completions[key]
+            return -longest[completion.prompt], completion.prompt, -completion.length, key
+
+        return sorted(completions, key=rank)
+
+    def user_logps(self) -> Iterator[UserLogp]:
+        """See `CompletionsToScore.user_logps`: the columns `ref_chosen_logps` and `ref_rejected_logps`."""
+        if not self._logps.column_names:
             return
-        columns = [self._columns[name][:] for name in REFERENCE_COLUMNS]
-        for start in range(0, len(self._dataset), _ROWS_AT_A_TIME):
-            for side, index, row in self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._dataset)))):
-                yield GivenSum(
-                    content=content_of(row),
-                    num_tokens=len(row.ids) - max(row.num_prompt, 1),
-                    value=columns[side][index],
-                    where=f"row {index} of {REFERENCE_COLUMNS[side]!r}",
-                )
+        columns = [self._logps[name][:] for name in REFERENCE_COLUMNS]
+        for side, index, row in self._all_rows():
+            yield UserLogp(
+                content=content_of(row),
+                num_tokens=len(row.ids) - max(row.num_prompt, 1),
+                value=columns[side][index],
+                where=f"row {index} of {REFERENCE_COLUMNS[side]!r}",
+            )
 
-    def _found(self) -> "dict[ContentId, _Place]":
-        if self._places is None:
-            self._places = {}
-            for start in range(0, len(self._dataset), _ROWS_AT_A_TIME):
-                for side, index, row in self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._dataset)))):
-                    place = _Place(
-                        index=index,
-                        side=side,
-                        length=len(row.ids),
-                        num_prompt=row.num_prompt,
-                        prompt=xxhash.xxh3_64_intdigest(row.ids[: row.num_prompt].tobytes()),
-                    )
-                    self._places.setdefault(content_of(row), place)
-        return self._places
+    def _completions(self) -> "dict[ContentId, _Completion]":
+        """The distinct completions by content id; the dataset is read once for them."""
+        if self._by_content is None:
+            self._by_content = {}
+            for side, index, row in self._all_rows():
+                completion = _Completion(
+                    index=index,
+                    side=side,
+                    length=len(row.ids),
+                    num_prompt=row.num_prompt,
+                    prompt=xxhash.xxh3_64_intdigest(row.ids[: row.num_prompt].tobytes()),
+                )
+                self._by_content.setdefault(content_of(row), completion)
+        return self._by_content
+
+    def _all_rows(self) -> Iterator[tuple[int, int, Row]]:
+        """See `_sides`, for all pairs."""
+        for start in range(0, len(self._pairs), _ROWS_AT_A_TIME):
+            yield from self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._pairs))))
 
     def _sides(self, indices: Sequence[int]) -> Iterator[tuple[int, int, Row]]:
-        """(0 for chosen or 1 for rejected, index, row) of both completions of each of these pairs."""
-        table = self._dataset[list(indices)]
+        """(side, index, row) of both completions of each of these pairs; the side is 0 for chosen, 1 for rejected."""
+        table = self._pairs[list(indices)]
         pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        rows = truncated_rows(pairs, self._layout.max_length, self._layout.truncation_mode)
-        for place, row in enumerate(rows):
-            yield place // len(indices), indices[place % len(indices)], row
+        for number, row in enumerate(self._layout.truncated(pairs)):
+            yield number // len(indices), indices[number % len(indices)], row
 
-    def _rows(self, places: "Sequence[_Place]") -> list[Row]:
-        indices = sorted({place.index for place in places})
+    def _rows(self, completions: "Sequence[_Completion]") -> list[Row]:
+        indices = sorted({completion.index for completion in completions})
         rows = {(side, index): row for side, index, row in self._sides(indices)}
-        return [rows[place.side, place.index] for place in places]
+        return [rows[completion.side, completion.index] for completion in completions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where a completion stands in the dataset, its tokens, prompt included, and those of the prompt, with a number
-    that is another for another prompt (if not, batches are larger than they should be)."""
+class _Completion:
+    """A completion by its row in the dataset and its side (0 for chosen, 1 for rejected).
+
+    `length` and `num_prompt` count tokens, those of the prompt in both. `prompt` is a hash of the prompt; if two
+    prompts had the same, a batch would be larger than it should be, and no number would be wrong.
+    """
 
     index: int
     side: int
@@ -161,48 +177,48 @@ class _Place:
     prompt: int
 
 
-def _shares(layout: PaddedLayout | SharedLayout) -> bool:
-    return isinstance(layout, SharedLayout) and layout.shares_prompts
-
-
-def _within(budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout) -> "Iterator[list[_Place]]":
-    """`places` in groups that take at most `budget` tokens in rows of `layout`, padding included."""
-    group: list[_Place] = []
+def _groups(completions: "Sequence[_Completion]", budget: int, layout: Layout) -> "Iterator[list[_Completion]]":
+    """The completions in groups, each of which takes at most `budget` tokens in rows of `layout`, padding included."""
+    group: list[_Completion] = []
     num_tokens = longest = 0
-    for together, size in _together(budget, places, layout):
-        longest = max(longest, together[0].length)
-        if group and (longest * (len(group) + 1) if isinstance(layout, PaddedLayout) else num_tokens + size) > budget:
+    for unit, unit_tokens in _units(completions, budget, layout):
+        longest = max(longest, unit[0].length)
+        needed = layout.tokens_in_rows(
+            num_tokens=num_tokens + unit_tokens, num_sequences=len(group) + len(unit), longest=longest
+        )
+        if group and needed > budget:
             yield group
-            group, num_tokens, longest = [], 0, together[0].length
-        group += together
-        num_tokens += size
+            group, num_tokens, longest = [], 0, unit[0].length
+        group += unit
+        num_tokens += unit_tokens
     if group:
         yield group
 
 
-def _together(
-    budget: int, places: "Sequence[_Place]", layout: PaddedLayout | SharedLayout
-) -> "Iterator[tuple[list[_Place], int]]":
-    """`places` one by one; or those of one prompt at once, where that is computed once, unless they are too many. With
-    the tokens that they take."""
-    together: list[_Place] = []
+def _units(
+    completions: "Sequence[_Completion]", budget: int, layout: Layout
+) -> "Iterator[tuple[list[_Completion], int]]":
+    """What stays in one group, with its tokens: one completion, or where the layout shares prompts as many completions
+    of a prompt as the budget allows."""
+    unit: list[_Completion] = []
     num_tokens = 0
-    for place in places:
-        is_prompt_there = _shares(layout) and bool(together) and together[-1].prompt == place.prompt
-        size = place.length - (place.num_prompt if is_prompt_there else 0)
-        if together and not (is_prompt_there and num_tokens + size <= budget):
-            yield together, num_tokens
-            together, num_tokens, size = [], 0, place.length
-        together.append(place)
+    for completion in completions:
+        has_prompt = layout.shares_prompts and bool(unit) and unit[-1].prompt == completion.prompt
+        size = completion.length - (completion.num_prompt if has_prompt else 0)
+        if unit and not (has_prompt and num_tokens + size <= budget):
+            yield unit, num_tokens
+            unit, num_tokens, size = [], 0, completion.length
+        unit.append(completion)
         num_tokens += size
-    if together:
-        yield together, num_tokens
+    if unit:
+        yield unit, num_tokens
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class CollatedPairs:
-    """`collate` of every `size` rows of this process's share of `dataset`: where only a collator knows the rows."""
+class PairsInOrder:
+    """The pairs of this process's share of `dataset`, `size` at a time, where only a user's collator knows the rows.
+    `collate` makes a batch of rows of the dataset."""
 
     dataset: Dataset
     size: int
@@ -210,70 +226,83 @@ class CollatedPairs:
     accelerator: Accelerator
 
     def num_completions(self) -> int:
-        """Two a pair of this process's share."""
-        return 2 * len(self._rows())
+        """Two for each pair of this process's share."""
+        return 2 * len(self._share())
 
-    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
-        """See `Pending.batches`; a batch comes whole where any of it is missing."""
-        rows = self._rows()
-        for start in rows[:: self.size]:
-            stop = min(start + self.size, rows.stop)
-            batch = self.collate([self.dataset[row] for row in range(start, stop)])
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+        """See `CompletionsToScore.batches`; a batch comes whole where any of it is missing."""
+        share = self._share()
+        for start in share[:: self.size]:
+            stop = min(start + self.size, share.stop)
+            batch = self.collate([self.dataset[index] for index in range(start, stop)])
             batch.check_identified()
             if missing(batch.content_ids()):
                 yield batch
 
-    def given(self) -> Iterator[GivenSum]:
-        """None. ValueError where the dataset has the columns: of what they are the log-probs cannot be known."""
-        if columns := _given_columns(self.dataset):
+    def user_logps(self) -> Iterator[UserLogp]:
+        """Nothing. ValueError where the dataset has the columns, since a collator cuts the rows to unknown lengths."""
+        if columns := _reference_columns(self.dataset):
             raise ValueError(
                 f"the dataset brings reference log-probs along, in the columns {columns}, but how its rows are cut is "
                 "up to a data collator of your own. Drop the columns, or leave `data_collator` out."
             )
         return iter(())
 
-    def _rows(self) -> range:
-        share = -(-len(self.dataset) // self.accelerator.num_processes)
-        first = min(self.accelerator.process_index * share, len(self.dataset))
-        return range(first, min(first + share, len(self.dataset)))
+    def _share(self) -> range:
+        num_rows = -(-len(self.dataset) // self.accelerator.num_processes)
+        first = min(self.accelerator.process_index * num_rows, len(self.dataset))
+        return range(first, min(first + num_rows, len(self.dataset)))
 
 
-def _given_columns(dataset: Dataset) -> list[str]:
+def _reference_columns(dataset: Dataset) -> list[str]:
     return [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
 
 
-def pending(
-    dataset: Dataset,
-    size: int,
-    collator: Any,
-    pair_batch: Callable[[Mapping[str, Any]], PairBatch],
-    collate: Callable[[list[dict[str, Any]]], PairBatch],
-    accelerator: Accelerator,
-) -> Pending:
-    """What of `dataset` is to be scored, in batches of about `size` pairs, under the data collator of the run."""
-    if type(collator) is DataCollatorForPreference:
-        options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
-        collator = PaddedLayout(collator.pad_token_id, *options)
-    if isinstance(collator, PaddedLayout | SharedLayout):
-        most_tokens = CPU_TOKENS if accelerator.device.type == "cpu" else None
-        return Completions(dataset, collator, pair_batch, size, most_tokens)
-    return CollatedPairs(dataset, size, collate, accelerator)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How a run makes its batches: `collator` is the run's data collator, `pair_batch` makes a batch of what a collator
+    returns, and `collate` makes one of rows of a dataset."""
+
+    collator: Any
+    pair_batch: Callable[[Mapping[str, Any]], PairBatch]
+    collate: Callable[[list[dict[str, Any]]], PairBatch]
+    accelerator: Accelerator
 
 
-def all_pending(datasets: Mapping[str, Any], args: Any, *how: Any) -> dict[str, Pending]:
-    """`pending` of those of the datasets that have an end, in batches as large as `args` (`DPOConfig`) says; a stream
-    is not read ahead of its turn."""
-    sizes = {"train": args.per_device_train_batch_size}
-    given, otherwise = args.precompute_ref_batch_size, args.per_device_eval_batch_size
+class BatchSizes(Protocol):
+    """The options of a run (`DPOConfig`) that say how many pairs a batch has."""
+
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    precompute_ref_batch_size: int | None
+
+
+def to_score(dataset: Dataset, num_pairs: int, batching: Batching) -> CompletionsToScore:
+    """The completions of `dataset`, in batches of about `num_pairs` pairs, under the data collator of the run."""
+    if (layout := layout_of(batching.collator)) is not None:
+        most_tokens = CPU_TOKENS if batching.accelerator.device.type == "cpu" else None
+        return Completions(dataset, layout, batching.pair_batch, num_pairs, most_tokens)
+    return PairsInOrder(dataset, num_pairs, batching.collate, batching.accelerator)
+
+
+def all_to_score(datasets: Mapping[str, Any], sizes: BatchSizes, batching: Batching) -> dict[str, CompletionsToScore]:
+    """The completions of each dataset that has an end, by the dataset's name; a stream is not read ahead of its turn.
+    `datasets` has the training data as "train"."""
     return {
-        name: pending(part, given or sizes.get(name, otherwise), *how)
-        for name, part in datasets.items()
-        if isinstance(part, Dataset)
+        name: to_score(dataset, _num_pairs(name, sizes), batching)
+        for name, dataset in datasets.items()
+        if isinstance(dataset, Dataset)
     }
 
 
-def by_name(datasets: Any, name: str = "eval") -> dict[str, Any]:
-    """One dataset, a dict of them or None as a dict of names."""
+def _num_pairs(name: str, sizes: BatchSizes) -> int:
+    own = sizes.per_device_train_batch_size if name == "train" else sizes.per_device_eval_batch_size
+    return sizes.precompute_ref_batch_size or own
+
+
+def datasets_by_name(datasets: Any, name: str = "eval") -> dict[str, Any]:
+    """One dataset, a dict of datasets or None, as a dict of datasets by name. One dataset has the name `name`."""
     if datasets is None:
         return {}
     return {str(key): part for key, part in datasets.items()} if isinstance(datasets, Mapping) else {name: datasets}

@@ -1,8 +1,8 @@
 """The date that chat templates print: one for the whole run, so that a row has the same token ids tomorrow.
 
-Many templates print the day with `strftime_now`, which transformers answers from the clock. Here it is answered with
-the run's date: `template_date`, or the day on which the run began, which its checkpoints record. Given up: the time of
-day, which is midnight.
+Many templates print the day with `strftime_now`, which transformers computes from the clock. Here a macro of that name
+is put before the template, and prints the run's date: `template_date`, or the day on which the run began, which its
+checkpoints record. Given up: the time of day, which is always midnight.
 """
 
 import json
@@ -16,12 +16,14 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.columns import CHOSEN_IDS
+
 FUNCTION = "strftime_now"
 """What a template calls to print the date."""
 
 _LETTERS, _FLAGS = string.ascii_letters, "-_0^#"
 
-# No white space comes of it: the newline after a block belongs to the block, as in all chat templates.
+# The macro prints no white space: the newline after a block belongs to the block, as in all chat templates.
 _MACRO = """{%%- macro %(function)s(format) -%%}
 {%%- set parts = namespace(done=[]) -%%}
 {%%- for part in format.split('%%%%') -%%}
@@ -37,12 +39,12 @@ _MACRO = """{%%- macro %(function)s(format) -%%}
 
 
 def today() -> str:
-    """The date of the clock, as YYYY-MM-DD."""
+    """Today's date as YYYY-MM-DD, by the machine's clock."""
     return date.today().isoformat()
 
 
 def check_date(template_date: Any) -> None:
-    """ValueError for what is no date."""
+    """Nothing; raises ValueError where `template_date` is not a date as YYYY-MM-DD."""
     try:
         is_date = date.fromisoformat(template_date).isoformat() == template_date
     except (TypeError, ValueError):
@@ -55,11 +57,11 @@ def check_date(template_date: Any) -> None:
 
 
 @lru_cache
-def dated(template: str, template_date: str) -> str:
-    """The chat template, in which `strftime_now` prints that date; one that does not call it as it is.
+def template_with_date(template: str, template_date: str) -> str:
+    """The chat template, in which `strftime_now` prints that date. A template that does not call it stays as it is.
 
-    A macro is put before it that takes the name, since transformers lets no function in beside its own. It is computed
-    from what `strftime` gives for each directive.
+    A macro takes the function's name, since transformers passes no functions to templates but its own. It replaces each
+    directive (`%Y`, `%-d`) by what `strftime` gives for it.
     """
     if FUNCTION not in template:
         return template
@@ -79,15 +81,15 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def date_of_run(
     tokenizer: PreTrainedTokenizerBase, asked: str | None, recorded: str | None, datasets: Iterable[Any]
 ) -> str | None:
-    """The date that the templates of a run print, on all processes: the one that was asked for, the one that the
-    checkpoint records which the run is to go on from, or today's; None where none is printed.
+    """The date that the templates of a run print, the same on all processes; None where none prints a date.
 
-    ValueError where one was asked for and none is printed.
+    It is the date that was `asked` for, else the one `recorded` in the checkpoint that the run resumes from, else
+    today's. Raises ValueError where a date was asked for and none is printed.
     """
     parts = [part for data in datasets for part in (data.values() if isinstance(data, Mapping) else [data])]
     if prints_date(tokenizer) and any(map(_has_messages, parts)):
-        found = [asked or recorded or today()]  # midnight may pass between two processes
-        return broadcast_object_list(found)[0]
+        date_of_main = [asked or recorded or today()]  # midnight may pass between two processes
+        return broadcast_object_list(date_of_main)[0]
     if asked is not None:
         why = "the rows hold no messages" if prints_date(tokenizer) else f"the chat template does not call `{FUNCTION}`"
         raise ValueError(f"template_date={asked!r} was asked for, but no date is printed: {why}. Drop template_date.")
@@ -99,4 +101,4 @@ def _has_messages(dataset: Any) -> bool:
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
     row = next(iter(dataset), None) or {}
-    return "chosen_ids" not in row and isinstance(row.get("chosen"), list)
+    return CHOSEN_IDS not in row and isinstance(row.get("chosen"), list)

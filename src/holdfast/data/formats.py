@@ -1,9 +1,10 @@
 """One dataset row -> one `Preference`, or a `ValueError` that says which column is wrong, how, and what to do.
 
-Every row is looked at by itself, so a dataset that changes its format halfway is read right or refused, never
-tokenized as if it were what its first row was. Arrow gives every message of a column the same keys and fills in None;
-such keys are dropped here at every depth, because chat templates ask whether a key exists, or print it. Given up:
-images, and guessing what a row of mixed text and messages might have meant.
+Each row is read by itself. A dataset that changes its format halfway is read right or refused; it is never tokenized
+as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
+dropped here at every depth, because chat templates ask whether a key exists, or print it.
+
+Given up: images, and guessing what a row of mixed text and messages might have meant.
 """
 
 import json
@@ -12,14 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from holdfast.data.columns import (
+    IMAGE_COLUMNS,
+    REFERENCE_COLUMNS,
+    TEMPLATE_KWARGS,
+    TEXT_COLUMNS,
+    TOKENIZED_COLUMNS,
+    TOOLS,
+)
+
 Message = dict[str, Any]
 Side = str | list[Message]
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
 
-TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-IMAGE_COLUMNS = ("image", "images")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "return_tensors", "tokenize"}
 )
@@ -44,7 +50,7 @@ class Preference:
 
 
 def check_columns(columns: Iterable[str]) -> ColumnKind:
-    """Which of the three accepted sets of columns is there: token ids, or an explicit or an implicit prompt.
+    """Which of the three sets of columns is there: token ids, an explicit prompt, or an implicit prompt.
 
     Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
     other token ids, and when none of the sets is complete.
@@ -78,7 +84,7 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
 
 
 def read_preference(row: Mapping[str, Any]) -> Preference:
-    """The preference in a row of text or messages; a missing prompt is what `chosen` and `rejected` both begin with.
+    """The preference in a row of text or messages. Without a prompt, it is what `chosen` and `rejected` begin with.
 
     Raises `ValueError` naming the column, what was found in it and what to do; the caller adds the row's number.
     """
@@ -93,9 +99,9 @@ def read_preference(row: Mapping[str, Any]) -> Preference:
         )
     if kind == "implicit":
         sides = _with_prompt(sides["chosen"], sides["rejected"])
-    tools, template_kwargs = _read_tools(row.get("tools")), _read_template_kwargs(row.get("chat_template_kwargs"))
+    tools, template_kwargs = _read_tools(row.get(TOOLS)), _read_template_kwargs(row.get(TEMPLATE_KWARGS))
     if isinstance(sides["chosen"], str) and (tools or template_kwargs):
-        column = "tools" if tools else "chat_template_kwargs"
+        column = TOOLS if tools else TEMPLATE_KWARGS
         raise ValueError(
             f"the column {column!r} is for a chat template, which needs messages; found text. Drop the column, or "
             "give `prompt`, `chosen` and `rejected` as lists of messages."
@@ -150,17 +156,17 @@ def _read_side(value: Any, column: str) -> Side:
     return [_read_message(message, f"message {i} of the column {column!r}") for i, message in enumerate(value)]
 
 
-def _read_message(message: Any, place: str) -> Message:
+def _read_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(
-            f"{place} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row or drop "
+            f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row or drop "
             'it; a message looks like {"role": "user", "content": "Hello"}.'
         )
     content = message.get("content")
     is_tool_call = content is None and bool(message.get("tool_calls"))
     if not is_tool_call and not isinstance(content, str) and not _is_text_parts(content):
         raise ValueError(
-            f"{place} must have text, or a list of parts of type 'text', as its 'content'; found {_show(content)}. "
+            f"{where} must have text, or a list of parts of type 'text', as its 'content'; found {_show(content)}. "
             "Correct the row or drop it; only text is supported."
         )
     return _without_none(message)
@@ -176,7 +182,7 @@ def _is_text_parts(content: Any) -> bool:
 
 
 def _read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row, None when there are none: some templates announce tools for an empty list, too."""
+    """The tools of a row; None for an empty list, for which some templates announce tools."""
     tools = value
     if isinstance(value, str):
         try:
@@ -193,7 +199,7 @@ def _read_tools(value: Any) -> list[dict[str, Any]] | None:
             f"the column 'tools' must hold a list of tools (dicts) or that list as JSON; found {_show(value)}. "
             "Correct the row."
         )
-    # A null that stands in JSON text is meant; one in a column of dicts comes from arrow.
+    # A null in JSON text is the user's own; a None in a column of dicts comes from arrow.
     return tools if isinstance(value, str) else _without_none(tools)
 
 

@@ -1,12 +1,12 @@
-"""What a user's own data collator gives a model beside the token ids, taken into the content ids of the completions.
+"""A user's own data collator: what it returns is made a complete batch, whose content ids cover all of its inputs.
 
-A stored log-prob is found by its completion's content id, so that must cover every input that the number depends on:
-positions, token types, the pixels of an image. A tensor with a row for each completion is such an input, and so are
-plain settings. Of any other tensor nobody can tell which completion it belongs to; its name is passed on, and a
-reference that keeps log-probs refuses it.
+A stored log-prob is found by its completion's content id, so the id must cover every model input that the number
+depends on: positions, token types, the pixels of an image. A tensor with a row for each completion is such an input,
+and so are plain settings. Of any other tensor nobody can tell which completion it belongs to. Its name is passed on as
+unidentified, and a reference that stores log-probs refuses it.
 
-Also here: rows that are padded on the left get their positions, so that no number depends on how long the neighbours
-of a row are.
+Rows that are padded on the left get their positions here, so that no number depends on how long a row's neighbours are.
+Given up: reading a user's inputs on the device; they are hashed in host memory.
 """
 
 import hashlib
@@ -19,19 +19,32 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import HOST_SEQUENCES
-from holdfast.data.layouts.padded import POSITION_KEYS
+from holdfast.data.layouts.choose import layout_of
+from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import SEGMENTS
 
 UNIDENTIFIED = "unidentified_inputs"
-"""Where a batch names its inputs that no content id covers."""
+"""The key under which a batch names the inputs that no content id covers."""
 
 _COVERED = frozenset({"input_ids", "attention_mask", "reference_logps", HOST_SEQUENCES, *POSITION_KEYS})
 _PLAIN = (str, int, float, bool, type(None))
 
 
-def identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
-    """A batch of a user's collator, with content ids that cover all of its inputs; `unidentified_inputs` names those
-    that they cannot cover. With `takes_positions` the model is told positions where rows are padded on the left."""
+def complete_batch(tensors: Mapping[str, Any], collator: Any, causal_lm: Any) -> dict[str, Any]:
+    """All tensors that `PairBatch.from_tensors` takes, from what the data collator of a run returned.
+
+    A layout's own batch is complete already. To that of any other collator, which positions count and what identifies
+    the completions are added, and `causal_lm` is told positions where it takes them.
+    """
+    batch = with_positions(tensors)
+    if layout_of(collator) is not None:
+        return batch
+    return with_inputs_identified(batch, takes_positions=takes_positions(causal_lm))
+
+
+def with_inputs_identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
+    """A batch of a user's collator, with content ids that cover its inputs. `unidentified_inputs` names the inputs that
+    they cannot cover. With `takes_positions`, rows that are padded on the left get `position_ids`."""
     batch = dict(tensors)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     attended = mask.bool()
@@ -58,7 +71,7 @@ def identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str
 
 
 def _rows_of_sequences(batch: Mapping[str, Any], num_columns: int) -> list[int] | None:
-    """The row of each sequence; None where rows hold several, so that no row is one sequence's own."""
+    """The row of each sequence; None where a row holds several sequences."""
     num_sequences = len(batch["content"])
     rows = torch.zeros(num_sequences, dtype=torch.int64)
     rows[batch["sequence"].cpu()] = (batch["source"] // num_columns).cpu()
@@ -76,8 +89,10 @@ def _in_host_memory(value: Any) -> Any:
 
 
 def _of_row(name: str, value: Any, row: int, attended: np.ndarray) -> bytes:
-    """What a row has of an input, as bytes: of a value for each token those that are attended. Nothing, where the model
-    would take the same by itself."""
+    """A row's own values of an input, as bytes; of an input with a value for each token, those of attended tokens.
+
+    Empty where the model would use the same value without being told: None, and positions that count from 0.
+    """
     if not isinstance(value, Tensor):
         return b"" if value is None else repr(value).encode()
     own = value[row]
@@ -90,12 +105,12 @@ def _of_row(name: str, value: Any, row: int, attended: np.ndarray) -> bytes:
 
 
 def _extended(content: list[int], inputs: list[tuple[str, bytes]]) -> list[int]:
-    """A content id that covers these inputs as well; the same where there is nothing of them."""
-    told = [(name, value) for name, value in inputs if value]
-    if not told:
+    """A content id that covers these inputs as well; the same id where all of them are empty."""
+    not_empty = [(name, value) for name, value in inputs if value]
+    if not not_empty:
         return content
     state = hashlib.blake2b(np.array(content, dtype="<i8").tobytes(), digest_size=16)
-    for name, value in told:
+    for name, value in not_empty:
         state.update(f"{name} {len(value)} ".encode() + value)
     raw = state.digest()
     return [int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)]

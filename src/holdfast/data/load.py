@@ -1,9 +1,11 @@
 """A path or a name -> a dataset, through the `datasets` library, with errors that name the file and the line.
 
-JSON files are read once before `datasets` reads them, because that library reports a malformed line as a byte offset
-in some chunk, or not at all (a line `null` becomes a row of None, two objects in a line become two rows). CSV columns
-are read as text, so that an answer "42" or "NA" stays what it is. Given up: the time of that first reading (about a
-second for 200 MB), and folders that mix formats, of which `datasets` would read only one.
+JSON files are read once before `datasets` reads them. That library reports a malformed line as a byte offset in some
+chunk, or not at all: a line `null` becomes a row of None, and two objects in a line become two rows. CSV columns are
+read as text, so that an answer "42" or "NA" stays what it is.
+
+Given up: the time of that first reading (about a second for 200 MB), and folders of several formats, of which
+`datasets` would read only one.
 """
 
 import csv
@@ -54,9 +56,9 @@ def load_preferences(
 
 
 def check_json(path: Path, *, encoding: str = "utf-8-sig") -> None:
-    """Nothing; raises `ValueError` with file, line and column if `path` is not JSON objects: a line each, or one array.
+    """Nothing; raises `ValueError` with file, line and column if the file does not hold JSON objects.
 
-    A file that is one object (on several lines, or of one row) passes, too.
+    They stand one a line or in one array. A file that is one object on several lines passes, too.
     """
     with path.open("rb") as file:
         numbered = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, start=1) if line.strip(_BLANK))
@@ -90,10 +92,10 @@ def _parsed(text: bytes, path: Path, number: int, encoding: str) -> Any:
         raise ValueError(_malformed(path, number + error.lineno - 1, error)) from error
 
 
-def _check_object(value: Any, place: str) -> None:
+def _check_object(value: Any, where: str) -> None:
     if not isinstance(value, dict):
         raise ValueError(
-            f'{place}: a row must be a JSON object such as {{"prompt": ..., "chosen": ..., "rejected": ...}}; found '
+            f'{where}: a row must be a JSON object such as {{"prompt": ..., "chosen": ..., "rejected": ...}}; found '
             f"{type(value).__name__} {str(value)[:60]}. Correct or remove it."
         )
 
@@ -179,7 +181,7 @@ def _load(path: Path, builder: str, options: dict[str, Any]) -> AnyDataset:
 
 
 def _checked_options(files: list[Path], builder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What to pass to `datasets.load_dataset`, after a look into the files for what it would not say."""
+    """The options of `datasets.load_dataset`. Raises `ValueError` for faults of the files that it would not report."""
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} must hold at least one row; found an empty file. Check how it was written.")

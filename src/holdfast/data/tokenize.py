@@ -1,8 +1,9 @@
-"""A `Preference` -> token ids, and what is decided from token ids alone: truncation, usability, the content id.
+"""A `Preference` -> token ids, and what follows from token ids alone: truncation and the content id.
 
-The prompt and both full texts are tokenized, three calls a row, because tokens may merge and templates may differ
-across the boundary: the completion begins where the full text leaves the tokenized prompt, so what is trained on is
-always the tokenization of the whole text. Given up: tokenizing the parts apart, which would be faster and wrong.
+The prompt and both full texts are tokenized, with three calls a row. Tokens may merge across the boundary, and a
+template may render a prompt alone in another way. So the completion begins where the full text leaves the tokenized
+prompt, and what is trained on is always the tokenization of the whole text. Given up: tokenizing prompt and completion
+apart, which would be faster and wrong.
 """
 
 import hashlib
@@ -14,17 +15,12 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.dates import dated
+from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
-PROMPT_FILLS = "prompt fills max_length"
-EMPTY_COMPLETION = "empty completion"
-EQUAL_COMPLETIONS = "chosen equals rejected"
-NOTHING_TO_PREDICT = "no token to predict"
-UNUSABLE_REASONS = (PROMPT_FILLS, EMPTY_COMPLETION, EQUAL_COMPLETIONS, NOTHING_TO_PREDICT)
 
 _PLACEHOLDER_TOKENS = ("image_token", "audio_token", "video_token")
 _Ids = TypeVar("_Ids", list[int], np.ndarray)
@@ -34,8 +30,8 @@ _Ids = TypeVar("_Ids", list[int], np.ndarray)
 class TokenizedPair:
     """Token ids of a prompt and its two completions, not truncated.
 
-    `cut_ids` is the end of the tokenized prompt that neither full text goes on with, and that was left out: empty when
-    the prompt is a prefix of both, as it should be.
+    `cut_ids` is the end of the tokenized prompt with which the full texts do not go on, and which was left out. It is
+    empty where the prompt is a prefix of both, as it should be.
     """
 
     prompt_ids: list[int]
@@ -53,10 +49,10 @@ def tokenize(
 ) -> TokenizedPair:
     """The token ids of a preference.
 
-    Text completions get the tokenizer's eos token unless they end with it; messages go through the chat template, which
-    ends them itself, the prompt with the generation prompt, and prints `template_date` where it prints a date (None is
-    today). Where the tokenized prompt is not a prefix of both full texts, the completions begin where one of them
-    leaves it, and the rest of the prompt is returned as `cut_ids`.
+    Text completions get the tokenizer's eos token unless they end with it. Messages go through the chat template, which
+    ends completions itself and prompts with the generation prompt; where it prints a date, that is `template_date`
+    (None is today's). Where the tokenized prompt is not a prefix of both full texts, the completions begin where one of
+    them leaves it, and the rest of the prompt is returned as `cut_ids`.
 
     Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see
     `check_tokenizer`), and when the chat template refuses the messages.
@@ -108,9 +104,9 @@ def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversatio
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Nothing; raises `ValueError` if the tokenizer can produce token ids that the model has no embedding for.
+    """Nothing; raises `ValueError` if the tokenizer has token ids for which the model has no embedding.
 
-    Placeholders for images, audio and video do not count: text-only versions of some models leave out their rows.
+    Placeholders for images, audio and video do not count: text-only versions of some models have no rows for them.
     """
     if len(tokenizer) <= vocab_size:
         return
@@ -140,35 +136,14 @@ def check_truncation(max_length: int | None, mode: str) -> None:
 
 
 def truncate(prompt_ids: _Ids, completion_ids: _Ids, max_length: int | None, mode: TruncationMode) -> tuple[_Ids, _Ids]:
-    """Prompt and completion cut to `max_length` tokens together: their end is cut (`keep_start`) or their start."""
+    """Prompt and completion cut to `max_length` tokens together, at their end (`keep_start`) or at their start."""
     excess = 0 if max_length is None else max(0, len(prompt_ids) + len(completion_ids) - max_length)
     if mode == "keep_start":
         from_completion = min(excess, len(completion_ids))
-        kept = len(prompt_ids) - (excess - from_completion)
-        return prompt_ids[:kept], completion_ids[: len(completion_ids) - from_completion]
+        num_prompt = len(prompt_ids) - (excess - from_completion)
+        return prompt_ids[:num_prompt], completion_ids[: len(completion_ids) - from_completion]
     from_prompt = min(excess, len(prompt_ids))
     return prompt_ids[from_prompt:], completion_ids[excess - from_prompt :]
-
-
-def unusable_reason(pair: TokenizedPair, max_length: int | None, mode: TruncationMode) -> str | None:
-    """Why nothing can be learned from a pair after truncation, one of `UNUSABLE_REASONS`; None if something can.
-
-    The first token of a sequence has no predecessor, so without a prompt a completion of one token predicts nothing.
-    """
-    if len(pair.chosen_ids) == 0 or len(pair.rejected_ids) == 0:
-        return EMPTY_COMPLETION
-    prompts, completions = zip(
-        truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode),
-        truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode),
-        strict=True,
-    )
-    if any(len(completion) == 0 for completion in completions):
-        return PROMPT_FILLS
-    if np.array_equal(*completions):
-        return EQUAL_COMPLETIONS
-    if any(len(prompt) + len(completion) < 2 for prompt, completion in zip(prompts, completions, strict=True)):
-        return NOTHING_TO_PREDICT
-    return None
 
 
 def content_id(
@@ -176,16 +151,16 @@ def content_id(
     completion_ids: Sequence[int] | np.ndarray,
     scored: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[int, int]:
-    """The 128-bit name of what a model is shown and asked: a prompt and a completion, after truncation.
+    """The 128-bit content id of a prompt and a completion after truncation, as two signed int64 to fit a tensor.
 
     BLAKE2b (RFC 7693) over both, each as int64 little-endian with its length in front, so that moving the boundary
-    changes the id; as two signed int64, to fit a tensor. `scored` marks the completion tokens that count (0 or 1 each);
-    leave it out when all do.
+    between them changes the id. `scored` marks the completion tokens that count (0 or 1 each); leave it out when all
+    count.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(np.asarray(part, dtype="<i8").tobytes())
+    for ids in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.asarray(ids, dtype="<i8").tobytes())
     raw = digest.digest()
     return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
 
@@ -201,7 +176,7 @@ def _render(
     options: dict[str, Any] = {"tools": preference.tools, **preference.chat_template_kwargs}
     if template_date is not None:
         template = processing_class.get_chat_template(options.get("chat_template"), options["tools"])
-        options["chat_template"] = dated(template, template_date)
+        options["chat_template"] = template_with_date(template, template_date)
     try:
         rendered: Any = processing_class.apply_chat_template(
             messages,

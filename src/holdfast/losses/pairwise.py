@@ -61,6 +61,7 @@ def ipo(inputs: LossInputs[DivergenceOptions]) -> Float[Tensor, "P"]:
 
 
 def _exo_objection(options: SmoothedDivergenceOptions) -> str | None:
+    """The labels' own probabilities are 1 - eps and eps, and the loss takes the log of both."""
     if options.label_smoothing == 0:
         return "takes the log of label_smoothing, got 0. Set 1e-3, as its paper recommends."
     return None

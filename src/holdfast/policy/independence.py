@@ -20,8 +20,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS
 from holdfast.data.inputs import takes_positions
-from holdfast.data.layouts.padded import PaddedLayout, Row
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.rows import Row
 from holdfast.policy.untouched import plain_attributes, untouched
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
@@ -120,8 +122,8 @@ def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tu
     Where the model takes rotary positions as an input, the longer row's last position is that of the longest row. So
     the batch need not be as long as that.
     """
-    ids = np.array([*row["prompt_ids"], *row["chosen_ids"]], dtype=np.int64)[:_NUM_TOKENS]
-    num_prompt = min(max(1, len(row["prompt_ids"])), len(ids) - 1)
+    ids = np.array([*row[PROMPT_IDS], *row[CHOSEN_IDS]], dtype=np.int64)[:_NUM_TOKENS]
+    num_prompt = min(max(1, len(row[PROMPT_IDS])), len(ids) - 1)
     longest = _longest_row(model) if length is None else length
     other = np.resize(ids[::-1], max(len(ids) + 1, min(longest, 2 * len(ids))))
     layout = PaddedLayout(int(ids[0]))

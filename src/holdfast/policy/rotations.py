@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.policy.untouched import plain_attributes
 from holdfast.scoring.causal_lm import unwrap
 
@@ -93,7 +94,7 @@ def _longest_pair(dataset: Any) -> int | None:
     """The number of tokens of the longest prompt with a completion in the data; None for a stream."""
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     longest = 0
     for rows in table.iter(1_000):
         prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.base import Captured, Moving, Scorer
 from holdfast.reference.identity import Identity
 from holdfast.reference.stored import PrecomputedReference
@@ -148,7 +148,7 @@ class Reference:
         """Whether log-probs are stored, and found there batch by batch."""
         return self.stored is not None and self.window is None
 
-    def prepare(self, datasets: Mapping[str, Pending]) -> None:
+    def prepare(self, datasets: Mapping[str, CompletionsToScore]) -> None:
         """Announces datasets that will be asked about. Log-probs that the user gave are taken over once a sample of
         them was found right. Where whole datasets are scored ahead, that is done here, and the scorer's memory let go.
 
@@ -162,7 +162,7 @@ class Reference:
             assert self.user_logps is not None
             self.user_logps.accept(name, sample, self.computed_logps, self._describe_computed())
 
-    def _store(self, stored: PrecomputedReference, datasets: Mapping[str, Pending]) -> None:
+    def _store(self, stored: PrecomputedReference, datasets: Mapping[str, CompletionsToScore]) -> None:
         if not stored.is_open:
             self._open(stored)
         stored.flush()

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.data.completions import Pending
+from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.identity import Identity
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
@@ -115,7 +115,9 @@ class PrecomputedReference:
             self._is_told = True
         return _of_batch(batch, new | known)
 
-    def fill(self, name: str, data: Pending, score: Callable[[PairBatch], SequenceLogps], scorer: str) -> None:
+    def fill(
+        self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps], scorer: str
+    ) -> None:
         """Scores every completion of the dataset `name` that is not stored yet. ValueError where a log-prob is not
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from holdfast.data.formats import REFERENCE_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.reference.reference import Reference
 from holdfast.reference.user_logps import UserLogps
 

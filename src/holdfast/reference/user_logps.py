@@ -19,8 +19,8 @@ from typing import ClassVar, final
 import torch
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.data.completions import Blocks, GivenSum, Missing, Pending
-from holdfast.data.formats import REFERENCE_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS
+from holdfast.data.completions import ChooseBlocks, CompletionsToScore, FindMissing, UserLogp
 from holdfast.reference.stored import on_device_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ NATS_PER_ROOT_TOKEN, NATS_PER_ROOT_TOKEN_HALF = 1e-3, 0.1
 """Accepted gap over the root of the number of tokens, in fp32 and in less: rounding differs in sign from token to
 token, and under bf16 or fp16 the shape of a batch alone moves single tokens by 0.1."""
 
-Sums = dict[ContentId, GivenSum]
+Sums = dict[ContentId, UserLogp]
 
 
 @final
@@ -65,7 +65,7 @@ class UserLogps:
         per_token = torch.where(logps.ranks() == 0, sums[batch.sequence], zeros)
         return SequenceLogps(per_token=per_token, sequence=batch.sequence, num_sequences=batch.num_sequences)
 
-    def samples(self, datasets: Mapping[str, Pending]) -> "dict[str, Sample]":
+    def samples(self, datasets: Mapping[str, CompletionsToScore]) -> "dict[str, Sample]":
         """What is to be compared of each dataset that brings sums along. ValueError where a value is no finite number,
         or a completion has two of them."""
         found = {name: self._read(name, data) for name, data in datasets.items()}
@@ -81,10 +81,10 @@ class UserLogps:
         """What they are, in one line; `computed` says what they were compared with."""
         return f"{len(self._sums)} log-prob sums that came with the data, compared with {computed}"
 
-    def _read(self, name: str, data: Pending) -> Sums:
+    def _read(self, name: str, data: CompletionsToScore) -> Sums:
         """The sums of a dataset by content id, the first where there are several."""
         sums: Sums = {}
-        for new in data.given():
+        for new in data.user_logps():
             if not isinstance(new.value, int | float) or not math.isfinite(new.value):
                 raise ValueError(
                     f"the {name} dataset brings reference log-probs along, which must be one finite number per "
@@ -111,7 +111,7 @@ class UserLogps:
     ) -> None:
         """Says what the gap is. ValueError where it is not one that rounding explains."""
         gaps: list[float] = []
-        worst: tuple[float, GivenSum, float] | None = None
+        worst: tuple[float, UserLogp, float] | None = None
         for batch in sample.batches(lambda ids: [ids], lambda ids: ids):
             for key, computed in zip(batch.content_ids(), logps(batch).sums().tolist(), strict=True):
                 gap = abs(sample.sums[key].value - computed)
@@ -143,18 +143,18 @@ class UserLogps:
 class Sample:
     """The completions of a dataset that are compared, and the sums that it brings along for all of them."""
 
-    data: Pending
+    data: CompletionsToScore
     sums: Sums
 
     def num_completions(self) -> int:
         """As many as are compared."""
         return min(self.data.num_completions(), NUM_LONGEST + NUM_RANDOM)
 
-    def batches(self, blocks: Blocks, missing: Missing) -> Iterator[PairBatch]:
-        """See `Pending.batches`."""
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+        """See `CompletionsToScore.batches`."""
         return self.data.batches(lambda ids: blocks(_spread(ids)), missing)
 
-    def given(self) -> Iterator[GivenSum]:
+    def user_logps(self) -> Iterator[UserLogp]:
         """None: these are to be scored."""
         return iter(())
 

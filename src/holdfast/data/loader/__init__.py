@@ -1,1 +1,1 @@
-"""The order in which pairs come, and what is known of where a run is in them."""
+"""The order in which pairs come, the rows that fill up last batches, and where in its data a run is."""

@@ -1,12 +1,12 @@
 """The pairs that fill up the last batches when several processes share a dataset, and how they are left out.
 
-All processes must make the same number of steps with batches of one size, so accelerate completes the last ones with
-rows that were there before. Such a pair must count for nothing, in the loss as in the metrics. Of a map-style dataset
-they are known by their place. A stream has no length, so it is filled up here, with pairs whose two completions are
-the same: `prepare_dataset` leaves none of those in.
+All processes must make the same number of steps with batches of one size, so accelerate completes the last batches with
+earlier rows. Such a filler must count for nothing, in the loss as in the metrics. In a map-style dataset fillers are
+known by their index. A stream has no length, so it is filled up here, with pairs whose two completions are equal;
+`prepare_dataset` leaves no such pairs in.
 
 Given up: a stream whose shards are read by one process each. Shards end at different times, so processes would wait
-for each other for ever. Instead every process reads the whole stream, and takes its own batches of it.
+for each other for ever. Instead every process reads the whole stream and takes its own batches of it.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
+from holdfast.data.columns import CHOSEN_IDS, REJECTED_IDS
 
 
 @final
-class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+class StreamWithFillers(torch.utils.data.IterableDataset[dict[str, Any]]):
     """The rows of `stream`, then as many fillers as make their number a multiple of `multiple`."""
 
     def __init__(self, stream: IterableDataset, multiple: int) -> None:
@@ -32,29 +33,29 @@ class FilledStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._multiple = multiple
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows."""
+        """The rows, then the fillers."""
         count, row = 0, {}
         for count, row in enumerate(self._stream, 1):  # noqa: B007
             yield row
         for _ in range(-count % self._multiple):
-            yield {**row, "rejected_ids": row["chosen_ids"]}
+            yield {**row, REJECTED_IDS: row[CHOSEN_IDS]}
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles a shuffled stream for this epoch."""
         self._stream.set_epoch(epoch)
 
 
-def filled(dataset: Any, batch_size: int, accelerator: Accelerator) -> Any:
-    """`dataset` as a data loader of several processes must have it: a stream filled up, anything else as it is."""
+def with_fillers(dataset: Any, batch_size: int, accelerator: Accelerator) -> Any:
+    """`dataset` for a data loader of several processes: a stream is filled up, anything else stays as it is."""
     if accelerator.num_processes == 1 or not isinstance(dataset, IterableDataset):
         return dataset
-    return FilledStream(dataset, batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
+    return StreamWithFillers(dataset, batch_size * (1 if accelerator.split_batches else accelerator.num_processes))
 
 
 def real_pairs(
     batch: PairBatch, accelerator: Accelerator, *, is_training: bool, drops_last: bool
 ) -> tuple[PairBatch, bool]:
-    """`batch` less the pairs that are fillers (which may leave none), and whether on any process it may have had some.
+    """The batch without its fillers, which may leave no pair; and whether it may have had fillers on any process.
 
     For the batch that came last from the active data loader. The rows of fillers stay among the inputs.
     """
@@ -63,19 +64,19 @@ def real_pairs(
 
 
 def _may_have_fillers(accelerator: Accelerator, is_training: bool, drops_last: bool) -> bool:
-    """One answer on all processes."""
+    """Whether the last batch may have fillers; the same answer on all processes."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.in_dataloader:
         return False
     if _is_stream(accelerator):
         return True
-    # All micro-batches of a step are fetched before the first is used: the last one is that at which gradients sync.
+    # All micro-batches of a step are fetched before the first is used. The last one is where gradients are synced.
     is_last = state.end_of_dataloader and (state.sync_gradients or not is_training)
     return is_last and accelerator.even_batches and not drops_last
 
 
 def _without_fillers(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
-    """For the last batch of a map-style dataset, or any one of a stream."""
+    """The batch without fillers: the last one of a map-style dataset, or any one of a stream."""
     if _is_stream(accelerator):
         keep: Any = (batch.content[batch.chosen] != batch.content[batch.rejected]).any(-1)
     else:
@@ -96,15 +97,21 @@ def rows_of_pairs(batch: PairBatch) -> Bool[Tensor, "R"]:
 
 
 def mean_over_processes(losses: Float[Tensor, "P"], accelerator: Accelerator) -> Float[Tensor, ""]:
-    """This process's part of the mean loss over the pairs of all processes, times their number: gradients are averaged
-    over processes, which gives the gradient of that mean however unlike the numbers of pairs are."""
+    """The sum of this process's losses over the mean number of pairs of a process.
+
+    Gradients are averaged over processes, so the result is the gradient of the mean loss over all pairs, even where
+    processes have unlike numbers of pairs.
+    """
     num_pairs: Any = accelerator.reduce(losses.new_full((), len(losses)), reduction="sum")
     return losses.sum() * accelerator.num_processes / num_pairs
 
 
 def gather_rows(values: Any, is_real: Bool[Tensor, "R"] | None, accelerator: Accelerator) -> Any:
-    """The batch's real rows from all processes: of a tensor [R ...] or a nest of them. A tensor of another length (the
-    loss, once per pair) goes accelerate's way, which would cut a last batch's *rows* to the number of its *pairs*."""
+    """The batch's real rows from all processes, of a tensor [R ...] or a nest of such tensors.
+
+    A tensor of another length (the loss, once per pair) is gathered by accelerate, which knows pairs only: it would cut
+    the *rows* of a last batch to the number of its *pairs*.
+    """
     if is_real is None or (isinstance(values, Tensor) and len(values) != len(is_real)):
         return accelerator.gather_for_metrics(values)
     if accelerator.num_processes == 1:

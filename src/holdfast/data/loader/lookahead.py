@@ -1,8 +1,8 @@
-"""Batches read ahead of their turn, a window at a time, with what is said of them when the window is full.
+"""Batches read ahead of their turn, a window at a time.
 
 A data loader tells the trainer through accelerate which batch is its last. Read ahead, it would say so too early, and
-once it is exhausted it would be no active loader any more. So a window stops at the last batch without asking for
-another, and the flag is set again for each batch as it is handed out.
+once exhausted it would no longer be the active loader. So a window stops at the last batch without asking for another,
+and the flag is set again for each batch as it is handed out. Given up: the memory of a window's batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +23,9 @@ def read_ahead(
     unit: int = 1,
     most_bytes: int,
 ) -> Iterator[Batch]:
-    """The `batches`, in order. `size()` of them are read together, fewer where the data end or once a multiple of
-    `unit` of them holds `most_bytes`; `complete` gets to see them before the first is handed out."""
+    """The `batches` in their order. Up to `size()` of them are read together as a window, which `complete` is called
+    with before its first batch is handed out. A window is shorter where the data end, and where a multiple of `unit`
+    batches holds `most_bytes`."""
     while True:
         window: list[Batch] = []
         num_bytes, is_over, limit = 0, False, size()

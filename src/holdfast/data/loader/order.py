@@ -1,8 +1,9 @@
 """The order of `train_sampling_strategy="group_by_length"`: pairs of like length in a batch, in a shuffled order.
 
-Rows are shuffled, sorted by length within windows of so many batches, and cut into batches, whose order is shuffled
-again. Processes that step together get neighbours in the sorted order, so none waits long for the others, and padded
-rows hold little padding. The order of an epoch follows from the seed and the epoch's number, so a resumed run finds it.
+Rows are shuffled, sorted by length within windows of `WINDOW_BATCHES`, and cut into batches, whose order is shuffled
+again. Processes that step together get neighbours in the sorted order. So none waits long for the others, and padded
+rows have little padding. The order of an epoch follows from the seed and the epoch's number, so a resumed run has it,
+too.
 
 Given up: batches that are independent draws of pairs. That is why it is an option and not the default.
 """
@@ -15,13 +16,15 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from holdfast.data.columns import TOKENIZED_COLUMNS
+
 WINDOW_BATCHES = 50
 """Batches whose pairs are sorted together: enough for likeness, few enough for pairs to meet others in each epoch."""
 
 
 @final
 class OrderByLength(torch.utils.data.Sampler[int]):
-    """Indices of rows with these `lengths`, `batch_size` of like length at a time; the odd ones come last."""
+    """Indices of rows with these `lengths`, `batch_size` of like length at a time; an incomplete batch comes last."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
         self._lengths = lengths
@@ -33,7 +36,7 @@ class OrderByLength(torch.utils.data.Sampler[int]):
         return len(self._lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
+        """Draws the order of this epoch."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -50,14 +53,16 @@ class OrderByLength(torch.utils.data.Sampler[int]):
 
 
 def order_by_length(dataset: Any, args: TrainingArguments) -> OrderByLength | None:
-    """That order for the batches of a run, over all its processes, by the tokens of both sides before truncation; None
-    for a stream, which has an order of its own."""
+    """The order for a run, with the batches of all processes as one; None for a stream, which has its own order.
+
+    A row's length is that of its prompt and both completions before truncation.
+    """
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
-    parts = [
-        sum(np.asarray(column.combine_chunks().value_lengths()) for column in part.itercolumns())
-        for part in table.iter(1_000)
+    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    lengths = [
+        sum(np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns())
+        for rows in table.iter(1_000)
     ]
     num_pairs = args.per_device_train_batch_size * args.world_size
-    return OrderByLength(np.concatenate(parts), num_pairs, args.seed if args.data_seed is None else args.data_seed)
+    return OrderByLength(np.concatenate(lengths), num_pairs, args.seed if args.data_seed is None else args.data_seed)

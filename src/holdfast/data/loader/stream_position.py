@@ -1,7 +1,8 @@
-"""Where in a stream a run is: what a resumed run must skip, and what transformers does not know.
+"""Where in a stream a run is, which a resumed run must skip to.
 
-It takes an epoch of a stream for `max_steps` steps, however often the stream begins again, so after a second pass it
-would skip the wrong number of batches. Here passes and batches are counted as they are handed out.
+transformers takes `max_steps` steps for one epoch of a stream, however often the stream begins again. So after a second
+pass it would skip the wrong number of batches. Here passes and batches are counted as they are handed out. Given up:
+skipping without reading; a resumed run reads the stream up to this position.
 """
 
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from typing import Any, final
 
 
 @final
-class StreamPlace:
-    """`num_passes` through the stream are over, and `num_batches` of the next are handed out."""
+class StreamPosition:
+    """`num_passes` through the stream are over, and `num_batches` of the current pass were handed out."""
 
     def __init__(self, num_passes: int = 0, num_batches: int = 0) -> None:
         self.num_passes = num_passes
@@ -18,11 +19,11 @@ class StreamPlace:
         self._batches: Iterator[Any] | None = None
 
     def record(self) -> dict[str, int]:
-        """As JSON holds it: the arguments that make it again."""
+        """The arguments that make it again, as JSON holds them."""
         return {"num_passes": self.num_passes, "num_batches": self.num_batches}
 
     def advance(self, batches: Iterator[Any], num_batches: int) -> None:
-        """`num_batches` more were taken from `batches`; another iterator than before is another pass."""
+        """Counts `num_batches` more that were taken from `batches`. Another iterator than before is another pass."""
         if self._batches is not None and batches is not self._batches:
             self.num_passes, self.num_batches = self.num_passes + 1, 0
         self._batches = batches

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.batch import HOST_SEQUENCES, PairBatch
-from holdfast.data.layouts.padded import PaddedLayout, truncated_rows
-from holdfast.data.layouts.prefix_shared import SharedLayout, _packed
+from holdfast.data.layouts.filled_rows import spread_segments
+from holdfast.data.layouts.packed import PackedLayout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.prefix_shared import SharedLayout
+from holdfast.data.layouts.rows import truncated_rows
 from holdfast.data.tokenize import content_id
 from holdfast.scoring.segments import SEGMENTS, Segment, Segments
 
@@ -99,11 +102,11 @@ def test_every_pair_has_the_sequences_of_the_padded_layout(rows: list[dict], mul
     assert all(tensor.dtype == torch.int64 for name, tensor in shared.items() if name not in (SEGMENTS, HOST_SEQUENCES))
 
 
-@given(ROWS, st.sampled_from([None, 4]), st.sampled_from([1, 12, 100]), st.booleans())
+@given(ROWS, st.sampled_from([None, 4]), st.sampled_from([1, 12, 100]), st.sampled_from([SharedLayout, PackedLayout]))
 def test_host_memory_says_of_sequences_what_the_tensors_say(
-    rows: list[dict], multiple: int | None, budget: int, shares: bool
+    rows: list[dict], multiple: int | None, budget: int, made: type[SharedLayout | PackedLayout]
 ) -> None:
-    layout = SharedLayout(PAD, pad_to_multiple_of=multiple, row_tokens=budget, shares_prompts=shares)
+    layout = made(PAD, pad_to_multiple_of=multiple, row_tokens=budget)
     batch = PairBatch.from_tensors(layout(rows))
     read = replace(batch, host_sequences=None)
     assert batch.host_sequences is not None
@@ -180,7 +183,7 @@ def test_a_prompt_that_truncation_cuts_for_one_completion_stands_twice() -> None
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 60))
 def test_rows_keep_to_the_budget(sizes: list[int], budget: int) -> None:
-    rows = _packed(sizes, budget)
+    rows = spread_segments(sizes, budget)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     filled = [sum(sizes[index] for index in row) for row in rows]
     assert max(filled) <= max(budget, *sizes)
@@ -191,12 +194,12 @@ def test_rows_keep_to_the_budget(sizes: list[int], budget: int) -> None:
 @given(st.lists(st.integers(1, 3_000), min_size=1, max_size=40))
 def test_rows_without_a_budget_are_nearly_full(sizes: list[int]) -> None:
     """And no fewer than that takes: of like segments, as many as there are rows of about a thousand tokens."""
-    rows = _packed(sizes, None)
+    rows = spread_segments(sizes, None)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     longest = max(sum(sizes[index] for index in row) for row in rows)
     assert len(rows) * longest <= 1.06 * sum(sizes)
     assert len(rows) <= -(-sum(sizes) // 1_000)
-    assert [len(row) for row in _packed([500] * 12, None)] == [2] * 6
+    assert [len(row) for row in spread_segments([500] * 12, None)] == [2] * 6
 
 
 def test_completions_without_pairs() -> None:

@@ -1,0 +1,22 @@
+"""The columns of a dataset of preferences, each named once.
+
+A pair is `TOKENIZED_COLUMNS` once it is tokenized: the prompt and its two completions as token ids, before truncation.
+`TEXT_COLUMNS` are what it is read from, and `REFERENCE_COLUMNS` what a user may have computed for it beforehand.
+"""
+
+PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS = "prompt_ids", "chosen_ids", "rejected_ids"
+
+TOKENIZED_COLUMNS = (PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS)
+"""A tokenized pair: all that training reads of a row, unless a user's own collator reads more."""
+
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+"""A pair as text or messages. Without `prompt`, that is what the other two both begin with."""
+
+TOOLS, TEMPLATE_KWARGS = "tools", "chat_template_kwargs"
+"""What a row of messages may have for the chat template."""
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""The reference's log-probs of both completions, sums in nats, where the user's dataset has them."""
+
+IMAGE_COLUMNS = ("image", "images")
+"""Columns of pictures, which are refused."""

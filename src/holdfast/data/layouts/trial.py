@@ -1,0 +1,145 @@
+"""A layout tried on the models of a run: whether they compute it as they compute padded rows, which are always right.
+
+Each model, one of each class, is given the first batch in both layouts. Some models are known by their class or
+settings to read rows of several sequences wrongly; they are found without numbers, since before training the state of
+a hybrid model may be too faint to be seen in them.
+
+Given up: layouts other than padded for weights that are sharded over processes (FSDP, DeepSpeed), since the comparison
+would come before they are put together.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from holdfast.batch import ContentId, PairBatch, SequenceLogps
+from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
+from holdfast.scoring.attention import configs_of
+from holdfast.scoring.causal_lm import unwrap
+from holdfast.scoring.frozen import Autocast, frozen_logps
+from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
+
+SHARDED = "it cannot be compared with padded rows before the weights of a sharded policy are put together"
+
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""The kinds of layer that see what their mask lets them see."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutTrial:
+    """What a layout is tried on: all `models` of a run, and its first pairs, which `first_pairs()` returns.
+
+    `pair_batch` makes a batch of what a layout returns. `is_sharded` says that the weights are spread over processes.
+    """
+
+    models: Sequence[nn.Module]
+    first_pairs: Callable[[], Sequence[Mapping[str, Any]]]
+    pair_batch: Callable[[Mapping[str, Tensor]], PairBatch]
+    accelerator: Accelerator
+    is_sharded: bool
+
+    def problem(self, layout: Layout) -> str | None:
+        """Why not all models can have `layout`, in a clause; the same on all processes."""
+        if layout.fallback() is None:
+            return None
+        if self.is_sharded:
+            return SHARDED
+        reason = self._known_problem() if layout.fills_rows else None
+        if reason is None:
+            reason = self._measured_problem(layout)
+        if self.accelerator.num_processes > 1:  # rounding may differ between machines, and all must do the same
+            return next(filter(None, gather_object([reason])), None)
+        return reason
+
+    def _known_problem(self) -> str | None:
+        return next(filter(None, map(known_problem, self.models)), None)
+
+    def _measured_problem(self, layout: Layout) -> str | None:
+        pairs = self.first_pairs()
+        padded = PaddedLayout(layout.pad_token_id, layout.max_length, layout.truncation_mode, layout.pad_to_multiple_of)
+        tried, expected = self.pair_batch(layout(pairs)), self.pair_batch(padded(pairs))
+        one_of_each_class = {type(unwrap(model)): model for model in reversed(self.models)}
+        for model in one_of_each_class.values():
+            logps = partial(frozen_logps, model, autocast=_most_exact(model, self.accelerator))
+            reason = measured_problem(unwrap(model), logps, tried, expected, is_half_precision=not _is_fp32(model))
+            if reason is not None:
+                return reason
+        return None
+
+
+def _is_fp32(model: nn.Module) -> bool:
+    is_rounded = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return not is_rounded and all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+
+
+def _most_exact(model: nn.Module, accelerator: Accelerator) -> Autocast:
+    """No autocast where the model computes without it, so that a small error is not hidden by rounding."""
+    attention = attention_of(unwrap(model).config)
+    return contextlib.nullcontext if _is_fp32(model) and attention in ("eager", "sdpa") else accelerator.autocast
+
+
+def measured_problem(
+    causal_lm: PreTrainedModel,
+    logps: Callable[[PairBatch], SequenceLogps],
+    tried: PairBatch,
+    padded: PairBatch,
+    *,
+    is_half_precision: bool = False,
+) -> str | None:
+    """How the log-probs of `tried` differ from those of `padded`, in a clause; None where they are the same.
+
+    The two batches are the same pairs in two layouts. `logps` scores a batch with the model, without dropout or
+    gradients. In fp32 no token may differ by more than `TOLERANCE_NATS`, and the mean by no more than
+    `TOLERANCE_NATS_MEAN`; in half precision only the mean counts (`TOLERANCE_NATS_HALF`). Raises what `logps` raises
+    for the padded batch.
+    """
+    expected = _by_content(padded, logps(padded))
+    try:
+        computed = _by_content(tried, logps(tried))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(causal_lm).__name__} fails on them ({type(error).__name__}: {str(error).splitlines()[0]})"
+    assert computed.keys() == expected.keys(), "the same pairs"
+    gaps = torch.cat([(computed[content] - expected[content]).abs() for content in expected])
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    most = TOLERANCE_NATS_HALF if is_half_precision else TOLERANCE_NATS_MEAN
+    if mean <= most and (is_half_precision or largest <= TOLERANCE_NATS):  # NaN is neither
+        return None
+    return (
+        f"{type(causal_lm).__name__} gives log-probs that differ from those of padded rows by {mean:.3g} nats per "
+        f"token, {largest:.3g} at most ({most:g} is rounding)"
+    )
+
+
+def known_problem(model: nn.Module) -> str | None:
+    """Why a model of this class and these settings reads rows of several sequences wrongly, in a clause; None where
+    nothing is known against it."""
+    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        return "its adapter puts virtual tokens before each row"
+    causal_lm = unwrap(model)
+    name = type(causal_lm).__name__
+    if not is_on_attention_interface(causal_lm):
+        return f"{name} is not on the attention interface of transformers"
+    layer_types = {kind for config in configs_of(causal_lm) for kind in getattr(config, "layer_types", None) or ()}
+    if others := layer_types - ATTENTION_LAYERS:
+        return f"{name} has layers that are not attention ({', '.join(sorted(others))})"
+    is_carried = carries_state(causal_lm) or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
+    return f"{name} carries state along its rows" if is_carried else None
+
+
+def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[ContentId, Tensor]:
+    per_sequence = logps.per_token.detach().float().split(batch.lengths())
+    return dict(zip(batch.content_ids(), per_sequence, strict=True))

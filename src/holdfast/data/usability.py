@@ -1,0 +1,95 @@
+"""Which pairs nothing can be learned from, and what a user is told about them.
+
+A pair is judged by its token ids after truncation, so `max_length` decides as much as the row itself. Here is the one
+judgement, with the texts that report it; `prepare` leaves the rows out. Given up: guessing what a row was meant to be.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from holdfast.data.tokenize import TokenizedPair, TruncationMode, truncate
+
+PROMPT_FILLS = "prompt fills max_length"
+EMPTY_COMPLETION = "empty completion"
+EQUAL_COMPLETIONS = "chosen equals rejected"
+NOTHING_TO_PREDICT = "no token to predict"
+UNUSABLE_REASONS = (PROMPT_FILLS, EMPTY_COMPLETION, EQUAL_COMPLETIONS, NOTHING_TO_PREDICT)
+
+_NUM_ROWS_NAMED = 5
+
+
+def unusable_reason(pair: TokenizedPair, max_length: int | None, mode: TruncationMode) -> str | None:
+    """Why nothing can be learned from a pair after truncation, one of `UNUSABLE_REASONS`; None if something can.
+
+    The first token of a sequence has no predecessor, so without a prompt a completion of one token predicts nothing.
+    """
+    if len(pair.chosen_ids) == 0 or len(pair.rejected_ids) == 0:
+        return EMPTY_COMPLETION
+    prompts, completions = zip(
+        truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode),
+        truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode),
+        strict=True,
+    )
+    if any(len(completion) == 0 for completion in completions):
+        return PROMPT_FILLS
+    if np.array_equal(*completions):
+        return EQUAL_COMPLETIONS
+    if any(len(prompt) + len(completion) < 2 for prompt, completion in zip(prompts, completions, strict=True)):
+        return NOTHING_TO_PREDICT
+    return None
+
+
+def nothing_usable(
+    counts: Mapping[str, int], max_length: int | None, truncation_mode: TruncationMode, name: str
+) -> str:
+    """The error for a dataset of this name whose rows are all unusable; `counts` is by reason."""
+    by_reason = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()))
+    return (
+        f"the {name} dataset must have at least one usable row; found none in {sum(counts.values())} ({by_reason}; "
+        f"max_length={max_length}, truncation_mode={truncation_mode!r}). "
+        f"{remedy(counts, max_length)}"
+    )
+
+
+def some_unusable(rows: Mapping[str, Sequence[int]], num_rows: int, max_length: int | None, name: str) -> str:
+    """The warning for a map-style dataset of `num_rows` rows; `rows` are the unusable ones by reason."""
+    counts = {reason: len(numbers) for reason, numbers in rows.items()}
+    by_reason = "; ".join(f"{reason}: {counts[reason]} ({_first(numbers)})" for reason, numbers in sorted(rows.items()))
+    return (
+        f"{share(sum(counts.values()), num_rows)} of the {name} dataset cannot be used and are left out. "
+        f"{by_reason}. {remedy(counts, max_length)}"
+    )
+
+
+def remedy(reasons: Mapping[str, int], max_length: int | None) -> str:
+    """What a user can do about rows that are unusable for these reasons."""
+    if PROMPT_FILLS in reasons:
+        return (
+            f"Raise `max_length` (now {max_length}), or set `truncation_mode='keep_end'`, to use the rows "
+            "whose prompt fills it."
+        )
+    if max_length is not None:
+        return f"Correct these rows, or raise `max_length` (now {max_length}), to use them."
+    return "Correct these rows to use them."
+
+
+def prompt_is_cut(where: str, cut_text: str, row: str) -> str:
+    """The warning for prompts whose tokens are not those that the full text begins with; `cut_text` is an example."""
+    return (
+        f"The tokenized prompt is not a prefix of the tokenized prompt and completion {where}: the chat template "
+        "renders a prompt alone in another way, or tokens merge across the boundary. Completions begin where they "
+        f"part, and the rest of the prompt is left out: {cut_text!r} in {row}. At inference the model is shown that "
+        "rest. To avoid it, use a chat template that renders a prompt alike with and without a completion, or move "
+        "white space from the prompt's end to the completions."
+    )
+
+
+def share(count: int, total: int) -> str:
+    """`count` of `total` rows, in per cent as well."""
+    return f"{count} of {total} rows ({100 * count / total:.1f} %)"
+
+
+def _first(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:_NUM_ROWS_NAMED]))
+    return f"row(s) {shown}, ..." if len(rows) > _NUM_ROWS_NAMED else f"row(s) {shown}"
