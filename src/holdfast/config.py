@@ -18,8 +18,8 @@ from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
-from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
+from holdfast.reference.scorers.mixture import check_weights
 from holdfast.reference.tensor_file import Place
 from holdfast.training_arguments import check_heeded, check_noise
 

@@ -25,9 +25,9 @@ from holdfast.losses import LOSSES, LossOptions
 from holdfast.policy.load import load_model
 from holdfast.policy.placement import move_to_device
 from holdfast.reference.load import load_ref_models
-from holdfast.reference.mixture import MixtureReference, is_normaliser_free
-from holdfast.reference.model import ModelReference, freeze
 from holdfast.reference.reference import Reference, Roles
+from holdfast.reference.scorers.mixture import MixtureReference, is_normaliser_free
+from holdfast.reference.scorers.model import ModelReference, freeze
 from holdfast.scoring.frozen import frozen_logps
 from naive import BETA, LEARNING_RATE, NUM_STEPS, Recording, logp
 from oracle import LOSS_ORACLE

@@ -26,7 +26,7 @@ from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.preference_collator import DataCollatorForPreference
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.score import score
 from holdfast.store.maintenance import stores
 from policies import POLICIES, config, logged, rows, trainer

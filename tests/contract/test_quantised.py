@@ -20,10 +20,10 @@ from families import tiny_model
 from holdfast.policy import load as models
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.prepare import make_policy
-from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.audit import checksums
-from holdfast.reference.digests import digest
-from holdfast.reference.model import ModelReference, weight_tensors
+from holdfast.reference.identity.digests import digest
+from holdfast.reference.scorers.adapter import AdapterReference
+from holdfast.reference.scorers.model import ModelReference, weight_tensors
 from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import config, logged, rows, trainer
 

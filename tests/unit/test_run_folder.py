@@ -16,8 +16,8 @@ from torch import nn
 
 import holdfast
 from holdfast.reference import run_folder
-from holdfast.reference.offloaded import OffloadedReference
 from holdfast.reference.run_folder import RunFolder, running
+from holdfast.reference.scorers.offloaded import OffloadedReference
 from holdfast.reference.tensor_file import TensorFile
 
 HOLDER = """

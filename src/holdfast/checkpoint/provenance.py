@@ -19,7 +19,7 @@ from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.internals.transformers import attention_of
-from holdfast.reference.identity import Identity, numerics
+from holdfast.reference.identity.identity import Identity, numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

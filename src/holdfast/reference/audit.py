@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import num_bytes
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.reference import Reference
 from holdfast.scoring.frozen import Autocast, frozen_logps
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF

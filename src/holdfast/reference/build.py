@@ -13,23 +13,23 @@ from torch import nn
 
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
-from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity, numerics, store_key
-from holdfast.reference.mixture import MixtureReference, mixture_shares
-from holdfast.reference.model import ModelReference, freeze
+from holdfast.reference.identity.identity import Identity, numerics, store_key
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.hard_snapshot import HardSnapshot
 from holdfast.reference.moving.model import MovingModel
 from holdfast.reference.moving.soft_snapshot import SoftSnapshot
-from holdfast.reference.offloaded import OffloadedReference
-from holdfast.reference.other_adapter import OtherAdapterReference, check_other_adapter
 from holdfast.reference.reference import Reference, Roles
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import SnapshotReference
-from holdfast.reference.stored import PrecomputedReference
+from holdfast.reference.scorers.adapter import AdapterReference
+from holdfast.reference.scorers.mixture import MixtureReference, mixture_shares
+from holdfast.reference.scorers.model import ModelReference, freeze
+from holdfast.reference.scorers.offloaded import OffloadedReference
+from holdfast.reference.scorers.other_adapter import OtherAdapterReference, check_other_adapter
+from holdfast.reference.scorers.snapshot import SnapshotReference
+from holdfast.reference.sources.stored import PrecomputedReference
+from holdfast.reference.sources.window import Window
 from holdfast.reference.tensor_file import Place
-from holdfast.reference.window import Window
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.frozen import Autocast
 from holdfast.store.store import LogpStore, default_root

@@ -8,7 +8,7 @@ from torch import nn
 
 from holdfast.losses import LossOptions
 from holdfast.policy.load import PolicyOptions, init_mapping, load_model
-from holdfast.reference.mixture import check_mixture, mixture_shares
+from holdfast.reference.scorers.mixture import check_mixture, mixture_shares
 
 RefModel = str | os.PathLike[str] | nn.Module | None
 """A reference as it is handed in: a module, a path or hub id, or None for the policy as it starts to train."""

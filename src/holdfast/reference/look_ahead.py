@@ -1,7 +1,7 @@
 """The trainer's batches, with the reference's log-probs in them where it is asked a window at a time.
 
 Knows the trainer's side of a window: how many batches an optimizer step takes, and where the run is. What a window is
-to the reference is in `reference.window`, how batches are read ahead in `data.loader.lookahead`.
+to the reference is in `reference.sources.window`, how batches are read ahead in `data.loader.lookahead`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from transformers import TrainerState, TrainingArguments
 from holdfast.batch import PairBatch
 from holdfast.data.loader.lookahead import Batch, read_ahead
 from holdfast.reference.reference import Reference
-from holdfast.reference.window import Window
+from holdfast.reference.sources.window import Window
 
 WAITING_BYTES = 2**28
 """A window ends where its batches hold this much."""

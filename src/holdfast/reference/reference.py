@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.base import Captured, Moving, Scorer
-from holdfast.reference.identity import Identity
-from holdfast.reference.stored import PrecomputedReference
-from holdfast.reference.user_logps import UserLogps
-from holdfast.reference.window import Window
+from holdfast.reference.identity.identity import Identity
+from holdfast.reference.sources.stored import PrecomputedReference
+from holdfast.reference.sources.user_logps import UserLogps
+from holdfast.reference.sources.window import Window
 
 PER_BATCH, AHEAD = "asked per batch", "asked ahead"
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from holdfast.reference.digests import tensor_digest, tensor_digests
+from holdfast.reference.identity.digests import tensor_digest, tensor_digests
 from holdfast.reference.run_folder import RunFolder
 
 Place = Literal["device", "cpu", "disk"]

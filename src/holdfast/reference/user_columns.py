@@ -9,7 +9,7 @@ from torch import nn
 
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.reference.reference import Reference
-from holdfast.reference.user_logps import UserLogps
+from holdfast.reference.sources.user_logps import UserLogps
 
 
 class UserLogpsOptions(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.reference.base import Captured, InsidePolicy, Moving
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import Exchange, beside_policy, description, trainable, where
+from holdfast.reference.scorers.snapshot import Exchange, beside_policy, description, trainable, where
 from holdfast.reference.tensor_file import OwnTensors, Place, own_tensors
 from holdfast.scoring.frozen import Autocast
 

@@ -16,9 +16,9 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
 from holdfast.reference.base import Moving, Scorer
-from holdfast.reference.identity import Identity
-from holdfast.reference.model import beside, freeze, independent_copy, weight_tensors
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving.average import Average, check_mixable, effective_copy, effective_parameters
+from holdfast.reference.scorers.model import beside, freeze, independent_copy, weight_tensors
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
 

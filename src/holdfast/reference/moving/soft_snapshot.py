@@ -17,7 +17,7 @@ from holdfast.reference.base import Captured, InsidePolicy, Moving
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.average import Average
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import Exchange, beside_policy, description, trainable, where
+from holdfast.reference.scorers.snapshot import Exchange, beside_policy, description, trainable, where
 from holdfast.reference.tensor_file import Place, own_tensors
 from holdfast.scoring.frozen import Autocast
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 
 
 @final

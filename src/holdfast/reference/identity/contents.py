@@ -5,7 +5,7 @@ left out of names, adapters that are off, inactive or add nothing are left out w
 saves as a whole the copy in use stands for the original. Whatever is not known to change no number is taken in: every
 parameter, every buffer, and every plain number, text and truth value that a module carries.
 
-Code that is no library's counts too (see `reference.code`).
+Code that is no library's counts too (see `reference.identity.code`).
 
 Given up: settings in objects that are neither plain nor modules.
 """
@@ -31,7 +31,7 @@ from holdfast.internals.peft import switched_layers
 from holdfast.internals.torch import own_state
 from holdfast.policy.adapters import lora_adds_nothing
 from holdfast.policy.rotations import has_moving_rotations
-from holdfast.reference.code import code_of, names_of_functions
+from holdfast.reference.identity.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import CompletionsToScore
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
 

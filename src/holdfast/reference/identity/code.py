@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.internals.torch import hooks_after, hooks_before
-from holdfast.reference.digests import tensor_digest
+from holdfast.reference.identity.digests import tensor_digest
 
 _LIBRARIES = {
     "torch", "transformers", "peft", "accelerate", "holdfast", "bitsandbytes", "torchao", "deepspeed", "optimum",

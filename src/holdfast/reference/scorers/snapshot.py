@@ -4,9 +4,9 @@ A reference differs from the policy only in what trains. So full fine-tuning nee
 model only the values of its trained part, and a LoRA its own few megabytes. The values are kept on the policy's device,
 in host memory or in a file, and exchanged by storage, so optimizer, gradients and graphs stay as they are.
 
-Until training is about to change the policy, the policy *is* the reference, and nothing is copied. Costs a forward pass
-per batch and, from host memory or a file, moving the values once per `in_place` (see `reference.window`). Moving
-snapshots are in `reference.moving`.
+Until training is about to change the policy, the policy *is* the reference, and nothing is copied. The cost is a
+forward pass per batch. Values in host memory or a file are moved to the device once per `in_place` as well (see
+`sources.window`). Snapshots that move are in `reference.moving`.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from typing import final
 from torch import Tensor, nn
 
 from holdfast.reference.base import Captured, InsidePolicy
-from holdfast.reference.exchange import exchanged
 from holdfast.reference.run_folder import RunFolder
+from holdfast.reference.scorers.exchange import exchanged
 from holdfast.reference.tensor_file import Place, own_tensors
 from holdfast.scoring.frozen import Autocast
 

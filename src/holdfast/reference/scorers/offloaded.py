@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import Scorer
-from holdfast.reference.exchange import exchanged
-from holdfast.reference.identity import Identity
-from holdfast.reference.model import beside
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.run_folder import RunFolder
+from holdfast.reference.scorers.exchange import exchanged
+from holdfast.reference.scorers.model import beside
 from holdfast.reference.tensor_file import TensorFile
 from holdfast.scoring.frozen import Autocast, frozen_logps
 

@@ -19,7 +19,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.torch import own_state
 from holdfast.policy.quantised import pin_quantised_layers
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
 

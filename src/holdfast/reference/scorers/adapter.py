@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from holdfast.internals.peft import switched
 from holdfast.policy.adapters import lora_adds_nothing, lora_factors
 from holdfast.reference.base import InsidePolicy
-from holdfast.reference.exchange import exchanged
+from holdfast.reference.scorers.exchange import exchanged
 from holdfast.scoring.frozen import Autocast
 
 

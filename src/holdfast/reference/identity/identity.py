@@ -1,10 +1,10 @@
 """Which reference it is: everything that its log-probs depend on beside the token ids, and nothing else.
 
-Tensors (parameters and buffers) by digest, settings by value, both under the names of the bare model (see
-`reference.canonical`). The store's key, a checkpoint's provenance and the audit's list of suspects all come from here.
-Of settings everything counts but what is known to change no number, so that one that nobody thought of costs a
-recomputation and never a stale number. Nothing of the run is in it: not the learning rate, the loss, beta, the seed,
-the data or their order; nor how often a moving reference has moved, since its weights say where it is.
+Tensors (parameters and buffers) are in it by digest and settings by value, both under the names of the bare model (see
+`identity.contents`). The store's key, a checkpoint's provenance and the audit's list of suspects are made from it. A
+setting counts unless it is known to change no number. So a setting that nobody thought of costs a recomputation, never
+a stale number. Nothing of the run is in it: no learning rate, loss, beta, seed, data or order of the data. Nor is the
+number of syncs of a moving reference, since its weights say where it is.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.policy.rotations import has_moving_rotations
-from holdfast.reference.canonical import parts
-from holdfast.reference.digests import tensor_digests
+from holdfast.reference.identity.contents import parts
+from holdfast.reference.identity.digests import tensor_digests
 from holdfast.store.key import StoreKey
 
 _OF_NO_ACCOUNT = {

@@ -21,7 +21,7 @@ import torch
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.completions import ChooseBlocks, CompletionsToScore, FindMissing, UserLogp
-from holdfast.reference.stored import on_device_of
+from holdfast.reference.sources.stored import on_device_of
 
 logger = logging.getLogger(__name__)
 
