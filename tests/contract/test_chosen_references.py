@@ -215,15 +215,15 @@ def test_what_a_mixture_holds_and_is() -> None:
         "0.75 * (a test, a module of its own, asked per batch, fixed)"
     )
     digests = {
-        mixture.identity().weights,
-        MixtureReference(parts, [0.75, 0.25]).identity().weights,
-        MixtureReference(parts[::-1], [0.25, 0.75]).identity().weights,
+        mixture.identity().weights_digest,
+        MixtureReference(parts, [0.75, 0.25]).identity().weights_digest,
+        MixtureReference(parts[::-1], [0.25, 0.75]).identity().weights_digest,
     }
     assert len(digests) == 3
-    assert MixtureReference(parts, [0.25, 0.75]).identity().weights == mixture.identity().weights
+    assert MixtureReference(parts, [0.25, 0.75]).identity().weights_digest == mixture.identity().weights_digest
     with torch.no_grad():
         models[1].lm_head.weight.mul_(1.1)
-    assert mixture.identity().weights not in digests
+    assert mixture.identity().weights_digest not in digests
     assert Reference(Roles(scorer=mixture)).state_dict() == {}
 
 
@@ -237,7 +237,7 @@ def test_precomputing_lets_go_of_all_of_a_mixture(tmp_path: Path) -> None:
     gc.collect()
     assert [model() for model in seen] == [None, None]
     live = trainer(tiny_model(), config(tmp_path / "live", ref_model_weights=[0.7, 0.3]), ref_model=others())
-    assert ahead.reference.identity().weights == live.reference.identity().weights
+    assert ahead.reference.identity().weights_digest == live.reference.identity().weights_digest
     ahead.train()
     live.train()
     found, expected = (ours.evaluate(rows(4, seed=9))["eval_loss"] for ours in (ahead, live))

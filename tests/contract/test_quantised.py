@@ -153,13 +153,15 @@ def test_the_scales_are_part_of_the_fingerprint(bits: str, base: str, tmp_path: 
     doubled.save_pretrained(tmp_path)
     first, again, other = quantised(base, bits), quantised(base, bits), quantised(str(tmp_path), bits)
     assert digest(first.named_parameters()) == digest(other.named_parameters())
-    prints = [ModelReference(m, torch.no_grad, origin="a test").identity().weights for m in (first, again, other)]
+    prints = [
+        ModelReference(m, torch.no_grad, origin="a test").identity().weights_digest for m in (first, again, other)
+    ]
     assert prints[0] == prints[1] != prints[2]
     plain = tiny_model()
     assert dict(weight_tensors(plain)).keys() == dict(plain.named_parameters()).keys()
     for is_trained in (False, True):
         policies = [adapted(quantised(folder, bits), is_trained=is_trained) for folder in (base, str(tmp_path))]
-        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights for policy in policies]
+        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights_digest for policy in policies]
         assert held[0] != held[1]
     assert checksums(again).keys() == {n for n, p in again.named_parameters() if p.is_floating_point()}
 

@@ -262,7 +262,7 @@ class Reference:
 
     def fingerprint(self) -> str:
         """Digest of all weights that its log-probs depend on."""
-        return self.identity().weights
+        return self.identity().weights_digest
 
     def describe(self) -> str:
         """What it is, where it is held, when it is asked, and whether it moves, in one line."""

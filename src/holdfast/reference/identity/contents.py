@@ -1,13 +1,12 @@
-"""What a module computes with, under the names of the bare model: its tensors and the settings beside them.
+"""What a module computes with: its tensors and settings, under the names of the bare model.
 
-A log-prob does not depend on where a weight is kept. So a PEFT model is read as the model it computes as: wrappers are
-left out of names, adapters that are off, inactive or add nothing are left out whole, and of a module that an adapter
-saves as a whole the copy in use stands for the original. Whatever is not known to change no number is taken in: every
-parameter, every buffer, and every plain number, text and truth value that a module carries.
+A log-prob does not depend on which wrapper a weight is in. So a PEFT model is read as the bare model that computes the
+same: names leave out the wrappers. Adapters that are off, inactive or add nothing are left out. Where an adapter has a
+copy of a whole module (`modules_to_save`), the copy in use is read in place of the original.
 
-Code that is no library's counts too (see `reference.identity.code`).
-
-Given up: settings in objects that are neither plain nor modules.
+A value is left out only if it is known to change no number. So every parameter and buffer is taken in, and every plain
+number, text and truth value among a module's attributes. Code that is not a library's counts too (see `identity.code`).
+Given up: settings inside attributes that are neither plain values nor modules.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,23 +34,24 @@ from holdfast.reference.identity.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
 
-_OF_NO_ACCOUNT = {
+_ATTRIBUTES_WITHOUT_EFFECT = {
     "training", "inplace", "sparse", "scale_grad_by_freq", "padding_idx", "layer_idx", "vocab_size", "name_or_path",
     "in_features", "out_features", "num_embeddings", "embedding_dim", "fan_in_fan_out", "max_position_embeddings",
     "cast_input_dtype_enabled", "router_jitter_noise", "jitter_noise", "input_jitter_noise", "is_training",
     "is_target_conv_1d_layer", "ephemeral_gpu_offload", "router_aux_loss_coef", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""Attributes of modules that change no log-prob in eval mode, or that shapes of tensors say already."""
+"""Attributes of modules that change no log-prob in eval mode, or that the shapes of tensors say already."""
 
-_LENGTHS_OF_ROTATIONS = {"max_seq_len_cached", "original_max_seq_len", "rope_init_fn"}
-_SOURCES_OF_ROTATIONS = ("original_inv_freq", "long_inv_freq")
-"""What rotary embeddings make new frequencies from, where these change from batch to batch."""
+_ROTARY_SETTINGS = {"max_seq_len_cached", "original_max_seq_len", "rope_init_fn"}
+_ROTARY_FREQUENCIES = ("original_inv_freq", "long_inv_freq")
+"""Attributes and buffers of rotary embeddings that are read only where frequencies change from batch to batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A module's own share, without its children's: tensors and settings by name, and its config where it has one."""
+class ModuleContents:
+    """Tensors and settings by name of one module without its children, and its config where it has one. `path` is the
+    module's path in the bare model."""
 
     path: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -59,29 +59,30 @@ class Part:
     config: PretrainedConfig | None = None
 
 
-def parts(module: nn.Module, path: str = "") -> Iterator[Part]:
-    """The parts of `module` as it computes now, in the order of its children, each under its path in the bare model."""
+def module_contents(module: nn.Module, path: str = "") -> Iterator[ModuleContents]:
+    """The contents of `module` and of all modules in it, as they compute now, in the order of the children."""
     if isinstance(module, PeftModel):
-        yield from _prompt(module, path)
-        yield from parts(module.get_base_model(), path)
+        yield from _virtual_tokens(module, path)
+        yield from module_contents(module.get_base_model(), path)
     elif isinstance(module, BaseTunerLayer):
         yield from _adapted(module, path)
     elif isinstance(module, AuxiliaryTrainingWrapper):
-        yield from _saved_whole(module, path)
-    elif "Dropout" not in type(module).__name__:  # which a reference never has
-        yield _own(module, path)
+        yield from _copy_in_use(module, path)
+    elif "Dropout" not in type(module).__name__:  # a reference is in eval mode, so dropout does nothing
+        yield _own_contents(module, path)
         for name, child in module.named_children():
-            yield from parts(child, f"{path}.{name}" if path else name)
+            yield from module_contents(child, f"{path}.{name}" if path else name)
 
 
-def _own(module: nn.Module, path: str) -> Part:
+def _own_contents(module: nn.Module, path: str) -> ModuleContents:
+    """The contents of a module of the bare model, without its children."""
     tensors = {f"{path}.{name}": tensor for name, tensor in _tensors(module).items()}
     settings: dict[str, Any] = {"class": type(module).__qualname__} | _scalars(module) | code_of(module)
     if not has_moving_rotations(module):
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_SOURCES_OF_ROTATIONS)}
-        settings = {name: value for name, value in settings.items() if name not in _LENGTHS_OF_ROTATIONS}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROTARY_FREQUENCIES)}
+        settings = {name: value for name, value in settings.items() if name not in _ROTARY_SETTINGS}
     config = vars(module).get("config")
-    return Part(
+    return ModuleContents(
         path=path,
         tensors=tensors,
         settings=settings,
@@ -90,17 +91,17 @@ def _own(module: nn.Module, path: str) -> Part:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters and buffers; of a layer that keeps integers (a quantised one) its scales and code
-    books too, without which W and 2 W would be the same codes."""
+    """The module's own parameters, buffers and other tensors. A layer that keeps integers (a quantised one) has scales
+    and code books as well: without them, W and 2 W would have the same codes."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if not all(tensor.is_floating_point() for tensor in (*own.values(), *module.buffers(recurse=False))):
         own |= {name: tensor for name, tensor in own_state(module).items() if name not in own}
-    held = {name: value for name, value in vars(module).items() if isinstance(value, Tensor) and _counts(name)}
-    return own | dict(module.named_buffers(recurse=False)) | held
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor) and _counts(name)}
+    return own | dict(module.named_buffers(recurse=False)) | plain
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
-    """The module's plain settings. Of a whole model only numbers with a point: its flags are about training."""
+    """The module's plain settings. A whole model has flags about training, so only its floats are taken."""
     if isinstance(module, PreTrainedModel):
         return {name: value for name, value in vars(module).items() if _counts(name) and isinstance(value, float)}
     settings = {name: value for name, value in vars(module).items() if _counts(name) and _is_plain(value)}
@@ -111,12 +112,13 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
 
 
 def _counts(name: str) -> bool:
+    """Whether an attribute of this name may change a log-prob."""
     is_about_training = "drop" in name or "checkpoint" in name
-    return not (name.startswith("_") or is_about_training or name in _OF_NO_ACCOUNT)
+    return not (name.startswith("_") or is_about_training or name in _ATTRIBUTES_WITHOUT_EFFECT)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a nest of settings without a tensor or an object in it."""
+    """Whether `value` is a scalar, or a nest of mappings and sequences of scalars."""
     if isinstance(value, Mapping):
         return bool(value) and all(isinstance(key, Scalar) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -127,77 +129,79 @@ def _is_plain(value: Any) -> bool:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def _prompt(policy: PeftModel, path: str) -> Iterator[Part]:
-    """The virtual tokens of the active adapter, where it learns a prompt."""
+def _virtual_tokens(policy: PeftModel, path: str) -> Iterator[ModuleContents]:
+    """The contents of the active adapter's virtual tokens, where it learns a prompt."""
     name: Any = policy.active_adapter
     config = policy.peft_config.get(name) if isinstance(name, str) else None
     if config is None or not config.is_prompt_learning:
         return
-    yield Part(path=f"{path}|prompt", settings=plain_config(config.to_dict()))
+    yield ModuleContents(path=f"{path}|prompt", settings=_adapter_settings(config.to_dict()))
     if name in policy.prompt_encoder:
-        yield from parts(policy.prompt_encoder[name], f"{path}|prompt")
+        yield from module_contents(policy.prompt_encoder[name], f"{path}|prompt")
 
 
-def _adapted(layer: Any, path: str) -> Iterator[Part]:
-    """A layer with adapters: what is under them, and what each active one adds to it, by its place and not its name."""
+def _adapted(layer: Any, path: str) -> Iterator[ModuleContents]:
+    """The contents of a layer with adapters: those of its base layer, and of each active adapter that adds something.
+    An adapter goes by its position among these, since its name changes no number."""
     names = [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
     if isinstance(layer, TrainableTokensLayer):
         yield from _replaced_rows(layer, path, [name for name in names if name in layer.trainable_tokens_delta])
         return
     if isinstance(layer, LNTuningLayer):
         name = next((name for name in names if name in layer.ln_tuning_layers), None)
-        yield from parts(layer.base_layer if name is None else layer.ln_tuning_layers[name], path)
+        yield from module_contents(layer.base_layer if name is None else layer.ln_tuning_layers[name], path)
         return
-    yield from parts(layer.base_layer, path)
-    if layer.disable_adapters and layer.merged:  # a forward pass would unmerge it
-        yield Part(path=f"{path}|merged", settings={"merged": list(layer.merged_adapters)})
-    for place, name in enumerate(name for name in names if not adds_nothing(layer, name)):
-        yield from _adapter(layer, name, f"{path}|{place}")
+    yield from module_contents(layer.base_layer, path)
+    if layer.disable_adapters and layer.merged:  # peft unmerges such a layer in its next forward pass
+        yield ModuleContents(path=f"{path}|merged", settings={"merged": list(layer.merged_adapters)})
+    for position, name in enumerate(name for name in names if not _layer_adds_nothing(layer, name)):
+        yield from _adapter(layer, name, f"{path}|{position}")
 
 
-def adds_nothing(layer: Any, name: str) -> bool:
-    """Whether the adapter `name` of a tuner layer leaves every number of it as it is; if in doubt, not.
+def _layer_adds_nothing(layer: Any, name: str) -> bool:
+    """Whether the adapter `name` of a tuner layer changes no number of the layer's outputs. False if in doubt.
 
-    True for plain LoRA factors of which one is all zero, for (IA)3 vectors of ones, for weights that would be added and
-    are zero, and where the layer has no part of that adapter.
+    True where one of two plain LoRA factors is zero, where (IA)3 vectors are ones, where the weight that peft would add
+    is zero, and where the layer has nothing of that adapter.
     """
     if isinstance(layer, IA3Layer):
         return name not in layer.ia3_l or bool((layer.ia3_l[name].detach() == 1).all())
     if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
-        keyed = [getattr(layer, part, None) for part in layer.adapter_layer_names]
-        tables: list[Any] = [part for part in keyed if hasattr(part, "keys")]
-        return (bool(tables) and not any(name in part for part in tables)) or _adds_zero(layer, name)
+        values = [getattr(layer, attribute, None) for attribute in layer.adapter_layer_names]
+        by_adapter: list[Any] = [value for value in values if hasattr(value, "keys")]
+        is_absent = bool(by_adapter) and not any(name in value for value in by_adapter)
+        return is_absent or _adds_zero(layer, name)
     return lora_adds_nothing(layer, name)
 
 
 @torch.no_grad()
 def _adds_zero(layer: Any, name: str) -> bool:
-    """Whether what peft would add to the layer's weight is zero, and the layer gives its base's numbers to the bit."""
+    """Whether the weight that peft would add is zero, and the layer's outputs are its base layer's to the bit."""
     base: Any = layer.get_base_layer()
     make: Any = getattr(layer, "get_delta_weight", None)
     is_linear = type(base) is nn.Linear
     if make is None or not (is_linear or type(base) is nn.Embedding) or base.weight.is_meta:
         return False
-    modes = [(part, part.training) for part in layer.modules()]
+    modes = [(module, module.training) for module in layer.modules()]
     layer.eval()
     try:
         with switched_layers({name: layer}, name):
             added = make(name)
             if not isinstance(added, Tensor) or bool(added.any()):
                 return False
-            tried: Tensor = torch.arange(min(8, len(base.weight)), device=base.weight.device)  # token ids
+            inputs: Tensor = torch.arange(min(8, len(base.weight)), device=base.weight.device)  # token ids
             if is_linear:
-                tried = torch.cos(torch.arange(8.0 * base.in_features).reshape(8, -1)).to(base.weight)
-            return bool(torch.equal(layer(tried), base(tried)))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # a kind that has no such weight
+                inputs = torch.cos(torch.arange(8.0 * base.in_features).reshape(8, -1)).to(base.weight)
+            return bool(torch.equal(layer(inputs), base(inputs)))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # a kind of adapter that adds no weight
         return False
     finally:
-        for part, is_training in modes:
-            part.training = is_training
+        for module, is_training in modes:
+            module.training = is_training
 
 
-def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:
-    """What the adapter `name` of a tuner layer computes with."""
+def _adapter(layer: Any, name: str, path: str) -> Iterator[ModuleContents]:
+    """The contents of a tuner layer that belong to its adapter `name`."""
     module: nn.Module = layer
     variant = getattr(layer, "lora_variant", {}).get(name)
     settings: dict[str, Any] = {"class": type(layer).__qualname__}
@@ -205,7 +209,7 @@ def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:
         settings["scaling"] = float(layer.scaling[name])
     else:
         settings |= {"variant": type(variant).__qualname__} | _settings_of(layer, name)
-    yield Part(path=path, settings=settings, tensors={f"{path}.{k}": t for k, t in _tensors(module).items()})
+    yield ModuleContents(path=path, settings=settings, tensors={f"{path}.{k}": t for k, t in _tensors(module).items()})
     children: Any = module.named_children()
     for attribute, child in children:
         if attribute == "base_layer" or "drop" in attribute:
@@ -213,28 +217,29 @@ def _adapter(layer: Any, name: str, path: str) -> Iterator[Part]:
         if isinstance(child, nn.ModuleDict | nn.ParameterDict) or type(child).__name__ == "BufferDict":
             child = child[name] if name in child else None  # noqa: SIM401  # a ModuleDict has no `get`
         if isinstance(child, Tensor):
-            yield Part(path=path, tensors={f"{path}.{attribute}": child})
+            yield ModuleContents(path=path, tensors={f"{path}.{attribute}": child})
         elif child is not None:
-            yield from parts(child, f"{path}.{attribute}")
+            yield from module_contents(child, f"{path}.{attribute}")
 
 
 def _settings_of(layer: Any, name: str) -> dict[str, Any]:
-    """All plain settings of a tuner layer of a kind that is not known here, those by adapter for `name` alone."""
-    known = set(layer.active_adapters) | {name}
+    """All plain settings of a tuner layer. Where a setting is a mapping by adapter, only the entry of `name` counts."""
+    adapters = set(layer.active_adapters) | {name}
     settings: dict[str, Any] = {}
     for attribute, value in vars(layer).items():
-        own = value.get(name) if isinstance(value, Mapping) and known & set(value) else value
+        own = value.get(name) if isinstance(value, Mapping) and adapters & set(value) else value
         if _counts(attribute) and _is_plain(own):
             settings[attribute] = own
     return settings
 
 
-def _replaced_rows(layer: Any, path: str, names: list[str]) -> Iterator[Part]:
-    """An embedding or head some of whose rows are an adapter's own: its weight as it is used."""
-    for part in parts(layer.base_layer, path):
-        if part.path == path and names:
-            part.tensors[f"{path}.weight"] = _merged_rows(layer, part.tensors[f"{path}.weight"], names)
-        yield part
+def _replaced_rows(layer: Any, path: str, names: list[str]) -> Iterator[ModuleContents]:
+    """The contents of an embedding or head whose adapter replaces some rows: its weight has the adapter's rows."""
+    for contents in module_contents(layer.base_layer, path):
+        if contents.path == path and names:
+            name = f"{path}.weight"
+            contents.tensors[name] = _merged_rows(layer, contents.tensors[name], names)
+        yield contents
 
 
 @torch.no_grad()
@@ -246,21 +251,21 @@ def _merged_rows(layer: Any, weight: Tensor, names: list[str]) -> Tensor:
     return merged
 
 
-def _saved_whole(wrapper: Any, path: str) -> Iterator[Part]:
-    """A module that adapters have copies of, or rows of: the one that is in use."""
+def _copy_in_use(wrapper: Any, path: str) -> Iterator[ModuleContents]:
+    """The contents of a module of which adapters have copies, or rows: those of the copy in use."""
     token_adapter = getattr(wrapper, "token_adapter", None)
     if token_adapter is not None:
-        yield from parts(token_adapter, path)
+        yield from module_contents(token_adapter, path)
         return
     copies: Any = getattr(wrapper, "modules_to_save", {})
     active = list(wrapper.active_adapters)
-    is_passed_through = wrapper.disable_adapters or not active or any(name not in copies for name in active)
+    is_original = wrapper.disable_adapters or not active or any(name not in copies for name in active)
     assert isinstance(wrapper, ModulesToSaveWrapper), type(wrapper)
-    yield from parts(wrapper.original_module if is_passed_through else copies[active[0]], path)
+    yield from module_contents(wrapper.original_module if is_original else copies[active[0]], path)
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an adapter's config that may change a number."""
+def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an adapter's config that may change a number."""
     names = {
         "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping",
         "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
