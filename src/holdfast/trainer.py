@@ -273,7 +273,7 @@ class DPOTrainer(Trainer):
                     batch,
                     autocast=self.accelerator.autocast,
                     mixed_precision=self.accelerator.mixed_precision,
-                    captured=self._captured,
+                    first_checksums=self._captured,
                     is_users_choice=self._is_reference_chosen,
                 )
         if self.is_world_process_zero():  # at the level that shows where nobody has configured logging

@@ -1,8 +1,9 @@
 """The reference as a snapshot: the first values of the policy's trainable tensors, put in place to score.
 
-A reference differs from the policy only in what trains. So full fine-tuning needs no second module, a partly frozen
-model only the values of its trained part, and a LoRA its own few megabytes. The values are kept on the policy's device,
-in host memory or in a file, and exchanged by storage, so optimizer, gradients and graphs stay as they are.
+A reference differs from the policy only in the tensors that train. So full fine-tuning needs no second module, a partly
+frozen model needs the values of its trainable part alone, and a LoRA a few megabytes. The values are on the policy's
+device, in host memory or in a file. To score, the parameters' storage is exchanged, so optimizer, gradients and graphs
+stay as they are. Given up: sharded weights.
 
 Until training is about to change the policy, the policy *is* the reference, and nothing is copied. The cost is a
 forward pass per batch. Values in host memory or a file are moved to the device once per `in_place` as well (see
@@ -16,38 +17,38 @@ from typing import final
 
 from torch import Tensor, nn
 
-from holdfast.reference.base import Captured, InsidePolicy
+from holdfast.reference.base import InsidePolicy, LateCopy
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
-from holdfast.reference.tensor_file import Place, own_tensors
+from holdfast.reference.tensor_file import SnapshotDevice, own_tensors
 from holdfast.scoring.frozen import Autocast
 
 
 @final
-class SnapshotReference(InsidePolicy, Captured):
-    """The policy with the values that its trainable tensors had when training began; fixed."""
+class SnapshotReference(InsidePolicy, LateCopy):
+    """The policy with the first values of its trainable tensors; fixed."""
 
     kind = "SnapshotReference"
 
-    def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, folder: RunFolder) -> None:
+    def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
         super().__init__(policy, autocast)
-        self.comes_from_afar = place != "device"
-        self._where = where(place, folder)
-        self._values = own_tensors(place, folder, "snapshot.safetensors")
-        self._exchange = Exchange(policy, lambda: beside_policy(policy, dict(self._values.items())))
+        self.is_off_device = device != "device"
+        self._where = where(device, folder)
+        self._values = own_tensors(device, folder, "snapshot.safetensors")
+        self._exchange = Exchange(policy, lambda: like_parameters(policy, dict(self._values.items())))
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`."""
         return self._exchange.in_place()
 
     def before_policy_changes(self) -> None:
-        """See `Captured.before_policy_changes`. ValueError where a file cannot be written."""
+        """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
         if self._exchange.is_policy:
             self._values.write(trainable(self.policy))
             self._exchange.is_policy = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: none while it is the policy, and none of a file."""
+        """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
         if not self._exchange.is_policy:
             yield from self._values.in_memory().items()
 
@@ -58,7 +59,8 @@ class SnapshotReference(InsidePolicy, Captured):
 
 @final
 class Exchange:
-    """The policy with the reference's values in place, or as it is while `is_policy`: while it is the reference."""
+    """Puts a reference's values in the policy's place. While `is_policy`, the policy is the reference, and nothing is
+    exchanged."""
 
     def __init__(self, policy: nn.Module, values: Callable[[], Mapping[str, Tensor]]) -> None:
         self.is_policy = True
@@ -68,7 +70,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """See `Scorer.in_place`; `values()` is asked once."""
+        """See `Scorer.in_place`. `values` is called once on entering."""
         if self.is_policy or self._is_in_place:
             yield
             return
@@ -85,20 +87,20 @@ def trainable(policy: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def beside_policy(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values on the devices, and in the dtypes, of the policy's parameters of these names."""
-    placed: dict[str, Tensor] = {}
+def like_parameters(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values, each on the device and in the dtype of the policy's parameter of that name."""
+    converted: dict[str, Tensor] = {}
     for name, value in values.items():
-        own = policy.get_parameter(name)
-        placed[name] = value.to(own.device, non_blocking=True).to(own.dtype)
-    return placed
+        parameter = policy.get_parameter(name)
+        converted[name] = value.to(parameter.device, non_blocking=True).to(parameter.dtype)
+    return converted
 
 
-def where(place: Place, folder: RunFolder) -> str:
-    """The place in words."""
-    return {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {folder.root}"}[place]
+def where(device: SnapshotDevice, folder: RunFolder) -> str:
+    """In words, where a snapshot's values are."""
+    return {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {folder.root}"}[device]
 
 
 def description(where: str, when: str, motion: str) -> str:
-    """What every snapshot says of itself, in one line."""
+    """The line by which every kind of snapshot describes itself."""
     return f"the policy as it starts to train: its trainable tensors kept {where}, {when}, {motion}"
