@@ -13,9 +13,9 @@ _HOMES = {
     "DPOConfig": "holdfast.config",
     "DataCollatorForPreference": "holdfast.data.layouts",
     "Reference": "holdfast.reference.reference",
-    "ModelReference": "holdfast.reference.model",
-    "AdapterReference": "holdfast.reference.adapter",
-    "PrecomputedReference": "holdfast.reference.stored",
+    "ModelReference": "holdfast.reference.scorers.model",
+    "AdapterReference": "holdfast.reference.scorers.adapter",
+    "PrecomputedReference": "holdfast.reference.sources.stored",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -23,10 +23,10 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig as DPOConfig
     from holdfast.data.layouts.preference_collator import DataCollatorForPreference as DataCollatorForPreference
-    from holdfast.reference.adapter import AdapterReference as AdapterReference
-    from holdfast.reference.model import ModelReference as ModelReference
     from holdfast.reference.reference import Reference as Reference
-    from holdfast.reference.stored import PrecomputedReference as PrecomputedReference
+    from holdfast.reference.scorers.adapter import AdapterReference as AdapterReference
+    from holdfast.reference.scorers.model import ModelReference as ModelReference
+    from holdfast.reference.sources.stored import PrecomputedReference as PrecomputedReference
     from holdfast.trainer import DPOTrainer as DPOTrainer
 
 

@@ -18,9 +18,9 @@ from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
-from holdfast.reference.mixture import check_weights
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.tensor_file import Place
+from holdfast.reference.scorers.mixture import check_shares
+from holdfast.reference.tensor_file import SnapshotDevice
 from holdfast.training_arguments import check_heeded, check_noise
 
 LAYOUT_NAMES = ("auto", *LAYOUTS)
@@ -217,7 +217,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             shares=self.ref_model_weights,
             keeps_versions=self.reference_store_versions,
             store=Path(self.reference_store) if self.reference_store is not None else None,
-            place=cast(Place, self.snapshot_device),
+            snapshot_device=cast(SnapshotDevice, self.snapshot_device),
             folder=RunFolder(self.reference_folder),
         )
 
@@ -282,7 +282,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         self._check_snapshot()
         self._check_store()
         if self.ref_model_weights is not None:
-            check_weights(self.ref_model_weights)
+            check_shares(self.ref_model_weights)
         self._check_ref_adapter()
         self._check_mixup_alpha()
         self._check_losses_compare()
@@ -295,7 +295,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             )
 
     def _check_snapshot(self) -> None:
-        devices = get_args(Place)
+        devices = get_args(SnapshotDevice)
         if self.snapshot_device not in devices:
             raise ValueError(
                 f"snapshot_device={self.snapshot_device!r} was asked for; a snapshot is held on {', '.join(devices)}. "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 
 
 @final

@@ -25,9 +25,9 @@ from holdfast.losses import LOSSES, LossOptions
 from holdfast.policy.load import load_model
 from holdfast.policy.placement import move_to_device
 from holdfast.reference.load import load_ref_models
-from holdfast.reference.mixture import MixtureReference, is_normaliser_free
-from holdfast.reference.model import ModelReference, freeze
 from holdfast.reference.reference import Reference, Roles
+from holdfast.reference.scorers.mixture import MixtureReference, is_normaliser_free
+from holdfast.reference.scorers.model import ModelReference, freeze
 from holdfast.scoring.frozen import frozen_logps
 from naive import BETA, LEARNING_RATE, NUM_STEPS, Recording, logp
 from oracle import LOSS_ORACLE
@@ -215,15 +215,15 @@ def test_what_a_mixture_holds_and_is() -> None:
         "0.75 * (a test, a module of its own, asked per batch, fixed)"
     )
     digests = {
-        mixture.identity().weights,
-        MixtureReference(parts, [0.75, 0.25]).identity().weights,
-        MixtureReference(parts[::-1], [0.25, 0.75]).identity().weights,
+        mixture.identity().weights_digest,
+        MixtureReference(parts, [0.75, 0.25]).identity().weights_digest,
+        MixtureReference(parts[::-1], [0.25, 0.75]).identity().weights_digest,
     }
     assert len(digests) == 3
-    assert MixtureReference(parts, [0.25, 0.75]).identity().weights == mixture.identity().weights
+    assert MixtureReference(parts, [0.25, 0.75]).identity().weights_digest == mixture.identity().weights_digest
     with torch.no_grad():
         models[1].lm_head.weight.mul_(1.1)
-    assert mixture.identity().weights not in digests
+    assert mixture.identity().weights_digest not in digests
     assert Reference(Roles(scorer=mixture)).state_dict() == {}
 
 
@@ -237,7 +237,7 @@ def test_precomputing_lets_go_of_all_of_a_mixture(tmp_path: Path) -> None:
     gc.collect()
     assert [model() for model in seen] == [None, None]
     live = trainer(tiny_model(), config(tmp_path / "live", ref_model_weights=[0.7, 0.3]), ref_model=others())
-    assert ahead.reference.identity().weights == live.reference.identity().weights
+    assert ahead.reference.identity().weights_digest == live.reference.identity().weights_digest
     ahead.train()
     live.train()
     found, expected = (ours.evaluate(rows(4, seed=9))["eval_loss"] for ours in (ahead, live))

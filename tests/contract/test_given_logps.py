@@ -22,10 +22,10 @@ from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.rows import truncated_rows
 from holdfast.losses import LOSSES
-from holdfast.reference import user_logps as given
-from holdfast.reference.digests import digest
-from holdfast.reference.stored import PrecomputedReference
-from holdfast.reference.user_logps import UserLogps
+from holdfast.reference.identity.digests import digest
+from holdfast.reference.sources import user_logps as given
+from holdfast.reference.sources.stored import PrecomputedReference
+from holdfast.reference.sources.user_logps import UserLogps
 from naive import logp, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 

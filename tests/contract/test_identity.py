@@ -26,7 +26,7 @@ from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.preference_collator import DataCollatorForPreference
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.score import score
 from holdfast.store.maintenance import stores
 from policies import POLICIES, config, logged, rows, trainer
@@ -382,7 +382,9 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Before]:
             stored = run.made(root / "run")
             stored.train()
             identity, name = stored.reference.identity(), stored.reference.stored.store.folder.name
-        return Before(logps=logps, folder=root / "run", home=root / "home", weights=identity.weights, store_name=name)
+        return Before(
+            logps=logps, folder=root / "run", home=root / "home", weights=identity.weights_digest, store_name=name
+        )
 
     return left_by
 
@@ -407,7 +409,7 @@ def test_identity_follows_the_numbers(
     if is_same:
         assert names_of_stores() == there, "all was found"
         if "sync_ref_model" not in second.options and "reference_window" not in second.options:
-            assert again.reference.identity().weights == left.weights
+            assert again.reference.identity().weights_digest == left.weights
             assert again.reference.stored.store.folder.name == left.store_name
     else:
         again.train()
@@ -521,7 +523,7 @@ def test_config_entries(family: str) -> None:
                 continue  # no such model
             num_tried += 1
             is_same, one = torch.equal(found, expected), Identity.of(model)
-            has_same = (one.weights, one.config) == (identity.weights, identity.config)
+            has_same = (one.weights_digest, one.config_digest) == (identity.weights_digest, identity.config_digest)
             if has_same != is_same and not (is_same and entry in ELSEWHERE):
                 wrong[entry] = (other, "stale" if has_same else one.differing_from(identity))
     assert not wrong
@@ -564,9 +566,9 @@ def test_buffers(family: str) -> None:
             kept = buffer.clone()
             buffer.add_(torch.linspace(0.1, 2.0, buffer.numel()).view(buffer.shape))
             is_same = torch.equal(score(model, batch).logps.per_token, expected)
-            assert (Identity.of(model).weights == identity.weights) == is_same, name
+            assert (Identity.of(model).weights_digest == identity.weights_digest) == is_same, name
             buffer.copy_(kept)
-        assert Identity.of(model).weights == identity.weights
+        assert Identity.of(model).weights_digest == identity.weights_digest
 
 
 # --- what else is kept ------------------------------------------------------------------------------------------------

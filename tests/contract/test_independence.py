@@ -20,7 +20,7 @@ from families import VOCABULARY, tiny_model
 from holdfast.policy.independence import dependence, find_dependence
 from holdfast.policy.rotations import pin_rotations
 from holdfast.policy.untouched import untouched
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from policies import config, logged, rows, trainer
 
 ORIGINAL = 12

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from families import tiny_model
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from naive import NUM_STEPS, Recording, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 

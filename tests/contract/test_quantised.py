@@ -20,10 +20,10 @@ from families import tiny_model
 from holdfast.policy import load as models
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.prepare import make_policy
-from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.audit import checksums
-from holdfast.reference.digests import digest
-from holdfast.reference.model import ModelReference, weight_tensors
+from holdfast.reference.identity.digests import digest
+from holdfast.reference.scorers.adapter import AdapterReference
+from holdfast.reference.scorers.model import ModelReference, weight_tensors
 from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import config, logged, rows, trainer
 
@@ -153,13 +153,15 @@ def test_the_scales_are_part_of_the_fingerprint(bits: str, base: str, tmp_path: 
     doubled.save_pretrained(tmp_path)
     first, again, other = quantised(base, bits), quantised(base, bits), quantised(str(tmp_path), bits)
     assert digest(first.named_parameters()) == digest(other.named_parameters())
-    prints = [ModelReference(m, torch.no_grad, origin="a test").identity().weights for m in (first, again, other)]
+    prints = [
+        ModelReference(m, torch.no_grad, origin="a test").identity().weights_digest for m in (first, again, other)
+    ]
     assert prints[0] == prints[1] != prints[2]
     plain = tiny_model()
     assert dict(weight_tensors(plain)).keys() == dict(plain.named_parameters()).keys()
     for is_trained in (False, True):
         policies = [adapted(quantised(folder, bits), is_trained=is_trained) for folder in (base, str(tmp_path))]
-        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights for policy in policies]
+        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights_digest for policy in policies]
         assert held[0] != held[1]
     assert checksums(again).keys() == {n for n, p in again.named_parameters() if p.is_floating_point()}
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import oracle
 from families import tiny_model
-from holdfast.reference.adapter import AdapterReference, adds_nothing
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from holdfast.reference.moving.model import MovingModel
+from holdfast.reference.scorers.adapter import AdapterReference, adds_nothing
 from holdfast.store.maintenance import stores
 from holdfast.store.store import default_root
 from naive import NUM_STEPS, Recording, logp, naive_run

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from holdfast import DPOTrainer
-from holdfast.reference import look_ahead, snapshot
+from holdfast.reference import look_ahead
+from holdfast.reference.scorers import snapshot
 from policies import POLICIES, config, logged, rows, trainer
 
 SNAPSHOT = {"reference": "snapshot"}

@@ -23,7 +23,7 @@ from torch import nn
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer, Reference
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from holdfast.store.store import LogpStore
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer

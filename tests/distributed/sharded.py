@@ -21,7 +21,7 @@ from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.policy.prepare import disable_dropout
-from holdfast.reference.adapter import AdapterReference
+from holdfast.reference.scorers.adapter import AdapterReference
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.score import score
 from policies import POLICIES, rows

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from policies import POLICIES, _adapted, _sft_lora, config, logged, rows, trainer
 
 pytestmark = pytest.mark.slow

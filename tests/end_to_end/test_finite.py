@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from families import tiny_model
 from holdfast.checkpoint.finite import check_finite, not_finite
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, trainer
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 from families import tiny_model
 from holdfast.policy import full_eval
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
 pytestmark = pytest.mark.slow

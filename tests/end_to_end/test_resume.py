@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from families import tiny_model
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}

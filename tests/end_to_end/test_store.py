@@ -9,7 +9,9 @@ from datasets import Dataset
 
 from families import tiny_model
 from holdfast.losses import LOSSES
-from holdfast.reference import stored as precomputed
+from holdfast.reference import base
+from holdfast.reference.scorers import model
+from holdfast.reference.sources import stored as precomputed
 from holdfast.store import work_sharing as claims
 from holdfast.store.maintenance import stores
 from holdfast.store.store import default_root
@@ -22,12 +24,8 @@ class Counting:
     """Counts the sequences that references are asked about, by the way of `frozen_logps`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import holdfast.reference.adapter
-        import holdfast.reference.model
-        import holdfast.reference.snapshot
-
         self.scored = 0
-        for module in (holdfast.reference.adapter, holdfast.reference.model, holdfast.reference.snapshot):
+        for module in (base, model):
             plain = module.frozen_logps
 
             def counted(policy: Any, batch: Any, autocast: Any, plain: Any = plain) -> Any:

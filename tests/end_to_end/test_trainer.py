@@ -16,7 +16,7 @@ from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.losses import LOSSES
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
 from recomputation import NAME
 from tiny import preference_rows, tokenizer

@@ -16,9 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from holdfast.reference.moving import lora_products as products
-from holdfast.reference.snapshot import holding
+from holdfast.reference.moving import rank as rank_cut
+from holdfast.reference.scorers.exchange import exchanged
 from policies import POLICIES
 
 Weights = dict[str, Tensor]
@@ -98,18 +99,18 @@ class Mix:
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
-        self.state = products.captured(policy)
+        self.state = products.policy_state(policy)
         self.plain = {name: value.double() for name, value in self._plain().items()}
         self.dense = effective(policy)
         self.squares = 0.0
 
     def sync(self, alpha: float) -> None:
-        self.state, self.squares = products.moved(self.policy, self.state, alpha)
+        self.state, self.squares = products.synced_state(self.policy, self.state, alpha)
         self.plain = {name: torch.lerp(self.plain[name], v.double(), alpha) for name, v in self._plain().items()}
         self.dense = {name: torch.lerp(self.dense[name], v, alpha) for name, v in effective(self.policy).items()}
 
     def _plain(self) -> Weights:
-        replaced = products.names(self.policy)
+        replaced = products.factor_names(self.policy)
         return {
             name: p.detach().clone()
             for name, p in self.policy.named_parameters()
@@ -119,7 +120,7 @@ class Mix:
     @contextmanager
     def held(self) -> Iterator[None]:
         plain = {name: value.float() for name, value in self.plain.items()}
-        with holding(self.policy, plain | products.in_place(self.policy, self.state)):
+        with exchanged(self.policy, plain | products.factor_values(self.policy, self.state)):
             yield
 
 
@@ -171,7 +172,7 @@ def test_a_captured_reference_is_the_policy(case):
     policy = CASES[case]()
     move(policy, seed=1)
     before = logits(policy)
-    with holding(policy, products.in_place(policy, products.captured(policy))):
+    with exchanged(policy, products.factor_values(policy, products.policy_state(policy))):
         torch.testing.assert_close(logits(policy), before, rtol=2e-6, atol=2e-6 if "dora" in case else 0)
 
 
@@ -181,22 +182,22 @@ def test_a_fresh_one_is_the_bare_base(case):
     policy = CASES[case]()
     with policy.disable_adapter():
         bare = logits(policy)
-    with holding(policy, products.in_place(policy, products.captured(policy))):
+    with exchanged(policy, products.factor_values(policy, products.policy_state(policy))):
         assert torch.equal(logits(policy), bare)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_hard_sync_copies_the_factors(case):
     policy = CASES[case]()
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     for number in range(3):
         move(policy, seed=number)
-        state, _ = products.moved(policy, state, 0.5)
+        state, _ = products.synced_state(policy, state, 0.5)
     before = Mix(policy)
-    with holding(policy, products.in_place(policy, state)):
+    with exchanged(policy, products.factor_values(policy, state)):
         held = effective(policy)
-    after, squares = products.moved(policy, state, 1.0)
-    captured = products.captured(policy)
+    after, squares = products.synced_state(policy, state, 1.0)
+    captured = products.policy_state(policy)
     assert after.keys() == captured.keys()
     assert all(torch.equal(after[name], captured[name]) for name in captured)
     distance = sum(float((before.dense[n] - held[n]).square().sum()) for n in adapted_weights(policy))
@@ -209,10 +210,10 @@ def test_the_policy_stays_as_it_is(case):
     move(policy, seed=4)
     gradients = {name: p.requires_grad for name, p in policy.named_parameters()}
     before = digest(policy.named_parameters())
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     kept = {name: value.clone() for name, value in state.items()}
-    after, _ = products.moved(policy, state, 0.3)
-    products.in_place(policy, after)
+    after, _ = products.synced_state(policy, state, 0.3)
+    products.factor_values(policy, after)
     assert digest(policy.named_parameters()) == before
     assert {name: p.requires_grad for name, p in policy.named_parameters()} == gradients
     assert all(torch.equal(state[name], value) for name, value in kept.items())
@@ -222,37 +223,39 @@ def test_the_policy_stays_as_it_is(case):
 
 
 def test_names():
-    found = products.names(CASES["lora_frozen_factor"]())
+    found = products.factor_names(CASES["lora_frozen_factor"]())
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
     assert {f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"} <= found
     assert len(found) == 2 * 2 * 2  # two layers, q_proj and v_proj, two factors
-    assert f"{layer}.lora_magnitude_vector.default.weight" in products.names(CASES["dora"]())
-    assert f"{layer}.lora_B.default.bias" not in products.names(CASES["lora_bias"]())
-    assert "base_model.model.model.embed_tokens.lora_embedding_A.default" in products.names(CASES["lora_embedding"]())
-    assert products.names(CASES["lora_fresh_over_sft"]()) == {
+    assert f"{layer}.lora_magnitude_vector.default.weight" in products.factor_names(CASES["dora"]())
+    assert f"{layer}.lora_B.default.bias" not in products.factor_names(CASES["lora_bias"]())
+    assert "base_model.model.model.embed_tokens.lora_embedding_A.default" in products.factor_names(
+        CASES["lora_embedding"]()
+    )
+    assert products.factor_names(CASES["lora_fresh_over_sft"]()) == {
         name for name, _ in CASES["lora_fresh_over_sft"]().named_parameters() if ".dpo." in name
     }
-    assert products.names(POLICIES["prompt_tuning"]()) == set()
+    assert products.factor_names(POLICIES["prompt_tuning"]()) == set()
 
 
 def test_a_frozen_factor_keeps_the_rank():
     policy = CASES["lora_frozen_factor"]()
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     for number in range(20):
         move(policy, seed=number)
-        state, _ = products.moved(policy, state, 0.2)
+        state, _ = products.synced_state(policy, state, 0.2)
     assert {tensor.shape[0] for name, tensor in state.items() if name.endswith(".down")} == {4}
 
 
 def test_half_precision_policy_full_precision_state():
     """500 syncs with alpha = 0.001 towards a policy that stands still: 1 - 0.999^500 = 39.4 % of the way."""
     policy = lora(init_lora_weights=False).bfloat16()
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     start = copy.deepcopy(policy)
     move(policy, seed=0, std=0.2)
     for _ in range(500):
-        state, _ = products.moved(policy, state, 0.001)
-    values = products.in_place(policy, state)
+        state, _ = products.synced_state(policy, state, 0.001)
+    values = products.factor_values(policy, state)
     assert {value.dtype for value in values.values()} == {torch.bfloat16}
     for path in {name.rpartition(".")[0] for name in state}:
         first, last = (added_by(model.get_submodule(path)) for model in (start, policy))
@@ -317,16 +320,16 @@ def test_two_hundred_syncs(alpha, is_smooth):
     def added() -> Weights:
         return {path: added_by(layer) for path, layer in lora_layers.items()}
 
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     with torch.no_grad():
         exact = added()
         for _ in itertools.islice(drifting(policy, is_smooth=is_smooth), 200):
             before = exact
             exact = {path: torch.lerp(exact[path], value, alpha) for path, value in added().items()}
-            state, squares = products.moved(policy, state, alpha)
+            state, squares = products.synced_state(policy, state, alpha)
             distance = sum(float((exact[path] - before[path]).square().sum()) for path in exact)
             assert squares == pytest.approx(distance, rel=1e-3)
-        with holding(policy, products.in_place(policy, state)):
+        with exchanged(policy, products.factor_values(policy, state)):
             found = added()
     for path, layer in lora_layers.items():
         base = layer.get_base_layer().weight.double()
@@ -370,11 +373,11 @@ def test_seven_syncs_are_concatenations():
 def test_a_policy_that_stands_still_is_cut_back():
     """After 40 syncs with 0.9, all but 1e-40 of the reference is one product of rank 16, and a cut sees that."""
     policy = layers(init_lora_weights=False)
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     move(policy, seed=1)
     lowest = 10**6
     for _ in range(40):
-        state, _ = products.moved(policy, state, 0.9)
+        state, _ = products.synced_state(policy, state, 0.9)
         lowest = min(lowest, *held_ranks(state).values())
         assert 0 < min(held_ranks(state).values()) <= max(held_ranks(state).values()) <= 8 * 16
     assert lowest == 16
@@ -384,17 +387,17 @@ def test_a_pair_too_large_to_cut_becomes_a_product(monkeypatch):
     """With r = 2 and a largest cut of 16, a slow mix of independent values grows by 2 columns a sync to the break-even
     of its layer, 256 * 512 / 768 = 170 or 384 / 2 = 192, and is the product from the next on. One cut of each layer is
     tried on the way, when its rank comes to more than 8 r."""
-    monkeypatch.setattr(products, "LARGEST_CUT", 16)
+    monkeypatch.setattr(rank_cut, "LARGEST_CUT", 16)
     tried: list[int] = []
-    cut = products._cut
-    monkeypatch.setattr(products, "_cut", lambda u, d, t: tried.append(u.shape[1]) or cut(u.clone(), d.clone(), t))
+    cut = rank_cut.cut_rank
+    monkeypatch.setattr(rank_cut, "cut_rank", lambda u, d, t: tried.append(u.shape[1]) or cut(u.clone(), d.clone(), t))
     policy = layers(r=2, init_lora_weights=False)
     exact = {path: added_by(m) for path, m in policy.named_modules() if isinstance(m, LoraLayer)}
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     for number in range(100):
         move(policy, seed=number, std=1.0)
         exact = {path: torch.lerp(value, added_by(policy.get_submodule(path)), 0.02) for path, value in exact.items()}
-        state, _ = products.moved(policy, state, 0.02)
+        state, _ = products.synced_state(policy, state, 0.02)
         for path, rank in held_ranks(state).items():
             break_even = 192 if "square" in path else 170
             assert rank == (2 * (number + 2) if 2 * (number + 2) <= break_even else 0)
@@ -414,18 +417,18 @@ def test_any_widths_and_alphas(in_features, out_features, rank, alphas, seed):
     base = nn.ModuleDict({"a": nn.Linear(in_features, out_features)})
     policy: Any = adapted(base, r=rank, lora_alpha=2 * rank, target_modules=["a"], init_lora_weights=False)
     layer = policy.get_submodule("base_model.model.a")
-    state = products.captured(policy)
+    state = products.policy_state(policy)
     values = [layer.get_delta_weight("default").detach().double()]
     for number, alpha in enumerate(alphas):
         move(policy, seed=100 * seed + number, std=0.5)
         values.append(layer.get_delta_weight("default").detach().double())
-        state, _ = products.moved(policy, state, alpha)
+        state, _ = products.synced_state(policy, state, alpha)
     right = torch.zeros_like(values[0])
     remaining = 1.0
     for alpha, value in zip([1.0, *alphas][::-1], values[::-1], strict=True):
         right += remaining * alpha * value
         remaining *= 1 - alpha
-    with holding(policy, products.in_place(policy, state)):
+    with exchanged(policy, products.factor_values(policy, state)):
         found = layer.get_delta_weight("default").detach().double()
     assert float((found - right).norm()) <= 1e-5 * max(float(value.norm()) for value in values)
 
@@ -506,7 +509,7 @@ REFUSED: dict[str, tuple[Callable[[], PeftModel], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_mixed(case):
     make, clause = REFUSED[case]
-    reason = products.why_not(make())
+    reason = products.mixing_obstacle(make())
     assert reason is not None
     with pytest.raises(ValueError, match=clause):
         raise ValueError(reason)
@@ -523,21 +526,21 @@ LINEAR = {
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft's, about the layer norms it wraps
 @pytest.mark.parametrize("case", [*CASES, *LINEAR])
 def test_what_can_be_mixed(case):
-    assert products.why_not((CASES | LINEAR)[case]()) is None
+    assert products.mixing_obstacle((CASES | LINEAR)[case]()) is None
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 @pytest.mark.parametrize("case", LINEAR)
 def test_no_products_where_there_is_no_lora(case):
     policy = LINEAR[case]()
-    assert products.captured(policy) == {}
-    assert products.moved(policy, {}, 0.5) == ({}, 0.0)
-    assert products.in_place(policy, {}) == {}
+    assert products.policy_state(policy) == {}
+    assert products.synced_state(policy, {}, 0.5) == ({}, 0.0)
+    assert products.factor_values(policy, {}) == {}
 
 
 def test_a_state_of_another_policy():
-    state = products.captured(lora(target_modules=["q_proj"]))
+    state = products.policy_state(lora(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"layer `.*v_proj` was asked for.*held of it is nothing.*Capture it again"):
-        products.moved(lora(), state, 0.5)
+        products.synced_state(lora(), state, 0.5)
     with pytest.raises(ValueError, match=r"q_proj` was asked for.*held of it is \['down', 'up'\].*other adapters"):
-        products.in_place(lora(use_dora=True), state)
+        products.factor_values(lora(use_dora=True), state)

@@ -16,8 +16,8 @@ from torch import nn
 
 import holdfast
 from holdfast.reference import run_folder
-from holdfast.reference.offloaded import OffloadedReference
 from holdfast.reference.run_folder import RunFolder, running
+from holdfast.reference.scorers.offloaded import OffloadedReference
 from holdfast.reference.tensor_file import TensorFile
 
 HOLDER = """
@@ -227,10 +227,10 @@ def test_a_parked_module_has_its_weights_again_whatever_their_dtype(dtype: torch
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     packed = (torch.randn(8, 8) * 50).to(dtype)
     module[1].weight = nn.Parameter(packed.clone(), requires_grad=False)
-    parked = OffloadedReference(
+    parked = OffloadedReference.offload(
         module, contextlib.nullcontext, folder=RunFolder(tmp_path), name="parked.safetensors", origin="the module"
     )
-    frame = parked._frame
+    frame = parked._module
     assert not any(parameter.numel() for parameter in frame.parameters())
     with parked.in_place():
         for (name, found), expected in zip(frame.named_parameters(), module.parameters(), strict=True):

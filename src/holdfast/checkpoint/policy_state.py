@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.checkpoint.reference_state import read_manifest
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 
 
 def _saved_tensors(policy: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.internals.transformers import attention_of
-from holdfast.reference.identity import Identity, numerics
+from holdfast.reference.identity.identity import Identity, numerics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +73,8 @@ class Provenance:
                 tensors={}, settings={}, attention=str(attention_of(config)), dtype=str(parameter.dtype)
             )
         return cls(
-            weights=identity.weights if reference_identity is not None else "not recorded: sharded",
-            config=identity.config if reference_identity is not None else None,
+            weights=identity.weights_digest if reference_identity is not None else "not recorded: sharded",
+            config=identity.config_digest if reference_identity is not None else None,
             settings={name: value for name, value in identity.settings.items() if ".config." in name},
             numerics=numerics(identity, device=parameter.device, mixed_precision=mixed_precision, layout=layout),
             way=args.reference,

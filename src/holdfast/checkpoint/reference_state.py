@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from holdfast.checkpoint.provenance import Provenance
-from holdfast.reference.digests import digest
+from holdfast.reference.identity.digests import digest
 from holdfast.reference.reference import Reference
 
 FOLDER, MANIFEST, STATE = "reference", "manifest.json", "state.safetensors"

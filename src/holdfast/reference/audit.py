@@ -1,8 +1,9 @@
-"""The step-0 audit (law L1): a fresh reference gives the policy's own log-probs, in every run.
+"""The audit at step 0 (law L1): policy and reference are compared on the first batch, in every run.
 
-The error that a wrong reference makes is silent: training goes on, towards another optimum. So the two are compared
-on the first batch, and a difference is an error that names the tensor. A user may choose a different reference; then
-the measured gap is reported once. Also here: the pass over the policy's weights that finds NaN before anything runs.
+A wrong reference is a silent error: training goes on, towards another optimum. A fresh reference must give the policy's
+own log-probs, so a difference is an error that names the tensor. Where the user chose another reference, the measured
+gap is reported once. The pass over the policy's weights that finds NaN before anything runs is here as well. Given up:
+one forward pass of policy and reference, and two sums over all weights.
 """
 
 import math
@@ -15,20 +16,21 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.reference.base import num_bytes
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.reference import Reference
 from holdfast.scoring.frozen import Autocast, frozen_logps
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF
 
-_CACHED = 2**18
-"""Values that are read from memory once, however often they are summed up."""
+_CHUNK = 2**18
+"""A number of values that a CPU's caches hold, so that two sums read them from memory once."""
 
 Checksums = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """How far two models' log-probs of the same tokens are apart, nats per token, or per completion for sums."""
+    """The difference between two models' log-probs of the same tokens, in nats per token, or per completion for
+    sums."""
 
     mean: float
     largest: float
@@ -41,20 +43,20 @@ class Gap:
         return cls(mean=float(difference.mean()), largest=float(difference.max()))
 
     def is_zero(self, *, is_half_precision: bool) -> bool:
-        """Whether it is what rounding alone can make. NaN is not."""
+        """Whether rounding explains the gap. False for NaN."""
         return self.mean <= TOLERANCE_NATS_HALF if is_half_precision else self.largest <= TOLERANCE_NATS
 
 
 def checksums(policy: nn.Module) -> Checksums:
-    """Two sums over each parameter and buffer, to tell later which one changed; raises ValueError on NaN or infinity in
-    a parameter, naming the first that has one."""
+    """Two sums over each parameter and buffer, by name, which tell later which of them changed. ValueError where a
+    parameter has a NaN or an infinity; it names the first one."""
     sums: dict[str, tuple[float, float]] = {}
     for name, tensor in chain(policy.named_parameters(), policy.named_buffers()):
         if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         total = square = 0.0
-        for part in _parts(tensor.detach()):
-            values = part.float()
+        for chunk in _chunks(tensor.detach()):
+            values = chunk.float()
             total, square = total + float(values.sum()), square + float(torch.dot(values, values))
         sums[name] = (total, square**0.5)
         is_weight = isinstance(tensor, nn.Parameter)  # a mask among the buffers may be infinite
@@ -66,16 +68,15 @@ def checksums(policy: nn.Module) -> Checksums:
     return sums
 
 
-def _parts(values: Tensor) -> Sequence[Tensor]:
-    """All values, flat; on a CPU in parts that its caches hold, elsewhere whole, since each part is waited for."""
-    return values.reshape(-1).split(_CACHED if values.device.type == "cpu" else max(1, values.numel()))
+def _chunks(values: Tensor) -> Sequence[Tensor]:
+    """All values, flat: on a CPU in chunks that its caches hold, elsewhere in one, since each chunk is waited for."""
+    return values.reshape(-1).split(_CHUNK if values.device.type == "cpu" else max(1, values.numel()))
 
 
-def introduction(reference: Reference, digest: str | None, found: str) -> str:
-    """Which reference it is, where it is held and what the audit found, in one line; `digest` is that of its
-    weights."""
-    weights = f", weights {digest[:12]}" if digest else ""
-    return f"Reference: {reference.describe()}{weights}, {num_bytes(reference)} bytes held; {found}."
+def introduction(reference: Reference, weights_digest: str | None, gap: str) -> str:
+    """One line: which reference it is, where it is held, and the `gap` that the audit found, in words."""
+    weights = f", weights {weights_digest[:12]}" if weights_digest else ""
+    return f"Reference: {reference.describe()}{weights}, {num_bytes(reference)} bytes held; {gap}."
 
 
 def audit(
@@ -85,13 +86,16 @@ def audit(
     *,
     autocast: Autocast,
     mixed_precision: str,
-    captured: Checksums,
+    first_checksums: Checksums,
     is_users_choice: bool,
 ) -> str:
-    """What was measured on `batch`, in a clause. ValueError when a captured reference is not the policy, naming what
-    differs, or when a log-prob is NaN. `captured` are the policy's checksums when its reference was captured."""
+    """The gap between policy and reference on `batch`, in words.
+
+    ValueError where a log-prob is NaN, or where the two differ and the reference is not the user's choice. The message
+    names the tensor or setting that differs. `first_checksums` are those of the policy when the reference was made.
+    """
     # Log-probs given by the user are sums, so only sums can be compared: the model they came from may have been freed.
-    # Where the reference is the policy, it is asked itself.
+    # A reference that must equal the policy is computed instead, and compared token by token.
     of_sums = is_users_choice and reference.user_logps is not None
     theirs = reference.logps(batch) if of_sums else reference.computed_logps(batch)
     gap = Gap.between(frozen_logps(policy, batch, autocast), theirs, of_sums=of_sums)
@@ -102,23 +106,26 @@ def audit(
             f"of both. Reference: {reference.describe()}."
         )
     if is_users_choice:
-        found = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
-        return f"it differs from the policy by {found} on the first batch, {gap.largest:.3g} at most"
+        mean = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
+        return f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most"
     if not gap.is_zero(is_half_precision=is_half_precision):
+        difference = _difference(reference, policy, first_checksums)
         raise ValueError(
             "The reference is the policy as it starts to train, so at the first step both must give the same "
             f"log-probs; found a gap of {gap.largest:.3g} nats in one token, {gap.mean:.3g} on average. Reference: "
-            f"{reference.describe()}. {_culprit(reference, policy, captured)} If another reference is what you want, "
+            f"{reference.describe()}. {difference} If another reference is what you want, "
             "name it with `ref_model`; reference_audit=False switches this check off."
         )
     return f"it gives the policy's log-probs on the first batch (largest gap {gap.largest:.3g} nats in one token)"
 
 
-def _culprit(reference: Reference, policy: nn.Module, captured: Checksums) -> str:
-    moved = [name for name, sums in checksums(policy).items() if name in captured and sums != captured[name]]
-    if moved:
+def _difference(reference: Reference, policy: nn.Module, first_checksums: Checksums) -> str:
+    """A sentence that names the first tensor or setting in which policy and reference differ."""
+    now = checksums(policy)
+    changed = [name for name, sums in now.items() if name in first_checksums and sums != first_checksums[name]]
+    if changed:
         return (
-            f"The policy's `{moved[0]}` is not what it was when the trainer was made ({len(moved)} tensors changed "
+            f"The policy's `{changed[0]}` is not what it was when the trainer was made ({len(changed)} tensors changed "
             "since): make the trainer after the last change to the model."
         )
     own = dict(policy.named_parameters())

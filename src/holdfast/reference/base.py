@@ -1,8 +1,8 @@
-"""The roles of a reference: who computes its log-probs, and what one that moves can do besides.
+"""The roles of a reference: a scorer computes its log-probs, a moving one can be synced, a captured one copies late.
 
-A way to hold a reference is one final class in a file of its own, which takes one of these roles. What is common to all
-ways (looking up log-probs that are known, scoring ahead, windows) is in `reference.reference`, and nothing there asks
-which way it is.
+A way to hold a reference is one final class in a file of its own that takes one or several of these roles. Everything
+that all ways share (log-probs that are known already, scoring ahead, windows) is in `reference.reference`, which never
+asks for the way. Given up: scorers with a module of their own repeat a few lines, so that none inherits from another.
 """
 
 import abc
@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
 
@@ -25,11 +25,11 @@ class Scorer(abc.ABC):
     """
 
     kind: ClassVar[str]
-    """What a checkpoint's manifest calls this way to hold a reference."""
+    """The name of this way to hold a reference in a checkpoint's manifest."""
     module: nn.Module | None = None
-    """The reference's own module, where it has one."""
-    comes_from_afar: bool = False
-    """Whether putting the weights in place moves them between devices, so that asking for many batches at once pays."""
+    """The reference's own module; None for one inside the policy."""
+    is_off_device: bool = False
+    """Whether `in_place()` moves weights between devices, so that scoring many batches within it saves time."""
 
     @abc.abstractmethod
     def logps(self, batch: PairBatch) -> SequenceLogps:
@@ -37,25 +37,26 @@ class Scorer(abc.ABC):
 
     @abc.abstractmethod
     def in_place(self) -> AbstractContextManager[None]:
-        """A context within which the reference's weights are where they compute. Many batches that are scored within it
-        share its cost. It may be entered within itself."""
+        """A context within which the reference's weights are where they compute. All batches that are scored within it
+        share the cost of entering it. It may be entered again while it is active."""
 
     @abc.abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors it holds in memory on top of the policy, under the policy's names where it has such."""
+        """The tensors that the reference has in memory on top of the policy. A tensor that stands for one of the
+        policy's has its name."""
 
     @abc.abstractmethod
     def identity(self) -> Identity:
-        """All that the log-probs depend on beside the token ids, as it is now. Training must not have changed the
-        policy yet."""
+        """Everything that the log-probs depend on beside the token ids, as it is now. It must be read before training
+        changes the policy."""
 
     @abc.abstractmethod
     def describe(self, when: str) -> str:
-        """What it is, where it is held, when it is asked (`when`), and whether it moves, in one line."""
+        """One line: which reference it is, where it is held, when it is asked (`when`), and whether it moves."""
 
 
 class InsidePolicy(Scorer):
-    """A reference that has no module of its own: within `in_place()` the policy's module computes as the reference."""
+    """A reference without a module of its own: within `in_place()` the policy's module computes as the reference."""
 
     def __init__(self, policy: nn.Module, autocast: Autocast) -> None:
         self.policy = policy
@@ -72,16 +73,18 @@ class InsidePolicy(Scorer):
             return Identity.of(self.policy)
 
 
-class Captured(abc.ABC):
-    """A reference that *is* the policy until training changes it, and only then needs values of its own."""
+class LateCopy(abc.ABC):
+    """A reference that *is* the policy until training changes the policy, and copies the policy's values only then."""
 
     @abc.abstractmethod
     def before_policy_changes(self) -> None:
-        """Copies the policy's values, where the policy is still the reference. Training is about to change them."""
+        """Copies the policy's values if the policy is still the reference. It is called before training changes
+        them."""
 
 
 class Moving(abc.ABC):
-    """A reference that follows the policy (TR-DPO), and what a checkpoint must hold to bring it back (law L5)."""
+    """A reference that follows the policy (TR-DPO). A checkpoint holds its state, from which it is restored (law
+    L5)."""
 
     version: int
     """Number of syncs so far."""
@@ -90,8 +93,11 @@ class Moving(abc.ABC):
 
     @abc.abstractmethod
     def sync(self, mixup_alpha: float) -> None:
-        """Moves to `mixup_alpha * policy + (1 - mixup_alpha) * reference`, in effective weights, accumulated in fp32
-        (law L4; Gorbatovski et al. 2024, Eq. 3, arXiv:2404.09656), and counts `version` up."""
+        """Sets the reference to `mixup_alpha * policy + (1 - mixup_alpha) * reference` and adds 1 to `version`.
+
+        The mix is of effective weights and is accumulated in fp32 (law L4; Gorbatovski et al. 2024, Eq. 3,
+        arXiv:2404.09656).
+        """
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -99,17 +105,17 @@ class Moving(abc.ABC):
 
     @abc.abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
-        """Brings the reference back to where it was after `version` syncs, bit for bit. The last was `drift` long."""
+        """Restores the reference after `version` syncs, bit for bit. The last sync moved it by `drift`."""
 
 
-class TensorHolder(Protocol):
-    """A reference, or its scorer: what holds tensors."""
+class HasTensors(Protocol):
+    """A reference, or its scorer."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in memory on top of the policy."""
         ...
 
 
-def num_bytes(holder: TensorHolder) -> int:
-    """Bytes that a reference holds in memory on top of the policy."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in holder.tensors())
+def num_bytes(reference: HasTensors) -> int:
+    """Bytes that a reference, or its scorer, has in memory on top of the policy."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())

@@ -1,6 +1,7 @@
-"""From options to a reference: the one place that knows every way to hold one.
+"""From options to a reference: the one module that knows every way to hold one.
 
-`WAYS` has them by name. A new way is a class in a file of its own, and an entry there.
+`WAYS` has the ways by name. A new way is a class in a file of `reference.scorers`, and an entry in `WAYS`. Which
+combinations of options have a meaning is decided here, before anything is scored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,46 +14,47 @@ from torch import nn
 
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
-from holdfast.reference.adapter import AdapterReference
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity, numerics, store_key
-from holdfast.reference.mixture import MixtureReference, mixture_shares
-from holdfast.reference.model import ModelReference, freeze
+from holdfast.reference.identity.identity import Identity, numerics, store_key
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.hard_snapshot import HardSnapshot
 from holdfast.reference.moving.model import MovingModel
 from holdfast.reference.moving.soft_snapshot import SoftSnapshot
-from holdfast.reference.offloaded import OffloadedReference
-from holdfast.reference.other_adapter import OtherAdapterReference, check_other_adapter
 from holdfast.reference.reference import Reference, Roles
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import SnapshotReference
-from holdfast.reference.stored import PrecomputedReference
-from holdfast.reference.tensor_file import Place
-from holdfast.reference.window import Window
+from holdfast.reference.scorers.adapter import AdapterReference
+from holdfast.reference.scorers.mixture import MixtureReference, mixture_shares
+from holdfast.reference.scorers.model import ModelReference, freeze
+from holdfast.reference.scorers.offloaded import OffloadedReference
+from holdfast.reference.scorers.other_adapter import OtherAdapterReference, check_other_adapter
+from holdfast.reference.scorers.snapshot import SnapshotReference
+from holdfast.reference.sources.stored import PrecomputedReference
+from holdfast.reference.sources.window import Window
+from holdfast.reference.tensor_file import SnapshotDevice
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.frozen import Autocast
 from holdfast.store.store import LogpStore, default_root
 
 Motion = Literal["fixed", "hard", "soft"]
-"""Whether a reference stays, is set to the policy at every sync (alpha = 1), or mixed with it."""
+"""What a sync does: there is none, it sets the reference to the policy (alpha = 1), or it mixes the two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceOptions:
-    """Which reference is asked for.
+    """Which reference a run asks for.
 
-    `way` is the name of a way to hold it (`auto` goes by the model), `adapter` which adapter of the policy it is.
-    `place` is where a snapshot is held, in `folder` if on disk. `is_ahead` says whether log-probs are computed ahead;
-    `window` over how many optimizer steps, None where that is left open. `is_stream` says that the data have no end.
-    `sync_steps` and `mixup_alpha` are how often and how far it moves, None and 0 for a fixed one. `shares` are those of
-    several references, None for equal ones. `store` is the folder of stored log-probs, None for the default;
-    `keeps_versions` leaves those of past versions there.
+    - `way`: the name of a way to hold it; `auto` goes by the model. `adapter`: the adapter of the policy that is it.
+    - `snapshot_device`: where a snapshot is held. `folder`: where files of the reference go.
+    - `is_ahead`: whether log-probs are computed ahead. `window`: over how many optimizer steps, None to choose here.
+    - `is_stream`: whether the training set has no end.
+    - `sync_steps`, `mixup_alpha`: how often and how far it moves; None and 0 for a fixed one.
+    - `shares`: the share of each of several references; None for equal shares.
+    - `store`: the folder of stores; None for the default. `keeps_versions`: whether stores of past versions stay.
     """
 
     way: str = "auto"
     adapter: str | None = None
-    place: Place = "device"
+    snapshot_device: SnapshotDevice = "device"
     folder: RunFolder = field(default_factory=lambda: RunFolder(Path("_reference")))
     is_ahead: bool = False
     window: int | None = None
@@ -65,7 +67,7 @@ class ReferenceOptions:
 
     @property
     def motion(self) -> Motion:
-        """Whether it stays, or how it moves."""
+        """Whether the reference is fixed, and if not, how it moves."""
         return "fixed" if self.sync_steps is None else "hard" if self.mixup_alpha == 1 else "soft"
 
 
@@ -73,7 +75,7 @@ class ReferenceOptions:
 
 
 def _model(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -> Roles:
-    """A copy of the policy."""
+    """A second module: a copy of the policy."""
     if options.motion == "fixed":
         return Roles(scorer=ModelReference.capture(policy, autocast))
     model = MovingModel.capture(policy, autocast)
@@ -86,14 +88,17 @@ def _adapter(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -
 
 
 def _snapshot(options: ReferenceOptions, policy: nn.Module, autocast: Autocast) -> Roles:
-    """Values for the policy's trainable tensors. Those of log-probs ahead wait on disk for data nobody announced."""
-    place = options.place if options.way == "snapshot" else "disk" if options.is_ahead else "device"
+    """The first values of the policy's trainable tensors. Where log-probs are computed ahead, the values are rarely
+    needed, so they are on disk."""
+    device: SnapshotDevice = "disk" if options.is_ahead else "device"
+    if options.way == "snapshot":
+        device = options.snapshot_device
     if options.motion == "fixed":
-        snapshot = SnapshotReference(policy, autocast, place=place, folder=options.folder)
-        return Roles(scorer=snapshot, captured=snapshot)
+        snapshot = SnapshotReference(policy, autocast, device=device, folder=options.folder)
+        return Roles(scorer=snapshot, late_copy=snapshot)
     kind = HardSnapshot if options.motion == "hard" else SoftSnapshot
-    moving = kind(policy, autocast, place=place, folder=options.folder)
-    return Roles(scorer=moving, moving=moving, captured=moving)
+    moving = kind(policy, autocast, device=device, folder=options.folder)
+    return Roles(scorer=moving, moving=moving, late_copy=moving)
 
 
 Way = Callable[[ReferenceOptions, nn.Module, Autocast], Roles]
@@ -105,14 +110,15 @@ WAY_NAMES = ("auto", *WAYS, "precomputed", "none")
 
 
 def _way_of_policy(options: ReferenceOptions, policy: nn.Module) -> str:
-    """The name of the way in which the policy itself is held as its reference. ValueError where that cannot be."""
+    """The name of the way to hold the policy as its own reference. ValueError where that way does not fit the policy or
+    the motion."""
     moves, is_ahead = options.motion != "fixed", options.is_ahead
     if options.way == "adapter" and not is_adapted(policy):
         raise ValueError(
             f"reference='adapter' was asked for, but the policy is a {type(policy).__name__} without a PEFT adapter. "
             "Pass a `peft_config`, or use reference='model' or 'precomputed'."
         )
-    obstacle = lora_products.why_not(policy) if options.motion == "soft" and is_adapted(policy) else None
+    obstacle = lora_products.mixing_obstacle(policy) if options.motion == "soft" and is_adapted(policy) else None
     if options.way == "model" and (moves or not is_ahead):
         return "model"
     if options.way == "auto" and (obstacle or not (is_ahead or is_adapted(policy))):
@@ -138,17 +144,19 @@ def _one(options: ReferenceOptions, policy: nn.Module, ref_model: nn.Module | No
     if ref_model is not None:
         return _of_model(options, policy, ref_model, autocast)
     if options.adapter is not None:
-        named = check_other_adapter(policy, options.adapter)
-        return Roles(scorer=OtherAdapterReference(named, autocast, options.adapter))
+        peft_policy = check_other_adapter(policy, options.adapter)
+        return Roles(scorer=OtherAdapterReference(peft_policy, autocast, options.adapter))
     return WAYS[_way_of_policy(options, policy)](options, policy, autocast)
 
 
 def _of_model(options: ReferenceOptions, policy: nn.Module, ref_model: nn.Module, autocast: Autocast) -> Roles:
-    """The module that the user chose."""
+    """The reference that is a module which the user chose."""
     if options.way in WAYS.keys() - {"model"} or options.adapter is not None:
-        asked = f"ref_adapter_name={options.adapter!r}" if options.adapter is not None else f"reference={options.way!r}"
+        option = (
+            f"ref_adapter_name={options.adapter!r}" if options.adapter is not None else f"reference={options.way!r}"
+        )
         raise ValueError(
-            f"{asked} was asked for together with a `ref_model`: the first is inside the policy, the second is "
+            f"{option} was asked for together with a `ref_model`: the first is inside the policy, the second is "
             "another model. Drop one of them."
         )
     check_ref_model(policy, ref_model)
@@ -164,33 +172,36 @@ _ORIGIN = "the given ref_model"
 def _several(
     options: ReferenceOptions, policy: nn.Module, ref_models: Sequence[nn.Module | None], autocast: Autocast
 ) -> tuple[Roles, list[Scorer]]:
-    """The one reference, or the mixture of several, and the scorers that it is made of. Where the policy is one of
-    several, `options.way` says how it is held."""
+    """The one reference, or the mixture of several, and its scorers. Where the policy is one of several, `options.way`
+    is the way to hold the policy."""
     if len(ref_models) == 1:
         roles = _one(options, policy, ref_models[0], autocast)
         return roles, [roles.scorer]
     others = replace(options, way="model") if None in ref_models else options
-    found = [_one(options if module is None else others, policy, module, autocast) for module in ref_models]
-    captured = next((roles.captured for roles in found if roles.captured is not None), None)
-    scorers = [roles.scorer for roles in found]
+    each = [_one(options if module is None else others, policy, module, autocast) for module in ref_models]
+    late_copy = next((roles.late_copy for roles in each if roles.late_copy is not None), None)
+    scorers = [roles.scorer for roles in each]
     mixture = MixtureReference(scorers, mixture_shares(options.shares, len(scorers)))
-    return Roles(scorer=mixture, captured=captured), scorers
+    return Roles(scorer=mixture, late_copy=late_copy), scorers
 
 
 def _offloaded(options: ReferenceOptions, autocast: Autocast, scorers: list[Scorer]) -> Scorer | None:
-    """What is left of the scorers once whole datasets are scored: nothing in memory, but enough to be asked again;
-    None where one is quantised, which has state beside its tensors."""
-    found: list[Scorer] = []
+    """The scorers that remain once whole datasets are scored. They have no module in memory: weights wait in a file.
+    None where a module is quantised, since a file would lack its quantisation state."""
+    remaining: list[Scorer] = []
     for number, scorer in enumerate(scorers):
         module = scorer.module
         if module is None:
-            found.append(scorer)
+            remaining.append(scorer)
         elif is_quantised(module):
             return None
         else:
             name = f"parked-{number}.safetensors"
-            found.append(OffloadedReference(module, autocast, folder=options.folder, name=name, origin=_ORIGIN))
-    return found[0] if len(found) == 1 else MixtureReference(found, mixture_shares(options.shares, len(found)))
+            offloaded = OffloadedReference.offload(module, autocast, folder=options.folder, name=name, origin=_ORIGIN)
+            remaining.append(offloaded)
+    if len(remaining) == 1:
+        return remaining[0]
+    return MixtureReference(remaining, mixture_shares(options.shares, len(remaining)))
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -210,8 +221,9 @@ def build_reference(
 ) -> Reference | None:
     """The reference for `policy` as it is now; None for the way `none`.
 
-    `ref_models` are the modules that the user chose, placed already, None among them for the policy itself; several of
-    them are mixed. Raises ValueError when the options contradict the models.
+    `ref_models` are the modules that the user chose, each on its device already; None stands for the policy itself, and
+    several are mixed. `layout` names the layout of rows when the store is opened. `is_main`, `is_quiet` and
+    `wait_for_all` are those of `PrecomputedReference`. ValueError where the options contradict the models.
     """
     if options.way == "none":
         if any(ref_model is not None for ref_model in ref_models):
@@ -228,8 +240,8 @@ def build_reference(
 
     def open_store(identity: Identity, version: int | None) -> LogpStore:
         device = next(policy.parameters()).device
-        rounded = numerics(identity, device=device, mixed_precision=mixed_precision, layout=layout())
-        return LogpStore.open(options.store or default_root(), store_key(identity, rounded, version))
+        rounding = numerics(identity, device=device, mixed_precision=mixed_precision, layout=layout())
+        return LogpStore.open(options.store or default_root(), store_key(identity, rounding, version))
 
     stored = PrecomputedReference(
         open_store,
@@ -245,18 +257,18 @@ def build_reference(
 
 
 def _window(options: ReferenceOptions, scorer: Scorer) -> Window | None:
-    """How many steps are scored together, where that was asked for or spares exchanges of weights; else None."""
+    """The window, where a run asks for one or where it saves exchanges of weights; else None."""
     steps = options.window
     if steps is None:
-        if not (options.is_ahead or scorer.comes_from_afar):
+        if not (options.is_ahead or scorer.is_off_device):
             return None
-        # After a hard sync the policy itself can score all that comes before the next one.
+        # After a hard sync the policy is the reference, so it can score every step up to the next sync itself.
         steps = options.sync_steps if options.is_ahead or options.motion == "hard" else None
     return None if steps == 1 else Window(steps=steps, sync_steps=options.sync_steps)
 
 
 def check_ref_model(policy: nn.Module, ref_model: nn.Module) -> None:
-    """ValueError where `ref_model` cannot be the reference: shared trainable weights, or another vocabulary."""
+    """ValueError where `ref_model` shares trainable weights with the policy or has another vocabulary."""
     trainable = {id(p): name for name, p in policy.named_parameters() if p.requires_grad}
     shared = [trainable[id(p)] for p in ref_model.parameters() if id(p) in trainable]
     if shared:

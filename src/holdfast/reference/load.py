@@ -1,4 +1,7 @@
-"""The reference models that a user chose: checked before anything is loaded, then loaded."""
+"""The reference models that a user chose: checked before anything is loaded, then loaded.
+
+All checks come first, since loading a model takes minutes. Given up: options per model; `ref_model_init_kwargs` are for
+each path."""
 
 import os
 from collections.abc import Sequence
@@ -8,14 +11,14 @@ from torch import nn
 
 from holdfast.losses import LossOptions
 from holdfast.policy.load import PolicyOptions, init_mapping, load_model
-from holdfast.reference.mixture import check_mixture, mixture_shares
+from holdfast.reference.scorers.mixture import check_mixture, mixture_shares
 
 RefModel = str | os.PathLike[str] | nn.Module | None
-"""A reference as it is handed in: a module, a path or hub id, or None for the policy as it starts to train."""
+"""A reference as a user names it: a module, a path or hub id, or None for the policy as it starts to train."""
 
 
 class RefModelOptions(PolicyOptions, Protocol):
-    """The options of a run (`DPOConfig`) that concern reference models which a user chose."""
+    """The options of a run (`DPOConfig`) that concern reference models."""
 
     ref_model_init_kwargs: dict[str, Any] | str | None
     ref_model_weights: list[float] | None
@@ -29,17 +32,17 @@ class RefModelOptions(PolicyOptions, Protocol):
 
     @property
     def loss_options(self) -> LossOptions:
-        """The numbers that the losses read."""
+        """The options that the losses read."""
         ...
 
 
 def ref_model_entries(ref_model: RefModel | Sequence[RefModel]) -> list[RefModel]:
-    """The references that were handed in, one or several; `[None]` where the policy is its own."""
+    """The references as a list; `[None]` where the user names none."""
     return list(ref_model) if isinstance(ref_model, list | tuple) else [cast(RefModel, ref_model)]
 
 
 def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOptions) -> None:
-    """ValueError or TypeError, before anything is loaded, where these cannot be the references of a run of `args`."""
+    """ValueError or TypeError where a run of `args` cannot have these references. Nothing is loaded."""
     entries = ref_model_entries(ref_model)
     for entry in entries:
         if not isinstance(entry, str | os.PathLike | nn.Module | None):
@@ -76,8 +79,8 @@ def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOpt
 
 
 def load_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOptions) -> list[nn.Module | None]:
-    """The reference modules that a user chose, loaded where a path or hub id was given; `ref_model_init_kwargs` are for
-    each of those. None stands for the policy as it starts to train."""
+    """The reference modules that a user chose. Each path or hub id is loaded with `ref_model_init_kwargs`. None stands
+    for the policy as it starts to train."""
     return [_load_ref_model(entry, args) for entry in ref_model_entries(ref_model)]
 
 
@@ -86,11 +89,11 @@ def _load_ref_model(ref_model: RefModel, args: RefModelOptions) -> nn.Module | N
         return ref_model
     path = os.fspath(ref_model)
     init_kwargs = args.ref_model_init_kwargs
-    if init_kwargs is None:  # the policy's, less what says where the policy is
-        given = init_mapping(args.model_init_kwargs, path)
-        init_kwargs = {name: value for name, value in given.items() if name not in ("revision", "subfolder")}
+    if init_kwargs is None:  # the policy's, without those that belong to the policy's path
+        policy_kwargs = init_mapping(args.model_init_kwargs, path)
+        init_kwargs = {name: value for name, value in policy_kwargs.items() if name not in ("revision", "subfolder")}
     module: Any = load_model(path, init_kwargs, args=args, is_trainable=False)
     if init_mapping(init_kwargs, path).get("device_map") is not None and not getattr(module, "hf_device_map", None):
-        # transformers records a map of several devices only; `move_to_device` would move a model that was put on one.
+        # transformers records a map of several devices only. Without a record, `move_to_device` would move the model.
         module.hf_device_map = {"": str(next(module.parameters()).device)}
     return module

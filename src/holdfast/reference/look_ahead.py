@@ -1,7 +1,8 @@
-"""The trainer's batches, with the reference's log-probs in them where it is asked a window at a time.
+"""The trainer's batches, read a window ahead and given the reference's log-probs.
 
-Knows the trainer's side of a window: how many batches an optimizer step takes, and where the run is. What a window is
-to the reference is in `reference.window`, how batches are read ahead in `data.loader.lookahead`.
+This is the trainer's side of a window: how many batches an optimizer step takes, and at which step the run is. The
+reference's side is in `sources.window`, and reading ahead in `data.loader.lookahead`. Given up: a window whose batches
+would take more than 256 MiB ends early.
 """
 
 import contextlib
@@ -15,16 +16,16 @@ from transformers import TrainerState, TrainingArguments
 from holdfast.batch import PairBatch
 from holdfast.data.loader.lookahead import Batch, read_ahead
 from holdfast.reference.reference import Reference
-from holdfast.reference.window import Window
+from holdfast.reference.sources.window import Window
 
 WAITING_BYTES = 2**28
-"""A window ends where its batches hold this much."""
+"""A window ends where its batches take this many bytes."""
 
 
 @final
 class LookAhead:
-    """Reads batches ahead for a `reference` that has a window, which is asked within `as_trained()`; hands batches
-    through as they are for any other, and for none."""
+    """Reads batches ahead for a `reference` that has a window, and scores them within `as_trained()`. For a reference
+    without a window, and for none, batches pass unchanged."""
 
     def __init__(
         self,
@@ -44,8 +45,8 @@ class LookAhead:
         self._ahead: Any = None
 
     def of_training(self, batches: Iterator[Batch], state: TrainerState) -> Iterator[Batch]:
-        """`batches`, a window ahead; the same iterator again for the same `batches`. No window reaches past a sync or
-        the end of the run."""
+        """`batches` with log-probs, read a window ahead. The same `batches` give the same iterator again. A window ends
+        at a sync and at the end of the run."""
         window = self._window
         if window is None:
             return batches
@@ -60,7 +61,7 @@ class LookAhead:
         return self._ahead
 
     def of_evaluation(self, loader: Any) -> Any:
-        """The data loader, whose batches come a window ahead."""
+        """The data loader, with batches that have log-probs and are read a window ahead."""
         window = self._window
         if window is None:
             return loader
@@ -75,14 +76,14 @@ class LookAhead:
     def _complete(self, window: list[Batch]) -> None:
         assert self._reference is not None
         with self._as_trained():
-            scored = self._reference.score_window(map(self._pair_batch, window), len(window) / self._batches_per_step)
-        for tensors, logps in zip(window, scored, strict=True):
+            each = self._reference.score_window(map(self._pair_batch, window), len(window) / self._batches_per_step)
+        for tensors, logps in zip(window, each, strict=True):
             tensors["reference_logps"] = logps
 
 
 @final
 class _AheadLoader:
-    """A data loader, iterated over in another way."""
+    """A data loader whose batches go through `ahead`."""
 
     def __init__(self, loader: Any, ahead: Callable[[Iterator[Batch]], Iterator[Batch]]) -> None:
         self._loader = loader

@@ -1,13 +1,14 @@
-"""A folder on disk that belongs to one reference of one process, and goes with it.
+"""A folder on disk that belongs to one reference of one process, and is removed with it.
 
-Several runs may have one `output_dir`, at once or in turn. So each reference that keeps files there makes a folder of
-random name in `output_dir/_reference/`, and its process holds a lock on a file beside it. The folder is removed when
-the reference goes or Python ends. A kill leaves it; a lock that is free then says that its owner has ended, and the
-next run removes the folder. A run that saves holds a lock too while it trains, by which a second one sees the first.
+Several runs may have one `output_dir`, at once or in turn. So each reference that has files there makes a folder of
+random name in `output_dir/_reference/`, and its process locks a file beside the folder. The folder is removed when the
+reference is collected, or when Python ends. A killed process leaves its folder, but its lock is free: the next run
+finds the free lock and removes the folder. A run that saves checkpoints holds a lock while it trains, so that a second
+run in the same folder sees the first.
 
-On a file system without locks, an owner has ended if its process was of this machine and is gone; folders of other
-machines stay there. Given up: mounts on which locks count on one machine only. There a run of another machine may
-remove a folder in use, and who reads it gets an error, never other numbers.
+Some file systems have no locks. There an owner has ended if its process was of this machine and is gone; folders of
+other machines are never removed. Given up: mounts whose locks count on one machine only. There a run on another machine
+may remove a folder in use. Reading that folder is then an error, never another number.
 """
 
 import contextlib
@@ -32,13 +33,14 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-MOST_TRIES = 100
+MAX_ATTEMPTS = 100
+"""How often a lock file is made before something else is said to remove it."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """Who holds a lock: its process and machine, and whether it is a run that saves or one reference's files."""
+    """The process that made a lock file, its machine, and whether the lock is of a run that saves or of a folder."""
 
     process: int
     machine: str
@@ -47,18 +49,18 @@ class Owner:
 
 @final
 class RunFolder:
-    """A folder of its own in `root`, made when it is first asked for."""
+    """A folder of random name in `root`. It is made when its path is first asked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._path: Path | None = None
 
     def path(self) -> Path:
-        """The folder, which nobody else writes to. OSError where it cannot be made."""
+        """The folder's path. No other process writes to the folder. OSError where it cannot be made."""
         if self._path is None:
-            lock, descriptor = _claimed(self.root, is_run=False)
-            weakref.finalize(self, _give_up, lock, descriptor, os.getpid())
-            _living_runs(self.root, but=lock)
+            lock, descriptor = _new_lock(self.root, is_run=False)
+            weakref.finalize(self, _release, lock, descriptor, os.getpid())
+            _other_runs(self.root, own_lock=lock)
             self._path = _folder_of(lock)
             self._path.mkdir()
         return self._path
@@ -66,15 +68,18 @@ class RunFolder:
 
 @contextlib.contextmanager
 def running(root: Path) -> Iterator[None]:
-    """A context in which other runs see that this one saves into the folder that holds `root`. What killed runs have
-    left in `root` is removed on entering it. One line of the log says so where another run is in it already."""
+    """A context in which other runs see that this run saves into the folder that holds `root`.
+
+    On entry, folders that killed runs left in `root` are removed, and a warning names each run that is saving there
+    already.
+    """
     try:
-        lock, descriptor = _claimed(root, is_run=True)
-    except OSError:  # what cannot be written is said where something has to be
+        lock, descriptor = _new_lock(root, is_run=True)
+    except OSError:  # a run that cannot write here gets its error when it has to write
         yield
         return
     try:
-        for owner in _living_runs(root, but=lock):
+        for owner in _other_runs(root, own_lock=lock):
             logger.warning(
                 "%s is in use by another run (process %d on %s). Each keeps its reference in a folder of its own, but "
                 "checkpoints of the same step would replace each other: give each run an output_dir.",
@@ -82,29 +87,29 @@ def running(root: Path) -> Iterator[None]:
             )  # fmt: skip
         yield
     finally:
-        _give_up(lock, descriptor, os.getpid())
+        _release(lock, descriptor, os.getpid())
 
 
-def _claimed(root: Path, *, is_run: bool) -> tuple[Path, int]:
-    """A new lock file in `root`, and the descriptor that holds its lock. OSError where it cannot be made."""
+def _new_lock(root: Path, *, is_run: bool) -> tuple[Path, int]:
+    """A new lock file in `root`, and the descriptor that holds the lock. OSError where the file cannot be made."""
     content = json.dumps(asdict(Owner(process=os.getpid(), machine=machine(), is_run=is_run)))
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_ATTEMPTS):
         root.mkdir(parents=True, exist_ok=True)
         lock = root / f"{secrets.token_hex(8)}{LOCK}"
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except FileNotFoundError:  # another run has just removed `root`, which was empty
+        except FileNotFoundError:  # another run has just removed the empty `root`
             continue
         is_locked = _lock(descriptor)
         if is_locked is not False and _is_file(lock, descriptor):
             os.write(descriptor, content.encode())
             return lock, descriptor
-        os.close(descriptor)  # another run took it for left over before it was locked
+        os.close(descriptor)  # before it was locked, another run took the file for one of a killed run
     raise OSError(f"no lock file of this process stays in {root}: something else removes it")
 
 
 def _lock(descriptor: int) -> bool | None:
-    """True if the lock is this descriptor's now, False if it is another's, None where there are no locks."""
+    """True if the descriptor now holds the lock, False if another holds it, None on a file system without locks."""
     if fcntl is None:
         return None
     try:
@@ -124,38 +129,38 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _living_runs(root: Path, *, but: Path) -> list[Owner]:
-    """The other runs that save. What owners that have ended left in `root` is removed."""
-    living: list[Owner] = []
+def _other_runs(root: Path, *, own_lock: Path) -> list[Owner]:
+    """The other runs that save checkpoints now. Folders and locks in `root` whose owners have ended are removed."""
+    runs: list[Owner] = []
     for lock in sorted(root.glob(f"*{LOCK}")):
-        if lock == but:
+        if lock == own_lock:
             continue
         try:
             descriptor = os.open(lock, os.O_RDWR)
-        except OSError:  # gone, or another user's
+        except OSError:  # the file is gone, or belongs to another user
             continue
         try:
             owner = _owner(descriptor)
-            if _is_over(owner, _lock(descriptor)):
+            if _owner_has_ended(owner, _lock(descriptor)):
                 if _is_file(lock, descriptor):
                     _remove(lock)
             elif owner is not None and owner.is_run:
-                living.append(owner)
+                runs.append(owner)
         finally:
             os.close(descriptor)
-    return living
+    return runs
 
 
 def _owner(descriptor: int) -> Owner | None:
-    """Who made a lock file; None where that is not written."""
+    """The owner that a lock file names; None where the file names none."""
     try:
         return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError, OSError, AttributeError):  # `pread` is POSIX's
+    except (ValueError, TypeError, OSError, AttributeError):  # AttributeError: Windows has no `pread`
         return None
 
 
-def _is_over(owner: Owner | None, is_locked: bool | None) -> bool:
-    """Whether the owner of a lock has ended, after `is_locked` was tried."""
+def _owner_has_ended(owner: Owner | None, is_locked: bool | None) -> bool:
+    """Whether the owner of a lock has ended. `is_locked` is what `_lock` returned for its file."""
     if is_locked is not None:
         return is_locked
     return owner is not None and owner.machine == machine() and has_ended(owner.process)
@@ -166,22 +171,22 @@ def _folder_of(lock: Path) -> Path:
 
 
 def _remove(lock: Path) -> None:
-    """A folder, and then its lock file, so that no folder is ever without."""
+    """Removes a folder and then its lock file, so that no folder is ever without a lock file."""
     shutil.rmtree(_folder_of(lock), ignore_errors=True)
     if not _folder_of(lock).exists():
         with contextlib.suppress(OSError):
             lock.unlink()
 
 
-def _give_up(lock: Path, descriptor: int, process: int) -> None:
-    """What `process` owns is removed; nothing by its forks."""
+def _release(lock: Path, descriptor: int, process: int) -> None:
+    """Removes the folder and the lock of `process`. A fork of that process removes nothing."""
     if os.getpid() != process:
         return
-    if fcntl is None:  # Windows removes no open file
+    if fcntl is None:  # Windows cannot remove an open file
         os.close(descriptor)
         _remove(lock)
     else:
         _remove(lock)
         os.close(descriptor)
-    with contextlib.suppress(OSError):  # others are still in it
+    with contextlib.suppress(OSError):  # the folder is not empty while others use it
         lock.parent.rmdir()

@@ -1,9 +1,11 @@
-"""A reference's own tensors by name: on the accelerator, in host memory or in a file, and changed where they are.
+"""A reference's own tensors by name: on the accelerator, in host memory or in a file.
 
-A file is safetensors, and is never mapped: the pages of a map stay resident beside what is made from them, while plain
-memory takes the place of gradients that are gone. It is read, and changed in place, one tensor at a time. The digest of
-each tensor stays in memory and is compared when the tensor is read. A file is for this process, in a folder of its own:
-what a killed run must find again is in its checkpoints.
+A file has the format safetensors. It is read, and changed in place, one tensor at a time. It is never mapped: the pages
+of a map stay resident beside the tensors that are made from them, while a buffer reuses memory that gradients have
+freed. The digest of each tensor stays in memory and is compared whenever the tensor is read.
+
+Given up: a file outlives no process. It lies in a folder of its own (see `reference.run_folder`), and a resumed run
+finds its tensors in the checkpoint.
 """
 
 import abc
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from holdfast.reference.digests import tensor_digest, tensor_digests
+from holdfast.reference.identity.digests import tensor_digest, tensor_digests
 from holdfast.reference.run_folder import RunFolder
 
-Place = Literal["device", "cpu", "disk"]
+SnapshotDevice = Literal["device", "cpu", "disk"]
+"""Where tensors are: on the device that they come from, in host memory, or in a file."""
 
 
 class OwnTensors(abc.ABC):
@@ -30,29 +33,29 @@ class OwnTensors(abc.ABC):
 
     @abc.abstractmethod
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Copies `values`, in place of all from before. ValueError where there is no room."""
+        """Replaces all tensors by copies of `values`. ValueError where there is no room."""
 
     @abc.abstractmethod
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by name. ValueError where one is not what was written."""
+        """The tensors by name. ValueError where a tensor is not the one that was written."""
 
     @abc.abstractmethod
     def change(self, change: Callable[[str, Tensor], None]) -> None:
-        """Calls `change` with each tensor by name, to be changed in place."""
+        """Calls `change` with the name and the value of each tensor. What it changes in the value is stored."""
 
     @abc.abstractmethod
     def in_memory(self) -> Mapping[str, Tensor]:
-        """The tensors that take memory."""
+        """The tensors that are in memory."""
 
 
-def own_tensors(place: Place, folder: RunFolder, name: str) -> OwnTensors:
-    """No tensors yet, at `place`: on `disk` they go to the file `name` of `folder`."""
-    return TensorFile(folder, name) if place == "disk" else TensorMemory(in_host_memory=place == "cpu")
+def own_tensors(device: SnapshotDevice, folder: RunFolder, name: str) -> OwnTensors:
+    """An empty holder of tensors on `device`. On `disk` they go to the file `name` of `folder`."""
+    return TensorFile(folder, name) if device == "disk" else TensorMemory(in_host_memory=device == "cpu")
 
 
 @final
 class TensorMemory(OwnTensors):
-    """Tensors in memory: where they come from, or in host memory."""
+    """Tensors in memory: on the device that they come from, or in host memory."""
 
     def __init__(self, *, in_host_memory: bool) -> None:
         self._in_host_memory = in_host_memory
@@ -60,8 +63,8 @@ class TensorMemory(OwnTensors):
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """See `OwnTensors.write`."""
-        copied = _in_host_memory if self._in_host_memory else Tensor.clone
-        self._values = {name: copied(value.detach()) for name, value in values.items()}
+        copy = _host_copy if self._in_host_memory else Tensor.clone
+        self._values = {name: copy(value.detach()) for name, value in values.items()}
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """See `OwnTensors.items`."""
@@ -87,19 +90,18 @@ class TensorFile(OwnTensors):
         self._entries: dict[str, _Entry] = {}
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """See `OwnTensors.items`: each tensor is read when its turn comes. ValueError where the file does not hold what
-        was written to it."""
+        """See `OwnTensors.items`. Each tensor is read when its turn comes."""
         if self._entries:
             with self._open("rb") as stream:
                 for name, entry in self._entries.items():
                     yield name, self._read(stream, name, entry)
 
     def in_memory(self) -> Mapping[str, Tensor]:
-        """See `OwnTensors.in_memory`: none of a file."""
+        """See `OwnTensors.in_memory`: none."""
         return {}
 
     def change(self, change: Callable[[str, Tensor], None]) -> None:
-        """See `OwnTensors.change`: one tensor after the other."""
+        """See `OwnTensors.change`. One tensor at a time is in memory."""
         if not self._entries:
             return
         with self._open("r+b") as stream:
@@ -137,11 +139,12 @@ class TensorFile(OwnTensors):
                     f"damaged. {_START_AGAIN}"
                 )
             content = content[num_read:]
-        found = tensor_digest(value)
-        if found != entry.digest:
+        actual = tensor_digest(value)
+        if actual != entry.digest:
             raise ValueError(
                 f"{name!r} was to be read from {self._file}, and is another than was written there (digest "
-                f"{found.split()[-1]}, not {entry.digest.split()[-1]}): the file was changed or damaged. {_START_AGAIN}"
+                f"{actual.split()[-1]}, not {entry.digest.split()[-1]}): the file was changed or damaged. "
+                f"{_START_AGAIN}"
             )
         return value
 
@@ -178,7 +181,7 @@ class TensorFile(OwnTensors):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """A tensor of a file: what it is, at which byte it starts, and its digest (see `tensor_digest`)."""
+    """A tensor of a file: its dtype and shape, the byte at which it starts, and its digest (see `tensor_digest`)."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -203,7 +206,7 @@ def _check_dtypes(values: Mapping[str, Tensor]) -> None:
 
 
 def _starts(file: Path) -> dict[str, int]:
-    """At which byte of a safetensors file each tensor starts. What they are is known to who wrote them."""
+    """The byte of a safetensors file at which each tensor starts, by name."""
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))
@@ -215,7 +218,7 @@ def _bytes_of(value: Tensor) -> memoryview:
     return memoryview(value.view(-1).view(torch.uint8).numpy().data)
 
 
-def _in_host_memory(value: Tensor) -> Tensor:
-    """A copy, pinned where it has to travel to an accelerator."""
+def _host_copy(value: Tensor) -> Tensor:
+    """A copy in host memory. It is pinned where the tensor comes from an accelerator, so that it returns faster."""
     copy = value.to("cpu", copy=True)
     return copy.pin_memory() if value.is_cuda else copy

@@ -1,4 +1,6 @@
-"""Datasets that bring the reference's log-probs along, in columns: whether a run can use them, and where it does."""
+"""Reference log-probs in a dataset's columns: whether a run can use them, and making them a source of its reference.
+
+Columns that a run would ignore or misread are an error, never dropped in silence."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,18 +11,18 @@ from torch import nn
 
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.reference.reference import Reference
-from holdfast.reference.user_logps import UserLogps
+from holdfast.reference.sources.user_logps import UserLogps
 
 
 class UserLogpsOptions(Protocol):
-    """The options of a run (`DPOConfig`) that speak against log-prob sums of fixed weights."""
+    """The options of a run (`DPOConfig`) with which sums of a fixed reference cannot be used."""
 
     ld_alpha: float | None
     sync_ref_model: bool
 
 
 def all_bring_logps(datasets: Mapping[str, Any]) -> bool:
-    """Whether each of the datasets has the reference's log-probs in its columns."""
+    """Whether every dataset has the reference's log-probs in its columns."""
     return all(set(REFERENCE_COLUMNS) <= set(data.column_names or ()) for data in datasets.values())
 
 
@@ -31,10 +33,10 @@ def use_user_columns(
     options: UserLogpsOptions,
     accelerator: Accelerator,
 ) -> None:
-    """Makes the user's log-probs a source of `reference`, where one of the datasets brings such along.
+    """Makes the user's log-probs a source of `reference` where a dataset has them in its columns.
 
-    ValueError where they could not be used: no log-probs are computed ahead, the reference moves, or LD-DPO needs those
-    of single tokens.
+    ValueError where the run cannot use them: no log-probs are computed ahead, the reference moves, or LD-DPO needs
+    log-probs of single tokens.
     """
     names = [name for name, data in datasets.items() if set(REFERENCE_COLUMNS) & set(data.column_names or ())]
     if not names:
@@ -44,8 +46,8 @@ def use_user_columns(
     elif options.sync_ref_model:
         obstacle, way_out = "sync_ref_model=True moves the reference, and these are of weights that stay", ""
     elif reference is None or not reference.is_precomputed:
-        how = "no loss compares with a reference" if reference is None else reference.describe()
-        obstacle = f"this run has no log-probs computed ahead ({how}), so these would be ignored"
+        reason = "no loss compares with a reference" if reference is None else reference.describe()
+        obstacle = f"this run has no log-probs computed ahead ({reason}), so these would be ignored"
         way_out = (
             "" if reference is None else ", or set precompute_ref_log_probs=True (on data with an end) to use them"
         )
@@ -61,6 +63,6 @@ def use_user_columns(
 
 
 def without_user_columns(tensors: Mapping[str, Any], reference: Reference | None) -> dict[str, Any]:
-    """A collated batch less the sums that a collator passes on, where `reference` has them from the dataset."""
-    known = REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
-    return {name: tensor for name, tensor in tensors.items() if name not in known}
+    """A collated batch without the columns of log-prob sums, where `reference` has read them from the dataset."""
+    columns = REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in columns}

@@ -117,7 +117,7 @@ class Startup:
                     batch,
                     autocast=self._accelerator.autocast,
                     mixed_precision=self._accelerator.mixed_precision,
-                    captured=self._captured,
+                    first_checksums=self._captured,
                     is_users_choice=is_users_choice,
                 )
         return introduction(reference, digest, found)

@@ -1,1 +1,1 @@
-"""How a reference moves towards the policy (TR-DPO)."""
+"""References that follow the policy (TR-DPO)."""

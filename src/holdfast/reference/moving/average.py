@@ -1,8 +1,9 @@
 """Moving a reference: `pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref`, in effective weights, in fp32.
 
 TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). In bf16 an update of alpha = 0.001 rounds to nothing, so a
-reference in a smaller dtype keeps an fp32 state beside its weights. For a LoRA policy the *products* are mixed: the mix
-of the factors A and B apart is a different model. The price: a sync under PEFT makes a merged copy for a moment.
+reference in half precision has an fp32 state beside its weights. Under PEFT the adapters are merged before the mix: a
+mix of LoRA's factors A and B apart would be a different model. Given up: memory for the fp32 state, and for a merged
+copy of a PEFT policy during a sync.
 """
 
 import copy
@@ -18,11 +19,11 @@ from holdfast.policy.adapters import is_adapted
 
 
 def effective_copy(policy: PeftModel) -> nn.Module:
-    """A copy of a PEFT policy with its active adapters merged into the weights; the policy itself is not touched."""
-    unmerged = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
-    if unmerged:
+    """A copy of a PEFT policy with its active adapters merged into the weights. ValueError for a learned prompt."""
+    prompts = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
+    if prompts:
         raise ValueError(
-            f"sync_ref_model=True was asked for with the prompt-learning adapter {unmerged[0]!r}, which cannot be "
+            f"sync_ref_model=True was asked for with the prompt-learning adapter {prompts[0]!r}, which cannot be "
             "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
         )
     duplicate: Any = copy.deepcopy(policy)
@@ -30,7 +31,7 @@ def effective_copy(policy: PeftModel) -> nn.Module:
 
 
 def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
-    """The policy's parameters by name, adapters merged in."""
+    """The policy's parameters by name, with its adapters merged in."""
     module = effective_copy(policy) if is_adapted(policy) else policy
     return dict(module.named_parameters())
 
@@ -39,7 +40,7 @@ _FP32 = ".fp32"
 
 
 def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> None:
-    """ValueError where there is no mix of the two: other tensors, other shapes, or quantised weights."""
+    """ValueError where the two cannot be mixed: they have different tensors or shapes, or quantised weights."""
     differing = [
         name for name in reference.keys() | policy.keys()
         if name not in reference or name not in policy or reference[name].shape != policy[name].shape
@@ -60,9 +61,9 @@ def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor])
 
 @final
 class Average:
-    """The moving average that a reference is, with an fp32 state beside weights in a smaller dtype.
+    """A moving average of weights, with an fp32 state for weights in half precision.
 
-    The state is empty until the first move, and for weights that are fp32 themselves.
+    The state is empty before the first move, and for fp32 weights.
     """
 
     def __init__(self) -> None:
@@ -70,16 +71,16 @@ class Average:
 
     @torch.no_grad()
     def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> float:
-        """The length of the move (L2) `reference <- alpha * policy + (1 - alpha) * reference`, which is done in place
-        and accumulated in fp32."""
+        """Sets `reference <- alpha * policy + (1 - alpha) * reference` in place, accumulated in fp32. Returns the L2
+        norm of the change."""
         squares: list[Tensor] = []
         for name, tensor in reference.items():
             state = tensor
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 state = self._fp32.setdefault(name, tensor.float())
             target = policy[name].to(device=state.device, dtype=state.dtype)
-            pieces = zip(target.reshape(-1).split(2**20), state.view(-1).split(2**20), strict=True)
-            squares += [(ours - theirs).double().square().sum().cpu() for ours, theirs in pieces]
+            chunks = zip(target.reshape(-1).split(2**20), state.view(-1).split(2**20), strict=True)
+            squares += [(ours - theirs).double().square().sum().cpu() for ours, theirs in chunks]
             state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
             if state is not tensor:
                 tensor.copy_(state)
@@ -87,7 +88,7 @@ class Average:
 
     @torch.no_grad()
     def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Weights and fp32 state as `state` holds them; nothing changes where it is empty."""
+        """Sets the weights and the fp32 state to those in `state`. An empty `state` changes nothing."""
         if state:
             self._fp32 = {}
         for name, values in state.items():
@@ -98,6 +99,6 @@ class Average:
                 self._fp32[parameter] = values.to(reference[parameter].device, copy=True)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The state, under `<parameter>.fp32`."""
+        """The fp32 state, each tensor under `<parameter>.fp32`."""
         for name, tensor in self._fp32.items():
             yield f"{name}{_FP32}", tensor

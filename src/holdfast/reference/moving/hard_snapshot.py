@@ -1,7 +1,8 @@
 """A snapshot that every sync sets to the policy (TR-DPO with alpha = 1).
 
-After a sync the policy is the reference again until training changes it. So no mix is ever computed, adapters of every
-kind can be held this way, and what comes before the next step is scored by the policy itself.
+After a sync the policy is the reference again, until training changes the policy. So no mix is computed, and adapters
+of every kind can be held this way. Batches that are scored before the next step are scored by the policy itself.
+Given up: a mixup alpha below 1 (see `moving.soft_snapshot`).
 """
 
 import math
@@ -12,34 +13,34 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from holdfast.reference.base import Captured, InsidePolicy, Moving
+from holdfast.reference.base import InsidePolicy, LateCopy, Moving
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import Exchange, beside_policy, description, trainable, where
-from holdfast.reference.tensor_file import OwnTensors, Place, own_tensors
+from holdfast.reference.scorers.snapshot import Exchange, description, like_parameters, trainable, where
+from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice, own_tensors
 from holdfast.scoring.frozen import Autocast
 
 
 @final
-class HardSnapshot(InsidePolicy, Captured, Moving):
-    """The policy with the values that its trainable tensors had at the last sync, or when training began."""
+class HardSnapshot(InsidePolicy, LateCopy, Moving):
+    """The policy with the values of its trainable tensors at the last sync, or before the first at the start."""
 
     kind = "SnapshotReference"
 
-    def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, folder: RunFolder) -> None:
+    def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
         super().__init__(policy, autocast)
         self.version = 0
         self.drift = 0.0
-        self.comes_from_afar = place != "device"
-        self._where = where(place, folder)
-        self._values = own_tensors(place, folder, "snapshot.safetensors")
-        self._exchange = Exchange(policy, lambda: beside_policy(policy, dict(self._values.items())))
+        self.is_off_device = device != "device"
+        self._where = where(device, folder)
+        self._values = own_tensors(device, folder, "snapshot.safetensors")
+        self._exchange = Exchange(policy, lambda: like_parameters(policy, dict(self._values.items())))
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`."""
         return self._exchange.in_place()
 
     def before_policy_changes(self) -> None:
-        """See `Captured.before_policy_changes`. ValueError where a file cannot be written."""
+        """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
         if self._exchange.is_policy:
             self._values.write(trainable(self.policy))
             self._exchange.is_policy = False
@@ -58,12 +59,12 @@ class HardSnapshot(InsidePolicy, Captured, Moving):
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: none while it is the policy, and none of a file."""
+        """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
         if not self._exchange.is_policy:
             yield from self._values.in_memory().items()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See `Moving.state_dict`: the values, which may be the policy's own."""
+        """See `Moving.state_dict`: the values, which are the policy's tensors while the reference is the policy."""
         return trainable(self.policy) if self._exchange.is_policy else dict(self._values.items())
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
@@ -80,7 +81,7 @@ class HardSnapshot(InsidePolicy, Captured, Moving):
 
 
 def _distance(policy: Mapping[str, Tensor], reference: OwnTensors) -> float:
-    """L2 distance of the two in weight space. A file is read one tensor at a time."""
+    """L2 distance of policy and reference in weight space. One tensor of a file is in memory at a time."""
     squares = (
         float((policy[name].float() - value.to(policy[name].device).float()).double().square().sum())
         for name, value in reference.items()

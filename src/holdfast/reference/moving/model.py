@@ -1,8 +1,8 @@
 """The explicit reference that moves: a second module, mixed with the policy at every sync (TR-DPO).
 
-Under PEFT it is held with the adapters merged, since a mix of models is the mix of their effective weights and not of
-their factors. Costs the memory of its weights, an fp32 state beside weights in a smaller dtype, and a merged copy of
-the policy for the moment of a sync.
+Under PEFT the module has the adapters merged into its weights: two models are mixed by their effective weights, not by
+their factors. Given up: memory for its weights, for an fp32 state beside weights in half precision, and for a merged
+copy of a PEFT policy during a sync.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
 from holdfast.reference.base import Moving, Scorer
-from holdfast.reference.identity import Identity
-from holdfast.reference.model import beside, freeze, independent_copy, weight_tensors
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving.average import Average, check_mixable, effective_copy, effective_parameters
+from holdfast.reference.scorers.model import freeze, independent_copy, inputs_on_device_of, weight_tensors
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
 
@@ -39,23 +39,23 @@ class MovingModel(Scorer, Moving):
 
     @classmethod
     def capture(cls, policy: nn.Module, autocast: Autocast) -> Self:
-        """A reference that is a copy of `policy` as it is now. ValueError where its weights are quantised."""
+        """The reference that is a copy of `policy` as it is now. ValueError where the policy is quantised."""
         _check_mergeable(policy)
         module = effective_copy(policy) if is_adapted(policy) else independent_copy(policy)
         return cls(freeze(module), autocast, origin="a copy of the policy", policy=policy)
 
     @classmethod
     def of_model(cls, ref_model: nn.Module, autocast: Autocast, *, origin: str, policy: nn.Module) -> Self:
-        """A reference that begins as `ref_model`. ValueError where it cannot be mixed with `policy`."""
+        """The reference that begins as `ref_model`. ValueError where it cannot be mixed with `policy`."""
         check_mixable(dict(ref_model.named_parameters()), effective_parameters(policy))
         return cls(freeze(ref_model), autocast, origin=origin, policy=policy)
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Scorer.logps`."""
-        return frozen_logps(self.module, beside(self.module, batch), self._autocast)
+        return frozen_logps(self.module, inputs_on_device_of(self.module, batch), self._autocast)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """See `Scorer.in_place`: its weights always are."""
+        """See `Scorer.in_place`: the weights always are."""
         return contextlib.nullcontext()
 
     def sync(self, mixup_alpha: float) -> None:
@@ -65,7 +65,7 @@ class MovingModel(Scorer, Moving):
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: its weights, and the fp32 state beside weights in a smaller dtype."""
+        """See `Scorer.tensors`: the module's weights, and their fp32 state."""
         yield from weight_tensors(self.module)
         yield from self._average.tensors()
 
@@ -74,7 +74,7 @@ class MovingModel(Scorer, Moving):
         return Identity.of(self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """See `Moving.state_dict`: the weights, and their fp32 state."""
+        """See `Moving.state_dict`: the module's parameters, and their fp32 state."""
         return dict(self.module.named_parameters()) | dict(self._average.tensors())
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
@@ -88,6 +88,7 @@ class MovingModel(Scorer, Moving):
 
 
 def _check_mergeable(policy: nn.Module) -> None:
+    """ValueError where the policy's adapters cannot be merged into its weights, since these are quantised."""
     if is_quantised(policy):
         name = next(name for name, parameter in policy.named_parameters() if not parameter.is_floating_point())
         raise ValueError(

@@ -1,7 +1,8 @@
 """A snapshot that every sync mixes with the policy (TR-DPO with alpha < 1), accumulated in fp32.
 
-Plain tensors are mixed as they are. LoRA factors are mixed by their products, since the mix of the factors A and B
-apart is a different model; what is held of them is in `moving.lora_products`.
+Plain tensors are mixed as they are. LoRA layers are mixed by the products of their factors (see
+`moving.lora_products`), since a mix of the factors A and B apart is a different model. Given up: adapters without an
+exact mix, which `lora_products.mixing_obstacle` finds.
 """
 
 import math
@@ -13,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.policy.adapters import is_adapted
-from holdfast.reference.base import Captured, InsidePolicy, Moving
+from holdfast.reference.base import InsidePolicy, LateCopy, Moving
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.average import Average
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.snapshot import Exchange, beside_policy, description, trainable, where
-from holdfast.reference.tensor_file import Place, own_tensors
+from holdfast.reference.scorers.snapshot import Exchange, description, like_parameters, trainable, where
+from holdfast.reference.tensor_file import SnapshotDevice, own_tensors
 from holdfast.scoring.frozen import Autocast
 
 
 @final
-class SoftSnapshot(InsidePolicy, Captured, Moving):
-    """The policy with a moving average of its trainable tensors. The state is fp32 whatever the policy's dtype."""
+class SoftSnapshot(InsidePolicy, LateCopy, Moving):
+    """The policy with a moving average of its trainable tensors, in fp32 whatever the policy's dtype."""
 
     kind = "SnapshotReference"
 
-    def __init__(self, policy: nn.Module, autocast: Autocast, *, place: Place, folder: RunFolder) -> None:
+    def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
         super().__init__(policy, autocast)
         self.version = 0
         self.drift = 0.0
-        self.comes_from_afar = place != "device"
-        self._where = where(place, folder)
-        self._plain = own_tensors(place, folder, "snapshot.safetensors")
-        self._products = own_tensors(place, folder, "products.safetensors")
+        self.is_off_device = device != "device"
+        self._where = where(device, folder)
+        self._plain = own_tensors(device, folder, "snapshot.safetensors")
+        self._products = own_tensors(device, folder, "products.safetensors")
         self._exchange = Exchange(policy, self._values)
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -43,7 +44,7 @@ class SoftSnapshot(InsidePolicy, Captured, Moving):
         return self._exchange.in_place()
 
     def before_policy_changes(self) -> None:
-        """See `Captured.before_policy_changes`. ValueError where a file cannot be written."""
+        """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
         if self._exchange.is_policy:
             plain, products = self._state_of_policy()
             self._plain.write(plain)
@@ -53,7 +54,7 @@ class SoftSnapshot(InsidePolicy, Captured, Moving):
 
     @torch.no_grad()
     def sync(self, mixup_alpha: float) -> None:
-        """See `Moving.sync`. ValueError where alpha is 1: a hard sync makes the policy the reference again."""
+        """See `Moving.sync`. ValueError where alpha is 1, for which there is `HardSnapshot`."""
         if mixup_alpha == 1:
             raise ValueError(
                 f"A sync (alpha {mixup_alpha}) was asked of a snapshot that was made for another motion "
@@ -62,15 +63,15 @@ class SoftSnapshot(InsidePolicy, Captured, Moving):
         self.before_policy_changes()
         squares = 0.0
         if self._factor_names():
-            moved, squares = lora_products.moved(self.policy, dict(self._products.items()), mixup_alpha)
-            self._products.write(moved)
+            products, squares = lora_products.synced_state(self.policy, dict(self._products.items()), mixup_alpha)
+            self._products.write(products)
         policy, lengths = self._plain_of_policy(), [math.sqrt(squares)]
         self._plain.change(lambda name, value: lengths.append(Average().move({name: value}, policy, mixup_alpha)))
         self.drift = math.hypot(*lengths)
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: none while it is the policy, and none of a file."""
+        """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
         if not self._exchange.is_policy:
             yield from self._plain.in_memory().items()
             yield from self._products.in_memory().items()
@@ -99,22 +100,22 @@ class SoftSnapshot(InsidePolicy, Captured, Moving):
         return description(self._where, when, f"moved {self.version} times")
 
     def _values(self) -> dict[str, Tensor]:
-        """The values that the policy's trainable tensors have as this reference."""
-        values = beside_policy(self.policy, dict(self._plain.items()))
+        """The values of the policy's trainable tensors with which it computes as this reference."""
+        values = like_parameters(self.policy, dict(self._plain.items()))
         if self._factor_names():
-            values |= lora_products.in_place(self.policy, dict(self._products.items()))
+            values |= lora_products.factor_values(self.policy, dict(self._products.items()))
         return values
 
     def _factor_names(self) -> set[str]:
-        """The parameters that are factors of products, which cannot be mixed one by one."""
-        return lora_products.names(self.policy) if is_adapted(self.policy) else set()
+        """The names of the parameters that are mixed by products and not one by one."""
+        return lora_products.factor_names(self.policy) if is_adapted(self.policy) else set()
 
     def _plain_of_policy(self) -> dict[str, Tensor]:
-        """The policy's trainable tensors less factors of products."""
+        """The policy's trainable tensors without those that are mixed by products."""
         factors = self._factor_names()
         return {name: value for name, value in trainable(self.policy).items() if name not in factors}
 
     def _state_of_policy(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The policy as this reference would hold it: its plain tensors in fp32, and the state of its products."""
+        """The state of a reference that is the policy: its plain tensors in fp32, and the state of its products."""
         plain = {name: value.float() for name, value in self._plain_of_policy().items()}
-        return plain, lora_products.captured(self.policy) if self._factor_names() else {}
+        return plain, lora_products.policy_state(self.policy) if self._factor_names() else {}

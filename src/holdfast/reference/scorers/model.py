@@ -1,8 +1,9 @@
-"""The explicit reference: a second module, asked per batch; fixed.
+"""The explicit reference: a frozen second module.
 
-Costs the memory of its weights and one forward pass per batch. It is a copy of the policy in memory, never read again
-from a path, or a module that the user chose: in whatever dtype, quantised or not, on whatever device. The batch's ids
-travel to it, its log-probs back. One that moves is in `reference.moving.model`.
+It is a copy of the policy in memory, never a model read again from the policy's path, or a module that the user chose.
+The user's module may be quantised and may have any dtype and device: the batch's inputs are moved to it, and its
+log-probs back. Given up: memory for the weights, and a forward pass per batch. A second module that moves is in
+`reference.moving.model`.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.torch import own_state
 from holdfast.policy.quantised import pin_quantised_layers
 from holdfast.reference.base import Scorer
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
 
@@ -41,14 +42,14 @@ class ModelReference(Scorer):
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Scorer.logps`."""
-        return frozen_logps(self.module, beside(self.module, batch), self._autocast)
+        return frozen_logps(self.module, inputs_on_device_of(self.module, batch), self._autocast)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """See `Scorer.in_place`: its weights always are."""
+        """See `Scorer.in_place`: the weights always are."""
         return contextlib.nullcontext()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: its weights."""
+        """See `Scorer.tensors`: the module's weights."""
         return weight_tensors(self.module)
 
     def identity(self) -> Identity:
@@ -60,9 +61,9 @@ class ModelReference(Scorer):
         return f"{self._origin}, a module of its own, {when}, fixed"
 
 
-def beside(module: nn.Module, batch: PairBatch) -> PairBatch:
-    """`batch` with its model inputs on the device where `module` takes them. The rest stays, and so do log-probs: they
-    come out where the batch is. A module with offloaded weights fetches its inputs itself."""
+def inputs_on_device_of(module: nn.Module, batch: PairBatch) -> PairBatch:
+    """`batch` with its model inputs on the device of `module`. The other tensors stay where they are, so log-probs come
+    out on the batch's device. A module whose weights are on the meta device moves its inputs itself (accelerate)."""
     device = next(module.parameters()).device
     if device.type == "meta":
         return batch
@@ -71,20 +72,20 @@ def beside(module: nn.Module, batch: PairBatch) -> PairBatch:
 
 
 def weight_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All that the values of `module`'s weights depend on, by name: its parameters and, of layers that keep integers
-    (quantised ones), their scales and code books too, without which W and 2 W would be the same codes."""
+    """The tensors that the weights of `module` are made of, by name: its parameters and, for layers that keep integers
+    (quantised ones), scales and code books. Without these, W and 2 W would have the same codes."""
     yield from module.named_parameters()
-    for name, part in module.named_modules():
-        parameters = dict(part.named_parameters(recurse=False))
-        if all(tensor.is_floating_point() for tensor in (*parameters.values(), *part.buffers(recurse=False))):
+    for name, child in module.named_modules():
+        parameters = dict(child.named_parameters(recurse=False))
+        if all(tensor.is_floating_point() for tensor in (*parameters.values(), *child.buffers(recurse=False))):
             continue
-        for key, tensor in own_state(part).items():
+        for key, tensor in own_state(child).items():
             if key not in parameters:
                 yield f"{name}.{key}", tensor
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """`module` in eval mode, without gradients: what a reference stays for good."""
+    """`module` itself, from now on in eval mode and without gradients."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -92,15 +93,15 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def independent_copy(policy: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with `policy`, its forward pass included.
+    """A deep copy that shares nothing with `policy`, not even through its forward pass.
 
-    A `forward` that somebody replaced by a plain function closes over the original, so the copy would go on running
-    the policy's weights. ValueError names the module.
+    Where somebody replaced a `forward` by a plain function, the function closes over the original module: the copy
+    would compute with the policy's weights. Then a ValueError names the module.
     """
     duplicate = copy.deepcopy(policy)
-    for name, part in duplicate.named_modules():
-        forward = part.__dict__.get("forward")
-        if isinstance(forward, types.MethodType) and forward.__self__ is part:
+    for name, child in duplicate.named_modules():
+        forward = child.__dict__.get("forward")
+        if isinstance(forward, types.MethodType) and forward.__self__ is child:
             continue
         if isinstance(forward, (types.FunctionType, types.MethodType)):
             raise ValueError(

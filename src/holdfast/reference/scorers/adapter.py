@@ -1,9 +1,9 @@
 """The implicit reference: inside a PEFT policy, in no second module.
 
-The policy as it was handed in differs from what it becomes only in the tensors that train. A fresh LoRA adds nothing
-yet, so the reference is the base with its adapters off, which costs no memory. In every other case (a trained adapter,
-PiSSA, biases, unfrozen norms, prompt tuning, ...) the first values of the trainable tensors are copied and put in place
-to score. The policy gets no second adapter, and no parameter's `requires_grad` is touched.
+Training changes only the policy's trainable tensors. A fresh LoRA adds nothing yet, so its reference is the base with
+adapters off, which costs no memory. In every other case (a trained adapter, PiSSA, biases, unfrozen norms, prompt
+tuning, ...) the first values of the trainable tensors are copied, and put in place to score. The policy gets no second
+adapter, and no parameter's `requires_grad` is touched. Given up: sharded weights, unless the adapter is a fresh one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from holdfast.internals.peft import switched
 from holdfast.policy.adapters import lora_adds_nothing, lora_factors
 from holdfast.reference.base import InsidePolicy
-from holdfast.reference.exchange import exchanged
+from holdfast.reference.scorers.exchange import exchanged
 from holdfast.scoring.frozen import Autocast
 
 
 @final
 class AdapterReference(InsidePolicy):
-    """The policy with its adapters off, or with its trainable tensors as they were (`first_values`)."""
+    """The policy with `first_values` as its trainable tensors, or with its adapters off where there are none."""
 
     kind = "AdapterReference"
 
@@ -34,14 +34,14 @@ class AdapterReference(InsidePolicy):
 
     @classmethod
     def capture(cls, policy: nn.Module, autocast: Autocast) -> Self:
-        """A reference that is the PEFT model `policy` as it is now."""
+        """The reference that is the PEFT model `policy` as it is now."""
         if adds_nothing(policy):
             return cls(policy, autocast, {})
         trainable = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
         return cls(policy, autocast, trainable)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """See `Scorer.in_place`; undone on leaving, exceptions included."""
+        """See `Scorer.in_place`. The policy is as before on leaving, also after an exception."""
         return exchanged(self.policy, self._first_values) if self._first_values else switched(self.policy, None)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -51,14 +51,14 @@ class AdapterReference(InsidePolicy):
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""
         number = len(self._first_values)
-        how = f"a frozen copy of its {number} trainable tensors put in place" if number else "off"
-        return f"the policy as it was handed in: adapters {how}, inside the policy, {when}, fixed"
+        state = f"a frozen copy of its {number} trainable tensors put in place" if number else "off"
+        return f"the policy as it was handed in: adapters {state}, inside the policy, {when}, fixed"
 
 
 def adds_nothing(policy: nn.Module) -> bool:
-    """Whether the PEFT model `policy` computes exactly what it would with its adapters off, and trains only them.
+    """Whether the PEFT model `policy` trains only its adapters and computes exactly as it would with them off.
 
-    True only for plain LoRA factors of which one is all zero; everything unknown counts as adding something.
+    True only where every adapter is a plain LoRA with a factor that is zero. Anything else counts as adding something.
     """
     inert: set[int] = set()
     layers: Any = policy.modules()
@@ -69,5 +69,5 @@ def adds_nothing(policy: nn.Module) -> bool:
                     return False
                 inert.update(id(factor) for pair in lora_factors(layer, name) for factor in pair)
         elif isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            return False  # a module that is saved whole may be a trained one
+            return False  # the copy of a module in `modules_to_save` may have been trained
     return all(id(parameter) in inert for parameter in policy.parameters() if parameter.requires_grad)

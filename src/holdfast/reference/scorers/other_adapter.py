@@ -1,8 +1,8 @@
-"""A reference that the user names among the policy's own adapters, or the bare base under them (`"__base__"`).
+"""A reference inside a PEFT policy: an adapter beside the one that trains, or the bare base (`"__base__"`).
 
-Meant for a policy that carries an SFT adapter next to the one that trains. The weights are there already, so the
-reference costs a forward pass per batch and no memory. Only flags of the adapter layers are switched, and
-`requires_grad` stays.
+It is meant for a policy that has an SFT adapter next to the adapter that trains. The weights are in memory already, so
+the reference costs a forward pass per batch and no memory. To score, flags of the adapter layers are switched, and no
+parameter's `requires_grad` is touched. Given up: policies with an adapter that learns a prompt.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ BASE = "__base__"
 
 @final
 class OtherAdapterReference(InsidePolicy):
-    """The policy's base with its adapter `name` alone, or bare where `name` is `"__base__"`."""
+    """The policy with its adapter `name` alone, or with no adapter where `name` is `"__base__"`."""
 
     kind = "NamedAdapterReference"
 
@@ -32,22 +32,22 @@ class OtherAdapterReference(InsidePolicy):
         self._name = name
 
     def in_place(self) -> AbstractContextManager[None]:
-        """See `Scorer.in_place`; undone on leaving, exceptions included."""
+        """See `Scorer.in_place`. The policy is as before on leaving, also after an exception."""
         return switched(self.policy, None if self._name == BASE else self._name)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """None beyond the policy's own."""
+        """See `Scorer.tensors`: none."""
         return iter(())
 
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""
-        what = "the bare base" if self._name == BASE else f"the adapter {self._name!r} on the base"
-        return f"{what}, inside the policy, {when}, fixed"
+        model = "the bare base" if self._name == BASE else f"the adapter {self._name!r} on the base"
+        return f"{model}, inside the policy, {when}, fixed"
 
 
 def check_other_adapter(policy: nn.Module, name: str) -> PeftModel:
-    """`policy`, whose adapter `name` (or bare base) can be its reference. ValueError where that is not there, would
-    train along, or cannot be switched to."""
+    """`policy` as a PeftModel, once its adapter `name` (or bare base) was found fit to be the reference. ValueError
+    where there is no such adapter, where it would train along, or where it cannot be switched to."""
     if not isinstance(policy, PeftModel):
         raise ValueError(
             f"ref_adapter_name={name!r} was asked for, but the policy is a {type(policy).__name__} without adapters. "
@@ -77,10 +77,11 @@ def check_other_adapter(policy: nn.Module, name: str) -> PeftModel:
 
 
 def _adapter_parameters(layer: Any) -> Iterator[Tensor]:
+    """The parameters of a layer's adapters, without those of its base."""
     names = layer.adapter_layer_names + layer.other_param_names if isinstance(layer, BaseTunerLayer) else ()
-    parts = [getattr(layer, name) for name in names]
+    values = [getattr(layer, name) for name in names]
     if not isinstance(layer, BaseTunerLayer):
-        parts = [child for name, child in layer.named_children() if name != "original_module"]
-    for part in parts:
-        if isinstance(part, nn.Module):
-            yield from part.parameters()
+        values = [child for name, child in layer.named_children() if name != "original_module"]
+    for value in values:
+        if isinstance(value, nn.Module):
+            yield from value.parameters()

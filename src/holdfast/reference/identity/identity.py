@@ -1,10 +1,10 @@
 """Which reference it is: everything that its log-probs depend on beside the token ids, and nothing else.
 
-Tensors (parameters and buffers) by digest, settings by value, both under the names of the bare model (see
-`reference.canonical`). The store's key, a checkpoint's provenance and the audit's list of suspects all come from here.
-Of settings everything counts but what is known to change no number, so that one that nobody thought of costs a
-recomputation and never a stale number. Nothing of the run is in it: not the learning rate, the loss, beta, the seed,
-the data or their order; nor how often a moving reference has moved, since its weights say where it is.
+Tensors (parameters and buffers) are in it by digest and settings by value, both under the names of the bare model (see
+`identity.contents`). The store's key, a checkpoint's provenance and the audit's list of suspects are made from it. A
+setting counts unless it is known to change no number. So a setting that nobody thought of costs a recomputation, never
+a stale number. Nothing of the run is in it: no learning rate, loss, beta, seed, data or order of the data. Nor is the
+number of syncs of a moving reference, since its weights say where it is.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.policy.rotations import has_moving_rotations
-from holdfast.reference.canonical import parts
-from holdfast.reference.digests import tensor_digests
+from holdfast.reference.identity.contents import module_contents
+from holdfast.reference.identity.digests import tensor_digests
 from holdfast.store.key import StoreKey
 
-_OF_NO_ACCOUNT = {
+_ENTRIES_WITHOUT_EFFECT = {
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "model_type", "dtype",
     "torch_dtype", "use_cache", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "bos_token_id",
@@ -32,10 +32,13 @@ _OF_NO_ACCOUNT = {
     "_attn_implementation_autoset", "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp",
     "router_jitter_noise", "gradient_checkpointing",
 }  # fmt: skip
-_OF_A_CLASSIFIER = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
-_KINDS_OF_LAYERS = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
-"""Entries that `layer_types` is made from, where a config has it."""
-_LONGEST_ROWS = {
+"""Entries of a config that change no log-prob in eval mode, or that say what the tensors and modules say already."""
+_CLASSIFIER_ENTRIES = {
+    f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
+}
+_LAYER_TYPE_SOURCES = {"use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
+"""Entries from which transformers makes `layer_types`. They change nothing once a config has `layer_types`."""
+_ROW_LENGTHS = {
     "max_position_embeddings",
     "original_max_position_embeddings",
     "n_positions",
@@ -43,14 +46,18 @@ _LONGEST_ROWS = {
     "seq_length",
     "max_sequence_length",
 }
-"""Entries that only say for how long rows a model is meant, where its rotary embeddings do not go by them."""
+"""Entries that say for how long rows a model is meant. They change a number only where rotary embeddings read them."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What log-probs depend on: `tensors` by canonical name (dtype, shape and digest), `settings` by dotted name, and
-    the kinds of attention and dtypes in use. `description` is for people and counts for nothing."""
+    """What log-probs depend on.
+
+    `tensors` has dtype, shape and digest of each tensor, by its name in the bare model. `settings` are by dotted name.
+    `attention` and `dtype` say which kinds of attention and which dtypes are in use. `description` is for people and
+    counts for nothing.
+    """
 
     tensors: Mapping[str, str]
     settings: Mapping[str, Any]
@@ -60,45 +67,45 @@ class Identity:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """The identity of what `module` computes as it is now: with the values, adapters and mode of this moment. Its
-        weights must be whole here (no shards, nothing on the meta device)."""
-        found = list(parts(module))
-        tensors = {name: tensor for part in found for name, tensor in part.tensors.items()}
-        configs = list(_distinct_configs((part.path, part.config) for part in found))
-        settings = {f"{part.path}.{name}": value for part in found for name, value in part.settings.items()}
+        """The identity of what `module` computes now, with the values and active adapters of this moment. Its weights
+        must be whole in this process: no shards, nothing on the meta device."""
+        contents = list(module_contents(module))
+        tensors = {name: tensor for own in contents for name, tensor in own.tensors.items()}
+        configs = list(_distinct_configs((own.path, own.config) for own in contents))
+        settings = {f"{own.path}.{name}": value for own in contents for name, value in own.settings.items()}
         is_moving = any(has_moving_rotations(child) for child in module.modules())
         for path, config in configs:
-            settings |= _flat(f"{path}.config", _less(config.to_dict(), _ignored(config, is_moving)))
+            settings |= _by_dotted_name(f"{path}.config", _without(config.to_dict(), _ignored(config, is_moving)))
         root: Any = configs[0][1] if configs else None
         return cls(
             tensors=tensor_digests(tensors),
-            settings=_plain(settings),
+            settings=_as_json(settings),
             attention=" ".join(dict.fromkeys(str(attention_of(c)) for _, c in configs)),
             dtype=" ".join(sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point()})),
             description=str(loaded_from(root) or type(module).__name__),
         )
 
     @classmethod
-    def mixture(cls, identities: Sequence[Self], weights: Sequence[float]) -> Self:
-        """The identity of several references whose log-probs are mixed with `weights`, in order."""
+    def mixture(cls, identities: Sequence[Self], shares: Sequence[float]) -> Self:
+        """The identity of several references whose log-probs are mixed with `shares`, in order."""
         tensors = {f"{i}:{name}": value for i, one in enumerate(identities) for name, value in one.tensors.items()}
         settings = {f"{i}:{name}": value for i, one in enumerate(identities) for name, value in one.settings.items()}
         return cls(
             tensors=tensors,
-            settings=settings | {f"{i}:weight": repr(float(weight)) for i, weight in enumerate(weights)},
+            settings=settings | {f"{i}:weight": repr(float(share)) for i, share in enumerate(shares)},
             attention=" ".join(one.attention for one in identities),
             dtype=" ".join(sorted({dtype for one in identities for dtype in one.dtype.split()})),
             description=" + ".join(one.description for one in identities),
         )
 
     @property
-    def weights(self) -> str:
-        """Digest of the tensors, and of the weights of a mixture."""
+    def weights_digest(self) -> str:
+        """Digest of the tensors, and of the shares of a mixture."""
         shares = {name: value for name, value in self.settings.items() if name.endswith(":weight")}
         return _digest([dict(self.tensors), shares])
 
     @property
-    def config(self) -> str:
+    def config_digest(self) -> str:
         """Digest of the settings."""
         return _digest(dict(self.settings))
 
@@ -111,7 +118,7 @@ class Identity:
 
 
 def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, layout: str) -> dict[str, Any]:
-    """What else a forward pass is rounded by: dtypes, autocast, layout, attention, and the kind of device."""
+    """What decides how a forward pass rounds: dtypes, autocast, layout, attention, and the kind of device."""
     precision = torch.get_float32_matmul_precision()
     return {
         "dtype": identity.dtype,
@@ -124,10 +131,10 @@ def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, 
 
 
 def store_key(identity: Identity, numerics: Mapping[str, Any], version: int | None) -> StoreKey:
-    """The key of the store that holds what this reference says; `version` only tells who may remove it."""
+    """The key of the store that holds the reference's log-probs. `version` only says which run may remove the store."""
     return StoreKey(
-        weights_digest=identity.weights,
-        config_digest=identity.config,
+        weights_digest=identity.weights_digest,
+        config_digest=identity.config_digest,
         numerics=numerics,
         version=version,
         description=identity.description,
@@ -145,29 +152,31 @@ def _distinct_configs(configs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str,
 
 def _ignored(config: Any, has_moving_rotations: bool) -> set[str]:
     """The names of the entries of a config that change no number."""
-    ignored = _OF_NO_ACCOUNT | _OF_A_CLASSIFIER
-    ignored |= set() if has_moving_rotations else _LONGEST_ROWS
-    return ignored | _KINDS_OF_LAYERS if getattr(config, "layer_types", None) else ignored
+    ignored = _ENTRIES_WITHOUT_EFFECT | _CLASSIFIER_ENTRIES
+    ignored |= set() if has_moving_rotations else _ROW_LENGTHS
+    return ignored | _LAYER_TYPE_SOURCES if getattr(config, "layer_types", None) else ignored
 
 
-def _less(given: Any, names: set[str]) -> Any:
-    """A nest of mappings without these names, without dropout's, and without what is left open."""
-    if isinstance(given, Mapping):
-        kept = {key: value for key, value in given.items() if key not in names and value is not None}
-        return {key: _less(value, names) for key, value in kept.items() if "drop" not in str(key)}
-    return given
+def _without(config: Any, names: set[str]) -> Any:
+    """The nested `config` without the entries `names`, without entries about dropout, and without those that are None.
+    Anything but a mapping is returned as it is."""
+    if not isinstance(config, Mapping):
+        return config
+    entries = {key: value for key, value in config.items() if key not in names and value is not None}
+    return {key: _without(value, names) for key, value in entries.items() if "drop" not in str(key)}
 
 
-def _flat(path: str, given: Mapping[Any, Any]) -> dict[str, Any]:
-    """A nest of mappings as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in given.items():
-        flat |= _flat(f"{path}.{key}", value) if isinstance(value, Mapping) else {f"{path}.{key}": value}
-    return flat
+def _by_dotted_name(path: str, config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The nested `config` as one mapping, with dotted names that begin with `path`."""
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{path}.{key}"
+        settings |= _by_dotted_name(name, value) if isinstance(value, Mapping) else {name: value}
+    return settings
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them."""
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON reads them again: tuples are lists, keys are texts."""
     return json.loads(json.dumps(settings, sort_keys=True, default=_as_text))
 
 

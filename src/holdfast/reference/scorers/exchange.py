@@ -1,4 +1,7 @@
-"""Other values for a module's parameters, for a while: how a reference is put in the policy's place to score."""
+"""An exchange of values: for the length of a context, a module's parameters have those of the reference.
+
+Storage is exchanged and not copied, so it costs no time and no memory. Given up: sharded parameters.
+"""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -8,10 +11,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context within which the named parameters of `module` have these values; undone on leaving.
+    """A context within which the parameters of `module` named in `values` have these values.
 
-    Storage is exchanged and not copied. Graphs that were built before hold the parameters, which have their own values
-    again before any backward pass. ValueError where a parameter is sharded.
+    On leaving, the parameters have their own values again, also after an exception. A graph that was built before stays
+    valid for a backward pass after the context. ValueError where a parameter is sharded.
     """
     parameters = {name: module.get_parameter(name) for name in values}
     sharded = [name for name, parameter in parameters.items() if hasattr(parameter, "full_tensor")]

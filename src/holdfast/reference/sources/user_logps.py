@@ -1,12 +1,11 @@
-"""Log-prob sums that a dataset brings along, in the columns that the common trainer writes, in place of computed ones.
+"""Log-prob sums that the user gives in a dataset's columns, as the common trainer writes them.
 
-Whose weights a column came from, how its rows were cut and in which numerics cannot be seen from it. So a sample is
-scored by the run's reference and compared: the longest completions, where another truncation shows, and as many drawn
-at random. A sum is found by its completion's content id.
+A column does not say from which weights, truncation and numerics its sums came. So the run's reference scores a sample,
+and the two are compared: the longest completions, where another truncation shows, and as many at random. A sum is found
+by its completion's content id.
 
-Only sums are meaningful: a sum stands on the completion's first token. Whatever looks at single tokens (LD-DPO, and the
-audit) must not read them. Given up: telling a few wrong rows apart from right ones; what is not in the sample is
-believed.
+Only sums are meaningful: a sum is put on the completion's first token. So LD-DPO and the audit, which read single
+tokens, must not use them. Given up: finding a few wrong rows among right ones, since only the sample is compared.
 """
 
 import logging
@@ -21,28 +20,28 @@ import torch
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.completions import ChooseBlocks, CompletionsToScore, FindMissing, UserLogp
-from holdfast.reference.stored import on_device_of
+from holdfast.reference.sources.stored import on_device_of
 
 logger = logging.getLogger(__name__)
 
 NUM_LONGEST, NUM_RANDOM = 8, 8
-"""How many completions of a dataset are compared: the longest ones, and others at random."""
+"""Numbers of completions of a dataset that are compared: its longest ones, and others at random."""
 
 LEAST_NATS = 1e-2
-"""A gap of one completion's sum that is always accepted."""
+"""The gap between two sums that is always accepted, in nats."""
 
 NATS_PER_ROOT_TOKEN, NATS_PER_ROOT_TOKEN_HALF = 1e-3, 0.1
-"""Accepted gap over the root of the number of tokens, in fp32 and in less: rounding differs in sign from token to
-token, and under bf16 or fp16 the shape of a batch alone moves single tokens by 0.1."""
+"""Accepted gap divided by the root of the number of tokens, in fp32 and in half precision. The root is there because
+rounding errors differ in sign from token to token. In bf16 and fp16 another batch shape moves single tokens by 0.1."""
 
 Sums = dict[ContentId, UserLogp]
 
 
 @final
 class UserLogps:
-    """A source: the sums in the datasets' own columns.
+    """The source of log-prob sums from the datasets' columns.
 
-    `is_half` says that the numbers are not those of plain fp32, `is_main` that this process reports.
+    `is_half` says that weights or autocast are not fp32, and `is_main` that this process reports.
     """
 
     kind: ClassVar[str] = "GivenReference"
@@ -53,8 +52,8 @@ class UserLogps:
         self._sums: Sums = {}
 
     def find(self, batch: PairBatch) -> SequenceLogps | None:
-        """The batch's sums, each on its completion's first token, with 0 on the others; None where one of its
-        completions has none."""
+        """The batch's sums, each on its completion's first token, with 0 on the other tokens. None where one of the
+        completions has no sum."""
         entries = [self._sums.get(key) for key in batch.content_ids()]
         values = [entry.value for entry in entries if entry is not None]
         if len(values) < len(entries):
@@ -66,23 +65,24 @@ class UserLogps:
         return SequenceLogps(per_token=per_token, sequence=batch.sequence, num_sequences=batch.num_sequences)
 
     def samples(self, datasets: Mapping[str, CompletionsToScore]) -> "dict[str, Sample]":
-        """What is to be compared of each dataset that brings sums along. ValueError where a value is no finite number,
-        or a completion has two of them."""
-        found = {name: self._read(name, data) for name, data in datasets.items()}
-        return {name: Sample(data=data, sums=found[name]) for name, data in datasets.items() if found[name]}
+        """A sample to compare of each dataset that has sums. ValueError where a value is not a finite number, or where
+        one completion has two different sums."""
+        sums = {name: self._read(name, data) for name, data in datasets.items()}
+        return {name: Sample(data=data, sums=sums[name]) for name, data in datasets.items() if sums[name]}
 
     def accept(self, name: str, sample: "Sample", logps: Callable[[PairBatch], SequenceLogps], reference: str) -> None:
-        """Takes over the sums of a dataset, once its sample was found to be what `logps` gives: that of the run's
-        reference, which is `reference` in words. ValueError where it is not, with the gap."""
+        """Accepts the sums of the dataset `name`. ValueError with the gap where those of its sample are not what
+        `logps` computes. `logps` are the log-probs of the run's reference, and `reference` says in words which one it
+        is."""
         self._compare(name, sample, logps, reference)
         self._sums |= sample.sums
 
     def describe(self, computed: str) -> str:
-        """What they are, in one line; `computed` says what they were compared with."""
+        """One line for these sums. `computed` is that of the reference with which they were compared."""
         return f"{len(self._sums)} log-prob sums that came with the data, compared with {computed}"
 
     def _read(self, name: str, data: CompletionsToScore) -> Sums:
-        """The sums of a dataset by content id, the first where there are several."""
+        """The sums of a dataset by content id. Where a completion has several sums, the first is taken."""
         sums: Sums = {}
         for new in data.user_logps():
             if not isinstance(new.value, int | float) or not math.isfinite(new.value):
@@ -102,14 +102,14 @@ class UserLogps:
         return sums
 
     def _tolerance(self, num_tokens: int) -> float:
-        """Largest gap (nats) between two sums over so many tokens that rounding explains."""
+        """The largest gap (nats) between two sums over `num_tokens` tokens that rounding explains."""
         per_root = NATS_PER_ROOT_TOKEN_HALF if self._is_half else NATS_PER_ROOT_TOKEN
         return max(LEAST_NATS, per_root * math.sqrt(num_tokens))
 
     def _compare(
         self, name: str, sample: "Sample", logps: Callable[[PairBatch], SequenceLogps], reference: str
     ) -> None:
-        """Says what the gap is. ValueError where it is not one that rounding explains."""
+        """Logs the gap on the sample. ValueError where rounding does not explain it."""
         gaps: list[float] = []
         worst: tuple[float, UserLogp, float] | None = None
         for batch in sample.batches(lambda ids: [ids], lambda ids: ids):
@@ -117,16 +117,16 @@ class UserLogps:
                 gap = abs(sample.sums[key].value - computed)
                 gaps.append(gap)
                 excess = gap / self._tolerance(sample.sums[key].num_tokens)
-                if worst is None or not excess <= worst[0]:  # NaN is the worst
+                if worst is None or not excess <= worst[0]:  # NaN counts as the largest
                     worst = excess, sample.sums[key], computed
         assert worst is not None, "a dataset has rows"
         excess, row, computed = worst
-        found = f"{sum(gaps) / len(gaps):.3g} nats per completion on average, {max(gaps):.3g} at most"
+        summary = f"{sum(gaps) / len(gaps):.3g} nats per completion on average, {max(gaps):.3g} at most"
         if not excess <= 1:
             raise ValueError(
                 f"the reference log-probs in the {name} dataset's columns {list(REFERENCE_COLUMNS)} must be those of "
                 f"this run's reference ({reference}); on {len(gaps)} completions that it scored the gap "
-                f"is {found}: {row.where} has {row.value:.6g}, the reference gives {computed:.6g} for "
+                f"is {summary}: {row.where} has {row.value:.6g}, the reference gives {computed:.6g} for "
                 f"{row.num_tokens} tokens, where rounding explains {self._tolerance(row.num_tokens):.2g}. The "
                 "columns are of other weights, another tokenizer, template or truncation, or other numerics. Drop "
                 "them: precompute_ref_log_probs=True computes and keeps the right ones."
@@ -134,20 +134,20 @@ class UserLogps:
         if self._is_main:
             logger.warning(
                 "Reference log-probs (%s): %d completions have theirs in the dataset's columns. Compared with the "
-                "reference on %d of them: the gap is %s.", name, len(sample.sums), len(gaps), found,
+                "reference on %d of them: the gap is %s.", name, len(sample.sums), len(gaps), summary,
             )  # fmt: skip
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The completions of a dataset that are compared, and the sums that it brings along for all of them."""
+    """The completions of a dataset that are compared, and the sums of all its completions."""
 
     data: CompletionsToScore
     sums: Sums
 
     def num_completions(self) -> int:
-        """As many as are compared."""
+        """The number of completions that are compared."""
         return min(self.data.num_completions(), NUM_LONGEST + NUM_RANDOM)
 
     def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
@@ -155,12 +155,12 @@ class Sample:
         return self.data.batches(lambda ids: blocks(_spread(ids)), missing)
 
     def user_logps(self) -> Iterator[UserLogp]:
-        """None: these are to be scored."""
+        """None, since the sample is to be scored."""
         return iter(())
 
 
 def _spread(ids: Sequence[ContentId]) -> list[ContentId]:
-    """The first of `ids`, which are the longest, and some of the others, always the same ones of the same `ids`."""
+    """The first of `ids`, which are the longest completions, and some others, which depend on `ids` alone."""
     rest = ids[NUM_LONGEST:]
-    places = sorted(random.Random(0).sample(range(len(rest)), min(NUM_RANDOM, len(rest))))
-    return [*ids[:NUM_LONGEST], *(rest[place] for place in places)]
+    numbers = sorted(random.Random(0).sample(range(len(rest)), min(NUM_RANDOM, len(rest))))
+    return [*ids[:NUM_LONGEST], *(rest[number] for number in numbers)]

@@ -1,12 +1,12 @@
 """A window: the next W optimizer steps, whose batches the reference scores together.
 
-Where asking has a price of its own (weights that come from host memory or a file), it is so paid once per window. And
-between two syncs a moving reference stands still, so log-probs computed ahead are right for it too, on streams as on
-finite data. After a hard sync the reference is the policy, which then scores the window itself.
+Weights that come from host memory or a file are then put in place once per window. A moving reference stands still
+between two syncs, so log-probs computed ahead are right for it as well, on streams and on datasets. After a hard sync
+the reference is the policy, and the policy's own weights score the window.
 
-The batches carry their log-probs with them from there on, and nothing is looked up. A run that is resumed inside a
-window scores what is left of it, to the same numbers, since each batch is scored by itself however long the window is.
-Given up: the memory of the batches that wait, which `reference.look_ahead` bounds.
+Each batch carries its log-probs from then on, so nothing is looked up. Each batch is scored by itself, so its log-probs
+do not depend on the window's length: a run resumed inside a window scores the rest of it to the same numbers. Given up:
+memory for the batches that wait, which `reference.look_ahead` bounds.
 """
 
 import math
@@ -15,18 +15,18 @@ from typing import ClassVar, final
 from holdfast.batch import PairBatch, SequenceLogps
 
 SWAP_SHARE = 0.05
-"""A window is so long that putting the reference's weights in place takes this share of the time that scoring takes."""
+"""Target ratio of two times in a window: putting the reference's weights in place, and scoring."""
 
 LONGEST = 256
-"""Most optimizer steps of a window whose length was not asked for."""
+"""The longest window, in optimizer steps, where the length is measured."""
 
 
 @final
 class Window:
-    """How many optimizer steps are scored together, and a source: the log-probs that a batch carries since.
+    """How many optimizer steps are scored together. It is also the source of the log-probs that a batch carries.
 
-    `steps` is that number; None until what an exchange of weights costs is measured. A window ends at the next of the
-    syncs that come every `sync_steps` steps; None where there are none.
+    `steps` is the number of steps; None where it is to be measured. `sync_steps` is the number of steps between two
+    syncs, at which a window ends; None for a reference that is fixed.
     """
 
     kind: ClassVar[str] = "WindowedReference"
@@ -42,7 +42,7 @@ class Window:
 
     @property
     def num_steps(self) -> int:
-        """Length of a window in optimizer steps; 1 until it is known."""
+        """Length of a window in optimizer steps; 1 until it is measured."""
         return self._steps or 1
 
     def next_steps(self, step: int) -> int:
@@ -51,7 +51,7 @@ class Window:
         return min(self.num_steps, to_sync)
 
     def measure(self, *, exchange_seconds: float, step_seconds: float) -> None:
-        """Sets the length by what an exchange of weights took, and what scoring the batches of a step took."""
+        """Sets the length from the time of an exchange of weights, and the time of scoring one step's batches."""
         self._steps = max(1, min(LONGEST, math.ceil(exchange_seconds / (SWAP_SHARE * step_seconds))))
 
     def find(self, batch: PairBatch) -> SequenceLogps | None:

@@ -1,10 +1,9 @@
-"""Log-probs computed ahead, in the store: before training, or window by window.
+"""Log-probs in the store, computed ahead: before training, or window by window.
 
-What the reference's scorer gives is stored per completion, by content (token ids of prompt and completion after
-truncation), and per token. So a completion of many pairs is scored once, what an earlier run scored is found, and every
-loss and modifier can be computed from it. Costs disk: 4 bytes per completion token.
-
-A reference that moves has a store for each of its versions, and leaves the one before behind.
+Log-probs are stored per token and per completion, under the completion's content id (its prompt's and its own token ids
+after truncation). So a completion of many pairs is scored once, log-probs of an earlier run are found, and every loss
+and modifier can be computed from them. A moving reference has a store for each of its versions. Given up: 4 bytes of
+disk per completion token.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import CompletionsToScore
-from holdfast.reference.identity import Identity
+from holdfast.reference.identity.identity import Identity
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
 
@@ -30,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @final
 class PrecomputedReference:
-    """A source: the log-probs of a reference's completions that were scored before.
+    """The source of log-probs that are in a store.
 
-    `open_store` gives the store for a reference of an identity, in a version (None if it never moves).
-    `keeps_versions` leaves the stores of versions that are over where they are. `wait_for_all` is a barrier over all
-    processes, `is_main` says that this one reports, and `is_quiet` hides the progress bar.
+    `open_store` returns the store for a reference's identity and version (None for a fixed reference). Stores of past
+    versions are removed unless `keeps_versions`. `wait_for_all` is a barrier over all processes, `is_main` says that
+    this process reports, and `is_quiet` hides the progress bar.
     """
 
     kind: ClassVar[str] = "PrecomputedReference"
@@ -55,33 +54,33 @@ class PrecomputedReference:
         self._wait_for_all = wait_for_all
         self._identity: Identity | None = None
         self._store: LogpStore | None = None
-        self._is_told = False
+        self._has_warned = False
 
     @property
     def is_open(self) -> bool:
-        """Whether it has a store yet."""
+        """Whether a store is open."""
         return self._store is not None
 
     @property
     def store(self) -> LogpStore:
-        """Where the log-probs are."""
+        """The store of the current version."""
         assert self._store is not None, "nothing was prepared"
         return self._store
 
     @property
     def identity(self) -> Identity:
-        """That of the reference that did the scoring, as it was when the first store was opened."""
+        """The reference's identity from when the first store was opened."""
         assert self._identity is not None, "nothing was prepared"
         return self._identity
 
     def open(self, identity: Identity, version: int | None) -> None:
-        """Opens the store for the reference as it is now."""
+        """Opens the store for a reference of this identity and version."""
         self._identity = self._identity or identity
         self._store = self._open_store(identity, version)
-        weakref.finalize(self, _flushed, self._store)
+        weakref.finalize(self, _flush, self._store)
 
-    def leave(self) -> None:
-        """Flushes the store of a version that is over, and removes it unless versions are to stay."""
+    def close_version(self) -> None:
+        """Removes the store of the version that a sync has ended, or flushes it where versions are kept."""
         if self._store is None:
             return
         if self._keeps_versions:
@@ -90,30 +89,32 @@ class PrecomputedReference:
             self._store.drop()
 
     def flush(self) -> None:
-        """Writes what was added, where it can be written."""
+        """Writes log-probs that are not on disk yet. A store that cannot be written is no error here."""
         if self._store is not None:
-            _flushed(self._store)
+            _flush(self._store)
 
     def find(self, batch: PairBatch) -> SequenceLogps | None:
-        """The batch's log-probs, per token; None where one of its completions is not stored. ValueError where an input
-        of the batch is in no content id."""
+        """The batch's log-probs; None where one of its completions is not stored. ValueError where content ids do not
+        cover an input of the batch."""
         batch.check_identified()
-        known = self.store.get(batch.content_ids(), batch.lengths())
-        return _of_batch(batch, known) if known.keys() >= set(batch.content_ids()) else None
+        stored = self.store.get(batch.content_ids(), batch.lengths())
+        return _of_batch(batch, stored) if stored.keys() >= set(batch.content_ids()) else None
 
-    def add(self, batch: PairBatch, scored: SequenceLogps, scorer: str) -> SequenceLogps:
-        """Stores the log-probs that `scorer` (in words) gave the batch; returns the batch's, with those that were
-        stored before as they are. ValueError where one is not finite. Without room, nothing is stored and a line says
-        so: the numbers are at hand."""
-        new = by_content(batch, scored, scorer)
-        known = self.store.get(batch.content_ids(), batch.lengths())
+    def add(self, batch: PairBatch, logps: SequenceLogps, scorer: str) -> SequenceLogps:
+        """Stores the batch's log-probs and returns them. A completion that was stored before has its stored values.
+
+        `scorer` says in words what computed them. ValueError where a log-prob is not finite. Where the store cannot be
+        written, a warning says so once, and training goes on with the computed log-probs.
+        """
+        new = by_content(batch, logps, scorer)
+        stored = self.store.get(batch.content_ids(), batch.lengths())
         try:
             self.store.add(new)
         except ValueError as error:
-            if not self._is_told and self._is_main:
+            if not self._has_warned and self._is_main:
                 logger.warning("%s Training goes on; log-probs are not stored.", error)
-            self._is_told = True
-        return _of_batch(batch, new | known)
+            self._has_warned = True
+        return _of_batch(batch, new | stored)
 
     def fill(
         self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps], scorer: str
@@ -123,17 +124,17 @@ class PrecomputedReference:
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
         description, unit = f"Reference log-probs ({name})", "completions"
         with store, tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar:
-            blocks = partial(claimed_blocks, store, on_wait=partial(_say_what_is_left, bar))
+            blocks = partial(claimed_blocks, store, on_wait=partial(_show_waiting, bar))
             for batch in data.batches(blocks, store.missing):
-                scored = by_content(batch, score(batch), scorer)
-                store.add(scored)
-                num_scored += len(scored)
+                logps = by_content(batch, score(batch), scorer)
+                store.add(logps)
+                num_scored += len(logps)
                 num_tokens += int(batch.inputs["attention_mask"].count_nonzero())
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(len(scored))
+                bar.update(len(logps))
             bar.update(bar.total - bar.n)
-        self._wait_for_all()  # others have written their share by then
+        self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
@@ -145,9 +146,10 @@ class PrecomputedReference:
             )  # fmt: skip
 
 
-def by_content(batch: PairBatch, scored: SequenceLogps, scorer: str) -> dict[ContentId, Tensor]:
-    """The log-probs of each of the batch's completions, in host memory. ValueError where one is not finite."""
-    per_token = scored.per_token.cpu()
+def by_content(batch: PairBatch, logps: SequenceLogps, scorer: str) -> dict[ContentId, Tensor]:
+    """The log-probs of each of the batch's completions by content id, in host memory. ValueError where one is not
+    finite; it names `scorer`."""
+    per_token = logps.per_token.cpu()
     if not bool(per_token.isfinite().all()):
         row = int(batch.sequence[int((~per_token.isfinite()).nonzero()[0])])
         raise ValueError(
@@ -158,24 +160,26 @@ def by_content(batch: PairBatch, scored: SequenceLogps, scorer: str) -> dict[Con
 
 
 def on_device_of(batch: PairBatch, values: Tensor) -> Tensor:
-    """`values` of host memory on the batch's device, which is not waited for: a copy from pinned memory."""
+    """`values`, which are in host memory, on the batch's device. The copy starts from pinned memory and is not waited
+    for."""
     device = batch.sequence.device
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-def _of_batch(batch: PairBatch, known: Mapping[ContentId, Tensor]) -> SequenceLogps:
+def _of_batch(batch: PairBatch, logps: Mapping[ContentId, Tensor]) -> SequenceLogps:
+    """The batch's log-probs, from those of its completions by content id."""
     ids = batch.content_ids()
-    per_token = torch.cat([known[key] for key in ids]) if ids else torch.zeros(0)
+    per_token = torch.cat([logps[key] for key in ids]) if ids else torch.zeros(0)
     return SequenceLogps(
         per_token=on_device_of(batch, per_token), sequence=batch.sequence, num_sequences=batch.num_sequences
     )
 
 
-def _say_what_is_left(bar: Any, num_blocks: int) -> None:
-    """In the progress bar, while other processes work."""
+def _show_waiting(bar: Any, num_blocks: int) -> None:
+    """Says in the progress bar that other processes still score."""
     bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
-def _flushed(store: LogpStore) -> None:
+def _flush(store: LogpStore) -> None:
     with contextlib.suppress(ValueError):
         store.flush()

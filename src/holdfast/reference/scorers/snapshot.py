@@ -1,0 +1,106 @@
+"""The reference as a snapshot: the first values of the policy's trainable tensors, put in place to score.
+
+A reference differs from the policy only in the tensors that train. So full fine-tuning needs no second module, a partly
+frozen model needs the values of its trainable part alone, and a LoRA a few megabytes. The values are on the policy's
+device, in host memory or in a file. To score, the parameters' storage is exchanged, so optimizer, gradients and graphs
+stay as they are. Given up: sharded weights.
+
+Until training is about to change the policy, the policy *is* the reference, and nothing is copied. The cost is a
+forward pass per batch. Values in host memory or a file are moved to the device once per `in_place` as well (see
+`sources.window`). Snapshots that move are in `reference.moving`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import final
+
+from torch import Tensor, nn
+
+from holdfast.reference.base import InsidePolicy, LateCopy
+from holdfast.reference.run_folder import RunFolder
+from holdfast.reference.scorers.exchange import exchanged
+from holdfast.reference.tensor_file import SnapshotDevice, own_tensors
+from holdfast.scoring.frozen import Autocast
+
+
+@final
+class SnapshotReference(InsidePolicy, LateCopy):
+    """The policy with the first values of its trainable tensors; fixed."""
+
+    kind = "SnapshotReference"
+
+    def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
+        super().__init__(policy, autocast)
+        self.is_off_device = device != "device"
+        self._where = where(device, folder)
+        self._values = own_tensors(device, folder, "snapshot.safetensors")
+        self._exchange = Exchange(policy, lambda: like_parameters(policy, dict(self._values.items())))
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """See `Scorer.in_place`."""
+        return self._exchange.in_place()
+
+    def before_policy_changes(self) -> None:
+        """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
+        if self._exchange.is_policy:
+            self._values.write(trainable(self.policy))
+            self._exchange.is_policy = False
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
+        if not self._exchange.is_policy:
+            yield from self._values.in_memory().items()
+
+    def describe(self, when: str) -> str:
+        """See `Scorer.describe`."""
+        return description(self._where, when, "fixed")
+
+
+@final
+class Exchange:
+    """Puts a reference's values in the policy's place. While `is_policy`, the policy is the reference, and nothing is
+    exchanged."""
+
+    def __init__(self, policy: nn.Module, values: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.is_policy = True
+        self._policy = policy
+        self._values = values
+        self._is_in_place = False
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """See `Scorer.in_place`. `values` is called once on entering."""
+        if self.is_policy or self._is_in_place:
+            yield
+            return
+        self._is_in_place = True
+        try:
+            with exchanged(self._policy, self._values()):
+                yield
+        finally:
+            self._is_in_place = False
+
+
+def trainable(policy: nn.Module) -> dict[str, Tensor]:
+    """The policy's trainable tensors, by name."""
+    return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def like_parameters(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values, each on the device and in the dtype of the policy's parameter of that name."""
+    converted: dict[str, Tensor] = {}
+    for name, value in values.items():
+        parameter = policy.get_parameter(name)
+        converted[name] = value.to(parameter.device, non_blocking=True).to(parameter.dtype)
+    return converted
+
+
+def where(device: SnapshotDevice, folder: RunFolder) -> str:
+    """In words, where a snapshot's values are."""
+    return {"device": "on the policy's device", "cpu": "in host memory", "disk": f"in {folder.root}"}[device]
+
+
+def description(where: str, when: str, motion: str) -> str:
+    """The line by which every kind of snapshot describes itself."""
+    return f"the policy as it starts to train: its trainable tensors kept {where}, {when}, {motion}"
