@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import truncated_rows
+from holdfast.data.layouts.sequences import truncated_sequences
 from holdfast.losses import LOSSES
 from holdfast.reference import user_logps as given
 from holdfast.reference.digests import digest
@@ -38,7 +38,7 @@ def with_sums(data: Dataset, model: nn.Module, max_length: int | None = None) ->
     model.eval()
     sums = []
     table = data.to_list()
-    cut = truncated_rows(table, max_length, "keep_start")
+    cut = truncated_sequences(table, max_length, "keep_start")
     with torch.no_grad():
         for row in cut:
             split = {"prompt_ids": row.ids[: row.num_prompt].tolist(), "side": row.ids[row.num_prompt :].tolist()}
