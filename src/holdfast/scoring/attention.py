@@ -108,7 +108,7 @@ def _recomputing_under(
 ) -> Iterator[None]:
     """Inside, layers are checkpointed together with a context that they run under.
 
-    Activation checkpointing runs a layer again when this context is long left; that run enters its own `context()`.
+    Activation checkpointing runs a layer again after this context has ended; that run enters its own `context()`.
     """
     replaced: list[tuple[Any, Callable[..., Any]]] = []
 

@@ -110,7 +110,7 @@ class Segments:
 
     @property
     def share_no_prompt(self) -> bool:
-        """Whether every sequence has its prompt to itself: the rows are packed, and no more."""
+        """Whether every sequence has its own copy of its prompt: the rows are packed, and share nothing."""
         return not any(segment.groups for segment in self)
 
     def flash_arguments(self, device: torch.device) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.scoring.score import Scores, TokenStatistics, score
 from holdfast.scoring.segments import SEGMENTS
 
-_STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
-
 
 def score_within_limit(
     model: nn.Module, batch: PairBatch, num_tokens: int | None, *, router_logits: bool = False
@@ -45,16 +43,17 @@ def score_within_limit(
         results.append(checkpoint(of_rows, use_reentrant=False) if torch.is_grad_enabled() else of_rows())
         indices.append(tokens)
     order = torch.cat(indices).argsort()
-    logps, *statistics = (torch.cat(values)[order] for values in zip(*results, strict=True))
+    logps, *columns = (torch.cat(values)[order] for values in zip(*results, strict=True))
     return Scores(
         logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
-        statistics=TokenStatistics(**dict(zip(_STATISTICS, statistics, strict=True))),
+        statistics=TokenStatistics.of_columns(columns),
     )
 
 
 def _logps_and_statistics(model: nn.Module, rows: PairBatch) -> tuple[Tensor, ...]:
     scores = score(model, rows, statistics=True)
-    return scores.logps.per_token, *(getattr(scores.statistics, name) for name in _STATISTICS)
+    assert scores.statistics is not None
+    return scores.logps.per_token, *scores.statistics.columns()
 
 
 def _row_groups(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, Int[Tensor, "n"]]]:
