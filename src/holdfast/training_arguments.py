@@ -2,8 +2,8 @@
 
 Options about the optimizer, the schedule, logs, checkpoints, loaders and processes work as in `transformers.Trainer`.
 Options about labels, losses of tokens, or changes to the model after its reference was captured mean nothing for
-preference pairs, or something else. `tests/unit/test_unheeded.py` lists every option. One that a newer `transformers`
-adds fails there until somebody has looked at it.
+preference pairs, or something else. `tests/unit/test_training_arguments.py` lists every option. One that a newer
+`transformers` adds fails there until somebody has looked at it.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REFERENCE_COLUMNS, REJECTED_IDS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
 from holdfast.data.formats import check_columns, read_preference
 from holdfast.data.tokenize import TokenizedPair, TruncationMode, check_tokenizer, check_truncation, tokenize
@@ -229,8 +229,13 @@ class _Judge:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, str | None]:
         """Why the row cannot be used, or None. Raises `ValueError` for columns that do not hold token ids."""
-        ids = {column: self._checked_ids(row[column], column, index) for column in TOKENIZED_COLUMNS}
-        return {_REASON: unusable_reason(TokenizedPair(**ids, cut_ids=[]), self.max_length, self.truncation_mode)}
+        pair = TokenizedPair(
+            prompt_ids=self._checked_ids(row[PROMPT_IDS], PROMPT_IDS, index),
+            chosen_ids=self._checked_ids(row[CHOSEN_IDS], CHOSEN_IDS, index),
+            rejected_ids=self._checked_ids(row[REJECTED_IDS], REJECTED_IDS, index),
+            cut_ids=[],
+        )
+        return {_REASON: unusable_reason(pair, self.max_length, self.truncation_mode)}
 
     def _checked_ids(self, value: Any, column: str, index: int) -> Any:
         ids = np.asarray([] if value is None else value)

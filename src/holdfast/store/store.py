@@ -118,9 +118,10 @@ class LogpStore:
             logps = self._buffered(ids, lengths)
             located = self._index.find(_array(ids), None if lengths is None else np.array(lengths, dtype=np.int64))
             rows = np.flatnonzero(located.shard >= 0)
-            columns = (rows, located.shard[rows], located.start[rows], located.length[rows])
-            for row, shard, start, length in zip(*(column.tolist() for column in columns), strict=True):
-                stored = self._shards[shard].logps[start : start + length]
+            shards, starts, stops = located.shard[rows], located.start[rows], located.start[rows] + located.length[rows]
+            slices = zip(rows.tolist(), shards.tolist(), starts.tolist(), stops.tolist(), strict=True)
+            for row, shard, start, stop in slices:
+                stored = self._shards[shard].logps[start:stop]
                 logps.setdefault(ids[row], torch.from_numpy(stored.copy()))
         for other in self._alike:
             rows = [row for row, content_id in enumerate(ids) if content_id not in logps]

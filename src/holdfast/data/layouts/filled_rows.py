@@ -182,7 +182,7 @@ def spread_segments(sizes: Sequence[int], budget: int | None) -> list[list[int]]
             if num_rows == 1 or num_rows * longest <= (1 + ROW_PADDING) * total:
                 return rows
             num_rows -= max(1, num_rows // 8)
-    capacity = max(budget, *sizes) if sizes else budget
+    capacity = max([budget, *sizes])
     num_rows = -(-total // capacity)
     while True:  # ends at the latest with a row for each segment
         rows, longest = _into_rows(sizes, num_rows)

@@ -91,10 +91,8 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     counts_as_target[:, 1:] = completion[:, 1:] & attended[:, :-1]
     check_counts(counts_as_target.sum(1).cpu().numpy())
     sequence, column = counts_as_target.nonzero(as_tuple=True)  # [N] each, row by row
-    content = [
-        _masked_content_id(*arrays)
-        for arrays in zip(*(tensor.cpu().numpy() for tensor in (ids, attended, completion)), strict=True)
-    ]
+    rows = zip(ids.cpu().numpy(), attended.cpu().numpy(), completion.cpu().numpy(), strict=True)
+    content = [_masked_content_id(row, row_attended, row_completion) for row, row_attended, row_completion in rows]
     positions = {
         "source": sequence * num_tokens + column - 1,
         "target": ids[sequence, column],
