@@ -117,5 +117,5 @@ def _extended(content: list[int], inputs: list[tuple[str, bytes]]) -> list[int]:
 
 
 def takes_positions(causal_lm: Any) -> bool:
-    """Whether a model can be told the positions of its tokens; others derive them from the attention mask."""
+    """Whether the model takes `position_ids`. Other models derive positions from the attention mask."""
     return "position_ids" in inspect.signature(causal_lm.forward).parameters

@@ -2,8 +2,8 @@
 
 A log-prob can be stored, looked up, or scored ahead only if it is a fact about the weights and the token ids. In some
 models it depends on the batch as well. The known case, rotary frequencies of the longest row, is removed by
-`policy.rotations`. Other cases, such as an expert's capacity, are found here: before a run begins, each of its models
-scores one row alone and then beside a longer row. Where the log-probs differ, `arguments.check_same_batches` refuses
+`policy.rotations`. Other cases, such as an expert's capacity, are found here. Before a run begins, each of its models
+scores one row alone, and then beside a longer row. Where the log-probs differ, `arguments.check_same_batches` refuses
 whatever would score other batches than the policy's. The cost is two small forward passes per model.
 """
 

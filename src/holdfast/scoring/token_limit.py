@@ -1,7 +1,7 @@
 """`tokens_per_batch`: a batch with more tokens than the limit is scored a few rows at a time.
 
-The log-probs and gradients are those of the whole batch; the memory is that of a few rows. Lengths vary, and the rare
-batch of long pairs decides what a machine can train. Only the log-probs of each group of rows are saved, and its
+The log-probs and gradients are those of the whole batch; the memory is that of a few rows. Without a limit, the rare
+batch of long pairs would decide what a machine can train. Only the log-probs of each group of rows are saved, and its
 activations are computed again in the backward pass. A batch within the limit is scored at once, at no extra cost.
 
 Given up: the second forward pass that a larger batch pays. A backward pass after each group would save it, but then the
@@ -71,7 +71,7 @@ def _row_groups(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, In
 def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> PairBatch:
     """The rows from `first` to before `last`, with their completion `tokens`, as a batch without pairs.
 
-    Sequences keep their numbers. ValueError where nobody can tell which rows an input belongs to.
+    Sequences keep their numbers. ValueError where an input cannot be assigned to rows.
     """
     if batch.unidentified_inputs:
         raise ValueError(
