@@ -113,8 +113,8 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
 
 
 def check_same_batches(dependence: Dependence | None, args: DPOConfig) -> None:
-    """ValueError where a run of `args` would score other batches than the policy's, and log-probs depend on the
-    batch."""
+    """ValueError where the model's log-probs depend on the batch, and a run of `args` would score other batches than
+    those that the policy trains on."""
     if dependence is None:
         return
     comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"

@@ -2,8 +2,8 @@
 
 A layout (padded, packed, prefix-shared) decides where the N completion tokens of a batch stand. `PairBatch` says so in
 three vectors, so losses, references, the store and metrics need not know the layout. A completion that belongs to
-several pairs of one prompt is one sequence, scored once. Given up: the familiar `[2P, T]` halves, "chosen first,
-rejected second"; index by `chosen` and `rejected` instead.
+several pairs of one prompt is one sequence, scored once. Given up: the familiar `[2P, T]` halves, chosen rows first.
+Code indexes by `chosen` and `rejected` instead.
 
 Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N completion tokens.
 """

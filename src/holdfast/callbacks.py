@@ -1,4 +1,4 @@
-"""What happens between two optimizer steps: a moving reference is synced."""
+"""`SyncCallback`: what happens between two optimizer steps. A moving reference is synced when it is due."""
 
 from typing import Any, final
 

@@ -32,13 +32,13 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
-    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare the losses' own;
-    what is listed nowhere here is `transformers.TrainingArguments`'.
+    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses. All
+    others that are not listed here come from `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
-    checkpointing on, `bf16` on where the accelerator computes in it (never by default on a CPU), and two that spare
-    the host to wait for the device: `logging_nan_inf_filter` off (a NaN is an error when it is logged) and batches
-    copied ahead (`accelerator_config["non_blocking"]`), where memory is pinned.
+    checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the
+    host from waiting for the device: `logging_nan_inf_filter` is off (a NaN is an error when it is logged), and batches
+    are copied asynchronously where memory is pinned (`accelerator_config["non_blocking"]`).
 
     Raises ValueError on values out of range and on combinations without a meaning; each message names the way out.
     """
@@ -191,7 +191,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     @property
     def loss_options(self) -> LossOptions:
-        """The numbers that the losses read."""
+        """The options of the losses, as the losses read them."""
         return LossOptions(**{f.name: getattr(self, f.name) for f in fields(LossOptions)})
 
     @property
@@ -308,7 +308,8 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             )
 
     def _check_store(self) -> None:
-        """Options of the store want log-probs that are computed ahead; one of them also a reference that moves."""
+        """Options of the store need log-probs that are computed ahead. One of them also needs a reference that
+        moves."""
         if self.reference_store and not self.computes_ahead:
             raise ValueError(
                 f"reference_store={self.reference_store!r} was asked for, but no log-probs are computed ahead. Set "
@@ -321,7 +322,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             )
 
     def _check_ref_adapter(self) -> None:
-        """An adapter that is the reference stays as it is, inside the policy."""
+        """An adapter that is the reference is fixed and inside the policy, so other ways and syncs are refused."""
         if self.ref_adapter_name is None:
             return
         if self.sync_ref_model or self.reference in ("model", "snapshot", "none"):

@@ -2,7 +2,8 @@
 
 Every metric is a mean over examples (pairs, sequences or tokens), whichever batches and processes they came in. So the
 sum and the count are kept apart until the log. Nothing here waits for the device before `Tally.reset` or `Tally.total`.
-Names and meanings are those of the common DPO trainer, plus `reference/*`. Given up: running values between logs.
+Names and meanings are those of the common DPO trainer, plus `reference/*`. Given up: the value of a metric at a single
+step.
 """
 
 from collections.abc import Callable, Mapping

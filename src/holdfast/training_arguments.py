@@ -1,9 +1,9 @@
-"""Options of `transformers` that this trainer cannot heed: each is refused with the reason and what to do instead.
+"""Options of `transformers` that would have no effect here: each is refused with the reason and what to do instead.
 
 Options about the optimizer, the schedule, logs, checkpoints, loaders and processes work as in `transformers.Trainer`.
-Options about labels, losses of tokens, or the model between capture and training mean something else for preference
-pairs, or nothing. `tests/unit/test_unheeded.py` lists every option. One that a newer `transformers` adds fails there
-until somebody has looked at it.
+Options about labels, losses of tokens, or changes to the model after its reference was captured mean nothing for
+preference pairs, or something else. `tests/unit/test_training_arguments.py` lists every option. One that a newer
+`transformers` adds fails there until somebody has looked at it.
 """
 
 from collections.abc import Callable

@@ -82,8 +82,8 @@ def test_a_mixture_is_the_weighted_sum_of_log_probs(weights: list[float] | None,
     first, second = others()
     second.save_pretrained(tmp_path / "second")
     policy = tiny_model()
-    given = [first, str(tmp_path / "second"), None]
-    ours = trainer(policy, config(tmp_path / "out", ref_model_weights=weights), ref_model=given)
+    ref_models = [first, str(tmp_path / "second"), None]
+    ours = trainer(policy, config(tmp_path / "out", ref_model_weights=weights), ref_model=ref_models)
     table = rows().to_list()[:4]
     models, counted = [first, second, policy], weights or [1 / 3] * 3
     expected = expected_sums(lambda row, side: mixed(models, counted, row, side), table)
@@ -178,8 +178,8 @@ def test_the_normaliser_cancels_in_the_loss_and_shifts_both_rewards(tmp_path: Pa
 def test_one_reference_in_a_list_is_that_reference(tmp_path: Path) -> None:
     """The same run bit for bit, weighted by 1 or not; and [None] is the policy, audited as such."""
     runs = []
-    for given, weights in ((tiny_model(seed=5), None), ([tiny_model(seed=5)], None), ([tiny_model(seed=5)], [1.0])):
-        ours = trainer(tiny_model(), config(tmp_path, ref_model_weights=weights), ref_model=given)
+    for ref_model, weights in ((tiny_model(seed=5), None), ([tiny_model(seed=5)], None), ([tiny_model(seed=5)], [1.0])):
+        ours = trainer(tiny_model(), config(tmp_path, ref_model_weights=weights), ref_model=ref_model)
         assert isinstance(ours.reference.scorer, ModelReference)
         ours.train()
         runs.append(logged(ours))
@@ -207,9 +207,9 @@ def test_what_a_mixture_holds_and_is() -> None:
     models = others()
     parts = [ModelReference(freeze(model), torch.no_grad, origin="a test") for model in models]
     mixture = MixtureReference(parts, [0.25, 0.75])
-    held = dict(mixture.tensors())
-    assert len(held) == sum(len(list(model.parameters())) for model in models)
-    assert held["1.lm_head.weight"] is models[1].lm_head.weight
+    tensors = dict(mixture.tensors())
+    assert len(tensors) == sum(len(list(model.parameters())) for model in models)
+    assert tensors["1.lm_head.weight"] is models[1].lm_head.weight
     assert mixture.describe("asked per batch") == (
         "the log-linear mixture 0.25 * (a test, a module of its own, asked per batch, fixed) + "
         "0.75 * (a test, a module of its own, asked per batch, fixed)"
@@ -327,7 +327,7 @@ def test_weights_out_of_range_are_refused(weights: list[float], message: str, tm
 
 def test_lists_without_a_meaning_are_refused(tmp_path: Path) -> None:
     policy = tiny_model()
-    for given, options, message in (
+    for ref_model, options, message in (
         (others(), {"ref_model_weights": WEIGHTS}, r"3 weights, but `ref_model` names 2 references"),
         (tiny_model(seed=5), {"ref_model_weights": [1.0]}, r"but `ref_model` is one LlamaForCausalLM"),
         (None, {"ref_model_weights": [1.0]}, r"but `ref_model` is one NoneType"),
@@ -340,7 +340,7 @@ def test_lists_without_a_meaning_are_refused(tmp_path: Path) -> None:
         ([None, *others()], {"loss_type": "simpo"}, r"`ref_model` was given, but.*no reference"),
     ):
         with pytest.raises(ValueError, match=message):
-            trainer(policy, config(tmp_path, **options), ref_model=given)
+            trainer(policy, config(tmp_path, **options), ref_model=ref_model)
     with pytest.raises(TypeError, match=r"`ref_model` is or holds a dict; pass a model"):
         trainer(policy, config(tmp_path), ref_model=[{}, None])
     with pytest.raises(ValueError, match=r"ref_model_weights was asked for, but loss_type \['simpo'\]"):

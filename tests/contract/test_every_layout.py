@@ -12,7 +12,7 @@ from holdfast.config import LAYOUT_NAMES
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import Row
+from holdfast.data.layouts.sequences import TokenSequence
 from holdfast.data.tokenize import content_id
 from shared_rows import ROWS, assert_equal_logps, logps_of, oracle_logps
 
@@ -71,8 +71,11 @@ def test_each_pair_has_its_completions(layout: Layout) -> None:
 
 def test_completions_without_pairs(layout: Layout) -> None:
     by_content = completions()
-    rows = [Row(torch.tensor(prompt + completion).numpy(), len(prompt)) for prompt, completion in by_content.values()]
-    batch = PairBatch.from_tensors(layout.of_completions(rows))
+    sequences = [
+        TokenSequence(torch.tensor(prompt + completion).numpy(), len(prompt))
+        for prompt, completion in by_content.values()
+    ]
+    batch = PairBatch.from_tensors(layout.of_completions(sequences))
     assert batch.content_ids() == list(by_content)
     assert (len(batch.chosen), len(batch.rejected)) == (0, 0)
     model = tiny_model("llama")
@@ -86,8 +89,8 @@ def test_what_it_says_of_its_rows(layout: Layout) -> None:
     """`tokens_in_rows` lies between the tokens that are no padding and all of them; one prompt of ten tokens is there
     once or five times, beside five completions of two."""
     prompt = [*range(3, 13)]
-    rows = [Row(torch.tensor([*prompt, 20 + number, 30]).numpy(), 10) for number in range(5)]
-    tensors = layout.of_completions(rows)
+    sequences = [TokenSequence(torch.tensor([*prompt, 20 + number, 30]).numpy(), 10) for number in range(5)]
+    tensors = layout.of_completions(sequences)
     num_attended = int((tensors["attention_mask"] > 0).sum())
     assert num_attended == (10 + 5 * 2 if layout.shares_prompts else 5 * 12)
     estimate = layout.tokens_in_rows(num_tokens=num_attended, num_sequences=5, longest=12)

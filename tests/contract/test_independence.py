@@ -77,7 +77,7 @@ def mixed_rows(num_pairs: int = 12) -> Dataset:
     return Dataset.from_list(table)
 
 
-def made(folder: Path, model: nn.Module, **options: Any) -> Any:
+def make_trainer(folder: Path, model: nn.Module, **options: Any) -> Any:
     parts = {name: options.pop(name) for name in ("ref_model", "train_dataset", "peft_config") if name in options}
     args = config(folder, **{"learning_rate": 0.0, "max_length": 40, "logging_steps": 1} | options)
     return trainer(model, args, **{"train_dataset": mixed_rows()} | parts)
@@ -93,7 +93,7 @@ def assert_zero_margin(losses: list[float]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_loss_is_ln_2(kind: str, way: str, manner: str, tmp_path: Path) -> None:
-    ours = made(tmp_path, MODELS[kind](), **WAYS[way] | MANNERS[manner])
+    ours = make_trainer(tmp_path, MODELS[kind](), **WAYS[way] | MANNERS[manner])
     ours.train()
     assert_zero_margin(logged(ours))
     assert ours.evaluate(mixed_rows(5))["eval_loss"] == pytest.approx(math.log(2), abs=2e-5)
@@ -103,14 +103,14 @@ def test_every_loss_is_ln_2(kind: str, way: str, manner: str, tmp_path: Path) ->
 def test_every_loss_is_ln_2_from_a_filled_store(kind: str, tmp_path: Path) -> None:
     """The second run scores other batches than the first one did, and takes over its numbers."""
     for options in ({"per_device_train_batch_size": 2}, {"per_device_train_batch_size": 4, "seed": 3}):
-        ours = made(tmp_path, MODELS[kind](), reference="precomputed", **options)
+        ours = make_trainer(tmp_path, MODELS[kind](), reference="precomputed", **options)
         ours.train()
         assert_zero_margin(logged(ours))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_loss_is_ln_2_beside_a_given_reference(kind: str, tmp_path: Path) -> None:
-    ours = made(tmp_path, MODELS[kind](), ref_model=MODELS[kind]())
+    ours = make_trainer(tmp_path, MODELS[kind](), ref_model=MODELS[kind]())
     ours.train()
     assert_zero_margin(logged(ours))
 
@@ -121,10 +121,10 @@ def test_every_loss_is_ln_2_beside_a_given_reference(kind: str, tmp_path: Path) 
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, way: str, tmp_path: Path) -> None:
     """At a learning rate that moves the policy, bit for bit."""
     options = WAYS[way] | {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
-    whole = made(tmp_path / "whole", MODELS[kind](), **options, max_steps=4)
+    whole = make_trainer(tmp_path / "whole", MODELS[kind](), **options, max_steps=4)
     whole.train()
-    made(tmp_path / "cut", MODELS[kind](), **options, max_steps=2).train()
-    resumed = made(tmp_path / "cut", MODELS[kind](), **options, max_steps=4)
+    make_trainer(tmp_path / "cut", MODELS[kind](), **options, max_steps=2).train()
+    resumed = make_trainer(tmp_path / "cut", MODELS[kind](), **options, max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert logged(resumed) == logged(whole)
 
@@ -166,13 +166,13 @@ def test_frequencies_are_those_of_the_longest_pair(tmp_path: Path) -> None:
 def test_a_stream_needs_max_length(tmp_path: Path) -> None:
     stream = mixed_rows().to_iterable_dataset()
     with pytest.raises(ValueError, match=r"max_length=None was asked for with a stream, but LlamaForCausalLM takes"):
-        made(tmp_path, dynamic(), max_length=None, train_dataset=stream, max_steps=2)
-    made(tmp_path, dynamic(), max_length=40, train_dataset=stream, max_steps=2)
+        make_trainer(tmp_path, dynamic(), max_length=None, train_dataset=stream, max_steps=2)
+    make_trainer(tmp_path, dynamic(), max_length=40, train_dataset=stream, max_steps=2)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_user_is_told(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made(tmp_path, MODELS[kind]())
+    make_trainer(tmp_path, MODELS[kind]())
     told = [record.message for record in caplog.records if "longest row of a batch" in record.message]
     assert len(told) == 1
     assert "rows of 40 tokens" in told[0]
@@ -245,16 +245,16 @@ def test_other_batches_are_refused(kind: str, asked: str, tmp_path: Path) -> Non
     with pytest.raises(
         ValueError, match=rf"{option} was asked for, which scores rows in other batches.*but .*LlamaFor"
     ):
-        made(tmp_path, planted(kind), layout="padded", **OTHER_BATCHES[asked])
+        make_trainer(tmp_path, planted(kind), layout="padded", **OTHER_BATCHES[asked])
 
 
 def test_a_reference_that_goes_by_its_batch_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"precompute_ref_log_probs=True was asked for.*scores a row otherwise beside"):
-        made(tmp_path, tiny_model(), ref_model=planted("neighbours"), precompute_ref_log_probs=True)
+        make_trainer(tmp_path, tiny_model(), ref_model=planted("neighbours"), precompute_ref_log_probs=True)
 
 
 def test_the_same_batches_are_scored_live(tmp_path: Path) -> None:
-    ours = made(tmp_path, planted("neighbours"), layout="padded", reference="model")
+    ours = make_trainer(tmp_path, planted("neighbours"), layout="padded", reference="model")
     ours.train()
     assert_zero_margin(logged(ours))
 
@@ -262,8 +262,8 @@ def test_the_same_batches_are_scored_live(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["history", "attribute"])
 def test_no_resume_with_what_no_checkpoint_holds(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"layout": "padded", "reference": "model", "save_strategy": "steps", "save_steps": 1}
-    made(tmp_path, planted(kind), **options, max_steps=1).train()
-    again = made(tmp_path, planted(kind), **options, max_steps=2)
+    make_trainer(tmp_path, planted(kind), **options, max_steps=1).train()
+    again = make_trainer(tmp_path, planted(kind), **options, max_steps=2)
     with pytest.raises(
         ValueError, match=r"Resuming was asked for, but `.*longest` of LlamaForCausalLM changes with the"
     ):
@@ -324,7 +324,7 @@ def test_a_policy_starts_as_it_was_handed_in(kind: str, way: str, tmp_path: Path
     tensors = copy.deepcopy(dict(model.named_parameters()) | dict(model.named_buffers()))
     longest = getattr(model.model.embed_tokens, "longest", None)
     longest = copy.deepcopy(longest)
-    ours = made(tmp_path, model, **WAYS[way])
+    ours = make_trainer(tmp_path, model, **WAYS[way])
     ours._settle(None)  # the audit
     now = dict(model.named_parameters()) | dict(model.named_buffers())
     assert tensors.keys() == now.keys()

@@ -161,8 +161,8 @@ def test_the_scales_are_part_of_the_fingerprint(bits: str, base: str, tmp_path: 
     assert dict(weight_tensors(plain)).keys() == dict(plain.named_parameters()).keys()
     for is_trained in (False, True):
         policies = [adapted(quantised(folder, bits), is_trained=is_trained) for folder in (base, str(tmp_path))]
-        held = [AdapterReference.capture(policy, torch.no_grad).identity().weights_digest for policy in policies]
-        assert held[0] != held[1]
+        digests = [AdapterReference.capture(policy, torch.no_grad).identity().weights_digest for policy in policies]
+        assert digests[0] != digests[1]
     assert checksums(again).keys() == {n for n, p in again.named_parameters() if p.is_floating_point()}
 
 
@@ -177,7 +177,7 @@ def test_syncing_onto_a_quantised_reference_is_refused(bits: str, base: str, tmp
 
 # --- under a LoRA that trains -----------------------------------------------------------------------------------------
 
-HELD: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "auto": {},
     "model": {"reference": "model"},
     "snapshot": {"reference": "snapshot"},
@@ -189,18 +189,18 @@ HELD: dict[str, dict[str, Any]] = {
 
 @every_size
 @pytest.mark.parametrize("is_trained", [False, True], ids=["fresh", "sft"])
-@pytest.mark.parametrize("held", HELD)
-def test_qlora_follows_the_naive_run(bits: str, is_trained: bool, held: str, base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_qlora_follows_the_naive_run(bits: str, is_trained: bool, way: str, base: str, tmp_path: Path) -> None:
     """Over a fresh adapter (the base with adapters off) and a trained one (its frozen values put in place): ln 2 at
     first, then the dequantised model's own trajectory."""
     recording = Recording()
     ours = trainer(
         adapted(quantised(base, bits), is_trained=is_trained),
-        config(tmp_path, **HELD[held]),
+        config(tmp_path, **WAYS[way]),
         data_collator=recording,
     )
     theirs = adapted(dequantised(quantised(base, bits)), is_trained=is_trained)
-    if held == "auto":
+    if way == "auto":
         assert isinstance(ours.reference.scorer, AdapterReference)
         assert (len(dict(ours.reference.tensors())) > 0) == is_trained
     losses = assert_follows(ours, theirs, recording)

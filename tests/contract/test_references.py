@@ -167,15 +167,15 @@ def test_bf16_references_accumulate_in_fp32() -> None:
     never leaves for (0.001 is below half its spacing)."""
     policy = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
     nn.init.constant_(policy.weight, 2.0)
-    held = copy.deepcopy(policy)
-    nn.init.constant_(held.weight, 1.0)
-    reference = MovingModel(held, torch.no_grad, origin="a test", policy=policy)
+    module = copy.deepcopy(policy)
+    nn.init.constant_(module.weight, 1.0)
+    reference = MovingModel(module, torch.no_grad, origin="a test", policy=policy)
     for _ in range(500):
         reference.sync(0.001)
     state = dict(reference.tensors())["weight.fp32"]
     exact = 1 + (1 - 0.999**500)
     assert float((state - exact).abs().max()) <= 1e-3 * (exact - 1)
-    torch.testing.assert_close(held.weight, torch.full_like(held.weight, exact))
+    torch.testing.assert_close(module.weight, torch.full_like(module.weight, exact))
 
 
 def test_memory_held() -> None:
@@ -224,8 +224,8 @@ def test_explicit_references(tmp_path: Path) -> None:
     other = tiny_model(seed=5)
     other.save_pretrained(tmp_path / "other")
     adapted = POLICIES["lora_sft"]()
-    for given, module in ((other, other), (str(tmp_path / "other"), other), (adapted, adapted)):
-        ours = trainer(tiny_model(), config(tmp_path / "out"), ref_model=given)
+    for ref_model, module in ((other, other), (str(tmp_path / "other"), other), (adapted, adapted)):
+        ours = trainer(tiny_model(), config(tmp_path / "out"), ref_model=ref_model)
         batch = rows().to_list()[:3]
         found = sums_of_pairs(ours, batch)
         expected = torch.stack(
@@ -269,17 +269,17 @@ def test_evaluating_after_precomputing(tmp_path: Path) -> None:
     assert ahead.evaluate(rows(4, seed=9))["eval_loss"] == pytest.approx(new, abs=1e-5)
 
 
-@pytest.mark.parametrize("given", ["full", "lora_sft"])
-def test_evaluating_new_data_against_a_given_model_after_precomputing(given: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["full", "lora_sft"])
+def test_evaluating_new_data_against_a_given_model_after_precomputing(kind: str, tmp_path: Path) -> None:
     """Its weights wait on disk, and nothing of it in memory; the module that was handed in stays as it is."""
-    live = trainer(tiny_model(), config(tmp_path, reference="model"), ref_model=_other(given))
-    other = _other(given)
+    live = trainer(tiny_model(), config(tmp_path, reference="model"), ref_model=_other(kind))
+    other = _other(kind)
     ahead = trainer(tiny_model(), config(tmp_path, precompute_ref_log_probs=True), ref_model=other)
     live.train()
     ahead.train()
     expected = live.evaluate(rows(4, seed=9))["eval_loss"]
     assert ahead.evaluate(rows(4, seed=9))["eval_loss"] == pytest.approx(expected, abs=1e-5)
-    assert digest(other.named_parameters()) == digest(_other(given).named_parameters())
+    assert digest(other.named_parameters()) == digest(_other(kind).named_parameters())
 
 
 def _other(kind: str) -> nn.Module:
@@ -436,7 +436,7 @@ def test_the_audit_names_a_changed_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "setting"),
     [
         (lambda m: m.model.rotary_emb.inv_freq.mul_(1.5), r"model.rotary_emb"),
         (lambda m: setattr(m.model.layers[1].self_attn, "scaling", 2.0), r"model.layers.1.self_attn.scaling"),
@@ -444,12 +444,12 @@ def test_the_audit_names_a_changed_reference(tmp_path: Path) -> None:
         (lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()), r"model.layers.0.mlp.act_fn"),
     ],
 )
-def test_the_audit_names_a_changed_setting(change: Any, named: str, tmp_path: Path) -> None:
+def test_the_audit_names_a_changed_setting(change: Any, setting: str, tmp_path: Path) -> None:
     """Of the reference, whose weights all agree with the policy's."""
     ours = trainer(tiny_model(), config(tmp_path, reference="model"))
     with torch.no_grad():
         change(ours.ref_model)
-    with pytest.raises(ValueError, match=rf"(They differ in|The reference's) `{named}[^`]*`"):
+    with pytest.raises(ValueError, match=rf"(They differ in|The reference's) `{setting}[^`]*`"):
         ours.train()
 
 

@@ -28,7 +28,7 @@ def moving(alpha: float, steps: int = 3) -> dict[str, Any]:
     return {"sync_ref_model": True, "ref_model_mixup_alpha": alpha, "ref_model_sync_steps": steps}
 
 
-def made(folder: Path, kind: str = "full", parts: dict[str, Any] | None = None, **options: Any) -> DPOTrainer:
+def make_trainer(folder: Path, kind: str = "full", parts: dict[str, Any] | None = None, **options: Any) -> DPOTrainer:
     """Nine pairs in batches of two, so five steps per epoch, and seven steps; in the order of the rows. `parts` are
     what the trainer gets beside the policy and its options."""
     defaults = {"max_steps": 7, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
@@ -88,7 +88,7 @@ def test_weights_are_exchanged_once_per_window(
     pairs = rows(12) if "gradient_accumulation_steps" in options else rows(9)
     pairs = pairs.to_iterable_dataset() if data == "stream" else pairs
     options = {"snapshot_device": place, "reference_audit": False} | SNAPSHOT | options  # an audit asks as well
-    ours = made(tmp_path, parts={"train_dataset": pairs}, **options)
+    ours = make_trainer(tmp_path, parts={"train_dataset": pairs}, **options)
     found = exchanges(ours.model)
     ours.train()
     assert found == expected
@@ -136,7 +136,7 @@ def test_a_stream_is_read_no_further_than_the_window(
     reads: list[int] = []
     callback = ReadAtEachStep(reads)
     parts = {"train_dataset": counted_stream(reads), "callbacks": [callback]}
-    made(tmp_path, parts=parts, gradient_accumulation_steps=accumulated, **options).train()
+    make_trainer(tmp_path, parts=parts, gradient_accumulation_steps=accumulated, **options).train()
     assert callback.at_step == [2 * (end * accumulated + 1) for end in ends]
 
 
@@ -146,7 +146,7 @@ def test_batches_that_wait_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch,
     reads: list[int] = []
     callback = ReadAtEachStep(reads)
     options = {"gradient_accumulation_steps": 2, "reference_window": 100, "max_steps": 4} | SNAPSHOT
-    made(tmp_path, parts={"train_dataset": counted_stream(reads), "callbacks": [callback]}, **options).train()
+    make_trainer(tmp_path, parts={"train_dataset": counted_stream(reads), "callbacks": [callback]}, **options).train()
     assert callback.at_step == [2 * (2 * step + 1) for step in (1, 2, 3, 4)]
 
 
@@ -154,8 +154,8 @@ def test_an_epoch_may_end_inside_a_step(exchanges: Any, tmp_path: Path) -> None:
     """Five batches by twos: the third step of an epoch has one, and a window of two steps does not reach into the next
     epoch to fill it."""
     options = {"gradient_accumulation_steps": 2, "reference_audit": False}
-    ours = made(tmp_path, reference_window=2, **SNAPSHOT, **options)
-    theirs = made(tmp_path, reference="model", **options)
+    ours = make_trainer(tmp_path, reference_window=2, **SNAPSHOT, **options)
+    theirs = make_trainer(tmp_path, reference="model", **options)
     found = exchanges(ours.model)
     ours.train()
     theirs.train()
@@ -177,7 +177,7 @@ def losses(kind: str, alpha: float, data: str, folder: Path, **options: Any) -> 
     held_out = rows(3, seed=3)
     parts = {"eval_dataset": held_out.to_iterable_dataset() if data == "stream" else held_out}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2, "max_steps": 6}
-    ours = made(folder, kind, parts, **(moving(alpha, steps=4) if alpha else {}), **options)
+    ours = make_trainer(folder, kind, parts, **(moving(alpha, steps=4) if alpha else {}), **options)
     ours.train()
     found = {name: logged(ours, name) for name in ("loss", "eval_loss")}
     return found | {"new": [ours.evaluate(rows(3, seed=9))["eval_loss"]]}

@@ -33,7 +33,7 @@ def state(policy: nn.Module) -> str:
     return digest([*policy.named_parameters(), *policy.named_buffers()])
 
 
-def made(folder: Path, kind: str, way: str, **options: Any) -> Any:
+def make_trainer(folder: Path, kind: str, way: str, **options: Any) -> Any:
     other = {"ref_model": tiny_model(seed=5)} if way == "given" else {}
     store = {"reference_store": str(folder / "store")} if way.startswith("precomputed") else {}
     return trainer(POLICIES[kind](), config(folder, **WAYS[way], **store, **options), eval_dataset=rows(6, 4), **other)
@@ -45,8 +45,8 @@ def made(folder: Path, kind: str, way: str, **options: Any) -> Any:
 def test_an_evaluation_leaves_no_trace(kind: str, way: str, tmp_path: Path) -> None:
     """Evaluated before, while and after training, on known data and on new: the same losses, weights and reference, bit
     for bit, as a run that is never cast; and the numbers of an evaluation are of a policy that really was cast."""
-    plain = made(tmp_path / "plain", kind, way, eval_strategy="steps", eval_steps=2)
-    ours = made(tmp_path / "ours", kind, way, eval_strategy="steps", eval_steps=2, bf16_full_eval=True)
+    plain = make_trainer(tmp_path / "plain", kind, way, eval_strategy="steps", eval_steps=2)
+    ours = make_trainer(tmp_path / "ours", kind, way, eval_strategy="steps", eval_steps=2, bf16_full_eval=True)
     seen: list[torch.dtype] = []
     ours.model.register_forward_pre_hook(lambda *_: seen.append(next(ours.model.parameters()).dtype))
 

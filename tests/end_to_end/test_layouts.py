@@ -239,7 +239,7 @@ def test_a_batch_in_parts_gives_the_same_run(tokens: int, policy: str, layout: s
 
 def test_a_batch_in_parts_keeps_one_part_s_activations(tmp_path: Path) -> None:
     """Bytes kept for the backward pass, at the end of the forward pass: of one row a part next to none."""
-    kept = {}
+    num_bytes = {}
     for limit in (None, 1):
         ours = trainer(tiny_model(), config(tmp_path, layout="padded", tokens_per_batch=limit), train_dataset=tree())
         sizes: list[int] = []
@@ -250,8 +250,8 @@ def test_a_batch_in_parts_keeps_one_part_s_activations(tmp_path: Path) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             ours.compute_loss(ours.model.train(), ours.data_collator(tree().to_list()))
-        kept[limit] = sum(sizes)
-    assert kept[1] < 0.02 * kept[None]
+        num_bytes[limit] = sum(sizes)
+    assert num_bytes[1] < 0.02 * num_bytes[None]
 
 
 def test_parts_that_cannot_be(tmp_path: Path) -> None:

@@ -20,23 +20,23 @@ pytestmark = pytest.mark.slow
 
 DISK = {"reference": "snapshot", "snapshot_device": "disk"}
 SOFT = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
-KEPT: dict[str, dict[str, Any]] = {
+WAYS_ON_DISK: dict[str, dict[str, Any]] = {
     "snapshot": DISK,
     "snapshot, windowed": DISK | {"reference_window": 2},
     "snapshot, synced": DISK | SOFT,
-    "parked": {"reference": "precomputed"},
+    "offloaded": {"reference": "precomputed"},
 }
 """References that keep something in the output folder."""
 
 
-def made(folder: Path, way: str, kind: str = "full", seed: int = 0, **options: Any) -> Any:
+def make_trainer(folder: Path, way: str, kind: str = "full", seed: int = 0, **options: Any) -> Any:
     """A trainer whose reference depends on `seed`."""
     policy = tiny_model(seed=seed) if kind == "full" else POLICIES[kind]()
-    given: dict[str, Any] = {}
-    if way == "parked":
-        given["ref_model"] = tiny_model(seed=seed + 20)
+    arguments: dict[str, Any] = {}
+    if way == "offloaded":
+        arguments["ref_model"] = tiny_model(seed=seed + 20)
         options["reference_store"] = str(folder / f"store-{seed}")
-    return trainer(policy, config(folder, **KEPT[way], **options), **given)
+    return trainer(policy, config(folder, **WAYS_ON_DISK[way], **options), **arguments)
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -45,17 +45,17 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("way", KEPT)
+@pytest.mark.parametrize("way", WAYS_ON_DISK)
 @pytest.mark.parametrize("kind", ["full", "lora_fresh"])
 def test_a_second_run_leaves_the_reference_of_the_first(kind: str, way: str, tmp_path: Path) -> None:
     """In turn: another trainer trains in the same folder; the first one's reference has the same weights afterwards,
     the same files byte for byte, and says the same of data that nobody asked about before."""
-    first = made(tmp_path, way, kind)
+    first = make_trainer(tmp_path, way, kind)
     first.train()
     before, written = first.reference.identity().weights_digest, files(tmp_path)
     assert written
     expected = first.evaluate(rows(5, 7))
-    second = made(tmp_path, way, kind, seed=9)
+    second = make_trainer(tmp_path, way, kind, seed=9)
     second.train()
     assert first.reference.identity().weights_digest == before
     found = files(tmp_path)
@@ -67,7 +67,7 @@ def test_a_second_run_leaves_the_reference_of_the_first(kind: str, way: str, tmp
         assert second.reference.identity().weights_digest != before
 
 
-@pytest.mark.parametrize("way", KEPT)
+@pytest.mark.parametrize("way", WAYS_ON_DISK)
 def test_two_runs_at_once_come_to_what_each_comes_to_alone(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,11 +80,11 @@ def test_two_runs_at_once_come_to_what_each_comes_to_alone(
                 second.train()
 
     saving = {"save_strategy": "steps", "save_steps": 4}
-    alone = {seed: made(tmp_path / f"alone-{seed}", way, seed=seed, **saving) for seed in (0, 9)}
+    alone = {seed: make_trainer(tmp_path / f"alone-{seed}", way, seed=seed, **saving) for seed in (0, 9)}
     for ours in alone.values():
         ours.train()
     caplog.clear()
-    first, second = (made(tmp_path / "both", way, seed=seed, **saving) for seed in (0, 9))
+    first, second = (make_trainer(tmp_path / "both", way, seed=seed, **saving) for seed in (0, 9))
     first.add_callback(Begins())
     with caplog.at_level(logging.WARNING):
         first.train()
@@ -107,18 +107,18 @@ def test_a_run_that_is_over_is_no_other_run(tmp_path: Path, caplog: pytest.LogCa
             raise RuntimeError("of the user's")
 
     saving = {"save_strategy": "steps", "save_steps": 2}
-    failed, ended = made(tmp_path, "snapshot", **saving), made(tmp_path, "snapshot", **saving)
+    failed, ended = make_trainer(tmp_path, "snapshot", **saving), make_trainer(tmp_path, "snapshot", **saving)
     failed.add_callback(Fails())
     with pytest.raises(RuntimeError, match="of the user's"):
         failed.train()
     ended.train()
-    made(tmp_path, "snapshot", **saving).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, "snapshot", **saving).train(resume_from_checkpoint=True)
     assert not [record for record in caplog.records if "another run" in record.getMessage()]
     assert len(files(tmp_path)) >= 2
 
 
 def test_a_reference_on_disk_goes_with_its_trainer(tmp_path: Path) -> None:
-    ours = made(tmp_path, "snapshot", save_strategy="steps", save_steps=2)
+    ours = make_trainer(tmp_path, "snapshot", save_strategy="steps", save_steps=2)
     ours.train()
     assert files(tmp_path)
     del ours
@@ -136,7 +136,7 @@ def test_a_snapshot_that_was_changed_on_disk_is_no_reference(tmp_path: Path) -> 
             content[-4:] = b"\x00\x00\x80\x3f"
             file.write_bytes(content)
 
-    ours = made(tmp_path, "snapshot")
+    ours = make_trainer(tmp_path, "snapshot")
     ours.add_callback(Writes())
     with pytest.raises(ValueError, match=r"'.*weight' was to be read from .*another than was written.*Start again"):
         ours.train()
@@ -175,14 +175,14 @@ def written() -> Iterator[set[str]]:
     is_on[0] = False
 
 
-@pytest.mark.parametrize("way", [*KEPT, "model"])
+@pytest.mark.parametrize("way", [*WAYS_ON_DISK, "model"])
 def test_every_file_of_a_run_is_in_the_table(way: str, tmp_path: Path, written: set[str]) -> None:
-    ways = KEPT | {"model": {"reference": "model"}}
-    store = {"reference_store": str(tmp_path / "store")} if way == "parked" else {}
+    ways = WAYS_ON_DISK | {"model": {"reference": "model"}}
+    store = {"reference_store": str(tmp_path / "store")} if way == "offloaded" else {}
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    given: dict[str, Any] = {"ref_model": tiny_model(seed=5)} if way == "parked" else {}
+    arguments: dict[str, Any] = {"ref_model": tiny_model(seed=5)} if way == "offloaded" else {}
     args = config(tmp_path, **ways[way], **store, **saving)
-    ours = trainer(tiny_model(), args, eval_dataset=rows(4, 5), **given)
+    ours = trainer(tiny_model(), args, eval_dataset=rows(4, 5), **arguments)
     ours.train()
     ours.train(resume_from_checkpoint=True)
     ours.predict(rows(4, 6))

@@ -16,7 +16,7 @@ from holdfast.data.layouts.filled_rows import spread_segments
 from holdfast.data.layouts.packed import PackedLayout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
-from holdfast.data.layouts.rows import truncated_rows
+from holdfast.data.layouts.sequences import truncated_sequences
 from holdfast.data.tokenize import content_id
 from holdfast.scoring.segments import SEGMENTS, Segment, Segments
 
@@ -203,7 +203,7 @@ def test_rows_without_a_budget_are_nearly_full(sizes: list[int]) -> None:
 
 
 def test_completions_without_pairs() -> None:
-    rows = truncated_rows(EXAMPLES, None, "keep_start")[:2]
+    rows = truncated_sequences(EXAMPLES, None, "keep_start")[:2]
     tensors = SharedLayout(PAD).of_completions(rows)
     assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7]]
     assert tensors["content"].tolist() == [list(content_id([1, 2], [3, 4])), list(content_id([6], [7]))]

@@ -168,10 +168,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_comes_back_from_disk_or_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
-    kept = TensorFile(RunFolder(tmp_path), "kept.safetensors")
+    tensor_file = TensorFile(RunFolder(tmp_path), "kept.safetensors")
     if dtype not in WRITABLE:
         with pytest.raises(ValueError, match=rf"kept on disk, but 'b' is of {dtype}, which safetensors cannot write"):
-            kept.write({"a": torch.zeros(2), "b": torch.empty(4, dtype=dtype)})
+            tensor_file.write({"a": torch.zeros(2), "b": torch.empty(4, dtype=dtype)})
         return
     draw = torch.randint(0, 2 if dtype == torch.bool else 256, (3 * 16,), dtype=torch.uint8)
     values = {
@@ -180,59 +180,59 @@ def test_every_dtype_comes_back_from_disk_or_is_refused(dtype: torch.dtype, tmp_
     }  # fmt: skip
     if dtype == torch.float4_e2m1fn_x2:  # two values a byte: safetensors has no scalar of it
         del values["scalar"]
-    kept.write(values)
-    found = dict(kept.items())
+    tensor_file.write(values)
+    found = dict(tensor_file.items())
     assert found.keys() == values.keys()
     for name, value in values.items():
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         assert torch.equal(bits(found[name]), bits(value)), name
-    kept.change(lambda name, value: bits(value).zero_() if name == "matrix" else None)
-    found = dict(kept.items())
+    tensor_file.change(lambda name, value: bits(value).zero_() if name == "matrix" else None)
+    found = dict(tensor_file.items())
     assert not bits(found["matrix"]).any()
     assert torch.equal(found["other"], values["other"])
 
 
 def test_a_file_that_was_changed_is_refused_by_tensor(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    kept = TensorFile(folder, "kept.safetensors")
+    tensor_file = TensorFile(folder, "kept.safetensors")
     values = {"first": torch.arange(100.0), "second": torch.arange(100.0) + 1}
-    kept.write(values)
+    tensor_file.write(values)
     file = folder.path() / "kept.safetensors"
     whole = file.read_bytes()
     place = whole.index(bits(values["second"]).numpy().tobytes())
 
     file.write_bytes(whole[: place + 6] + b"\x01" + whole[place + 7 :])
-    found = kept.items()
+    found = tensor_file.items()
     assert torch.equal(next(found)[1], values["first"])
     with pytest.raises(ValueError, match=r"'second' was to be read .* is another than was written .*Start again"):
         next(found)
     with pytest.raises(ValueError, match="'second' was to be read"):
-        kept.change(lambda name, value: None)
+        tensor_file.change(lambda name, value: None)
 
     file.write_bytes(whole[: place + 6])
     with pytest.raises(ValueError, match=r"'second' was to be read .* which ends before it.*Start again"):
-        list(kept.items())
+        list(tensor_file.items())
 
     file.unlink()
     with pytest.raises(ValueError, match=r"2 tensors were kept in .*cannot be opened.*Start again"):
-        list(kept.items())
+        list(tensor_file.items())
 
-    kept.write(values)
-    assert [name for name, _ in kept.items()] == ["first", "second"]
+    tensor_file.write(values)
+    assert [name for name, _ in tensor_file.items()] == ["first", "second"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
-def test_a_parked_module_has_its_weights_again_whatever_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Weights of 8 bits beside plain ones: empty while parked, and all bytes as before while it is asked."""
+def test_an_offloaded_module_has_its_weights_again_whatever_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights of 8 bits beside plain ones: empty while offloaded, and all bytes as before while it is asked."""
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     packed = (torch.randn(8, 8) * 50).to(dtype)
     module[1].weight = nn.Parameter(packed.clone(), requires_grad=False)
-    parked = OffloadedReference.offload(
-        module, contextlib.nullcontext, folder=RunFolder(tmp_path), name="parked.safetensors", origin="the module"
+    offloaded = OffloadedReference.offload(
+        module, contextlib.nullcontext, folder=RunFolder(tmp_path), name="offloaded.safetensors", origin="the module"
     )
-    frame = parked._module
+    frame = offloaded._module
     assert not any(parameter.numel() for parameter in frame.parameters())
-    with parked.in_place():
+    with offloaded.in_place():
         for (name, found), expected in zip(frame.named_parameters(), module.parameters(), strict=True):
             assert found.dtype == expected.dtype, name
             assert torch.equal(bits(found.detach()), bits(expected.detach())), name

@@ -1,4 +1,4 @@
-"""Checks that nothing is saved that holds NaN or infinity: policy, optimizer, moved reference and loss.
+"""Checks that no NaN or infinity is saved: in the policy, the optimizer, a moved reference or the loss.
 
 They run before a checkpoint is written and at the end of training. So no checkpoint and no trained model holds such
 numbers, and no finite checkpoint is deleted in favour of a broken one. The least and the largest value of each tensor
@@ -108,8 +108,8 @@ def check_finite(
     step: int,
     folder: Path,
 ) -> None:
-    """ValueError on all processes where, on any of them, a tensor of the three is not finite, or the loss since the
-    last log is not. Buffers named in `masks` (see `infinite_buffers`) may be infinite.
+    """ValueError on all processes where, on any of them, a tensor of policy, optimizer or reference is not finite, or
+    the mean `loss` since the last log. Buffers named in `masks` (see `infinite_buffers`) may be infinite.
 
     The message names the tensors, and the last complete checkpoint in `folder`.
     """

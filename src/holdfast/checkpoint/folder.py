@@ -1,8 +1,8 @@
 """The checkpoint folders of a run: which are complete, which one is resumed, which are deleted.
 
-transformers deletes old checkpoints inside a save, before this package has written its own share of the new one. A kill
-in between could leave no complete checkpoint at all. So transformers' deletion is switched off during a save, and
-`rotate` deletes only once the new checkpoint is complete. The cost is room on the disk for one checkpoint more.
+transformers deletes old checkpoints inside a save, before the reference of the new one is written. A kill in between
+could leave no complete checkpoint at all. So transformers' deletion is switched off during a save, and `rotate` deletes
+only once the new checkpoint is complete. The cost is room on the disk for one checkpoint more.
 """
 
 import copy
@@ -31,14 +31,14 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def checkpoint_to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: Any) -> Path | None:
+def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool | None, output_dir: Any) -> Path | None:
     """The complete checkpoint that `resume_from_checkpoint` names, or the last complete one where it is True; None
     where nothing is to be resumed. ValueError where there is none."""
-    if not asked:
+    if not resume_from_checkpoint:
         return None
-    if asked is not True:
-        read_manifest(Path(asked))
-        return Path(asked)
+    if resume_from_checkpoint is not True:
+        read_manifest(Path(resume_from_checkpoint))
+        return Path(resume_from_checkpoint)
     complete = complete_checkpoints(Path(output_dir))
     if not complete:
         raise ValueError(

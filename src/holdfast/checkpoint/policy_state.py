@@ -1,9 +1,9 @@
-"""The policy of a checkpoint: loaded again, and compared with the digest that was taken when it was saved.
+"""The policy of a checkpoint: loaded again, and compared with the digest that was recorded when it was saved.
 
 transformers' own loading has three gaps. It loads the first active adapter alone. It loads the best model's adapter
-only where that is called "default". And it merely warns where a file has tensors that the model lacks by that name, as
-for the experts of a Mixtral. So adapters and such models are loaded here. Given up: a digest where weights are sharded
-or offloaded.
+only where that is called "default". And it only warns where the tensors of a file have other names than those of the
+model, as for the experts of a Mixtral. So adapters and such models are loaded here. Given up: a digest where weights
+are sharded or offloaded.
 """
 
 import copy
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.checkpoint.reference_state import read_manifest
+from holdfast.policy.adapters import is_adapted
 from holdfast.reference.identity.digests import digest
 
 
 def _saved_tensors(policy: nn.Module) -> dict[str, Tensor]:
     """The tensors that a checkpoint must bring back. Of a plain model these are all parameters; of a PEFT model those
     of its adapters and whatever else trains."""
-    is_adapted = isinstance(policy, PeftModel)
-    tensors: dict[str, Tensor] = {name: p for name, p in policy.named_parameters() if p.requires_grad or not is_adapted}
-    for adapter in policy.peft_config if is_adapted else ():
+    parameters: dict[str, Tensor] = dict(policy.named_parameters())
+    if not is_adapted(policy):
+        return parameters
+    tensors: dict[str, Tensor] = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    for adapter in policy.peft_config:
         state: dict[str, Tensor] = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
         tensors |= {f"{adapter}: {name}": tensor for name, tensor in state.items()}
     return tensors
@@ -56,11 +59,11 @@ def load_adapters(policy: PeftModel, checkpoint: Path) -> None:
 def needs_conversion(policy: nn.Module, checkpoint: Path) -> bool:
     """Whether `checkpoint` has the weights of `policy` under other names or in other shapes. Experts that are one
     tensor in memory are saved one by one, for example."""
-    saved: set[str] = set()
+    names: set[str] = set()
     for file in checkpoint.glob("model*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            saved.update(opened.keys())
-    return isinstance(policy, PreTrainedModel) and bool(saved) and not saved >= dict(policy.named_parameters()).keys()
+            names.update(opened.keys())
+    return isinstance(policy, PreTrainedModel) and bool(names) and not names >= dict(policy.named_parameters()).keys()
 
 
 def load_converted(policy: PreTrainedModel, checkpoint: Path) -> None:

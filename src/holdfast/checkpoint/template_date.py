@@ -16,24 +16,24 @@ def recorded_date(args: DPOConfig) -> str | None:
 
     It is read before the trainer is made, so that the data are not tokenized and scored for another date first.
     """
-    asked = args.resume_from_checkpoint
-    checkpoint = Path(asked) if isinstance(asked, str) else None
-    if asked is True:
+    to_resume = args.resume_from_checkpoint
+    checkpoint = Path(to_resume) if isinstance(to_resume, str) else None
+    if to_resume is True:
         checkpoint = next(reversed(complete_checkpoints(Path(str(args.output_dir)))), None)
     if checkpoint is None or not is_complete(checkpoint):
         return None
     return read_manifest(checkpoint).get("template_date")
 
 
-def date_to_print(checkpoint: Path, current: str | None, asked: str | None) -> str | None:
+def date_to_print(checkpoint: Path, current: str | None, template_date: str | None) -> str | None:
     """The date that chat templates print in a run that resumes `checkpoint` and has printed `current` so far.
-    ValueError where the option `template_date`, `asked`, is another one."""
+    ValueError where the option `template_date` is another one."""
     recorded = read_manifest(checkpoint).get("template_date")
     if recorded is None or current is None:
         return current
-    if asked is not None and asked != recorded:
+    if template_date is not None and template_date != recorded:
         raise ValueError(
-            f"template_date={asked!r} was asked for, but chat templates printed {recorded} in the run that wrote "
-            f"{checkpoint}, so its rows have other token ids. Drop template_date, or set it to {recorded!r}."
+            f"template_date={template_date!r} was asked for, but chat templates printed {recorded} in the run that "
+            f"wrote {checkpoint}, so its rows have other token ids. Drop template_date, or set it to {recorded!r}."
         )
     return recorded

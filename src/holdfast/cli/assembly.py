@@ -1,6 +1,6 @@
 """The trainer of a run file, and the completions that it would look up in the store.
 
-Apart from the commands, since several of them need it and importing it takes seconds.
+It is a module of its own, since several commands need it and importing it takes seconds.
 """
 
 import tempfile

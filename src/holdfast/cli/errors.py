@@ -1,9 +1,9 @@
 """Which errors end a command in a message, and which keep their traceback.
 
-An error that a user can mend is one message without a traceback (`--debug` shows it): anything the run file is refused
-for, what the operating system says (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this
-package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's
-value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this package first.
+An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file, an error of
+the operating system (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this package. Every
+other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's value keeps its
+traceback too, since it may as well be a defect. What can be foreseen is checked in this package first.
 
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """

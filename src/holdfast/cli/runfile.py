@@ -3,9 +3,10 @@
 `KEYS` declares every key once: its type, and which fields of `DPOConfig` or arguments of `DPOTrainer` it becomes. The
 sections `training` and `peft` have no keys of their own here. Their keys are the fields of `DPOConfig` and of peft's
 config, so there is no second vocabulary to learn or to keep up to date. Every key and type is checked before anything
-is loaded. Given up: `DPOConfig` fields at the top level; each key has one home, and the error for a stray one names it.
+is loaded. Given up: `DPOConfig` fields at the top level. Each key has one section, and the error for a misplaced one
+names it.
 
-Reading a file imports neither torch nor transformers; those wait until an object is asked for.
+Reading a file imports neither torch nor transformers. They are imported when an object is made.
 """
 
 import difflib
@@ -54,7 +55,7 @@ _ELSEWHERE = {
 # How a key is declared ----------------------------------------------------------------------------------------------
 
 Effect = Callable[["RunFile", Any, Mapping[str, Any]], Mapping[str, Any]]
-"""From the run file, a key's value, and what the keys before it have become, what the key adds or replaces."""
+"""Takes the run file, a key's value, and what the keys before it have become. Returns what the key adds or replaces."""
 
 
 def _nothing(run: "RunFile", value: Any, so_far: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,10 +75,10 @@ def _no_default(values: Mapping[str, Any]) -> Any:
 class Key:
     """A key of the run file.
 
-    `name`: dotted, as in `data.train`. `hint`: the type of its value in the file. `read`: the value that the run has,
-    from the one in the file. `default`: the value where none is written, from those of the keys before. `example`: how
-    to write it; set where the key is required. `fields`: the fields of `DPOConfig` that it becomes. `arguments`: the
-    arguments of `DPOTrainer`. A key whose value is None becomes nothing.
+    `name` is dotted, as in `data.train`, and `hint` the type of its value in the file. `read` turns the value in the
+    file into that of the run. `default` makes the value of a key that the file lacks, from those of the keys before it.
+    `example` shows how to write the key; it is set where the key is required. `fields` are the fields of `DPOConfig`
+    that the value sets, `arguments` the arguments of `DPOTrainer`. A key whose value is None sets nothing.
     """
 
     name: str
@@ -146,7 +147,7 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
 
 
 def _ref_model_options(run: "RunFile", source: Source, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How a reference model is loaded: as the policy is, but for which weights it has."""
+    """How a reference model is loaded: with the policy's options, except for those that say which weights it has."""
     shared = {name: value for name, value in fields["model_init_kwargs"].items() if name not in _WHICH_WEIGHTS}
     return {"ref_model_init_kwargs": {**shared, **source.options}}
 

@@ -1,7 +1,7 @@
 """The commands `holdfast store list | verify | gc | export | import`, over the stores of reference log-probs.
 
-Only `import --run` needs a model. `gc` says what it would remove, and removes nothing without `--yes`. Given up:
-clearing out with one command.
+Only `import --run` needs a model. `gc` says what it would remove, and removes nothing without `--yes`. Given up: a
+clean-up by one short command.
 """
 
 import re
@@ -123,8 +123,8 @@ def export_one(
         from holdfast.store.maintenance import find_store
         from holdfast.store.parquet import export_store
 
-        done = export_store(find_store(_folder(root), key).folder, file)
-        _print(f"{_summary(done)} exported to {file} ({human_bytes(file.stat().st_size)})")
+        report = export_store(find_store(_folder(root), key).folder, file)
+        _print(f"{_summary(report)} exported to {file} ({human_bytes(file.stat().st_size)})")
 
 
 @app.command("import")
@@ -145,23 +145,23 @@ def import_one(
         from holdfast.store.parquet import coverage, import_store, read_exported
 
         if key:
-            found = read_exported(file).key
-            if not found.digest().startswith(key):
+            exported = read_exported(file).key
+            if not exported.digest().startswith(key):
                 raise ValueError(
-                    f"the store {key} was to be imported; {file} holds {found.digest()} "
-                    f"({found.description or 'without a description'}). Give its key, or another file."
+                    f"the store {key} was to be imported; {file} holds {exported.digest()} "
+                    f"({exported.description or 'without a description'}). Give its key, or another file."
                 )
         if run_file is None:
-            done = import_store(_folder(root), file)
-            _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+            report = import_store(_folder(root), file)
+            _print(f"{_summary(report)} imported, {report.num_new:,} of them new here")
             return
-        read_exported(file)  # what can be refused at once is
+        read_exported(file)  # a damaged file is refused before the model is loaded
         from holdfast.cli.assembly import store_needs
         from holdfast.cli.runfile import read_run_file
 
         needs = store_needs(read_run_file(run_file, []))
-        done = import_store(needs.store.folder.parent if root is None else root, file, needs.store.key)
-        _print(f"{_summary(done)} imported, {done.num_new:,} of them new here")
+        report = import_store(needs.store.folder.parent if root is None else root, file, needs.store.key)
+        _print(f"{_summary(report)} imported, {report.num_new:,} of them new here")
         num_found, num_asked = coverage(file, needs.ids)
         _print(f"{num_found:,} of the {num_asked:,} completions of {run_file} are in it")
 
@@ -187,9 +187,9 @@ def parsed_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _summary(done: "TransferReport") -> str:
-    name = f"{done.key.digest()[:12]} ({done.key.description or 'without a description'})"
-    return f"{name}: {done.num_completions:,} completions, {done.num_tokens:,} tokens"
+def _summary(report: "TransferReport") -> str:
+    name = f"{report.key.digest()[:12]} ({report.key.description or 'without a description'})"
+    return f"{name}: {report.num_completions:,} completions, {report.num_tokens:,} tokens"
 
 
 def _ago(seconds: float) -> str:

@@ -46,18 +46,18 @@ class Document:
         """The error to raise about a dotted key."""
         return RunFileError(f"{self.location(key)}: {message}")
 
-    def unknown(self, key: str, known: Collection[str]) -> RunFileError:
+    def unknown(self, key: str, names: Collection[str]) -> RunFileError:
         """The error for a key that no object has, with the nearest one that exists."""
         section, _, name = key.rpartition(".")
         owner = f"section `{section}`" if section else "run file"
         homes = sorted(set(self.sections_with(name)) - {section})
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, names, n=1)
         if homes:
             advice = f"Did you mean `{f'{homes[0]}.{name}'.lstrip('.')}`?"
         elif near:
             advice = f"Did you mean `{near[0]}`?"
         else:
-            advice = f"The valid keys are {', '.join(sorted(known))}."
+            advice = f"The valid keys are {', '.join(sorted(names))}."
         return self.error(key, f"`{key}` is not a key of the {owner}. {advice}")
 
     def check(self, where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +81,8 @@ class Document:
                 return self.conform(key, value, option)
             if _fits(value, option):
                 return self._convert(key, value, option)
-        wanted = " or ".join(dict.fromkeys(_describe(option) for option in options))
-        raise self.error(key, f"`{key}` must be {wanted}; found {_show(value)}.{_advice(value, options)}")
+        types = " or ".join(dict.fromkeys(_describe(option) for option in options))
+        raise self.error(key, f"`{key}` must be {types}; found {_show(value)}.{_advice(value, options)}")
 
     def _convert(self, key: str, value: Any, option: Any) -> Any:
         arguments = get_args(option)

@@ -1,7 +1,7 @@
 """The columns of a dataset of preferences, each named once.
 
 A pair is `TOKENIZED_COLUMNS` once it is tokenized: the prompt and its two completions as token ids, before truncation.
-`TEXT_COLUMNS` are what it is read from, and `REFERENCE_COLUMNS` what a user may have computed for it beforehand.
+It is read from the `TEXT_COLUMNS`. `REFERENCE_COLUMNS` hold log-probs that a user may have computed beforehand.
 """
 
 PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -10,10 +10,10 @@ TOKENIZED_COLUMNS = (PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS)
 """A tokenized pair: all that training reads of a row, unless a user's own collator reads more."""
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-"""A pair as text or messages. Without `prompt`, that is what the other two both begin with."""
+"""A pair as text or messages. `prompt` may be missing: it is then what `chosen` and `rejected` both begin with."""
 
 TOOLS, TEMPLATE_KWARGS = "tools", "chat_template_kwargs"
-"""What a row of messages may have for the chat template."""
+"""Arguments of the chat template, which a row of messages may have."""
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """The reference's log-probs of both completions, sums in nats, where the user's dataset has them."""

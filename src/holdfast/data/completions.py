@@ -1,11 +1,11 @@
-"""What a reference scores ahead of training: the completions of a dataset, each once, in batches of like length.
+"""What a reference scores ahead of training: the completions of a dataset, in batches of like length.
 
-A completion of many pairs is scored once. Completions are sorted by length and cut into batches by a budget of tokens,
-so that little of a batch is padding; the completions of a prompt stay together where the layout shares prompts. No
-batch is larger than the longest pairs would make the training's own. On a CPU it is also no larger than is of use.
+A completion that several pairs have is scored once. Completions are sorted by length and cut into batches by a budget
+of tokens, so that little of a batch is padding. Completions of one prompt stay together where the layout shares
+prompts. The budget is that of a training batch made of the longest completions. On a CPU it is at most `CPU_TOKENS`.
 
-All this needs to know how rows are laid out. Under a user's own data collator the batches are its pairs, in the order
-of the dataset, and a completion of many pairs is scored as often.
+This takes a layout, which says how many tokens rows have. A user's own data collator does not say it. Under one, pairs
+are scored in the order of the dataset, and a completion is scored once for each pair that has it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ from holdfast.batch import ContentId, PairBatch
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
-from holdfast.data.layouts.rows import Row, content_of
+from holdfast.data.layouts.sequences import TokenSequence, content_id_of
 
 ChooseBlocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
-"""Takes all content ids and returns those to be scored, block by block. A block is asked for when the one before is
+"""Takes all content ids and returns those to be scored, block by block. The next block is asked for once a block is
 scored."""
 FindMissing = Callable[[Sequence[ContentId]], Sequence[ContentId]]
 """Takes content ids and returns those whose log-probs are not known yet."""
@@ -38,7 +38,7 @@ class CompletionsToScore(Protocol):
     """The completions of a dataset that a reference scores ahead."""
 
     def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
-        """The batches to be scored; the next is asked for when one is scored."""
+        """The batches to be scored. The next batch is asked for once a batch is scored."""
         ...
 
     def num_completions(self) -> int:
@@ -52,8 +52,8 @@ class CompletionsToScore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserLogp:
-    """What a user's dataset says the log-prob of a completion of `num_tokens` tokens is (a sum in nats, not checked).
-    `where` names the row and column."""
+    """A completion's log-prob as a user's dataset gives it: `value`, a sum in nats over `num_tokens` tokens, not
+    checked. `where` names its row and column."""
 
     content: ContentId
     num_tokens: int
@@ -63,9 +63,9 @@ class UserLogp:
 
 @final
 class Completions:
-    """The distinct completions of `dataset`, cut and laid out by `layout`.
+    """The distinct completions of `dataset`, truncated and laid out by `layout`.
 
-    `pair_batch` makes a batch of what a layout returns. `num_pairs` is how many pairs a batch of the training has;
+    `pair_batch` makes a batch of what a layout returns. `num_pairs` is how many pairs a training batch has.
     `most_tokens` bounds the tokens of a batch.
     """
 
@@ -100,7 +100,7 @@ class Completions:
         budget = min(budget, self._most_tokens or budget)
         for block in blocks(self._order(completions)):
             for group in _groups([completions[key] for key in block], budget, self._layout):
-                yield self._pair_batch(self._layout.of_completions(self._rows(group)))
+                yield self._pair_batch(self._layout.of_completions(self._sequences(group)))
 
     def _order(self, completions: "Mapping[ContentId, _Completion]") -> list[ContentId]:
         """The longest completion first, each with the others of its prompt where the layout shares prompts."""
@@ -121,10 +121,10 @@ class Completions:
         if not self._logps.column_names:
             return
         columns = [self._logps[name][:] for name in REFERENCE_COLUMNS]
-        for side, index, row in self._all_rows():
+        for side, index, sequence in self._all_sequences():
             yield UserLogp(
-                content=content_of(row),
-                num_tokens=len(row.ids) - max(row.num_prompt, 1),
+                content=content_id_of(sequence),
+                num_tokens=len(sequence.ids) - max(sequence.num_prompt, 1),
                 value=columns[side][index],
                 where=f"row {index} of {REFERENCE_COLUMNS[side]!r}",
             )
@@ -133,41 +133,42 @@ class Completions:
         """The distinct completions by content id; the dataset is read once for them."""
         if self._by_content is None:
             self._by_content = {}
-            for side, index, row in self._all_rows():
+            for side, index, sequence in self._all_sequences():
                 completion = _Completion(
                     index=index,
                     side=side,
-                    length=len(row.ids),
-                    num_prompt=row.num_prompt,
-                    prompt=xxhash.xxh3_64_intdigest(row.ids[: row.num_prompt].tobytes()),
+                    length=len(sequence.ids),
+                    num_prompt=sequence.num_prompt,
+                    prompt=xxhash.xxh3_64_intdigest(sequence.ids[: sequence.num_prompt].tobytes()),
                 )
-                self._by_content.setdefault(content_of(row), completion)
+                self._by_content.setdefault(content_id_of(sequence), completion)
         return self._by_content
 
-    def _all_rows(self) -> Iterator[tuple[int, int, Row]]:
-        """See `_sides`, for all pairs."""
+    def _all_sequences(self) -> Iterator[tuple[int, int, TokenSequence]]:
+        """What `_sequences_of` gives for all pairs."""
         for start in range(0, len(self._pairs), _ROWS_AT_A_TIME):
-            yield from self._sides(range(start, min(start + _ROWS_AT_A_TIME, len(self._pairs))))
+            yield from self._sequences_of(range(start, min(start + _ROWS_AT_A_TIME, len(self._pairs))))
 
-    def _sides(self, indices: Sequence[int]) -> Iterator[tuple[int, int, Row]]:
-        """(side, index, row) of both completions of each of these pairs; the side is 0 for chosen, 1 for rejected."""
+    def _sequences_of(self, indices: Sequence[int]) -> Iterator[tuple[int, int, TokenSequence]]:
+        """(side, index of the pair, sequence) for both completions of each of these pairs. Side 0 is chosen, 1
+        rejected."""
         table = self._pairs[list(indices)]
         pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        for number, row in enumerate(self._layout.truncated(pairs)):
-            yield number // len(indices), indices[number % len(indices)], row
+        for number, sequence in enumerate(self._layout.truncated(pairs)):
+            yield number // len(indices), indices[number % len(indices)], sequence
 
-    def _rows(self, completions: "Sequence[_Completion]") -> list[Row]:
+    def _sequences(self, completions: "Sequence[_Completion]") -> list[TokenSequence]:
         indices = sorted({completion.index for completion in completions})
-        rows = {(side, index): row for side, index, row in self._sides(indices)}
-        return [rows[completion.side, completion.index] for completion in completions]
+        sequences = {(side, index): sequence for side, index, sequence in self._sequences_of(indices)}
+        return [sequences[completion.side, completion.index] for completion in completions]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Completion:
     """A completion by its row in the dataset and its side (0 for chosen, 1 for rejected).
 
-    `length` and `num_prompt` count tokens, those of the prompt in both. `prompt` is a hash of the prompt; if two
-    prompts had the same, a batch would be larger than it should be, and no number would be wrong.
+    `length` counts the tokens of prompt and completion, `num_prompt` those of the prompt alone. `prompt` is a hash of
+    the prompt. If two prompts had the same hash, a batch would be too large, and no number would be wrong.
     """
 
     index: int
@@ -198,8 +199,8 @@ def _groups(completions: "Sequence[_Completion]", budget: int, layout: Layout) -
 def _units(
     completions: "Sequence[_Completion]", budget: int, layout: Layout
 ) -> "Iterator[tuple[list[_Completion], int]]":
-    """What stays in one group, with its tokens: one completion, or where the layout shares prompts as many completions
-    of a prompt as the budget allows."""
+    """Completions that stay in one group, and their number of tokens. Where the layout shares prompts, a unit is as
+    many completions of one prompt as the budget allows; elsewhere it is one completion."""
     unit: list[_Completion] = []
     num_tokens = 0
     for completion in completions:
@@ -217,8 +218,8 @@ def _units(
 @final
 @dataclass(frozen=True, slots=True)
 class PairsInOrder:
-    """The pairs of this process's share of `dataset`, `size` at a time, where only a user's collator knows the rows.
-    `collate` makes a batch of rows of the dataset."""
+    """The pairs of this process's share of `dataset`, `size` at a time, under a user's own data collator. `collate`
+    makes a batch of rows of the dataset."""
 
     dataset: Dataset
     size: int
@@ -230,7 +231,8 @@ class PairsInOrder:
         return 2 * len(self._share())
 
     def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
-        """See `CompletionsToScore.batches`; a batch comes whole where any of it is missing."""
+        """See `CompletionsToScore.batches`. A batch is scored whole where the log-probs of any of its completions are
+        missing."""
         share = self._share()
         for start in share[:: self.size]:
             stop = min(start + self.size, share.stop)
@@ -240,7 +242,8 @@ class PairsInOrder:
                 yield batch
 
     def user_logps(self) -> Iterator[UserLogp]:
-        """Nothing. ValueError where the dataset has the columns, since a collator cuts the rows to unknown lengths."""
+        """None at all. ValueError where the dataset has the columns: the collator decides which tokens a log-prob sums
+        over."""
         if columns := _reference_columns(self.dataset):
             raise ValueError(
                 f"the dataset brings reference log-probs along, in the columns {columns}, but how its rows are cut is "
@@ -261,8 +264,8 @@ def _reference_columns(dataset: Dataset) -> list[str]:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """How a run makes its batches: `collator` is the run's data collator, `pair_batch` makes a batch of what a collator
-    returns, and `collate` makes one of rows of a dataset."""
+    """How a run makes its batches. `collator` is the run's data collator, `pair_batch` makes a batch of what a collator
+    returns, and `collate` makes a batch of rows of a dataset."""
 
     collator: Any
     pair_batch: Callable[[Mapping[str, Any]], PairBatch]
@@ -287,8 +290,8 @@ def to_score(dataset: Dataset, num_pairs: int, batching: Batching) -> Completion
 
 
 def all_to_score(datasets: Mapping[str, Any], sizes: BatchSizes, batching: Batching) -> dict[str, CompletionsToScore]:
-    """The completions of each dataset that has an end, by the dataset's name; a stream is not read ahead of its turn.
-    `datasets` has the training data as "train"."""
+    """The completions of each map-style dataset, by the dataset's name. A stream is left out: it is not read ahead of
+    its turn. `datasets` has the training data as "train"."""
     return {
         name: to_score(dataset, _num_pairs(name, sizes), batching)
         for name, dataset in datasets.items()

@@ -1,8 +1,8 @@
 """The date that chat templates print: one for the whole run, so that a row has the same token ids tomorrow.
 
 Many templates print the day with `strftime_now`, which transformers computes from the clock. Here a macro of that name
-is put before the template, and prints the run's date: `template_date`, or the day on which the run began, which its
-checkpoints record. Given up: the time of day, which is always midnight.
+is put before the template. It prints the run's date: `template_date`, or the day on which the run began. Checkpoints
+record that day. Given up: the time of day, which is always midnight.
 """
 
 import json
@@ -44,7 +44,7 @@ def today() -> str:
 
 
 def check_date(template_date: Any) -> None:
-    """Nothing; raises ValueError where `template_date` is not a date as YYYY-MM-DD."""
+    """ValueError where `template_date` is not a date as YYYY-MM-DD."""
     try:
         is_date = date.fromisoformat(template_date).isoformat() == template_date
     except (TypeError, ValueError):
@@ -60,7 +60,7 @@ def check_date(template_date: Any) -> None:
 def template_with_date(template: str, template_date: str) -> str:
     """The chat template, in which `strftime_now` prints that date. A template that does not call it stays as it is.
 
-    A macro takes the function's name, since transformers passes no functions to templates but its own. It replaces each
+    A macro of that name is used, since transformers passes only its own functions to templates. The macro replaces each
     directive (`%Y`, `%-d`) by what `strftime` gives for it.
     """
     if FUNCTION not in template:
@@ -79,20 +79,25 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def date_of_run(
-    tokenizer: PreTrainedTokenizerBase, asked: str | None, recorded: str | None, datasets: Iterable[Any]
+    tokenizer: PreTrainedTokenizerBase,
+    template_date: str | None,
+    checkpoint_date: str | None,
+    datasets: Iterable[Any],
 ) -> str | None:
     """The date that the templates of a run print, the same on all processes; None where none prints a date.
 
-    It is the date that was `asked` for, else the one `recorded` in the checkpoint that the run resumes from, else
-    today's. Raises ValueError where a date was asked for and none is printed.
+    It is the option `template_date`, else the `checkpoint_date` that the checkpoint to resume records, else today's.
+    Raises ValueError where `template_date` is set and no date is printed.
     """
     parts = [part for data in datasets for part in (data.values() if isinstance(data, Mapping) else [data])]
     if prints_date(tokenizer) and any(map(_has_messages, parts)):
-        date_of_main = [asked or recorded or today()]  # midnight may pass between two processes
+        date_of_main = [template_date or checkpoint_date or today()]  # midnight may pass between two processes
         return broadcast_object_list(date_of_main)[0]
-    if asked is not None:
+    if template_date is not None:
         why = "the rows hold no messages" if prints_date(tokenizer) else f"the chat template does not call `{FUNCTION}`"
-        raise ValueError(f"template_date={asked!r} was asked for, but no date is printed: {why}. Drop template_date.")
+        raise ValueError(
+            f"template_date={template_date!r} was asked for, but no date is printed: {why}. Drop template_date."
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""One dataset row -> one `Preference`, or a `ValueError` that says which column is wrong, how, and what to do.
+"""One dataset row -> one `Preference`, or a `ValueError` that says which column is wrong, why, and what to do.
 
 Each row is read by itself. A dataset that changes its format halfway is read right or refused; it is never tokenized
 as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
@@ -106,7 +106,13 @@ def read_preference(row: Mapping[str, Any]) -> Preference:
             f"the column {column!r} is for a chat template, which needs messages; found text. Drop the column, or "
             "give `prompt`, `chosen` and `rejected` as lists of messages."
         )
-    return Preference(**sides, tools=tools, chat_template_kwargs=template_kwargs)
+    return Preference(
+        prompt=sides["prompt"],
+        chosen=sides["chosen"],
+        rejected=sides["rejected"],
+        tools=tools,
+        chat_template_kwargs=template_kwargs,
+    )
 
 
 def _with_prompt(chosen: Side, rejected: Side) -> dict[str, Side]:

@@ -1,9 +1,9 @@
-"""A user's own data collator: what it returns is made a complete batch, whose content ids cover all of its inputs.
+"""The batch of a user's own data collator, made complete: its content ids cover all of its inputs.
 
 A stored log-prob is found by its completion's content id, so the id must cover every model input that the number
 depends on: positions, token types, the pixels of an image. A tensor with a row for each completion is such an input,
-and so are plain settings. Of any other tensor nobody can tell which completion it belongs to. Its name is passed on as
-unidentified, and a reference that stores log-probs refuses it.
+and so are plain settings. Any other tensor cannot be assigned to completions. Its name goes into `unidentified_inputs`,
+and a reference that stores log-probs refuses the batch.
 
 Rows that are padded on the left get their positions here, so that no number depends on how long a row's neighbours are.
 Given up: reading a user's inputs on the device; they are hashed in host memory.
@@ -33,8 +33,8 @@ _PLAIN = (str, int, float, bool, type(None))
 def complete_batch(tensors: Mapping[str, Any], collator: Any, causal_lm: Any) -> dict[str, Any]:
     """All tensors that `PairBatch.from_tensors` takes, from what the data collator of a run returned.
 
-    A layout's own batch is complete already. To that of any other collator, which positions count and what identifies
-    the completions are added, and `causal_lm` is told positions where it takes them.
+    The batch of a layout is complete already. Any other batch gets the positions of its completion tokens and its
+    content ids here, and `position_ids` where `causal_lm` takes them.
     """
     batch = with_positions(tensors)
     if layout_of(collator) is not None:
@@ -91,7 +91,7 @@ def _in_host_memory(value: Any) -> Any:
 def _of_row(name: str, value: Any, row: int, attended: np.ndarray) -> bytes:
     """A row's own values of an input, as bytes; of an input with a value for each token, those of attended tokens.
 
-    Empty where the model would use the same value without being told: None, and positions that count from 0.
+    Empty where leaving the input out changes nothing for the model: None, and positions that count from 0.
     """
     if not isinstance(value, Tensor):
         return b"" if value is None else repr(value).encode()
@@ -105,7 +105,7 @@ def _of_row(name: str, value: Any, row: int, attended: np.ndarray) -> bytes:
 
 
 def _extended(content: list[int], inputs: list[tuple[str, bytes]]) -> list[int]:
-    """A content id that covers these inputs as well; the same id where all of them are empty."""
+    """A content id that also covers these inputs. Where all of them are empty, it is `content` itself."""
     not_empty = [(name, value) for name, value in inputs if value]
     if not not_empty:
         return content
@@ -117,5 +117,5 @@ def _extended(content: list[int], inputs: list[tuple[str, bytes]]) -> list[int]:
 
 
 def takes_positions(causal_lm: Any) -> bool:
-    """Whether a model can be told the positions of its tokens; others derive them from the attention mask."""
+    """Whether the model takes `position_ids`. Other models derive positions from the attention mask."""
     return "position_ids" in inspect.signature(causal_lm.forward).parameters

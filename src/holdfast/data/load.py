@@ -56,9 +56,9 @@ def load_preferences(
 
 
 def check_json(path: Path, *, encoding: str = "utf-8-sig") -> None:
-    """Nothing; raises `ValueError` with file, line and column if the file does not hold JSON objects.
+    """ValueError with file, line and column where the file does not hold JSON objects.
 
-    They stand one a line or in one array. A file that is one object on several lines passes, too.
+    They may stand one a line or in one array. A file that is one object on several lines is accepted, too.
     """
     with path.open("rb") as file:
         numbered = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, start=1) if line.strip(_BLANK))

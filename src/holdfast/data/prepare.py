@@ -1,8 +1,8 @@
-"""A dataset of preferences -> the same dataset with token ids, less the rows that nothing can be learned from.
+"""A dataset of preferences -> the same dataset with token ids, without the rows that nothing can be learned from.
 
-A map-style dataset is passed over twice. The first pass tokenizes; it depends only on the rows and the tokenizer, so
-its cache (that of `datasets`) survives a change of `max_length`. The second pass reads token ids, judges each row and
-writes one short column. Rows that it drops are always reported: how many, why, and which.
+A map-style dataset is read twice. The first pass tokenizes; it depends only on the rows and the tokenizer, so its cache
+(that of `datasets`) survives a change of `max_length`. The second pass reads token ids, judges each row and writes one
+short column. Rows that it drops are always reported: how many, why, and which.
 
 A stream goes through the same row functions lazily. It is read up to its first usable row before training begins, so
 that a stream without one is an error and not an empty training.
@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REFERENCE_COLUMNS, REJECTED_IDS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
 from holdfast.data.formats import check_columns, read_preference
 from holdfast.data.tokenize import TokenizedPair, TruncationMode, check_tokenizer, check_truncation, tokenize
@@ -52,15 +52,15 @@ def prepare_dataset(
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
-    (see `holdfast.data.usability.unusable_reason`). The others are left out, and counted by reason in one logged
-    warning; of a stream, the 1st, 10th, 100th, ... such row of a reason is. Rows that already have the three columns
-    are checked and kept as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
-    `template_date` is the date that chat templates print (None: today's, which no cache and no later run can know).
+    (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
+    stream, a warning comes with the 1st, 10th, 100th, ... row of each reason. Rows that already have the three columns
+    are checked and stay as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
+    `template_date` is the date that chat templates print. With None it is today's, and a later run has other ids.
     `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
     cache.
 
-    Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing
-    columns, and a malformed row (by its number, counted from 0); a stream raises the latter when it gets there.
+    Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
+    and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
     """
     check_truncation(max_length, truncation_mode)
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -195,8 +195,8 @@ class _AddIds:
     rules: int = TOKENIZATION_RULES
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The token ids of a row, and the prompt ids that were cut; of a tokenized row, its own. A prompt that was
-        implicit becomes a column, which callbacks that generate look for."""
+        """The token ids of a row, which a tokenized row has already, and the prompt ids that were cut. An implicit
+        prompt becomes a column, which callbacks that generate look for."""
         try:
             kind = check_columns(row)
             if kind == "tokenized":
@@ -229,8 +229,13 @@ class _Judge:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, str | None]:
         """Why the row cannot be used, or None. Raises `ValueError` for columns that do not hold token ids."""
-        ids = {column: self._checked_ids(row[column], column, index) for column in TOKENIZED_COLUMNS}
-        return {_REASON: unusable_reason(TokenizedPair(**ids, cut_ids=[]), self.max_length, self.truncation_mode)}
+        pair = TokenizedPair(
+            prompt_ids=self._checked_ids(row[PROMPT_IDS], PROMPT_IDS, index),
+            chosen_ids=self._checked_ids(row[CHOSEN_IDS], CHOSEN_IDS, index),
+            rejected_ids=self._checked_ids(row[REJECTED_IDS], REJECTED_IDS, index),
+            cut_ids=[],
+        )
+        return {_REASON: unusable_reason(pair, self.max_length, self.truncation_mode)}
 
     def _checked_ids(self, value: Any, column: str, index: int) -> Any:
         ids = np.asarray([] if value is None else value)

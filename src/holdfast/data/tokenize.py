@@ -30,8 +30,8 @@ _Ids = TypeVar("_Ids", list[int], np.ndarray)
 class TokenizedPair:
     """Token ids of a prompt and its two completions, not truncated.
 
-    `cut_ids` is the end of the tokenized prompt with which the full texts do not go on, and which was left out. It is
-    empty where the prompt is a prefix of both, as it should be.
+    `cut_ids` is the end of the tokenized prompt, where a full text has other tokens. It is left out of the prompt. It
+    is empty where the tokenized prompt is a prefix of both full texts, as it should be.
     """
 
     prompt_ids: list[int]
@@ -84,7 +84,7 @@ def tokenize(
 
 
 def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversational: bool) -> None:
-    """Nothing; raises `ValueError` or `TypeError` if the tokenizer cannot tokenize such preferences."""
+    """ValueError or TypeError where the tokenizer cannot tokenize such preferences."""
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"the processing class must be a tokenizer; found {type(processing_class).__name__}. Pass the tokenizer of "
@@ -104,7 +104,7 @@ def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversatio
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Nothing; raises `ValueError` if the tokenizer has token ids for which the model has no embedding.
+    """ValueError where the tokenizer has token ids for which the model has no embedding.
 
     Placeholders for images, audio and video do not count: text-only versions of some models have no rows for them.
     """
@@ -125,7 +125,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
-    """Nothing; raises `ValueError` for an unknown truncation mode or a length without room for two tokens."""
+    """ValueError for an unknown truncation mode, or a length without room for two tokens."""
     if mode not in TRUNCATION_MODES:
         raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}; found {mode!r}. Choose one of them.")
     if max_length is not None and max_length < 2:

@@ -1,7 +1,7 @@
-"""Which pairs nothing can be learned from, and what a user is told about them.
+"""Who decides that a row is unusable: `unusable_reason`, and the texts that tell the user.
 
-A pair is judged by its token ids after truncation, so `max_length` decides as much as the row itself. Here is the one
-judgement, with the texts that report it; `prepare` leaves the rows out. Given up: guessing what a row was meant to be.
+A pair is judged by its token ids after truncation, so the decision depends on `max_length` too. `prepare` leaves
+unusable rows out. Given up: guessing what a row was meant to be.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,16 +26,13 @@ def unusable_reason(pair: TokenizedPair, max_length: int | None, mode: Truncatio
     """
     if len(pair.chosen_ids) == 0 or len(pair.rejected_ids) == 0:
         return EMPTY_COMPLETION
-    prompts, completions = zip(
-        truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode),
-        truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode),
-        strict=True,
-    )
-    if any(len(completion) == 0 for completion in completions):
+    chosen_prompt, chosen = truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode)
+    rejected_prompt, rejected = truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode)
+    if len(chosen) == 0 or len(rejected) == 0:
         return PROMPT_FILLS
-    if np.array_equal(*completions):
+    if np.array_equal(chosen, rejected):
         return EQUAL_COMPLETIONS
-    if any(len(prompt) + len(completion) < 2 for prompt, completion in zip(prompts, completions, strict=True)):
+    if len(chosen_prompt) + len(chosen) < 2 or len(rejected_prompt) + len(rejected) < 2:
         return NOTHING_TO_PREDICT
     return None
 
@@ -86,7 +83,7 @@ def prompt_is_cut(where: str, cut_text: str, row: str) -> str:
 
 
 def share(count: int, total: int) -> str:
-    """`count` of `total` rows, in per cent as well."""
+    """`count` of `total` rows in words, with the percentage."""
     return f"{count} of {total} rows ({100 * count / total:.1f} %)"
 
 

@@ -1,8 +1,8 @@
-"""What the demo expects, and whether it was so.
+"""What the demo expects, and whether it happened.
 
-Gates are arithmetic: they hold on every machine and seed, or something is broken. The rest are findings of the field
-that a small experiment usually repeats; a miss is reported, not failed. "TR-DPO is better at equal KL" is not among
-them: at this size it depends on the seed.
+Gates are arithmetic: they hold on every machine and seed, or something is broken. The other checks are findings of the
+field that a small experiment usually repeats. A miss of these is reported, and does not fail the demo. "TR-DPO is
+better at equal KL" is not among them: at this size it depends on the seed.
 """
 
 import math

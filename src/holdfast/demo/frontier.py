@@ -3,9 +3,9 @@
 No policy has more reward at the same KL to the reference than `pi*_beta` for some beta (Rafailov et al. 2023, Eq. 4,
 arXiv:2305.18290), and here the reward is known, so the frontier can be computed. The reference is a transformer, whose
 texts are too many to enumerate; but it learnt a source whose tilted form is known exactly, so texts are drawn from
-`q_beta ~ source exp(r / beta)` and weighted by `pi_ref / source`. The reward cancels out of the weights: they stay near
-1 for every beta, where texts drawn from the reference itself would leave a handful of useful ones at 4 nats. Given
-up: it only works for references close to a source that is known.
+`q_beta ~ source exp(r / beta)` and weighted by `pi_ref / source`. The reward cancels out of these importance weights,
+so they stay near 1 for every beta. Of texts drawn from the reference itself, only a handful would be useful at 4 nats.
+Given up: references that are far from a known source.
 """
 
 import math
@@ -83,23 +83,23 @@ def optimal_policy(
     source_logps = world.source.token_logps(texts)
     log_weights = text_logps(reference, texts) - source_logps.sum(1)
     log_mean_weight = float(log_weights.logsumexp(0)) - math.log(num_texts)
-    weights = (log_weights - log_mean_weight).exp()  # [S], mean 1
+    importance_weights = (log_weights - log_mean_weight).exp()  # [S], mean 1
 
     def influence(values: torch.Tensor) -> tuple[float, torch.Tensor]:
-        mean = float((weights * values).mean())
-        return mean, weights * (values - mean)
+        mean = float((importance_weights * values).mean())
+        return mean, importance_weights * (values - mean)
 
     def estimate(value: float, influences: torch.Tensor) -> Estimate:
         return Estimate(value=value, error=float(influences.std()) / math.sqrt(num_texts))
 
     reward, reward_influence = influence(world.reward(texts))
     fluency, fluency_influence = influence(source_logps.mean(1))
-    log_partition, partition_influence = source_log_partition + log_mean_weight, weights - 1
+    log_partition, partition_influence = source_log_partition + log_mean_weight, importance_weights - 1
     return Optimum(
         beta=beta,
         reward=estimate(reward, reward_influence),
         kl=estimate(reward / beta - log_partition, reward_influence / beta - partition_influence),
         fluency=estimate(fluency, fluency_influence),
         log_partition=estimate(log_partition, partition_influence),
-        effective_texts=num_texts**2 / float(weights.square().sum()),
+        effective_texts=num_texts**2 / float(importance_weights.square().sum()),
     )

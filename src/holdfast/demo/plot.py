@@ -1,4 +1,4 @@
-"""The demo's plot: reward and fluency of every policy against its KL to the start policy, with what is possible.
+"""The demo's plot: reward and fluency of every policy against its KL to the start policy, beside the frontier.
 
 KL has a square-root axis, on which the frontier starts as a straight line (to first order the reward gained is
 `sqrt(2 KL var(r))`), so that the mild policies near 1 nat and the collapsed one beyond 10 are readable in one picture.

@@ -1,7 +1,7 @@
 """Progress of the demo: one bar with the time left for everything, and one for each stage.
 
-The stages differ in the time per step, so the overall bar advances by typical seconds. Given up: typical seconds of
-every machine.
+The stages differ in the time per step, so the overall bar advances by typical seconds. Given up: exact times, since
+machines differ.
 """
 
 from collections.abc import Callable, Sequence

@@ -38,7 +38,7 @@ def result_table(result: DemoResult) -> Table:
     start, target = result.start, result.target
     table.add_row("(start)", _plus_minus(start.reward), "0", "", "", _plus_minus(start.fluency), "", "", style="dim")
     for arm in result.arms:
-        table.add_row(*_cells(arm, result))
+        _add_arm(table, arm, result)
     table.add_row(
         "(optimum)", _plus_minus(target.reward), _plus_minus(target.kl), "0",
         _plus_minus(result.best_accuracy), _plus_minus(target.fluency), "", "", style="dim",
@@ -56,10 +56,10 @@ def verdict(result: DemoResult) -> Text:
     return text
 
 
-def _cells(arm: ArmResult, result: DemoResult) -> tuple[str, ...]:
+def _add_arm(table: Table, arm: ArmResult, result: DemoResult) -> None:
     measurement = arm.measurement
     gap = result.frontier.reward_ceiling(measurement.kl.value).value - measurement.reward.value
-    return (
+    table.add_row(
         arm.name,
         _plus_minus(measurement.reward),
         _plus_minus(measurement.kl),

@@ -3,7 +3,7 @@
 peft's own `disable_adapter()` and `set_adapter()` change `requires_grad` of every factor, also of those that a user had
 frozen, and search the whole model on each call. Both end in setting two private flags, which is all that is needed
 here. But if a release renamed a flag, setting the old one would have no effect, and the reference would silently be the
-policy. So there are two checks. After every switch each layer is asked, by peft's public properties, what it computes
+policy. So there are two checks. After every switch, peft's public properties must say of each layer what it computes
 with. Once per process, a small layer made for it must give the right numbers. Given up: adapters of other libraries.
 """
 
@@ -42,7 +42,7 @@ def adapters_of(layer: Any) -> set[str]:
 def switched(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """Inside, the layers of `model` compute with `adapter` alone, or with no adapter where it is None.
 
-    On leaving they compute as before. No `requires_grad` changes. MovedError where peft does not switch as told.
+    On leaving they compute as before. No `requires_grad` changes. MovedError where peft does not switch as expected.
     ValueError where an adapter is merged into the weights: peft would unmerge it in the next forward pass, or compute
     with it and the other adapter together.
     """
@@ -78,9 +78,11 @@ def switched_layers(layers: dict[str, Any], adapter: str | None) -> Iterator[Non
         yield
     finally:
         for path, layer in layers.items():
-            _set(layer, *before[path])
+            was_off, previous = before[path]
+            _set(layer, was_off, previous)
     for path, layer in layers.items():
-        _check_state(path, layer, *before[path])
+        was_off, previous = before[path]
+        _check_state(path, layer, was_off, previous)
 
 
 def _state(path: str, layer: Any) -> tuple[bool, Any]:

@@ -75,5 +75,4 @@ def compiled_block_mask(
     if "_compile" not in inspect.signature(make).parameters:
         parameters = list(inspect.signature(make).parameters)
         raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
-    shape = (num_rows, None, num_columns, num_columns)
-    return make(sees, *shape, device=str(device), _compile=device.type != "cpu")
+    return make(sees, num_rows, None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu")

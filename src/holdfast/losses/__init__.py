@@ -1,8 +1,9 @@
 """The preference losses: pure functions from the log-probs of pairs to one value per pair, in one table, `LOSSES`.
 
-`table` says what a loss is; the losses stand in `pairwise` and `reference_free`, each beside its equation and below the
-options that it alone reads. `modifiers` act from outside, `objective` sums losses, `checks` refuses what has no
-meaning. Runs reach a loss by its name in `LOSSES`, so a new one need not be listed here.
+`table` says what a loss is. The losses are in `pairwise` and `reference_free`, each beside its equation and below the
+options that it alone reads. `modifiers` has f-divergences, LD-DPO and WPO, `objective` the weighted sum of losses and
+the logged rewards, `checks` the refusal of meaningless combinations. A run finds a loss by its name in `LOSSES`, so a
+new one need not be listed here.
 """
 
 from holdfast.losses.checks import check_losses

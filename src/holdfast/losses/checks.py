@@ -1,6 +1,7 @@
 """Whether the losses of a run, their options and their modifiers make sense together.
 
-`DPOConfig` asks once, before any model is loaded. An option that no loss of the run would read is refused, not ignored.
+`DPOConfig` calls `check_losses` once, before any model is loaded. An option that no loss of the run would read is
+refused, not ignored.
 """
 
 import math
@@ -20,7 +21,7 @@ def check_losses(
     ld_alpha: float | None,
     use_weighting: bool,
 ) -> None:
-    """None; ValueError where losses, options and modifiers make no sense together, or no loss would read an option."""
+    """ValueError where losses, options and modifiers contradict each other, or where no loss would read an option."""
     names = list(loss_types)
     if not names:
         raise ValueError(f"loss_type must name at least one loss, got none. Choose from {', '.join(LOSSES)}.")
@@ -44,7 +45,7 @@ def check_losses(
 
 
 def _with_options(names: Sequence[str]) -> list[str]:
-    """The losses that read an option. The others (`sft`) may stand beside any loss and any option."""
+    """The losses that have options. One without (`sft`) may be combined with any loss and any option."""
     return [name for name in names if option_names(LOSSES[name].options)]
 
 

@@ -1,7 +1,7 @@
 """What modifies a loss from outside: f-divergences, LD-DPO, WPO.
 
-None of them is an arm of a loss. An f-divergence acts where a log ratio becomes a score (`f_divergence_score`), LD-DPO
-where sequences become pairs (`pair_logps`), and WPO is a factor per pair (`wpo_weights`).
+None of them is part of a loss. An f-divergence turns a log ratio into a score (`f_divergence_score`). LD-DPO changes
+how the log-probs of tokens are summed for a pair (`pair_logps`). WPO multiplies the loss of each pair (`wpo_weights`).
 """
 
 import math
@@ -19,7 +19,7 @@ from holdfast.losses.table import PairLogps
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 MAX_EXPONENT = 80.0
-"""exp(88) is about the largest power of e in fp32. A score stays flat beyond this one."""
+"""exp(88) is about the largest power of e in fp32. Beyond this exponent a score stays constant."""
 
 
 @dataclass(kw_only=True)

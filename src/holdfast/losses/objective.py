@@ -1,6 +1,6 @@
-"""What a run minimises, from the names and weights of its losses; and the rewards that its policy stands for.
+"""What a run minimises, from the names and weights of its losses, and the implicit rewards of its policy.
 
-`LossOptions` stands here because here are all losses known.
+`LossOptions` is defined here, since it needs the options of every loss.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def preference_loss(
 def implicit_rewards(
     policy: PairLogps, reference: PairLogps | None, loss_types: Sequence[str], options: LossOptions
 ) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
-    """The rewards that the policy stands for, chosen and rejected, without gradient.
+    """The policy's implicit rewards of the chosen and the rejected completions, without gradient.
 
     beta * (log pi_theta(y|x) - log pi_ref(y|x)) (Rafailov et al. 2023, arXiv:2305.18290). Where no loss needs a
     reference: beta * log pi_theta(y|x) / |y| if `simpo` or `orpo` is among them, else beta * log pi_theta(y|x).

@@ -1,9 +1,9 @@
 """How a loss declares an option: a dataclass field with its default, its rule and its help text.
 
-The options of a loss are a small dataclass that stands above the loss. `objective.LossOptions` inherits all of them,
-and `DPOConfig` inherits `LossOptions`. So one declaration gives the field of the config, its help text, the check of
-its value, the row in docs/losses.md, and the names of the losses that read it. Options of several losses are declared
-here or, for modifiers, in `modifiers`. A rule stands in the annotation and not in the field's metadata, because
+The options of a loss are a small dataclass just above the loss. `objective.LossOptions` inherits all of them, and
+`DPOConfig` inherits `LossOptions`. So one declaration gives the field of the config, its help text, the check of its
+value, the row in docs/losses.md, and the names of the losses that read it. Options of several losses are declared here
+or, for modifiers, in `modifiers`. A rule is part of the annotation and not of the field's metadata, because
 `HfArgumentParser` passes all metadata to `argparse`.
 
 Given up: frozen records. `TrainingArguments`, the other base of `DPOConfig`, is not frozen, and Python lets no frozen
@@ -26,7 +26,7 @@ class Rule:
 
     allows: Callable[[Any], bool]
     demand: str
-    """What is demanded of a value, to be read after the option's name: `must be a finite number above 0`."""
+    """What a value must be, as a phrase that follows the option's name: `must be a finite number above 0`."""
     remedy: str
     """What to do instead: a full sentence."""
     choices: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Rule:
     concerns_all_losses: bool = False
     """Whether every loss of a run must read the option, rather than at least one."""
     read_under: tuple[str, str] | None = None
-    """Another option and the value of it without which no loss reads this option."""
+    """Another option and the value that it must have for this option to be read."""
 
     def check(self, name: str, value: Any) -> None:
         """ValueError where the option `name` may not have this value."""
@@ -47,7 +47,7 @@ class Rule:
 def number(
     words: str, allows: Callable[[float], bool], remedy: str, *, read_under: tuple[str, str] | None = None
 ) -> Rule:
-    """The rule of a finite number; `words` says which ones `allows` lets pass, as in `above 0`."""
+    """The rule of a finite number; `words` names the numbers that `allows` accepts, as in `above 0`."""
     return Rule(
         allows=lambda value: math.isfinite(value) and allows(value),
         demand=f"must be a finite number {words}".rstrip(),
@@ -70,13 +70,13 @@ def choice(choices: Sequence[str], *, concerns_all_losses: bool = False) -> Rule
 def option(default: T, help: str) -> T:
     """A dataclass field; `help` is its line in `--help` and in docs/losses.md. The return type is the default's, so
     that a type checker compares it with the annotation."""
-    made: Any = field(default=default, metadata={"help": help})
-    return made
+    dataclass_field: Any = field(default=default, metadata={"help": help})
+    return dataclass_field
 
 
 @dataclass(kw_only=True)
 class Options:
-    """The options of a loss that reads none, and the base of all others."""
+    """The options of a loss that has none, and the base class of all other options."""
 
 
 @dataclass(kw_only=True)
@@ -115,8 +115,8 @@ def check_values(options: Options) -> None:
         rule.check(name, getattr(options, name))
 
 
-def require_known(option: str, name: str, known: Iterable[str]) -> None:
-    """ValueError where `name` is none of the `known` values of an option; the message names the nearest."""
-    if name not in (names := list(known)):
+def require_known(option: str, name: str, choices: Iterable[str]) -> None:
+    """ValueError where `name` is none of the `choices` of an option; the message names the nearest."""
+    if name not in (names := list(choices)):
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
         raise ValueError(f"{option} '{name}' is unknown. Did you mean '{nearest}'? There are {', '.join(names)}.")

@@ -1,7 +1,7 @@
 """Losses that compare the policy with a reference.
 
-Most are functions of the margin m alone. Those without `DivergenceOptions` judge each completion by itself, and their
-papers know no f-divergence. See `table` for the notation.
+Most are functions of the margin m alone. Those without `DivergenceOptions` use the log ratio of each completion by
+itself, and their papers define no f-divergence for it. See `table` for the notation.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Losses that read the policy's log-probs alone: no reference is built, held or asked.
+"""Losses that read the policy's log-probs alone: no reference is built or read.
 
 `sft`, the likelihood term, is a loss of its own and a term of `orpo` and `cpo`. See `table` for the notation.
 """

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from holdfast.losses.options import Options, option_names, require_known, rules
 
-O = TypeVar("O", bound=Options)  # noqa: E741
-O_co = TypeVar("O_co", bound=Options, covariant=True)
+OptionsT = TypeVar("OptionsT", bound=Options)
+OptionsT_co = TypeVar("OptionsT_co", bound=Options, covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +42,12 @@ class PairLogps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossInputs(Generic[O_co]):
+class LossInputs(Generic[OptionsT_co]):
     """What a loss reads. `reference` is None only where no loss of the run needs one."""
 
     policy: PairLogps
     reference: PairLogps | None
-    options: O_co
+    options: OptionsT_co
 
     def log_ratios(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
         """log pi_theta(y|x) - log pi_ref(y|x), nats: chosen, rejected."""
@@ -55,7 +55,7 @@ class LossInputs(Generic[O_co]):
         return self.policy.chosen - self.reference.chosen, self.policy.rejected - self.reference.rejected
 
 
-LossFunction = Callable[[LossInputs[O]], Tensor]
+LossFunction = Callable[[LossInputs[OptionsT]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +69,13 @@ class Loss:
     is_length_averaged: bool = False
     """Whether a loss without a reference compares log-probs per token."""
     sorts_batch: bool = False
-    """Whether its k-th value belongs to rank k of the batch, not to pair k."""
+    """Whether it sorts the batch, so that its k-th value belongs to rank k and not to pair k."""
     objection: Callable[[Any], str | None] | None = None
-    """What the loss says against these options, beyond the ranges; None where it can be computed."""
+    """Why the loss cannot be computed with these options although each is in its range; None where it can."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The options that change its value, apart from beta and from those that only count under another option."""
+        """The options that change its value, except for beta and for those that are read only under another option."""
         apart = {"beta", *(name for name, rule in rules(self.options).items() if rule.read_under is not None)}
         return tuple(name for name in option_names(self.options) if name not in apart)
 
@@ -85,16 +85,16 @@ LOSSES: dict[str, Loss] = {}
 
 def loss(
     paper: str,
-    options: type[O],
+    options: type[OptionsT],
     *,
     needs_reference: bool = True,
     is_length_averaged: bool = False,
     sorts_batch: bool = False,
-    objection: Callable[[O], str | None] | None = None,
-) -> Callable[[LossFunction[O]], LossFunction[O]]:
+    objection: Callable[[OptionsT], str | None] | None = None,
+) -> Callable[[LossFunction[OptionsT]], LossFunction[OptionsT]]:
     """A decorator that enters a function into `LOSSES` under its own name; the arguments are as in `Loss`."""
 
-    def enter(function: LossFunction[O]) -> LossFunction[O]:
+    def enter(function: LossFunction[OptionsT]) -> LossFunction[OptionsT]:
         LOSSES[function.__name__] = Loss(
             function=function,
             paper=paper,

@@ -1,6 +1,7 @@
 """The model that trains: loaded, made ready, and looked after during the run.
 
-`load`, `tokenizer` (from a path) -> `prepare` (adapter, dropout, what would not train) with `adapters` and `quantised`
--> `placement`, `broadcast` (device and processes). `independence` and `rotations` see to it that a log-prob depends on
-its own row alone; `untouched` and `full_eval` put a model back as it was; `malloc` keeps a CPU's freed memory.
+`load` and `tokenizer` read from a path. `prepare` adds the adapter and switches dropout off, with `adapters` and
+`quantised`. `placement` and `broadcast` put models on the device, with the same weights in all processes.
+`independence` and `rotations` make sure that a log-prob depends on its own row alone. `untouched` and `full_eval` put a
+model back as it was. `malloc` keeps a CPU's freed memory.
 """

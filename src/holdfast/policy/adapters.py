@@ -60,10 +60,10 @@ def check_adapter(option: str, name: str, policy: PeftModel) -> None:
     """ValueError where the policy has no adapter `name`. The message names them, and the nearest one."""
     if name in policy.peft_config:
         return
-    known = sorted(policy.peft_config)
-    near = difflib.get_close_matches(name, known, n=1)
+    names = sorted(policy.peft_config)
+    near = difflib.get_close_matches(name, names, n=1)
     raise ValueError(
-        f"{option}={name!r} was asked for, but the model's adapters are {known}. "
+        f"{option}={name!r} was asked for, but the model's adapters are {names}. "
         f"{f'Did you mean {near[0]!r}? ' if near else ''}Name one of them, or load it with `model.load_adapter`."
     )
 

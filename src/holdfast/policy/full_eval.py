@@ -2,7 +2,7 @@
 
 Outside training `transformers.Trainer` casts the model for an evaluation and leaves it so. Training that follows would
 begin from rounded weights. Here the policy gets its own tensors back afterwards, the very same objects. It also gets
-them back whenever the reference is asked, since the reference may be held inside the policy. So an evaluation compares
+them back whenever the reference scores, since the reference may be held inside the policy. So an evaluation compares
 the rounded policy with the unrounded reference, and stores the same log-probs as any other run. The cost is memory for
 the rounded weights beside the others.
 """
@@ -88,12 +88,12 @@ def _restore(tensors: list[_ModuleTensor]) -> None:
 def check_full_eval(args: TrainingArguments, policy: nn.Module, *, is_sharded: bool) -> bool:
     """Whether evaluations outside training are to be in half precision. ValueError where this policy cannot be cast
     there and back."""
-    asked = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)), None)
-    if asked is None:
+    option = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)), None)
+    if option is None:
         return False
     if is_sharded or is_quantised(policy):
         raise ValueError(
-            f"{asked}=True was asked for, but the policy is {'sharded' if is_sharded else 'quantised'}, so it cannot "
+            f"{option}=True was asked for, but the policy is {'sharded' if is_sharded else 'quantised'}, so it cannot "
             "be cast and come back. Leave it out: an evaluation then computes as training does (bf16=True: in bf16 "
             "autocast)."
         )

@@ -2,8 +2,8 @@
 
 A log-prob can be stored, looked up, or scored ahead only if it is a fact about the weights and the token ids. In some
 models it depends on the batch as well. The known case, rotary frequencies of the longest row, is removed by
-`policy.rotations`. Other cases, such as an expert's capacity, are found here: before a run begins, each of its models
-scores one row alone and then beside a longer row. Where the log-probs differ, `arguments.check_same_batches` refuses
+`policy.rotations`. Other cases, such as an expert's capacity, are found here. Before a run begins, each of its models
+scores one row alone, and then beside a longer row. Where the log-probs differ, `arguments.check_same_batches` refuses
 whatever would score other batches than the policy's. The cost is two small forward passes per model.
 """
 
@@ -23,7 +23,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS
 from holdfast.data.inputs import takes_positions
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import Row
+from holdfast.data.layouts.sequences import TokenSequence
 from holdfast.policy.untouched import plain_attributes, untouched
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
@@ -48,7 +48,7 @@ class Dependence:
 def find_dependence(
     models: Sequence[nn.Module], dataset: Any, length: int | None, autocast: Autocast
 ) -> Dependence | None:
-    """How the first such of the `models` scores a row differently beside a longer one; None where no model does.
+    """How the first of the `models` that depends on the batch does so; None where none does. See `dependence`.
 
     The row is the first of the training data. `length` is what `pin_rotations` returned. The result is the same on all
     processes.
@@ -126,9 +126,10 @@ def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tu
     num_prompt = min(max(1, len(row[PROMPT_IDS])), len(ids) - 1)
     longest = _longest_row(model) if length is None else length
     other = np.resize(ids[::-1], max(len(ids) + 1, min(longest, 2 * len(ids))))
+    first = TokenSequence(ids, num_prompt)
     layout = PaddedLayout(int(ids[0]))
-    alone = layout.of_completions([Row(ids, num_prompt)])
-    beside = layout.of_completions([Row(ids, num_prompt), Row(other, num_prompt)])
+    alone = layout.of_completions([first])
+    beside = layout.of_completions([first, TokenSequence(other, num_prompt)])
     causal_lm = unwrap(model)
     has_rotations = any(hasattr(part, "rope_type") for part in causal_lm.modules())
     if takes_positions(causal_lm) and has_rotations and not _has_virtual_tokens(model):

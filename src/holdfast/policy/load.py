@@ -62,11 +62,11 @@ def load_model(
 def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, error: str) -> str:
     location = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
     option = "model" if is_trainable else "ref_model"
-    asked = f"{option}={path!r}{f' with {location}' if location else ''} was to be loaded"
+    request = f"{option}={path!r}{f' with {location}' if location else ''} was to be loaded"
     reason = error.strip().splitlines()[0].rstrip(".")
     if os.path.isdir(path):
         return (
-            f"{asked}, a folder that cannot be read as a model: {reason}. It holds {sorted(os.listdir(path))[:6]}. "
+            f"{request}, a folder that cannot be read as a model: {reason}. It holds {sorted(os.listdir(path))[:6]}. "
             "Name a folder that "
             "`save_pretrained` wrote, with config.json and weights or with adapter_config.json."
         )
@@ -74,7 +74,7 @@ def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, er
     beside = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     near = [os.path.join(parent, other) for other in difflib.get_close_matches(name, beside, n=1)]
     return (
-        f"{asked}, but there is no such folder, and as a hub id it cannot be read either: {reason}. "
+        f"{request}, but there is no such folder, and as a hub id it cannot be read either: {reason}. "
         f"{f'Did you mean {near[0]!r}? ' if near else ''}Name a local folder, or a model on the hub that this machine "
         "can reach and read."
     )

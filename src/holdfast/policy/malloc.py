@@ -1,4 +1,4 @@
-"""On a CPU, the memory that a step frees is kept for the next step.
+"""How glibc's malloc is told to keep the memory that a training step frees, for the next step on a CPU.
 
 A step frees gigabytes and allocates them again a moment later. glibc's malloc returns freed blocks of 32 MiB and more
 to the system at once, and smaller ones when they lie at the end of its heap. The kernel must then clear every page anew

@@ -1,4 +1,4 @@
-"""On which device a reference model is held."""
+"""Reference models moved to the device of the run."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """From a loaded model to a policy that can train: its adapter is added, its dropout switched off.
 
-A policy of which nothing would train is refused here, before anything is scored.
+A policy without any trainable parameter is refused here, before anything is scored.
 """
 
 import logging
@@ -51,8 +51,8 @@ def _check_recomputable(policy: Any) -> None:
 
 
 def with_adapter(policy: nn.Module, peft_config: PeftConfig | None, name: str | None = None) -> nn.Module:
-    """`policy` with a fresh adapter, where a `peft_config` was given. `name` is the fresh adapter's name; without a
-    `peft_config` it names the one of the policy's adapters that trains.
+    """`policy` with the adapter that trains: with a `peft_config` a fresh one called `name`, without one the policy's
+    own adapter of that name. Where both are None, the policy is as it was.
 
     A quantised model is prepared as peft does it: norms, embeddings and head in 16 bits become fp32. A plain model
     whose weights are all frozen trains whole, and a warning says so. ValueError where a `peft_config` meets an adapter

@@ -2,7 +2,8 @@
 
 The kinds `dynamic` and `longrope` take their frequencies from the longest row of the batch. Some keep them for the
 batches that follow. A log-prob would then depend on the row's neighbours. So such an embedding gets the frequencies for
-rows of `max_length` tokens, for the whole run. Given up: the frequencies that it would choose for short rows alone.
+rows of `max_length` tokens, for the whole run. Given up: the frequencies that the model would use for a batch of short
+rows.
 """
 
 import logging
@@ -39,8 +40,8 @@ def pin_rotations(
     models: Sequence[nn.Module], max_length: int | None, dataset: Any, *, is_main: bool = True
 ) -> int | None:
     """Pins the moving rotary frequencies of `models` to those for rows of `max_length` tokens, and logs that. Without a
-    `max_length` it is the length of the longest row of the training data. Returns the length; `max_length` where no
-    frequencies move.
+    `max_length`, the longest row of the training data gives the length. Returns the length that was pinned; where no
+    frequencies move, `max_length`.
 
     ValueError where frequencies move and the longest row is not known, as of a stream.
     """
@@ -97,6 +98,8 @@ def _longest_pair(dataset: Any) -> int | None:
     table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     longest = 0
     for rows in table.iter(1_000):
-        prompts, *sides = (np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns())
-        longest = max(longest, int((prompts + np.maximum(*sides)).max()))
+        prompt, chosen, rejected = (
+            np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns()
+        )
+        longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
     return longest

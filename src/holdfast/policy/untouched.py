@@ -1,6 +1,6 @@
-"""A model left as it was: what a forward pass may change is put back afterwards.
+"""A model put back as it was, after forward passes that may have changed it.
 
-Checks score batches with the models of a run before it begins. They must leave no trace in it.
+Checks score batches with the models of a run before it begins. They must not change the run.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import nn
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """A context after which `model` has its former buffers, plain attributes and modes, and torch its random state.
-    Parameters are not looked at."""
+    Parameters are not restored: a forward pass does not change them."""
     attributes = {part: plain_attributes(part) for part in model.modules()}
     buffers = {part: {name: (b, b.clone()) for name, b in part.named_buffers(recurse=False)} for part in attributes}
     modes = {part: part.training for part in attributes}

@@ -1,4 +1,4 @@
-"""Attention for rows that hold several sequences: each completion sees its prompt and itself, and no more.
+"""Attention for rows that hold several sequences: each completion sees its prompt and itself, and nothing else.
 
 Rows are attended span by span, as `scoring.segments` takes them apart. transformers lets a model's configuration name
 its attention, so this one is registered under `NAME`, and the configuration names it for the length of one forward
@@ -6,8 +6,8 @@ pass. The `Segments` reach every attention layer as a keyword argument. Activati
 the backward pass, when the forward pass is over; those calls name the attention again.
 
 Given up: models that are not on transformers' attention interface, carry state along the row (Mamba, convolutions) or
-count distance in columns (ALiBi). `holdfast.data.layouts.choose` finds them. On a GPU so many small products wait for
-each other; there `holdfast.scoring.flex` computes the same in one kernel a layer.
+count distance in columns (ALiBi). `holdfast.data.layouts.choose` finds them. On a GPU, many small products would wait
+for each other; there `holdfast.scoring.flex` computes the same in one kernel per layer.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ NAME = "holdfast_shared"
 """The name by which transformers knows this attention."""
 
 PLAIN_SCORES = 2**16
-"""Up to so many scores per head, plain products are faster on a CPU than its fused kernel, and take little memory."""
+"""Most scores per head for which plain products are used on a CPU: up to here they are faster than its fused kernel."""
 
 
 # --- for the length of a forward pass ---------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _recomputing_under(
 ) -> Iterator[None]:
     """Inside, layers are checkpointed together with a context that they run under.
 
-    Activation checkpointing runs a layer again when this context is long left; that run enters its own `context()`.
+    Activation checkpointing runs a layer again after this context has ended; that run enters its own `context()`.
     """
     replaced: list[tuple[Any, Callable[..., Any]]] = []
 
@@ -273,7 +273,8 @@ def _checked_call(
     attention_mask: Tensor | BlockMask | None,
     position_bias: Tensor | None,
 ) -> tuple[Segments, Tensor | BlockMask]:
-    """Segments and masks. ValueError where the numbers would be wrong; `data.layouts.choose` then takes padded rows."""
+    """The segments and the masks. ValueError where the attention would be wrong: `data.layouts.choose` then takes
+    padded rows."""
     name = type(module).__name__
     if not isinstance(segments, Segments) or attention_mask is None:
         raise ValueError(

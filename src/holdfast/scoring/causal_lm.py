@@ -1,9 +1,9 @@
 """The language model inside its wrappers, its head, and whether that head is a plain matrix.
 
 Scoring replaces the head of a model for one forward pass, so it must find the head whatever wraps the model. A plain
-matrix goes through `scoring.head`, which is fast and small; a head that computes more goes through its own forward. The
-question is asked narrowly: an adapter, a hook, a replaced forward or a quantised weight makes a head more than a
-matrix. Given up: speed for heads that are a matrix in disguise.
+matrix goes through `scoring.head`, which is fast and small; a head that computes more goes through its own forward. A
+head with an adapter, a hook, a replaced forward or a quantised weight counts as more than a matrix. Given up: speed for
+such a head where it computes no more than a matrix.
 """
 
 from typing import Any, cast

@@ -32,7 +32,7 @@ PER_TOKEN = "per_token"
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
-    """How hidden states become log-probs: by the head's own `forward`, or by its `matrix` where it is no more than one.
+    """How hidden states become log-probs: through the head's `matrix`, or where that is None through its own `forward`.
 
     At most `chunk_tokens` tokens are projected at a time. `with_statistics` and `any_order` are those of
     `scoring.head.linear_logps`.
@@ -56,9 +56,9 @@ class Projection:
         of_chunk = partial(self._logps_of_chunk, transform)
         chunks = zip(states.split(self.chunk_tokens), target.split(self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
-            results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+            results = [checkpoint(of_chunk, states, target, use_reentrant=False) for states, target in chunks]
         else:
-            results = [of_chunk(*chunk) for chunk in chunks]
+            results = [of_chunk(states, target) for states, target in chunks]
         return tuple(torch.cat(values) for values in zip(*results, strict=True))
 
     def _logps_of_chunk(self, transform: LogitTransform, states: Tensor, target: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ reads each token's segment, completion and position. Blocks of 128 x 128 in whic
 rows do not pay for their neighbours here either, and no [T T] mask exists. The kernel is the one that transformers
 calls for `attn_implementation="flex_attention"`, which handles soft-capping, sinks and grouped heads.
 
-The kernel is compiled when it is first used. `is_usable` tries it once a device, forward and backward, against plain
+The kernel is compiled when it is first used. `is_usable` tries it once per device, forward and backward, against plain
 products. Where it fails or differs, attention goes span by span. Given up: CPUs, for which it has no backward pass in
 torch 2.13; attention dropout, which it cannot do; and fp64.
 """
@@ -27,14 +27,16 @@ from holdfast.internals.torch import compiled_block_mask
 
 logger = logging.getLogger(__name__)
 
-Row = Sequence[tuple[int, Sequence[int]]]
-"""The segments of a row: tokens of the prompt, and of each of its completions."""
+RowLengths = Sequence[tuple[int, Sequence[int]]]
+"""Of each segment of a row: the number of tokens of its prompt, and of each of its completions."""
 
 PADDING = -1
 """The segment of a padding token."""
 
 
-def block_mask(rows: Sequence[Row], num_columns: int, visible: Callable[..., Any], device: torch.device) -> BlockMask:
+def block_mask(
+    rows: Sequence[RowLengths], num_columns: int, visible: Callable[..., Any], device: torch.device
+) -> BlockMask:
     """Which keys each query sees: those of its prompt and of its own completion, at positions that `visible` allows.
 
     `visible` is a mask function of transformers. Padding sees itself.
@@ -50,7 +52,7 @@ def block_mask(rows: Sequence[Row], num_columns: int, visible: Callable[..., Any
     return compiled_block_mask(sees, len(rows), num_columns, device)
 
 
-def _token_ids(rows: Sequence[Row], num_columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _token_ids(rows: Sequence[RowLengths], num_columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each token [R T] its segment, its completion (0 for a prompt's), and its position."""
     segment = np.full((len(rows), num_columns), PADDING, dtype=np.int32)
     completion, position = np.zeros_like(segment), np.zeros_like(segment)
@@ -112,7 +114,7 @@ def _gap(device: torch.device, dtype: torch.dtype) -> float:
     draw = torch.Generator().manual_seed(0)
     shape = (3, 2, 4, 160, 32)  # query, key and value; rows, heads, tokens
     leaves = [leaf.to(device, dtype).requires_grad_(True) for leaf in torch.randn(shape, generator=draw)]
-    rows: list[Row] = [[(40, (30, 20)), (10, (25, 35))], [(70, (40,))]]
+    rows: list[RowLengths] = [[(40, (30, 20)), (10, (25, 35))], [(70, (40,))]]
     mask = block_mask(rows, 160, causal_mask_function, device)
     upstream = torch.randn(2, 160, 4, 32, generator=draw).to(device, dtype)
     query, key, value = leaves
@@ -125,7 +127,7 @@ def _gap(device: torch.device, dtype: torch.dtype) -> float:
     return max(float((one.float() - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
-def dense(rows: Sequence[Row], num_columns: int, device: torch.device) -> Int[Tensor, "R 1 T T"]:
+def dense(rows: Sequence[RowLengths], num_columns: int, device: torch.device) -> Int[Tensor, "R 1 T T"]:
     """The same mask under causal attention, as booleans, computed independently of `block_mask`: for comparison."""
     mask = torch.eye(num_columns, dtype=torch.bool).repeat(len(rows), 1, 1)
     for row, segments in enumerate(rows):

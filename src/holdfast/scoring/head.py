@@ -71,7 +71,8 @@ def linear_logps(
     The matrix products are taken in the autocast dtype where autocast is on, the softmax never. Gradients reach
     `states`, `weight` and `bias` where these require them; the weight's is added up in fp32. A gradient of a gradient
     raises RuntimeError. Log-probs come from the same sums with gradients, with statistics and without either, so equal
-    models get equal log-probs. `any_order` allows sums in another order, which is faster, where nobody compares them.
+    models get equal log-probs. `any_order` allows sums in another order, which is faster, for log-probs that are
+    compared with no policy.
     """
     options = _Options(transform, chunk_tokens, with_statistics, _autocast_dtype(states))
     if torch.is_grad_enabled():
@@ -80,7 +81,8 @@ def linear_logps(
         is_wide = options.autocast_dtype is None and states.dtype.itemsize >= 4
         if any_order and is_wide and not with_statistics and len(weight) > _CPU_VOCABULARY:
             chunks = zip(states.split(chunk_tokens), target.split(chunk_tokens), strict=True)
-            return (torch.cat([_logps_by_vocabulary(*chunk, weight, bias, transform) for chunk in chunks]),)
+            logps = [_logps_by_vocabulary(states, target, weight, bias, transform) for states, target in chunks]
+            return (torch.cat(logps),)
         options = options._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
         return _forward(_Chunks(states, weight, bias, target, options), with_statistics)
@@ -96,7 +98,7 @@ class _Options(NamedTuple):
 
 
 def _autocast_dtype(states: Tensor) -> torch.dtype | None:
-    """What `nn.functional.linear` would cast its arguments to, if it would."""
+    """The dtype to which autocast casts the arguments of a matrix product; None where it casts nothing."""
     device = states.device.type
     is_cast = torch.is_autocast_enabled(device) and states.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else None

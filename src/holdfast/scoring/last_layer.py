@@ -32,7 +32,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _TOKENWISE_PACKAGES = ("torch.nn.modules.activation", "transformers.activations", "peft.tuners.")
 
 _WORTHWHILE = 8
-"""At least one token in so many must be unread, or copying the read ones costs more than it saves."""
+"""At least one token in this many must be unread. With fewer, copying the read tokens costs more than it saves."""
 
 
 def _last_layer(causal_lm: PreTrainedModel) -> nn.Module | None:

@@ -10,7 +10,9 @@ call, each in a module of its own, and each is undone when the pass ends:
 So no `[N V]` tensor of logits is alive. Given up: a trained head's logits are computed once more in the backward pass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,6 +43,16 @@ class TokenStatistics:
     mean_logit: Float[Tensor, "N"]
     is_top1: Float[Tensor, "N"]
     log_sum_sq_probs: Float[Tensor, "N"]
+
+    @classmethod
+    def of_columns(cls, columns: Sequence[Tensor]) -> Self:
+        """The statistics whose `columns()` these are."""
+        entropy, mean_logit, is_top1, log_sum_sq_probs = columns
+        return cls(entropy=entropy, mean_logit=mean_logit, is_top1=is_top1, log_sum_sq_probs=log_sum_sq_probs)
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The statistics in the order of `scoring.head.token_logps`."""
+        return self.entropy, self.mean_logit, self.is_top1, self.log_sum_sq_probs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +86,7 @@ def score(
         matrix=None if is_sharded(model) else matrix_of(head),
         chunk_tokens=chunk_tokens or max(CHUNK_TOKENS_MIN, CHUNK_LOGITS // vocabulary),
         with_statistics=statistics,
-        any_order=batch.num_pairs == 0,  # a batch without pairs is scored for a store, and compared with no policy
+        any_order=batch.num_pairs == 0,  # such a batch is scored for the store, and compared with no policy
     )
     completion_head = CompletionHead(causal_lm, head, vocabulary, batch, projection)
     narrows = not is_compiled(model)  # to the compiler a layer whose forward comes and goes is another model
@@ -86,13 +98,9 @@ def score(
     ):
         outputs = run(**inputs, **options)
     # A model that is split over devices ends on another one than it began on.
-    logps, *more = (values.to(batch.sequence.device) for values in outputs[PER_TOKEN])
+    logps, *columns = (values.to(batch.sequence.device) for values in outputs[PER_TOKEN])
     return Scores(
         logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
-        statistics=_statistics(*more) if statistics else None,
+        statistics=TokenStatistics.of_columns(columns) if statistics else None,
         aux_loss=outputs.get("aux_loss"),
     )
-
-
-def _statistics(entropy: Tensor, mean_logit: Tensor, is_top1: Tensor, log_sum_sq_probs: Tensor) -> TokenStatistics:
-    return TokenStatistics(entropy=entropy, mean_logit=mean_logit, is_top1=is_top1, log_sum_sq_probs=log_sum_sq_probs)

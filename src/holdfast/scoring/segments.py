@@ -5,8 +5,8 @@ padding. A completion sees its prompt and itself. A *span* is a run of tokens th
 group of its completions, or both together where they are few. Each span has a mask of its own, so no row pays for its
 neighbours and no [T T] mask exists.
 
-Which earlier tokens a layer may see (sliding windows, chunks) is asked of the model's own mask function, in *positions*
-and not in columns. So the answer is the one that the model gives itself for a sequence alone in its row.
+The model's own mask function says which earlier tokens a layer may see (sliding windows, chunks). It is called with
+*positions*, not columns. So a sequence gets the mask that it would have alone in its row.
 
 Given up: the scores between completions of one group, which are computed and then masked.
 """
@@ -88,11 +88,11 @@ class Segments:
         return [*lengths, self.num_columns - sum(lengths)]
 
     def unread_and_read(self) -> list[int]:
-        """Numbers of tokens of all rows laid end to end, in turn: of a run whose last hidden states nobody reads, of a
+        """Numbers of tokens of all rows laid end to end, in turn: of a run whose last hidden states are not read, of a
         run whose last hidden states are read, and so on.
 
-        Read are the tokens that predict a completion token: a prompt's last one, and its completions. A segment without
-        groups counts as read in full, because where its completion begins is not recorded.
+        The read tokens are those that predict a completion token: a prompt's last one, and its completions. A segment
+        without groups counts as read in full, because it does not record where its completion begins.
         """
         runs = [0, 0]
 
@@ -110,7 +110,7 @@ class Segments:
 
     @property
     def share_no_prompt(self) -> bool:
-        """Whether every sequence has its prompt to itself: the rows are packed, and no more."""
+        """Whether every sequence has its own copy of its prompt: the rows are packed, and share nothing."""
         return not any(segment.groups for segment in self)
 
     def flash_arguments(self, device: torch.device) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Segments:
 
         The prompts' masks come first, unless all are plainly causal. The mask of each group follows: [tokens of the
         group, tokens of its prompt and of itself], with the prompt among the queries too where the two are joined.
-        `visible` is a mask function of transformers; it is asked with positions.
+        `visible` is a mask function of transformers; it is called with positions.
         """
         prompts = [] if visible is causal_mask_function else self._prompt_masks(visible, device)
         groups = [

@@ -1,7 +1,7 @@
 """`tokens_per_batch`: a batch with more tokens than the limit is scored a few rows at a time.
 
-The log-probs and gradients are those of the whole batch; the memory is that of a few rows. Lengths vary, and the rare
-batch of long pairs decides what a machine can train. Only the log-probs of each group of rows are saved, and its
+The log-probs and gradients are those of the whole batch; the memory is that of a few rows. Without a limit, the rare
+batch of long pairs would decide what a machine can train. Only the log-probs of each group of rows are saved, and its
 activations are computed again in the backward pass. A batch within the limit is scored at once, at no extra cost.
 
 Given up: the second forward pass that a larger batch pays. A backward pass after each group would save it, but then the
@@ -23,8 +23,6 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.scoring.score import Scores, TokenStatistics, score
 from holdfast.scoring.segments import SEGMENTS
 
-_STATISTICS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
-
 
 def score_within_limit(
     model: nn.Module, batch: PairBatch, num_tokens: int | None, *, router_logits: bool = False
@@ -45,16 +43,17 @@ def score_within_limit(
         results.append(checkpoint(of_rows, use_reentrant=False) if torch.is_grad_enabled() else of_rows())
         indices.append(tokens)
     order = torch.cat(indices).argsort()
-    logps, *statistics = (torch.cat(values)[order] for values in zip(*results, strict=True))
+    logps, *columns = (torch.cat(values)[order] for values in zip(*results, strict=True))
     return Scores(
         logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
-        statistics=TokenStatistics(**dict(zip(_STATISTICS, statistics, strict=True))),
+        statistics=TokenStatistics.of_columns(columns),
     )
 
 
 def _logps_and_statistics(model: nn.Module, rows: PairBatch) -> tuple[Tensor, ...]:
     scores = score(model, rows, statistics=True)
-    return scores.logps.per_token, *(getattr(scores.statistics, name) for name in _STATISTICS)
+    assert scores.statistics is not None
+    return scores.logps.per_token, *scores.statistics.columns()
 
 
 def _row_groups(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, Int[Tensor, "n"]]]:
@@ -72,7 +71,7 @@ def _row_groups(batch: PairBatch, num_rows: int) -> Iterator[tuple[PairBatch, In
 def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> PairBatch:
     """The rows from `first` to before `last`, with their completion `tokens`, as a batch without pairs.
 
-    Sequences keep their numbers. ValueError where nobody can tell which rows an input belongs to.
+    Sequences keep their numbers. ValueError where an input cannot be assigned to rows.
     """
     if batch.unidentified_inputs:
         raise ValueError(

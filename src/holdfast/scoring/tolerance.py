@@ -1,4 +1,4 @@
-"""How far apart two log-probs of the same token may be for rounding to explain it.
+"""How much two log-probs of the same token may differ by rounding alone.
 
 The audit, the choice of a layout and the check of a model's independence all compare by these numbers. In fp32 the same
 forward pass gives the same number twice, and another batch shape moves a token by about 1e-5 nats. Below fp32 another

@@ -6,8 +6,8 @@ not which of them its code applies, nor in which direction. So the first forward
 probe, through its own code in place of logits. What comes back must match one of the transforms that the configuration
 allows. The match is remembered for the model.
 
-A model that matches none, because it masks some tokens for example, is scored through its own logits. That is exact,
-and given up is its memory: all `[N V]` logits are alive at once.
+A model that matches none, because it masks some tokens for example, is scored through its own logits. That is exact.
+Given up: memory for such a model, since all its `[N V]` logits are alive at once.
 """
 
 import weakref

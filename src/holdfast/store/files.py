@@ -1,6 +1,6 @@
-"""Files of a store: there completely or not at all, set aside when damaged, and removed at once.
+"""Files of a store: each is complete or absent, set aside when damaged, and removed in one step.
 
-A file is written under another name, flushed to the disk, and then renamed; so under its own name it is complete, also
+A file is written under another name, flushed to the disk, and then renamed. So a file of its own name is complete, even
 after a power cut. A folder is removed by renaming it first. Given up: speed, since each file waits for the disk.
 """
 

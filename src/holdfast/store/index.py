@@ -1,9 +1,9 @@
 """Which shard of a store has a completion, and where: 32 bytes for each, found by bisection, 100,000 at a time.
 
-An entry is identified by content id and length together: a stored completion with another length than the one that is
-asked for is another completion. Entries stand in sorted runs. New ones begin a run, and runs of similar size are
-merged, so adding stays cheap however many entries there are. Given up: a plain dict, which takes eight times as much
-memory in each process.
+An entry is identified by content id and length together: a stored completion of another length than the one looked up
+counts as another completion. Entries stand in sorted runs. New ones begin a run, and runs of similar size are merged,
+so adding stays cheap however many entries there are. Given up: a plain dict, which takes eight times as much memory in
+each process.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,8 @@ class Index:
         self.num_tokens += int(run.lengths().sum())
         self._runs.append(run)
         while len(self._runs) > 1 and 2 * len(self._runs[-1].keys) >= len(self._runs[-2].keys):
-            self._runs[-2:] = [_merged(*self._runs[-2:])]
+            last = self._runs.pop()
+            self._runs[-1] = _merged(self._runs[-1], last)
 
     def find(self, content: Ints, lengths: Ints | None) -> Locations:
         """Where the completions with these content ids `[Q 2]` and `lengths` `[Q]` are; None for lengths means any."""
@@ -89,7 +90,7 @@ class Index:
 
     def _locate(self, keys: NDArray[np.bytes_], *, has_length: bool = True) -> Locations:
         num_bytes = _KEY_BYTES if has_length else _ID_BYTES
-        asked = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[:, :num_bytes]
+        prefixes = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[:, :num_bytes]
         shard = np.full(len(keys), -1, dtype=np.int64)
         start, length = np.zeros_like(shard), np.zeros_like(shard)
         for run in self._runs:
@@ -97,7 +98,7 @@ class Index:
                 continue
             # A key without a length ends in zeros, so it sorts before every entry of its content id.
             entry = np.minimum(np.searchsorted(run.keys, keys), len(run.keys) - 1)
-            is_here = (run.raw()[entry, :num_bytes] == asked).all(1)
+            is_here = (run.raw()[entry, :num_bytes] == prefixes).all(1)
             entries = entry[is_here]
             shard[is_here], start[is_here] = run.shard[entries], run.start[entries]
             length[is_here] = run.select(entries).lengths()

@@ -4,7 +4,7 @@ Everything that changes a log-prob is in the key or in the completion's content 
 rate, no loss, no path. So every run that would compute the same number finds it. Weights and config come as digests,
 which makes a key short and known before any number is. `holdfast.reference.identity` computes them from a model.
 
-Given up: reading from a key what has changed; two digests only say that something did.
+Given up: reading from two keys what differs; digests only say that something does.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 class StoreKey:
     """What, beside the model's inputs, a stored log-prob depends on.
 
-    `weights_digest` is that of the reference's tensors at the time they are asked; a reference that moved has another.
+    `weights_digest` is that of the reference's tensors when they score; it changes when the reference moves.
     `config_digest` is that of the settings that change numbers. `numerics` holds what else does: dtype, autocast,
     attention family, ... `version` is the number of syncs of a moving reference, None for a fixed one. It changes no
     number, and stores that differ in it alone are read together. It says which stores the run that moves the reference

@@ -1,8 +1,8 @@
 """All stores in a folder: listed, verified, cleaned up, and their small shards merged.
 
 None of it needs a model, a key or a lock, since a folder says what it holds. It may be done while jobs run. What is
-removed goes at once, by a rename. A merged shard is on the disk before those that it replaces are removed; a running
-job has these mapped, or finds the merged one.
+removed goes in one step, by a rename. A merged shard is on the disk before the shards that it replaces are removed. A
+running job still has these mapped, or finds the merged one.
 
 Given up: exact sizes in a list. A list reads headers alone, so it counts a completion twice that two processes computed
 at the same time.
@@ -140,7 +140,8 @@ def carry_out(step: CleanupStep) -> None:
 
 
 def merge(folder: Path) -> int:
-    """Merges the small shards of a store into larger ones; their number. Damaged ones are left as they are."""
+    """Merges the small shards of a store into larger ones. Returns how many were merged. Damaged ones are left
+    alone."""
     num_merged = 0
     for paths in _small(folder):
         shards = []
@@ -148,7 +149,8 @@ def merge(folder: Path) -> int:
             with contextlib.suppress(DamagedError, FileNotFoundError):
                 shards.append(open_shard(path, folder.name))
         if len(shards) > 1:
-            merged = write_shard(folder, folder.name, *joined(shards))
+            content, lengths, logps = joined(shards)
+            merged = write_shard(folder, folder.name, content, lengths, logps)
             for shard in shards:
                 if shard.name != merged.name:
                     remove(folder / shard.name)

@@ -1,8 +1,8 @@
 """The manifest of a store: a JSON file in its folder that says in words and values what the folder's name stands for.
 
-The folder is named by a digest, from which nobody can read what the numbers were computed with. The manifest holds the
-key itself, so a folder can be understood years later, and a checksum of its own bytes. Given up: a manifest that counts
-what is stored; it would have to be rewritten with every shard.
+The folder is named by a digest, which does not show what the numbers were computed with. The manifest holds the key
+itself, so a folder can be understood years later, and a checksum of its own bytes. Given up: a count of what is stored,
+for which the manifest would have to be rewritten with every shard.
 """
 
 import contextlib

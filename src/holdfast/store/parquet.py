@@ -1,9 +1,9 @@
 """A store exported to one Parquet file, and imported from it.
 
 The columns are `content_high`, `content_low` (int64, the two halves of the content id) and `logps` (list of fp32), so
-any tool reads them. The file's metadata has the manifest and a checksum of the content. An import takes nothing over
-before all of the file is checked. A store's folder may as well be copied as it is; a file is for places that keep
-files. Given up: a file that grows; it is written in one go.
+any tool reads them. The file's metadata has the manifest and a checksum of the content. An import adds nothing before
+all of the file is checked. A store's folder may also be copied as it is; one file is easier to share. Given up: a file
+that grows, since it is written in one go.
 """
 
 import os
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import pyarrow as pa
@@ -91,12 +91,13 @@ def import_store(root: Path, file: Path, key: StoreKey | None = None) -> Transfe
     """
     manifest = read_exported(file)
     if key is not None and key.digest() != manifest.key.digest():
-        asked, exported = key.facts(), manifest.key.facts()
-        name = next((name for name in asked if asked[name] != exported[name]), "numerics")
+        expected, exported = key.facts(), manifest.key.facts()
+        name = next((name for name in expected if expected[name] != exported[name]), "numerics")
         raise ValueError(
             f"log-probs of the store {key.digest()} were to be imported; {file} holds those of {manifest.key.digest()} "
             f"({manifest.key.description or 'without a description'}), whose {name!r} is {exported[name]!r}, not "
-            f"{asked[name]!r}. Export the store of this reference, with these numerics, or compute the log-probs here."
+            f"{expected[name]!r}. Export the store of this reference, with these numerics, or compute the log-probs "
+            "here."
         )
     num_tokens, num_rows = 0, 0
     with LogpStore.open(root, manifest.key) as store:
@@ -123,8 +124,8 @@ def read_exported(file: Path) -> Manifest:
             raise DamagedError("it has no manifest of a store")
         manifest = Manifest.from_bytes(metadata[_MANIFEST], file)
         checksum = _Checksum(manifest)
-        for batch in _batches(file):
-            checksum.update(*batch)
+        for content, lengths, logps in _batches(file):
+            checksum.update(content, lengths, logps)
         if checksum.digest().encode() != metadata[_CHECKSUM]:
             raise DamagedError("its content does not have its checksum")
     except FileNotFoundError as error:
@@ -142,12 +143,12 @@ def read_exported(file: Path) -> Manifest:
 
 def coverage(source: LogpStore | Path, ids: Iterable[ContentId]) -> tuple[int, int]:
     """The number of distinct `ids` that a store or an exported file holds, and the number of distinct `ids`."""
-    asked = set(ids)
+    distinct = set(ids)
     if isinstance(source, LogpStore):
-        return len(asked) - len(source.missing(asked)), len(asked)
+        return len(distinct) - len(source.missing(distinct)), len(distinct)
     read_exported(source)
     stored = {tuple(pair) for content, _, _ in _batches(source) for pair in content.tolist()}
-    return len(stored & asked), len(asked)
+    return len(stored & distinct), len(distinct)
 
 
 @final
@@ -158,9 +159,9 @@ class _Checksum:
         self._manifest = xxhash.xxh3_128(manifest.to_bytes())
         self._columns = (xxhash.xxh3_128(), xxhash.xxh3_128(), xxhash.xxh3_128())
 
-    def update(self, *columns: NDArray[Any]) -> None:
+    def update(self, content: NDArray[np.int64], lengths: NDArray[np.int64], logps: NDArray[np.float32]) -> None:
         """Adds the content ids, lengths and log-probs of more rows."""
-        for state, column in zip(self._columns, columns, strict=True):
+        for state, column in zip(self._columns, (content, lengths, logps), strict=True):
             state.update(np.ascontiguousarray(column).data)
 
     def digest(self) -> str:

@@ -1,6 +1,7 @@
 """Which machine a process runs on, and whether a process of this machine has ended.
 
-Processes that share files name their owners by these. Given up: to ask about processes of other machines.
+Files that processes share name their owner by machine and process number. Given up: asking about processes of other
+machines.
 """
 
 import os

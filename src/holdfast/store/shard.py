@@ -6,7 +6,7 @@ into one folder without locks. It also makes the file checkable, so no flipped b
 log-prob.
 
 XXH3 digests several GB/s on one core, where BLAKE2b makes less than one, so every byte is checked whenever a store is
-opened. Given up: protection from somebody who wants to deceive. A store is trusted as much as who may write to it.
+opened. Given up: protection from somebody who forges files. A store is trusted as far as those who may write to it.
 """
 
 import json
@@ -38,7 +38,7 @@ class Shard:
     """M completions: `content [M 2]` (int64) are the halves, high and low, of their content ids, `lengths [M]` (int64)
     their numbers of tokens, and `logps [N]` (fp32, nats) their log-probs, one completion after the other.
 
-    The log-probs are mapped, and so stay in the file until they are looked at.
+    The log-probs are mapped, so they stay in the file until they are read.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, key: str, content: NDArray[np.int64], lengths: NDArray[np.int64], logps: NDArray[np.float32]
+    folder: Path, key_digest: str, content: NDArray[np.int64], lengths: NDArray[np.int64], logps: NDArray[np.float32]
 ) -> Path:
-    """Writes a shard of the store `key` (its digest) with this content (see `Shard`); the path it has now. OSError."""
+    """Writes a shard with these arrays (see `Shard`) for the store of this key. Returns its path. OSError."""
     tensors = {"content": content, "lengths": lengths, "logps": logps}
     # A single entry: safetensors would order several in a different way each time, and the digest would differ.
-    header = {_HEADER: json.dumps({"format": FORMAT, "key": key})}
+    header = {_HEADER: json.dumps({"format": FORMAT, "key": key_digest})}
     data = save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}, header)
     path = folder / f"{xxhash.xxh3_128_hexdigest(data)}{SUFFIX}"
     write_durably(path, data)
     return path
 
 
-def open_shard(path: Path, key: str) -> Shard:
-    """The shard at `path` of the store `key` (its digest), every byte checked.
+def open_shard(path: Path, key_digest: str) -> Shard:
+    """The shard at `path`, which must be of the store of this key, every byte checked.
 
     DamagedError if it is not as it was written or is another store's, ValueError if its format is newer,
     FileNotFoundError if it is gone.
@@ -75,9 +75,9 @@ def open_shard(path: Path, key: str) -> Shard:
     if digest != path.name.removesuffix(SUFFIX):
         raise DamagedError(f"its bytes have the digest {digest}, not that of its name")
     try:
-        written = json.loads(_header(path)["__metadata__"][_HEADER])
-        if written["format"] > FORMAT:
-            raise ValueError(newer_format(path, written["format"]))
+        header = json.loads(_header(path)["__metadata__"][_HEADER])
+        if header["format"] > FORMAT:
+            raise ValueError(newer_format(path, header["format"]))
         tensors = load_file(path)
         shard = Shard(
             name=path.name,
@@ -95,8 +95,8 @@ def open_shard(path: Path, key: str) -> Shard:
         raise DamagedError(f"it is not a shard ({error})") from error
     if not is_consistent:
         raise DamagedError("its arrays do not fit each other")
-    if written["key"] != key:
-        raise DamagedError(f"it belongs to another store, {written['key']}")
+    if header["key"] != key_digest:
+        raise DamagedError(f"it belongs to another store, {header['key']}")
     return shard
 
 

@@ -1,12 +1,12 @@
 """The store: reference log-probs on disk, per token, computed once and never stale.
 
 A store is the folder `<root>/<digest of its StoreKey>`. It holds shards, which are only ever added (`shard.py`), and a
-manifest (`manifest.py`). The key says what the numbers were computed with, the content id which tokens they are for.
-Nothing else is asked in a look-up, so every run that would compute the same number finds it.
+manifest (`manifest.py`). The key says what the numbers were computed with, the content id which tokens they are for. A
+look-up needs nothing else, so every run that would compute the same number finds it.
 
 There is no list of the shards and no lock: a file whose name is the digest of its bytes is a shard, whoever wrote it. A
-kill costs what was not yet in a shard. A damaged shard is set aside, and its completions count as missing. No path is
-absolute, so a folder can be copied. Values stay in the files, mapped, until they are asked for: the processes of one
+kill loses only what was not yet in a shard. A damaged shard is set aside, and its completions count as missing. No path
+is absolute, so a folder can be copied. Values stay in the mapped files until they are read: the processes of one
 machine share one copy, in the system's cache.
 
 Given up: rows in order, and one big file (`holdfast store gc` merges small shards).
@@ -39,7 +39,7 @@ from holdfast.store.shard import Shard, open_shard, shard_paths, write_shard
 logger = logging.getLogger(__name__)
 
 SHARD_COMPLETIONS = 512
-"""A shard is written once so many completions have been added, so a kill costs no more than these."""
+"""A shard is written once this many completions have been added, so a kill loses no more."""
 SHARD_SECONDS = 30.0
 """A shard is also written with the first addition after so much time."""
 
@@ -113,32 +113,33 @@ class LogpStore:
         `lengths` are their numbers of tokens; a completion that is stored with another number counts as missing.
         """
         ids = list(ids)
-        wanted = None if lengths is None else list(lengths)
+        lengths = None if lengths is None else list(lengths)
         with self._lock:
-            known = self._buffered(ids, wanted)
-            located = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+            logps = self._buffered(ids, lengths)
+            located = self._index.find(_array(ids), None if lengths is None else np.array(lengths, dtype=np.int64))
             rows = np.flatnonzero(located.shard >= 0)
-            columns = (rows, located.shard[rows], located.start[rows], located.length[rows])
-            for row, shard, start, length in zip(*(column.tolist() for column in columns), strict=True):
-                stored = self._shards[shard].logps[start : start + length]
-                known.setdefault(ids[row], torch.from_numpy(stored.copy()))
+            shards, starts, stops = located.shard[rows], located.start[rows], located.start[rows] + located.length[rows]
+            slices = zip(rows.tolist(), shards.tolist(), starts.tolist(), stops.tolist(), strict=True)
+            for row, shard, start, stop in slices:
+                stored = self._shards[shard].logps[start:stop]
+                logps.setdefault(ids[row], torch.from_numpy(stored.copy()))
         for other in self._alike:
-            left = [row for row, key in enumerate(ids) if key not in known]
-            known |= other.get([ids[row] for row in left], None if wanted is None else [wanted[row] for row in left])
-        return known
+            rows = [row for row, content_id in enumerate(ids) if content_id not in logps]
+            logps |= other.get([ids[row] for row in rows], None if lengths is None else [lengths[row] for row in rows])
+        return logps
 
     def missing(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> list[ContentId]:
         """Those of `ids` that are not stored (see `get`), each once, in their order."""
         ids = list(ids)
-        wanted = None if lengths is None else list(lengths)
+        lengths = None if lengths is None else list(lengths)
         with self._lock:
-            buffered = self._buffered(ids, wanted)
-            located = self._index.find(_array(ids), None if wanted is None else np.array(wanted, dtype=np.int64))
+            buffered = self._buffered(ids, lengths)
+            located = self._index.find(_array(ids), None if lengths is None else np.array(lengths, dtype=np.int64))
         rows = np.flatnonzero(located.shard < 0).tolist()
         for other in self._alike:
-            known = other.get([ids[row] for row in rows], None if wanted is None else [wanted[row] for row in rows])
-            rows = [row for row in rows if ids[row] not in known]
-        return [key for key in dict.fromkeys(ids[row] for row in rows) if key not in buffered]
+            logps = other.get([ids[row] for row in rows], None if lengths is None else [lengths[row] for row in rows])
+            rows = [row for row in rows if ids[row] not in logps]
+        return [content_id for content_id in dict.fromkeys(ids[row] for row in rows) if content_id not in buffered]
 
     def has(self, content_id: ContentId, length: int | None = None) -> bool:
         """Whether a completion is stored (see `get`)."""
@@ -181,14 +182,14 @@ class LogpStore:
         They are written with the next shard. ValueError where a completion is new and cannot be written, or where its
         log-probs are no finite fp32 vector.
         """
-        tensors = {key: value.detach().cpu() for key, value in logps.items()}
+        tensors = {content_id: value.detach().cpu() for content_id, value in logps.items()}
         _check_values(tensors)
         with self._lock:
-            for key in self.missing(tensors, [len(value) for value in tensors.values()]):
+            for content_id in self.missing(tensors, [len(value) for value in tensors.values()]):
                 self.check_writable()
-                if key in self._buffer:  # with another length
+                if content_id in self._buffer:  # with another length
                     self.flush()
-                self._buffer[key] = tensors[key].clone()
+                self._buffer[content_id] = tensors[content_id].clone()
             if self.claim is not None:
                 with contextlib.suppress(OSError):
                     os.utime(self.claim)
@@ -213,16 +214,16 @@ class LogpStore:
                 except FileNotFoundError:  # the folder was dropped in the meantime
                     self._begin()
                     path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
-                written = self._opened(path)
-                if isinstance(written, str):
-                    raise OSError(errno.EIO, f"read back, {written}")
+                shard = self._opened(path)
+                if isinstance(shard, str):
+                    raise OSError(errno.EIO, f"read back, {shard}")
             self._buffer.clear()
             self._flushed_at = time.monotonic()
             self._touch()
-            if written is None:  # merged already
+            if shard is None:  # merged already
                 self.refresh()
-            elif written.name not in self._seen:
-                self._include([written])
+            elif shard.name not in self._seen:
+                self._include([shard])
 
     def check_writable(self) -> None:
         """ValueError where no shard could be written. Asked before a long computation."""
@@ -261,8 +262,10 @@ class LogpStore:
     def _buffered(self, ids: Sequence[ContentId], lengths: Sequence[int] | None) -> dict[ContentId, Tensor]:
         if not self._buffer:
             return {}
-        buffered = ((row, key, self._buffer[key]) for row, key in enumerate(ids) if key in self._buffer)
-        return {key: value.clone() for row, key, value in buffered if lengths is None or len(value) == lengths[row]}
+        buffered = {row: self._buffer[content_id] for row, content_id in enumerate(ids) if content_id in self._buffer}
+        return {
+            ids[row]: value.clone() for row, value in buffered.items() if lengths is None or len(value) == lengths[row]
+        }
 
     def _read_new(self, damaged: list[tuple[Path, str]]) -> bool:
         """Opens the shards in the folder that were not seen yet; True if some were gone by then."""
@@ -343,16 +346,16 @@ class LogpStore:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            asked = f"{content} were to be written to the log-prob store {self.folder}"
+            request = f"{content} were to be written to the log-prob store {self.folder}"
             if error.errno in _FULL:
                 raise ValueError(
-                    f"{asked}, but there is no room for them: {reason}, {free_bytes(self.folder):,} bytes are free. "
+                    f"{request}, but there is no room for them: {reason}, {free_bytes(self.folder):,} bytes are free. "
                     f"The {self._index.num_completions} completions in finished shards are kept ({self.num_bytes:,} "
                     "bytes). Free some space (`holdfast store gc`) or put the store on another disk "
                     "(`$HOLDFAST_HOME`), and run again: only what is missing is computed."
                 ) from error
             raise ValueError(
-                f"{asked}, which cannot be written to ({reason}); it can be read, and holds "
+                f"{request}, which cannot be written to ({reason}); it can be read, and holds "
                 f"{self._index.num_completions} completions. Change the folder's permissions, or choose another one "
                 "for the store (`$HOLDFAST_HOME`)."
             ) from error

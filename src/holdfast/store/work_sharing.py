@@ -9,8 +9,8 @@ claim is a file that one process made, and no lock: what is stored never depends
 has ended. When only claimed blocks are left, a process waits for them, and takes over each whose owner has died or
 shows no progress for `PATIENCE_SECONDS`. It holds no claim while it waits, so no wait is for ever.
 
-Given up: an even end, since a block is never divided; and use where all processes must compute together (sharded
-parameters), which share out by rank instead.
+Given up: processes that finish at the same time, since a block is never divided. Where all processes must compute
+together (sharded parameters), completions are divided by rank instead.
 """
 
 import contextlib
@@ -36,8 +36,9 @@ CLAIM = ".claim"
 CLAIM_SECONDS = 900.0
 """A claim is void if it was not renewed for so long. Each batch renews it."""
 PATIENCE_SECONDS = 120.0
-"""So long a process waits, by its own clock, for a claim that nobody renews. A batch takes less, and a network file
-system hides for less (60 s) what another machine has done. Too short costs double work, no more."""
+"""How long a process waits, by its own clock, for a claim that nobody renews. It is more than a batch takes, and more
+than a network file system needs to show what another machine has done (60 s). A value too short only costs double
+work."""
 SHORTEST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
 """How long a process waits before it looks at the claims of others again."""
 
@@ -70,7 +71,7 @@ def claimed_blocks(
             yield from _work(store, path, block)
         else:
             with_others[path] = block
-    yield from _taken_over(store, with_others, renewals, on_wait)
+    yield from _take_over(store, with_others, renewals, on_wait)
 
 
 def _work(store: LogpStore, path: Path, block: Sequence[ContentId]) -> Generator[list[ContentId], None, None]:
@@ -87,30 +88,30 @@ def _work(store: LogpStore, path: Path, block: Sequence[ContentId]) -> Generator
         remove(path)
 
 
-def _taken_over(
+def _take_over(
     store: LogpStore,
     with_others: Mapping[Path, list[ContentId]],
     renewals: _Renewals,
     on_wait: Callable[[int], None],
 ) -> Generator[list[ContentId], None, None]:
     """What other processes leave undone of the blocks that they claimed; ends when every block is stored."""
-    left, pause = dict(with_others), SHORTEST_POLL_SECONDS
-    while left:
-        num_left = len(left)
+    unfinished, pause = dict(with_others), SHORTEST_POLL_SECONDS
+    while unfinished:
+        num_unfinished = len(unfinished)
         store.refresh()
-        left = {path: block for path, block in left.items() if store.missing(block)}
-        for path in random.sample([*left], len(left)):  # in random order, since several processes may wait
+        unfinished = {path: block for path, block in unfinished.items() if store.missing(block)}
+        for path in random.sample([*unfinished], len(unfinished)):  # in random order, since several processes may wait
             if _is_own(path):  # of another generator of this process, which cannot go on while this one waits
-                yield store.missing(left.pop(path))
+                yield store.missing(unfinished.pop(path))
                 store.flush()
                 break
             if _claim(store, path, renewals):
-                yield from _work(store, path, left.pop(path))
+                yield from _work(store, path, unfinished.pop(path))
                 break
-        if len(left) < num_left:
+        if len(unfinished) < num_unfinished:
             pause = SHORTEST_POLL_SECONDS
-        elif left:
-            on_wait(len(left))
+        elif unfinished:
+            on_wait(len(unfinished))
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
 

@@ -1,9 +1,9 @@
 """`Layout`: what every layout can do, and what it answers about itself.
 
 A layout decides in which rows the tokens of a batch stand. It is the run's data collator: tokenized pairs go in, the
-complete tensors of a `PairBatch` come out. Whoever must know something of a layout asks it: the choice between layouts,
-the budget of a batch that is scored ahead, the options of a run. So a new layout is its own file and a line in
-`choose.LAYOUTS`.
+complete tensors of a `PairBatch` come out. The layout itself answers what other modules must know of it: how the next
+layout to try is found, how many tokens its rows take, how it is made from the options of a run. So a new layout is its
+own file and a line in `choose.LAYOUTS`.
 
 Given up: layouts that depend on anything but the rows of one batch.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
-from holdfast.data.layouts.rows import Row, truncated_rows
+from holdfast.data.layouts.sequences import TokenSequence, truncated_sequences
 from holdfast.data.tokenize import TruncationMode
 
 
@@ -56,22 +56,22 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def fallback(self) -> "Layout | None":
-        """The layout to try next, cut and padded likewise, where a model computes this one wrongly. None where every
-        model computes it right."""
+        """The layout to try next where a model computes this one wrongly, with the same truncation and padding. None
+        where every model computes this one right."""
 
     @abc.abstractmethod
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these pairs. ValueError for one that has no completion token to predict after truncation."""
 
     @abc.abstractmethod
-    def of_completions(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The batch of these sequences, which are cut already: `chosen` and `rejected` are empty."""
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+        """The batch of these truncated sequences, without pairs: `chosen` and `rejected` are empty."""
 
     @abc.abstractmethod
     def tokens_in_rows(self, *, num_tokens: int, num_sequences: int, longest: int) -> int:
-        """About how many tokens the rows of so many sequences have, padding included. `num_tokens` are those of all
-        sequences, where a prompt that is shared counts once; `longest` are those of the longest."""
+        """About how many tokens the rows of `num_sequences` sequences have, padding included. `num_tokens` counts the
+        tokens of all of them, a shared prompt once; `longest` counts those of the longest."""
 
-    def truncated(self, features: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """The sequences of these pairs, cut: all chosen ones, then all rejected ones."""
-        return truncated_rows(features, self.max_length, self.truncation_mode)
+    def truncated(self, features: Sequence[Mapping[str, Any]]) -> list[TokenSequence]:
+        """The truncated sequences of these pairs: all chosen ones, then all rejected ones."""
+        return truncated_sequences(features, self.max_length, self.truncation_mode)

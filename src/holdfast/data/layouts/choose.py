@@ -1,9 +1,9 @@
-"""Which layout the rows of a run get: what was asked for, once the models have been seen to compute it right.
+"""Which layout a run has: the one that its options ask for, once a trial shows that the models compute it right.
 
-Rows that hold several sequences are read wrongly, and without a word, by models that carry state along a row, count
-distance in columns, or drop the arguments of their attention. So before anything is scored each model of the run,
-policy and references alike, is tried on the first batch (`trial.LayoutTrial`). One layout holds for all of them: padded
-and shared rows differ by rounding, and a margin is a difference of two log-probs.
+Some models silently read rows of several sequences wrongly: those that carry state along a row, count distance in
+columns, or drop the arguments of their attention. So before anything is scored each model of the run, policy and
+references alike, is tried on the first batch (`trial.LayoutTrial`). All models get the same layout: padded and shared
+rows differ by rounding, and a margin is a difference of two log-probs.
 
 Given up: a layout for each model, which would let a policy share prompts although its reference cannot.
 """
@@ -42,34 +42,34 @@ def make_layout(options: ChoiceOptions, pad_token_id: int) -> Layout:
 
 
 def layout_of(collator: Any) -> Layout | None:
-    """The layout in which `collator` lays pairs out; None for a user's own collator, of which nothing is known."""
+    """The layout of the batches that `collator` makes; None for a user's own collator, whose layout is unknown."""
     if type(collator) is DataCollatorForPreference:
-        options = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of)
-        return PaddedLayout(collator.pad_token_id, *options)
+        return PaddedLayout(
+            collator.pad_token_id, collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of
+        )
     return collator if isinstance(collator, Layout) else None
 
 
 def choose_layout(collator: Any, options: ChoiceOptions, trial: LayoutTrial) -> Any:
-    """`collator`, once the models have been seen to compute right what it lays out. Where they do not, and
-    `options.layout` is `auto`, the next fallback that they do, with a line on why. A user's own collator comes back as
-    it is.
+    """`collator`, where all models compute its layout right or it is a user's own.
 
-    Raises ValueError where the layout that was named is wrong for a model, and where padded rows are all that is right
-    and `options.padding_free` forbids them.
+    Otherwise, if `options.layout` is `auto`, the first fallback that all models compute right; a warning says why.
+    Raises ValueError where `options.layout` names the layout that a model computes wrongly, and where padded rows are
+    the only right ones and `options.padding_free` forbids them.
     """
     if trial.is_sharded and options.tokens_per_batch is not None:
         raise ValueError(
             f"tokens_per_batch={options.tokens_per_batch} was asked for, but the weights are sharded: all processes "
             "must compute equally many parts, and their batches differ. Lower per_device_train_batch_size instead."
         )
-    asked = layout_of(collator)
-    if asked is None or (reason := trial.problem(asked)) is None:
+    first = layout_of(collator)
+    if first is None or (reason := trial.problem(first)) is None:
         return collator
-    if options.layout != "auto" or asked.name != FIRST.name:
+    if options.layout != "auto" or first.name != FIRST.name:
         raise ValueError(
-            f"layout={asked.name!r} was asked for, but {reason}. Use layout='auto', which takes one that fits."
+            f"layout={first.name!r} was asked for, but {reason}. Use layout='auto', which takes one that fits."
         )
-    layout = asked.fallback()
+    layout = first.fallback()
     while layout is not None and trial.problem(layout) is not None:
         layout = layout.fallback()
     assert layout is not None, "the last layout to fall back to is right for every model"

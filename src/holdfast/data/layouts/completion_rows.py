@@ -1,7 +1,7 @@
 """A batch of any layout -> the same pairs with a row for each completion.
 
-For who needs rows of one completion, [2P T], such as a function that is shown logits. Given up: the padding of the
-rows that the collator would have made; only the tokens are the same.
+A user's function that gets logits needs such rows, [2P T]. Given up: rows as long as the collator would have made them;
+the number of padding tokens may differ.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import Row
+from holdfast.data.layouts.sequences import TokenSequence
 from holdfast.scoring.segments import SEGMENTS
 
 
@@ -25,9 +25,11 @@ def row_per_completion(tensors: Mapping[str, Any], pad_token_id: int) -> dict[st
         for name in ("input_ids", "position_ids", "source", "target", "sequence")
     )
     starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-    rows = []
+    sequences = []
     for first, completion in zip(source[starts], np.split(target, starts[1:]), strict=True):
         num_prompt = positions[first] + 1  # or the completion's own first token, where there is no prompt
-        rows.append(Row(np.concatenate([ids[first + 1 - num_prompt : first + 1], completion]), int(num_prompt)))
+        sequences.append(
+            TokenSequence(np.concatenate([ids[first + 1 - num_prompt : first + 1], completion]), int(num_prompt))
+        )
     order = torch.cat([tensors["chosen"], tensors["rejected"]]).tolist()
-    return PaddedLayout(pad_token_id).of_pairs([rows[index] for index in order])
+    return PaddedLayout(pad_token_id).of_pairs([sequences[index] for index in order])

@@ -1,11 +1,11 @@
 """Rows filled with many segments, up to a budget of tokens: what the prefix-shared and the packed layout share.
 
 A segment is what must stand together: a prompt with its completions, or one sequence. Segments are spread over as few
-rows as the budget allows, alike in length, so that padding is only what rows differ by. The segments of each row go
-along for `scoring.attention`, which keeps completions apart. What is scored, its order and its content ids are those of
-the padded layout, with a completion that occurs again left out the second time.
+rows as the budget allows, of about the same length, so that little of a batch is padding. The segments of each row go
+along for `scoring.attention`, which keeps completions apart. The sequences have the order and the content ids of the
+padded layout, but equal ones are scored once.
 
-Given up: rows that a model can be given without that attention. Its answers would be wrong.
+Given up: rows that any attention computes right. Without `scoring.attention`, completions would see each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import HOST_SEQUENCES, HostSequences
-from holdfast.data.layouts.rows import Row, check_counts, content_of
+from holdfast.data.layouts.sequences import TokenSequence, check_counts, content_id_of
 from holdfast.scoring.segments import SEGMENTS, Segments
 
 ROW_TOKENS = 1_000
-"""Rows of about so many tokens are computed best: long enough for the matrix products, short enough for caches."""
+"""Tokens of a row by default: enough for fast matrix products, few enough for a CPU's caches."""
 
 ROW_PADDING = 0.06
 """Largest share of a batch's tokens that may be padding. Rows become longer than `ROW_TOKENS` to keep to it."""
@@ -29,9 +29,9 @@ ROW_PADDING = 0.06
 
 @dataclass(slots=True, kw_only=True)
 class RowSegment:
-    """What stands together in a row: a prompt and the sequences that begin with it, which are `sequences` by number.
+    """What stands together in a row: a prompt, and by index the `sequences` that begin with it.
 
-    A whole sequence may also be the `prompt` of a segment, of which it is the only sequence.
+    A segment of one sequence alone has the whole sequence as its `prompt`.
     """
 
     prompt: np.ndarray
@@ -54,50 +54,51 @@ def default_row_tokens(tokens_per_batch: int | None) -> int | None:
 
 
 def fill_rows(
-    rows: Sequence[Row],
-    segments_of: Callable[[Sequence[Row]], list[RowSegment]],
+    sequences: Sequence[TokenSequence],
+    segments_of: Callable[[Sequence[TokenSequence]], list[RowSegment]],
     *,
     pad_token_id: int,
     row_tokens: int | None,
     multiple: int | None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """A batch less `chosen` and `rejected`, and which of its sequences each of `rows` has become.
+    """A batch less `chosen` and `rejected`, and the index in it of each of `sequences`: equal ones become one.
 
     `segments_of` puts the distinct sequences into segments. A row of the batch has at most `row_tokens` tokens, or one
     segment where that has more; None is about `ROW_TOKENS`.
     """
-    check_counts(np.array([len(row.ids) - max(row.num_prompt, 1) for row in rows]))
-    sequences, sequence_of_row = _distinct(rows)
-    segments = segments_of(sequences)
+    check_counts(np.array([len(sequence.ids) - max(sequence.num_prompt, 1) for sequence in sequences]))
+    distinct, index_of_each = _distinct(sequences)
+    segments = segments_of(distinct)
     members_of_rows = spread_segments([segment.num_tokens for segment in segments], row_tokens)
-    occurrences = np.bincount(sequence_of_row)
+    occurrences = np.bincount(index_of_each)
     batch = _RowsInProgress.empty(len(members_of_rows), _width(segments, members_of_rows, multiple), pad_token_id)
     predicted: dict[int, np.ndarray] = {}  # by sequence, the flat positions that predict its tokens
     for row, members in enumerate(members_of_rows):
         for member in members:
-            predicted |= batch.append(row, segments[member], sequences, occurrences)
-    sources = [predicted[index] for index in range(len(sequences))]
-    targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in sequences]
-    content, lengths = [content_of(sequence) for sequence in sequences], [*map(len, targets)]
+            predicted |= batch.append(row, segments[member], distinct, occurrences)
+    sources = [predicted[index] for index in range(len(distinct))]
+    targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in distinct]
+    content, lengths = [content_id_of(sequence) for sequence in distinct], [*map(len, targets)]
     tensors = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": batch.attention_mask,
         "source": np.concatenate(sources),
         "target": np.concatenate(targets),
-        "sequence": np.repeat(np.arange(len(sequences)), lengths),
+        "sequence": np.repeat(np.arange(len(distinct)), lengths),
         "content": np.array(content),
     }
+    num_rows, num_columns = batch.input_ids.shape
     in_host_memory = {
-        SEGMENTS: Segments.of(batch.lengths, *batch.input_ids.shape),
+        SEGMENTS: Segments.of(batch.lengths, num_rows, num_columns),
         HOST_SEQUENCES: HostSequences(
             content=tuple(content),
             lengths=tuple(lengths),
-            rows=tuple(int(source[0]) // batch.input_ids.shape[1] for source in sources),
+            rows=tuple(int(source[0]) // num_columns for source in sources),
         ),
     }
     arrays = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    return arrays | in_host_memory, torch.from_numpy(sequence_of_row)
+    return arrays | in_host_memory, torch.from_numpy(index_of_each)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,7 +121,7 @@ class _RowsInProgress:
         )  # fmt: skip
 
     def append(
-        self, row: int, segment: RowSegment, sequences: Sequence[Row], occurrences: np.ndarray
+        self, row: int, segment: RowSegment, sequences: Sequence[TokenSequence], occurrences: np.ndarray
     ) -> dict[int, np.ndarray]:
         """Writes the segment into the row. Returns, for each of its sequences, the flat positions that predict its
         completion tokens. `occurrences` says how many of the batch's completions each sequence is."""
@@ -148,17 +149,17 @@ class _RowsInProgress:
         return row * self.input_ids.shape[1] + np.arange(start, end)
 
 
-def _distinct(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
-    """The distinct sequences, in the order in which they first come, and the number of the one that each row is."""
-    numbers: dict[tuple[int, bytes], int] = {}
-    sequences, number_of_row = [], []
-    for row in rows:
-        key = (row.num_prompt, row.ids.tobytes())
-        if key not in numbers:
-            numbers[key] = len(sequences)
-            sequences.append(row)
-        number_of_row.append(numbers[key])
-    return sequences, np.array(number_of_row)
+def _distinct(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], np.ndarray]:
+    """The distinct sequences, in the order in which they first come, and the index among them of each sequence."""
+    indices: dict[tuple[int, bytes], int] = {}
+    distinct, index_of_each = [], []
+    for sequence in sequences:
+        key = (sequence.num_prompt, sequence.ids.tobytes())
+        if key not in indices:
+            indices[key] = len(distinct)
+            distinct.append(sequence)
+        index_of_each.append(indices[key])
+    return distinct, np.array(index_of_each)
 
 
 def _width(segments: Sequence[RowSegment], members_of_rows: Sequence[Sequence[int]], multiple: int | None) -> int:
@@ -181,7 +182,7 @@ def spread_segments(sizes: Sequence[int], budget: int | None) -> list[list[int]]
             if num_rows == 1 or num_rows * longest <= (1 + ROW_PADDING) * total:
                 return rows
             num_rows -= max(1, num_rows // 8)
-    capacity = max(budget, *sizes) if sizes else budget
+    capacity = max([budget, *sizes])
     num_rows = -(-total // capacity)
     while True:  # ends at the latest with a row for each segment
         rows, longest = _into_rows(sizes, num_rows)

@@ -1,8 +1,8 @@
 """`PackedLayout`: rows hold many sequences, each with its own prompt.
 
-Next to nothing of a row is padding, and a model needs only to keep whole sequences apart, which more models can than
-share prompts. A fused attention kernel for rows of many sequences does it. Given up: computing a prompt once for all of
-its completions, which `SharedLayout` does.
+Hardly any of a row is padding. A model only has to keep whole sequences apart, which more models can do than share
+prompts: FlashAttention does it, for example. Given up: computing a prompt once for all of its completions, as
+`SharedLayout` does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from torch import Tensor
 from holdfast.data.layouts.base import Layout, LayoutOptions
 from holdfast.data.layouts.filled_rows import RowSegment, check_row_tokens, default_row_tokens, fill_rows
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import Row, check_row_options, no_pairs
+from holdfast.data.layouts.sequences import TokenSequence, check_row_options, no_pairs
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class PackedLayout(Layout):
-    """`input_ids`, `position_ids` and `attention_mask` [R T] as those of `SharedLayout`, whose segments are prompts
-    with their completions; here each sequence is a segment, a prompt without completions."""
+    """`input_ids`, `position_ids` and `attention_mask` [R T], as in `SharedLayout`. But here each sequence is a segment
+    of its own, with its own copy of the prompt."""
 
     name: ClassVar[str] = "packed"
     summary: ClassVar[str] = "many sequences a row"
@@ -50,22 +50,22 @@ class PackedLayout(Layout):
         return PaddedLayout(self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tensors, sequence_of_row = self._filled(self.truncated(features))
-        chosen, rejected = sequence_of_row.chunk(2)
+        tensors, index_of_each = self._filled(self.truncated(features))
+        chosen, rejected = index_of_each.chunk(2)
         return tensors | {"chosen": chosen, "rejected": rejected}
 
-    def of_completions(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         """See `Layout.of_completions`."""
-        return self._filled(rows)[0] | no_pairs()
+        return self._filled(sequences)[0] | no_pairs()
 
     def tokens_in_rows(self, *, num_tokens: int, num_sequences: int, longest: int) -> int:
         """See `Layout.tokens_in_rows`: rows have next to no padding."""
         return num_tokens
 
-    def _filled(self, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
+    def _filled(self, sequences: Sequence[TokenSequence]) -> tuple[dict[str, Any], Tensor]:
         """See `fill_rows`."""
         return fill_rows(
-            rows,
+            sequences,
             _segment_each,
             pad_token_id=self.pad_token_id,
             row_tokens=self.row_tokens,
@@ -73,8 +73,9 @@ class PackedLayout(Layout):
         )
 
 
-def _segment_each(sequences: Sequence[Row]) -> list[RowSegment]:
+def _segment_each(sequences: Sequence[TokenSequence]) -> list[RowSegment]:
     """A segment for each sequence."""
     return [
-        RowSegment(prompt=row.ids, sequences=[index], num_tokens=len(row.ids)) for index, row in enumerate(sequences)
+        RowSegment(prompt=sequence.ids, sequences=[index], num_tokens=len(sequence.ids))
+        for index, sequence in enumerate(sequences)
     ]

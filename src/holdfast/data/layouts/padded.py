@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from holdfast.data.layouts.base import Layout, LayoutOptions
-from holdfast.data.layouts.rows import (
-    Row,
+from holdfast.data.layouts.sequences import (
+    TokenSequence,
     check_counts,
     check_row_options,
-    content_of,
+    content_id_of,
     no_pairs,
     padded_rows,
     pairs_of_halves,
@@ -49,34 +49,34 @@ class PaddedLayout(Layout):
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self.of_pairs(self.truncated(features))
 
-    def of_pairs(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """The batch of sequences that are cut already: all chosen ones, then all rejected ones."""
-        return self._laid_out(rows) | pairs_of_halves(len(rows))
+    def of_pairs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        """The batch of truncated sequences: all chosen ones, then all rejected ones."""
+        return self._laid_out(sequences) | pairs_of_halves(len(sequences))
 
-    def of_completions(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """See `Layout.of_completions`."""
-        return self._laid_out(rows) | no_pairs()
+        return self._laid_out(sequences) | no_pairs()
 
     def tokens_in_rows(self, *, num_tokens: int, num_sequences: int, longest: int) -> int:
         """See `Layout.tokens_in_rows`: each row is as long as the longest."""
         return longest * num_sequences
 
-    def _laid_out(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _laid_out(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Everything but `chosen` and `rejected`."""
-        input_ids, attention_mask = padded_rows(rows, self.pad_token_id, self.pad_to_multiple_of)
+        input_ids, attention_mask = padded_rows(sequences, self.pad_token_id, self.pad_to_multiple_of)
         num_tokens = input_ids.shape[1]
-        first = np.array([max(row.num_prompt, 1) for row in rows])
-        counts = np.array([len(row.ids) for row in rows]) - first
+        first = np.array([max(sequence.num_prompt, 1) for sequence in sequences])
+        counts = np.array([len(sequence.ids) for sequence in sequences]) - first
         check_counts(counts)
-        sequence = np.repeat(np.arange(len(rows)), counts)
-        rank = np.arange(len(sequence)) - np.repeat(counts.cumsum() - counts, counts)
-        position = sequence * num_tokens + first[sequence] + rank
+        row = np.repeat(np.arange(len(sequences)), counts)
+        rank = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
+        position = row * num_tokens + first[row] + rank
         tensors = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "source": position - 1,
             "target": input_ids.reshape(-1)[position],
-            "sequence": sequence,
-            "content": np.array([content_of(row) for row in rows]),
+            "sequence": row,
+            "content": np.array([content_id_of(sequence) for sequence in sequences]),
         }
         return {name: torch.from_numpy(array) for name, array in tensors.items()}

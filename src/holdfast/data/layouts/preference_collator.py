@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from holdfast.data.columns import REFERENCE_COLUMNS
-from holdfast.data.layouts.rows import check_counts, check_row_options, padded_rows, pairs_of_halves, truncated_rows
+from holdfast.data.layouts.sequences import (
+    check_counts,
+    check_row_options,
+    padded_rows,
+    pairs_of_halves,
+    truncated_sequences,
+)
 from holdfast.data.tokenize import TruncationMode, content_id
 
 POSITION_KEYS = ("source", "target", "sequence", "chosen", "rejected", "content")
@@ -26,8 +32,8 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
     """A data collator: rows with `prompt_ids`, `chosen_ids` and `rejected_ids` -> `input_ids`, `attention_mask` and
     `completion_mask` [2P T], chosen rows first.
 
-    `ref_chosen_logps` and `ref_rejected_logps` [P] are passed on when the rows have them. For scripts that name this
-    collator; holdfast's own with such rows is `PaddedLayout`.
+    `ref_chosen_logps` and `ref_rejected_logps` [P] are passed on when the rows have them. It is for scripts that name
+    this collator; `PaddedLayout` makes the same rows as a complete batch.
     """
 
     pad_token_id: int
@@ -51,11 +57,11 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
 
     def torch_call(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch of `features`."""
-        rows = truncated_rows(features, self.max_length, self.truncation_mode)
-        input_ids, attention_mask = padded_rows(rows, self.pad_token_id, self.pad_to_multiple_of)
+        sequences = truncated_sequences(features, self.max_length, self.truncation_mode)
+        input_ids, attention_mask = padded_rows(sequences, self.pad_token_id, self.pad_to_multiple_of)
         completion_mask = attention_mask.copy()
-        for mask, row in zip(completion_mask, rows, strict=True):
-            mask[: row.num_prompt] = 0
+        for mask, sequence in zip(completion_mask, sequences, strict=True):
+            mask[: sequence.num_prompt] = 0
         tensors = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
@@ -85,10 +91,8 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     counts_as_target[:, 1:] = completion[:, 1:] & attended[:, :-1]
     check_counts(counts_as_target.sum(1).cpu().numpy())
     sequence, column = counts_as_target.nonzero(as_tuple=True)  # [N] each, row by row
-    content = [
-        _masked_content_id(*arrays)
-        for arrays in zip(*(tensor.cpu().numpy() for tensor in (ids, attended, completion)), strict=True)
-    ]
+    rows = zip(ids.cpu().numpy(), attended.cpu().numpy(), completion.cpu().numpy(), strict=True)
+    content = [_masked_content_id(row, row_attended, row_completion) for row, row_attended, row_completion in rows]
     positions = {
         "source": sequence * num_tokens + column - 1,
         "target": ids[sequence, column],

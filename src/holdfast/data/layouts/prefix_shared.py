@@ -1,8 +1,8 @@
-"""`SharedLayout`: each prompt of a batch stands once, followed by all of its completions, and rows hold many of these.
+"""`SharedLayout`: each prompt stands once, followed by all of its completions; a row holds many prompts.
 
 The completions of a batch are grouped by prompt, and a completion that several pairs have stands once as well. So a
-prompt is computed once however many pairs it has, and next to nothing of a row is padding. Positions go on from the
-prompt for each of its completions. Given up: models that cannot keep completions apart; `choose` finds them.
+prompt is computed once however many pairs it has, and hardly any of a row is padding. The positions of each completion
+go on from its prompt. Given up: models that cannot keep completions apart; `choose` finds them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.data.layouts.base import Layout, LayoutOptions
 from holdfast.data.layouts.filled_rows import RowSegment, check_row_tokens, default_row_tokens, fill_rows
 from holdfast.data.layouts.packed import PackedLayout
-from holdfast.data.layouts.rows import Row, check_row_options, no_pairs
+from holdfast.data.layouts.sequences import TokenSequence, check_row_options, no_pairs
 
 
 @final
@@ -22,13 +22,13 @@ from holdfast.data.layouts.rows import Row, check_row_options, no_pairs
 class SharedLayout(Layout):
     """`input_ids`, `position_ids` and `attention_mask` [R T]: R rows of segments, each a prompt and its completions.
 
-    A row has at most `row_tokens` tokens, or one segment where that has more; rows are as evenly filled as they come,
-    and padded on the right to the longest. By default they have about `ROW_TOKENS`, or as many more as leave next to no
-    padding. A completion that occurs again is no further sequence. Two values are no tensors, and stay in host memory:
-    `row_segments`, the `Segments` of the rows, and `host_sequences`, the `HostSequences`.
+    A row has at most `row_tokens` tokens, unless one segment has more. Rows are filled evenly, and padded on the right
+    to the longest. By default they have about `ROW_TOKENS` tokens, or more where that saves padding. Equal completions
+    of a prompt are one sequence. Two values are no tensors, and stay in host memory: `row_segments`, the `Segments` of
+    the rows, and `host_sequences`, the `HostSequences`.
 
-    `attention_mask` says in how many of the 2P sequences a token is, 0 for padding: so weighted, means over tokens (the
-    load-balancing loss of models with experts) are those of padded rows.
+    `attention_mask` counts the sequences, of the 2P, that contain a token; it is 0 for padding. A mean over tokens with
+    these weights (the load-balancing loss of models with experts) is that of padded rows.
     """
 
     name: ClassVar[str] = "prefix_shared"
@@ -60,22 +60,22 @@ class SharedLayout(Layout):
         )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        tensors, sequence_of_row = self._filled(self.truncated(features))
-        chosen, rejected = sequence_of_row.chunk(2)
+        tensors, index_of_each = self._filled(self.truncated(features))
+        chosen, rejected = index_of_each.chunk(2)
         return tensors | {"chosen": chosen, "rejected": rejected}
 
-    def of_completions(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         """See `Layout.of_completions`."""
-        return self._filled(rows)[0] | no_pairs()
+        return self._filled(sequences)[0] | no_pairs()
 
     def tokens_in_rows(self, *, num_tokens: int, num_sequences: int, longest: int) -> int:
         """See `Layout.tokens_in_rows`: rows have next to no padding."""
         return num_tokens
 
-    def _filled(self, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
+    def _filled(self, sequences: Sequence[TokenSequence]) -> tuple[dict[str, Any], Tensor]:
         """See `fill_rows`."""
         return fill_rows(
-            rows,
+            sequences,
             _segments_by_prompt,
             pad_token_id=self.pad_token_id,
             row_tokens=self.row_tokens,
@@ -83,7 +83,7 @@ class SharedLayout(Layout):
         )
 
 
-def _segments_by_prompt(sequences: Sequence[Row]) -> list[RowSegment]:
+def _segments_by_prompt(sequences: Sequence[TokenSequence]) -> list[RowSegment]:
     """A segment for each prompt, in the order of the prompts."""
     segments: dict[bytes, RowSegment] = {}
     for index, (ids, num_prompt) in enumerate(sequences):

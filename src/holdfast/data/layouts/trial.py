@@ -1,11 +1,11 @@
 """A layout tried on the models of a run: whether they compute it as they compute padded rows, which are always right.
 
 Each model, one of each class, is given the first batch in both layouts. Some models are known by their class or
-settings to read rows of several sequences wrongly; they are found without numbers, since before training the state of
-a hybrid model may be too faint to be seen in them.
+settings to read rows of several sequences wrongly. They are found without numbers, because the state of an untrained
+hybrid model may change a log-prob too little to be measured.
 
-Given up: layouts other than padded for weights that are sharded over processes (FSDP, DeepSpeed), since the comparison
-would come before they are put together.
+Given up: layouts other than padded for weights that are sharded over processes (FSDP, DeepSpeed), since the trial comes
+before anything gathers their weights.
 """
 
 import contextlib
@@ -51,7 +51,8 @@ class LayoutTrial:
     is_sharded: bool
 
     def problem(self, layout: Layout) -> str | None:
-        """Why not all models can have `layout`, in a clause; the same on all processes."""
+        """Why a model computes `layout` wrongly, in a clause; None where all compute it right. The same on all
+        processes."""
         if layout.fallback() is None:
             return None
         if self.is_sharded:
@@ -69,11 +70,11 @@ class LayoutTrial:
     def _measured_problem(self, layout: Layout) -> str | None:
         pairs = self.first_pairs()
         padded = PaddedLayout(layout.pad_token_id, layout.max_length, layout.truncation_mode, layout.pad_to_multiple_of)
-        tried, expected = self.pair_batch(layout(pairs)), self.pair_batch(padded(pairs))
+        batch, padded_batch = self.pair_batch(layout(pairs)), self.pair_batch(padded(pairs))
         one_of_each_class = {type(unwrap(model)): model for model in reversed(self.models)}
         for model in one_of_each_class.values():
             logps = partial(frozen_logps, model, autocast=_most_exact(model, self.accelerator))
-            reason = measured_problem(unwrap(model), logps, tried, expected, is_half_precision=not _is_fp32(model))
+            reason = measured_problem(unwrap(model), logps, batch, padded_batch, is_half_precision=not _is_fp32(model))
             if reason is not None:
                 return reason
         return None
@@ -93,21 +94,20 @@ def _most_exact(model: nn.Module, accelerator: Accelerator) -> Autocast:
 def measured_problem(
     causal_lm: PreTrainedModel,
     logps: Callable[[PairBatch], SequenceLogps],
-    tried: PairBatch,
-    padded: PairBatch,
+    batch: PairBatch,
+    padded_batch: PairBatch,
     *,
     is_half_precision: bool = False,
 ) -> str | None:
-    """How the log-probs of `tried` differ from those of `padded`, in a clause; None where they are the same.
+    """How the log-probs of `batch` differ from those of `padded_batch`, in a clause; None where they are the same.
 
-    The two batches are the same pairs in two layouts. `logps` scores a batch with the model, without dropout or
-    gradients. In fp32 no token may differ by more than `TOLERANCE_NATS`, and the mean by no more than
-    `TOLERANCE_NATS_MEAN`; in half precision only the mean counts (`TOLERANCE_NATS_HALF`). Raises what `logps` raises
-    for the padded batch.
+    Both are the same pairs, in two layouts. `logps` scores a batch with the model, without dropout or gradients. In
+    fp32 no token may differ by more than `TOLERANCE_NATS`, and the mean by no more than `TOLERANCE_NATS_MEAN`; in half
+    precision only the mean counts (`TOLERANCE_NATS_HALF`). Raises what `logps` raises for the padded batch.
     """
-    expected = _by_content(padded, logps(padded))
+    expected = _by_content(padded_batch, logps(padded_batch))
     try:
-        computed = _by_content(tried, logps(tried))
+        computed = _by_content(batch, logps(batch))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:

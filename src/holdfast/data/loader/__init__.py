@@ -1,1 +1,2 @@
-"""The order in which pairs come, the rows that fill up last batches, and where in its data a run is."""
+"""The order in which pairs come, the rows that fill up last batches, batches read ahead, and a run's position in a
+stream."""

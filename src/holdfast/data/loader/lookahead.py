@@ -1,8 +1,9 @@
 """Batches read ahead of their turn, a window at a time.
 
-A data loader tells the trainer through accelerate which batch is its last. Read ahead, it would say so too early, and
-once exhausted it would no longer be the active loader. So a window stops at the last batch without asking for another,
-and the flag is set again for each batch as it is handed out. Given up: the memory of a window's batches.
+A data loader tells the trainer through accelerate which batch is its last. If batches were simply read ahead, it would
+say so too early, and once exhausted it would no longer be the active loader. So a window stops at the last batch
+without asking for another, and the flag is set again for each batch as it is handed out. Given up: the memory of a
+window's batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -2,8 +2,8 @@
 
 Rows are shuffled, sorted by length within windows of `WINDOW_BATCHES`, and cut into batches, whose order is shuffled
 again. Processes that step together get neighbours in the sorted order. So none waits long for the others, and padded
-rows have little padding. The order of an epoch follows from the seed and the epoch's number, so a resumed run has it,
-too.
+rows have little padding. The order of an epoch follows from the seed and the epoch's number, so a resumed run has the
+same order.
 
 Given up: batches that are independent draws of pairs. That is why it is an option and not the default.
 """
@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from holdfast.data.columns import TOKENIZED_COLUMNS
 
 WINDOW_BATCHES = 50
-"""Batches whose pairs are sorted together: enough for likeness, few enough for pairs to meet others in each epoch."""
+"""Batches whose pairs are sorted together. With more, lengths in a batch are more alike, but the same pairs meet in
+every epoch."""
 
 
 @final

@@ -1,8 +1,8 @@
-"""Where in a stream a run is, which a resumed run must skip to.
+"""A run's position in a stream, to which a resumed run must skip.
 
 transformers takes `max_steps` steps for one epoch of a stream, however often the stream begins again. So after a second
 pass it would skip the wrong number of batches. Here passes and batches are counted as they are handed out. Given up:
-skipping without reading; a resumed run reads the stream up to this position.
+skipping without reading: a resumed run reads the stream up to this position.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class StreamPosition:
         self._batches: Iterator[Any] | None = None
 
     def record(self) -> dict[str, int]:
-        """The arguments that make it again, as JSON holds them."""
+        """The position as a checkpoint's JSON holds it: the arguments of the constructor."""
         return {"num_passes": self.num_passes, "num_batches": self.num_batches}
 
     def advance(self, batches: Iterator[Any], num_batches: int) -> None:

@@ -53,7 +53,7 @@ BY_US = {
     "logging_nan_inf_filter": "end_to_end/test_trainer.py",
     "save_total_limit": "end_to_end/test_resume.py",
     "data_seed": "unit/test_order.py",
-    "dataloader_drop_last": "distributed/test_fill.py",
+    "dataloader_drop_last": "distributed/test_fillers.py",
     "dataloader_pin_memory": "end_to_end/test_waits.py",
     "remove_unused_columns": "end_to_end/test_trainer.py",
     "accelerator_config": "end_to_end/test_trainer.py",

@@ -20,10 +20,10 @@ from transformers import BitsAndBytesConfig
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.data.layouts.rows import truncated_rows
+from holdfast.data.layouts.sequences import truncated_sequences
 from holdfast.losses import LOSSES
 from holdfast.reference.identity.digests import digest
-from holdfast.reference.sources import user_logps as given
+from holdfast.reference.sources import user_logps
 from holdfast.reference.sources.stored import PrecomputedReference
 from holdfast.reference.sources.user_logps import UserLogps
 from naive import logp, naive_run
@@ -38,7 +38,7 @@ def with_sums(data: Dataset, model: nn.Module, max_length: int | None = None) ->
     model.eval()
     sums = []
     table = data.to_list()
-    cut = truncated_rows(table, max_length, "keep_start")
+    cut = truncated_sequences(table, max_length, "keep_start")
     with torch.no_grad():
         for row in cut:
             split = {"prompt_ids": row.ids[: row.num_prompt].tolist(), "side": row.ids[row.num_prompt :].tolist()}
@@ -50,7 +50,9 @@ def changed(data: Dataset, change: Callable[[dict[str, Any], int], dict[str, Any
     return Dataset.from_list([row | change(row, number) for number, row in enumerate(data.to_list())])
 
 
-def made(folder: Path, data: Dataset | IterableDataset, model: nn.Module | None = None, **options: Any) -> DPOTrainer:
+def make_trainer(
+    folder: Path, data: Dataset | IterableDataset, model: nn.Module | None = None, **options: Any
+) -> DPOTrainer:
     parts = {name: options.pop(name) for name in ("eval_dataset", "data_collator", "ref_model") if name in options}
     return trainer(model or tiny_model(), config(folder, **AHEAD | options), train_dataset=data, **parts)
 
@@ -65,7 +67,7 @@ def test_the_trajectory_is_that_of_a_second_model(kind: str, tmp_path: Path) -> 
         batches.append(features)
         return layout(features)
 
-    ours = made(tmp_path, data, POLICIES[kind]())
+    ours = make_trainer(tmp_path, data, POLICIES[kind]())
     assert isinstance(ours.reference.user_logps, UserLogps)
     initial = copy.deepcopy(ours.model)
     ours.data_collator = recording
@@ -83,7 +85,7 @@ def test_what_is_used_is_what_was_given(tmp_path: Path) -> None:
     """
     data = with_sums(rows().select(range(2, 8)), tiny_model())
     data = changed(data, lambda row, _: {CHOSEN: row[CHOSEN] + 0.009})
-    ours = made(tmp_path, data, max_steps=1)
+    ours = make_trainer(tmp_path, data, max_steps=1)
     ours.train()
     assert logged(ours) == pytest.approx([math.log1p(math.exp(0.0018))], abs=2e-6)
 
@@ -95,7 +97,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "rob
 def test_every_loss_of_sums(loss: str, tmp_path: Path) -> None:
     data = with_sums(rows(), tiny_model())
     options = {"loss_type": loss, "learning_rate": 0.01} | OPTIONS.get(loss, {})
-    ours = made(tmp_path, data, **options)
+    ours = make_trainer(tmp_path, data, **options)
     live = trainer(tiny_model(), config(tmp_path, reference="model", **options))
     ours.train()
     live.train()
@@ -109,7 +111,7 @@ def test_the_gap_to_a_chosen_reference_is_that_of_the_sums(tmp_path: Path, caplo
     """Once the sums are there, nobody is asked for them."""
     other, plain = _other(tiny_model()), rows().select(range(1, 12))  # no two with one completion
     data, theirs = with_sums(plain, other), with_sums(plain, tiny_model())
-    ours = made(tmp_path, data, ref_model=copy.deepcopy(other), per_device_train_batch_size=11, max_steps=1)
+    ours = make_trainer(tmp_path, data, ref_model=copy.deepcopy(other), per_device_train_batch_size=11, max_steps=1)
     assert isinstance(ours.reference.user_logps, UserLogps)
     assert isinstance(ours.reference.stored, PrecomputedReference)
     ours.reference.scorer = None
@@ -152,8 +154,8 @@ def test_only_a_sample_is_scored(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             lambda _, args, kwargs: scored.append(len(kwargs["input_ids"])), with_kwargs=True
         )
         with caplog.at_level(logging.WARNING):
-            made(tmp_path, data, model, reference_audit=False)
-    assert sum(scored) == given.NUM_LONGEST + given.NUM_RANDOM
+            make_trainer(tmp_path, data, model, reference_audit=False)
+    assert sum(scored) == user_logps.NUM_LONGEST + user_logps.NUM_RANDOM
     told = [record.message for record in caplog.records if "dataset's columns" in record.message]
     assert len(told) == 2
     assert "(train): 39 completions" in told[0]  # rows 0 and 1 share one
@@ -167,7 +169,7 @@ def test_a_dataset_without_the_columns_is_scored(tmp_path: Path) -> None:
     live.train()
     expected = live.evaluate()["eval_loss"]
     for train, evaluation in ((data, plain), (rows(), with_sums(plain, tiny_model())), (data, data)):
-        ours = made(tmp_path, train, eval_dataset=evaluation)
+        ours = make_trainer(tmp_path, train, eval_dataset=evaluation)
         ours.train()
         assert logged(ours) == pytest.approx(logged(live), abs=1e-5)
         if evaluation is not data:
@@ -188,10 +190,10 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     """Stopped after two of four steps: the sums are those of the policy as it began, not as it is in the checkpoint."""
     data = with_sums(rows(), POLICIES[kind]())
     saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
-    whole = made(tmp_path / "whole", data, POLICIES[kind](), **saving)
+    whole = make_trainer(tmp_path / "whole", data, POLICIES[kind](), **saving)
     whole.train()
-    made(tmp_path / "parts", data, POLICIES[kind](), **saving, max_steps=2).train()
-    resumed = made(tmp_path / "parts", data, POLICIES[kind](), **saving)
+    make_trainer(tmp_path / "parts", data, POLICIES[kind](), **saving, max_steps=2).train()
+    resumed = make_trainer(tmp_path / "parts", data, POLICIES[kind](), **saving)
     resumed.train(resume_from_checkpoint=True)
     assert isinstance(resumed.reference.user_logps, UserLogps)
     for name in ("loss", "rewards/chosen", "rewards/rejected", "num_tokens"):
@@ -238,7 +240,7 @@ def test_wrong_values_are_refused_with_the_gap(wrong: str, tmp_path: Path) -> No
         r"[0-9.e+-]+ at most: row \d+ of 'ref_\w+_logps' has -[0-9.]+, the reference gives -[0-9.]+ for \d+ tokens.*"
         r"Drop them: precompute_ref_log_probs=True",
     ):
-        made(tmp_path, WRONG[wrong]())
+        make_trainer(tmp_path, WRONG[wrong]())
 
 
 def test_the_measured_gap_is_the_right_one(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_the_measured_gap_is_the_right_one(tmp_path: Path) -> None:
         with_sums(rows(), tiny_model()), lambda row, _: {CHOSEN: row[CHOSEN] - 0.5, REJECTED: row[REJECTED] - 0.5}
     )
     with pytest.raises(ValueError, match=r"on 16 completions .* the gap is 0\.5 nats .* on average, 0\.5 at most"):
-        made(tmp_path, data)
+        make_trainer(tmp_path, data)
 
 
 @pytest.mark.parametrize(("of", "to"), [(None, 16), (16, None)])
@@ -257,9 +259,9 @@ def test_values_of_another_truncation_are_refused(of: int | None, to: int | None
     long = rows(2, seed=3).map(lambda row: {name: (row[name] * 9)[:12] for name in ("prompt_ids", "chosen_ids")})
     table = Dataset.from_list(table.to_list() + long.to_list())
     data = with_sums(table, tiny_model(), of)
-    made(tmp_path, data, max_length=of)
+    make_trainer(tmp_path, data, max_length=of)
     with pytest.raises(ValueError, match=r"the gap is .*another tokenizer, template or truncation"):
-        made(tmp_path, data, max_length=to)
+        make_trainer(tmp_path, data, max_length=to)
 
 
 def test_a_contradiction_is_refused(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_a_contradiction_is_refused(tmp_path: Path) -> None:
         match=r"must be alike wherever a completion is; found -[0-9.]+ in row 0 of 'ref_chosen_logps' and -[0-9.]+ in "
         r"row 1 of 'ref_chosen_logps' for the same token ids. Drop the columns",
     ):
-        made(tmp_path, data)
+        make_trainer(tmp_path, data)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, None])
@@ -281,7 +283,7 @@ def test_what_is_no_number_is_refused(value: float | None, tmp_path: Path) -> No
     with pytest.raises(
         ValueError, match=rf"one finite number per completion; found {value} in row 7 of 'ref_rejected_logps'. Drop"
     ):
-        made(tmp_path, data)
+        make_trainer(tmp_path, data)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -296,19 +298,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_where_sums_cannot_be_used(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the train dataset brings reference log-probs along, .*" + message):
-        made(tmp_path, with_sums(rows(), tiny_model()), **options)
+        make_trainer(tmp_path, with_sums(rows(), tiny_model()), **options)
 
 
 def test_with_the_flag_of_the_common_trainer(tmp_path: Path) -> None:
     options = {"reference": "auto", "precompute_ref_log_probs": True}
-    ours = made(tmp_path, with_sums(rows(), tiny_model()), **options)
+    ours = make_trainer(tmp_path, with_sums(rows(), tiny_model()), **options)
     assert isinstance(ours.reference.user_logps, UserLogps)
 
 
 def test_a_stream_is_refused(tmp_path: Path) -> None:
     data = with_sums(rows(), tiny_model()).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"the train dataset is a stream and brings .*Drop these columns, or load it"):
-        made(tmp_path, data, reference="auto")
+        make_trainer(tmp_path, data, reference="auto")
 
 
 def test_a_collator_that_cuts_rows_itself_is_refused(tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_a_collator_that_cuts_rows_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"how its rows are cut is up to a data collator of your own. Drop the columns"
     ):
-        made(tmp_path, with_sums(rows(), tiny_model()), data_collator=lambda features: layout(features))
+        make_trainer(tmp_path, with_sums(rows(), tiny_model()), data_collator=lambda features: layout(features))
 
 
 def test_a_collator_that_passes_the_columns_on(tmp_path: Path) -> None:
@@ -336,20 +338,20 @@ def test_a_collator_that_passes_the_columns_on(tmp_path: Path) -> None:
 def test_half_precision_has_a_tolerance_of_its_own(tmp_path: Path) -> None:
     """Sums of the fp32 model for a bf16 one: apart by more than fp32's rounding explains, and accepted."""
     data = with_sums(rows(), tiny_model())
-    ours = made(tmp_path, data, tiny_model().bfloat16())
+    ours = make_trainer(tmp_path, data, tiny_model().bfloat16())
     theirs = with_sums(rows(), tiny_model().bfloat16())
     gap = max(abs(a - b) for a, b in zip(data[CHOSEN], theirs[CHOSEN], strict=True))
-    assert given.LEAST_NATS < gap < given.NATS_PER_ROOT_TOKEN_HALF
+    assert user_logps.LEAST_NATS < gap < user_logps.NATS_PER_ROOT_TOKEN_HALF
     assert isinstance(ours.reference.user_logps, UserLogps)
     with pytest.raises(ValueError, match="the gap is"):
-        made(tmp_path, changed(data, lambda row, _: {CHOSEN: row[CHOSEN] - 1}), tiny_model().bfloat16())
+        make_trainer(tmp_path, changed(data, lambda row, _: {CHOSEN: row[CHOSEN] - 1}), tiny_model().bfloat16())
 
 
 def test_other_values_are_other_data_on_resume(tmp_path: Path) -> None:
     """A value that another scoring would have given as well: the losses would be others, if only a little."""
     data = with_sums(rows(), tiny_model())
     options = {"save_strategy": "steps", "save_steps": 1}
-    made(tmp_path, data, **options, max_steps=1).train()
+    make_trainer(tmp_path, data, **options, max_steps=1).train()
     other = changed(data, lambda row, number: {CHOSEN: row[CHOSEN] + 1e-4} if number == 5 else {})
     with pytest.raises(ValueError, match="was written by a run that differs in the training data"):
-        made(tmp_path, other, **options, max_steps=2).train(resume_from_checkpoint=True)
+        make_trainer(tmp_path, other, **options, max_steps=2).train(resume_from_checkpoint=True)

@@ -1,7 +1,7 @@
-"""Tokenized pairs -> sequences cut to length, and what layouts of every kind do with them.
+"""Tokenized pairs -> truncated sequences, and what every layout does with them.
 
-Truncation happens here and not in the dataset, so that a dataset prepared once serves every `max_length`. Rows are
-numpy arrays, one a sequence, which are hashed and copied into place without a loop over tokens.
+Truncation happens here and not in the dataset, so that a dataset prepared once serves every `max_length`. A sequence is
+a numpy array, which is hashed and copied into place without a loop over tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,41 +15,43 @@ from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from holdfast.data.tokenize import TruncationMode, check_truncation, content_id, truncate
 
 
-class Row(NamedTuple):
+class TokenSequence(NamedTuple):
     """One sequence after truncation: int64 ids, of which the first `num_prompt` are the prompt."""
 
     ids: np.ndarray
     num_prompt: int
 
 
-def content_of(row: Row) -> tuple[int, int]:
+def content_id_of(sequence: TokenSequence) -> tuple[int, int]:
     """The content id of a sequence whose completion tokens all count."""
-    return content_id(row.ids[: row.num_prompt], row.ids[row.num_prompt :])
+    return content_id(sequence.ids[: sequence.num_prompt], sequence.ids[sequence.num_prompt :])
 
 
-def truncated_rows(
+def truncated_sequences(
     features: Sequence[Mapping[str, Any]], max_length: int | None, truncation_mode: TruncationMode
-) -> list[Row]:
+) -> list[TokenSequence]:
     """All chosen sequences, then all rejected ones."""
     prompts = [np.asarray(pair[PROMPT_IDS], dtype=np.int64) for pair in features]
-    rows = []
+    sequences = []
     for column in (CHOSEN_IDS, REJECTED_IDS):
         for whole_prompt, pair in zip(prompts, features, strict=True):
             whole_completion = np.asarray(pair[column], dtype=np.int64)
             prompt, completion = truncate(whole_prompt, whole_completion, max_length, truncation_mode)
-            rows.append(Row(np.concatenate([prompt, completion]), len(prompt)))
-    return rows
+            sequences.append(TokenSequence(np.concatenate([prompt, completion]), len(prompt)))
+    return sequences
 
 
-def padded_rows(rows: Sequence[Row], pad_token_id: int, multiple: int | None) -> tuple[np.ndarray, np.ndarray]:
+def padded_rows(
+    sequences: Sequence[TokenSequence], pad_token_id: int, multiple: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """`input_ids` and `attention_mask`, [R T] int64, padded on the right to the longest row and up to a multiple."""
-    longest = max(len(row.ids) for row in rows)
+    longest = max(len(sequence.ids) for sequence in sequences)
     num_tokens = longest if multiple is None else -(-longest // multiple) * multiple
-    input_ids = np.full((len(rows), num_tokens), pad_token_id, dtype=np.int64)
+    input_ids = np.full((len(sequences), num_tokens), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
-    for ids, mask, row in zip(input_ids, attention_mask, rows, strict=True):
-        ids[: len(row.ids)] = row.ids
-        mask[: len(row.ids)] = 1
+    for ids, mask, sequence in zip(input_ids, attention_mask, sequences, strict=True):
+        ids[: len(sequence.ids)] = sequence.ids
+        mask[: len(sequence.ids)] = 1
     return input_ids, attention_mask
 
 
@@ -80,7 +82,7 @@ def check_counts(counts: np.ndarray) -> None:
 
 
 def check_row_options(max_length: int | None, truncation_mode: str, pad_to_multiple_of: int | None) -> None:
-    """ValueError where sequences cannot be cut, or rows padded, as these options say."""
+    """ValueError where sequences cannot be truncated, or rows padded, as these options say."""
     check_truncation(max_length, truncation_mode)
     if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
         raise ValueError(

@@ -17,26 +17,26 @@ from naive import NUM_STEPS, Recording, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 
 
-def two_adapters(trained: str = "tuned", kept: str = "sft") -> PeftModel:
+def two_adapters(tuned: str = "tuned", other: str = "sft") -> PeftModel:
     """An SFT adapter under two names: one goes on training, the other stays."""
     model = POLICIES["lora_sft"]()
     config_ = model.peft_config["default"]
-    for name in (trained, kept):
+    for name in (tuned, other):
         model.add_adapter(name, config_)
         for key, parameter in list(model.named_parameters()):
             if ".default." in key:
                 model.get_parameter(key.replace(".default.", f".{name}.")).data.copy_(parameter.data)
-    model.set_adapter(trained)
+    model.set_adapter(tuned)
     model.delete_adapter("default")
     return model
 
 
-def with_other_reference(kept_scale: float = 1.5) -> PeftModel:
-    """The same, but the kept adapter is another one."""
+def with_other_reference(scale: float = 1.5) -> PeftModel:
+    """The same, but the reference's adapter is another one."""
     model = two_adapters()
     for key, parameter in model.named_parameters():
         if ".sft." in key:
-            parameter.data.mul_(kept_scale)
+            parameter.data.mul_(scale)
     return model
 
 
@@ -51,7 +51,7 @@ def naive(policy: nn.Module, reference: nn.Module, batches: list[Any]) -> list[f
     return naive_run(policy, batches)[0]
 
 
-def named(model: PeftModel, name: str) -> nn.Module:
+def adapter_alone(model: PeftModel, name: str) -> nn.Module:
     """A copy of the model that computes as its adapter `name` on the base, by peft's own means."""
     duplicate = copy.deepcopy(model)
     duplicate.set_adapter(name)
@@ -59,8 +59,8 @@ def named(model: PeftModel, name: str) -> nn.Module:
 
 
 CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    "same_adapter_twice": (two_adapters, {"ref_adapter_name": "sft"}, lambda m: named(m, "sft")),
-    "another_adapter": (with_other_reference, {"ref_adapter_name": "sft"}, lambda m: named(m, "sft")),
+    "same_adapter_twice": (two_adapters, {"ref_adapter_name": "sft"}, lambda m: adapter_alone(m, "sft")),
+    "another_adapter": (with_other_reference, {"ref_adapter_name": "sft"}, lambda m: adapter_alone(m, "sft")),
     "base": (two_adapters, {"ref_adapter_name": "__base__"}, lambda m: tiny_model()),
     "base_under_sft": (POLICIES["lora_sft"], {"ref_adapter_name": "__base__"}, lambda m: tiny_model()),
     "base_under_dora": (POLICIES["dora"], {"ref_adapter_name": "__base__"}, lambda m: tiny_model()),
@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "sft_under_fresh": (
         POLICIES["lora_fresh_over_sft"],
         {"ref_adapter_name": "default", "model_adapter_name": "dpo"},
-        lambda m: named(m, "default"),
+        lambda m: adapter_alone(m, "default"),
     ),
 }  # fmt: skip
 
@@ -93,16 +93,18 @@ def test_the_named_reference_is_that_model(case: str, ahead: bool, tmp_path: Pat
 def test_flags_and_gradients_stay_as_they_were(tmp_path: Path) -> None:
     policy = with_other_reference()
     before = {name: p.requires_grad for name, p in policy.named_parameters()}
-    kept = digest((name, p) for name, p in policy.named_parameters() if ".sft." in name)
+    before = digest((name, p) for name, p in policy.named_parameters() if ".sft." in name)
     ours = trainer(policy, config(tmp_path, ref_adapter_name="sft"))
     ours.train()
     assert policy.active_adapters == ["tuned"]
     assert {name: p.requires_grad for name, p in policy.named_parameters()} == before
-    assert digest((name, p) for name, p in policy.named_parameters() if ".sft." in name) == kept
+    assert digest((name, p) for name, p in policy.named_parameters() if ".sft." in name) == before
     ids = torch.tensor([[5, 6, 7]])
     with ours.null_ref_context():
         inside = ours.model.eval()(ids).logits
-    torch.testing.assert_close(inside, named(with_other_reference(), "sft").eval()(ids).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        inside, adapter_alone(with_other_reference(), "sft").eval()(ids).logits, rtol=0, atol=1e-5
+    )
 
 
 def test_a_fresh_adapter_takes_the_name(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Done:
     def result(self) -> None: ...
 
 
-def named(trainer: Any, **options: Any) -> None:
+def set_repo_name(trainer: Any, **options: Any) -> None:
     """In place of making a repository."""
     trainer.hub_model_id, trainer.push_in_progress = "someone/tuned", None
 
@@ -49,7 +49,7 @@ def named(trainer: Any, **options: Any) -> None:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     recorded = Hub()
     monkeypatch.setattr(transformers.trainer, "hf_api", recorded)
-    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", named)
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", set_repo_name)
     return recorded
 
 
