@@ -138,7 +138,7 @@ def deadly(place: str, ours: Any, step: int, number: int | None) -> list[tuple[i
     takes (step, number of events) where it does not end; it stays empty where no such place is."""
     counts: list[tuple[int, int]] = []
     owner = ours if place == "save" else ours.reference
-    name = {"save": "_save_checkpoint", "sync": "sync", "window": "score"}[place]
+    name = {"save": "_save_checkpoint", "sync": "sync", "window": "score_window"}[place]
     method = getattr(owner, name, None)
 
     def called(*args: Any, **kwargs: Any) -> Any:

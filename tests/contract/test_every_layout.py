@@ -37,7 +37,7 @@ def layout(request: pytest.FixtureRequest) -> Layout:
 
 def completions() -> dict[tuple[int, int], tuple[list[int], list[int]]]:
     """(prompt, completion) of each distinct completion of `ROWS`, by content id."""
-    pairs = [(row["prompt_ids"], row[side]) for row in ROWS for side in ("chosen_ids", "rejected_ids")]
+    pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in ROWS]
     return {content_id(*pair): pair for pair in pairs}
 
 

@@ -258,7 +258,7 @@ def precomputed_by_a_collator(folder: Path) -> Any:
     ours.reference.scorer = None
     for row in rows(12).to_list():
         ours.reference.logps(ours._collated([row]))  # an error where it is not held
-    return {"held_by_each_process": gather_object([ours.reference.store.num_completions])}
+    return {"held_by_each_process": gather_object([ours.reference.stored.store.num_completions])}
 
 
 def audit_of_a_wrong_reference(folder: Path) -> Any:

@@ -193,7 +193,7 @@ def test_stored_log_probs_are_those_of_the_images(tmp_path: Path) -> None:
         ours.train()
         live.train()
         assert logged(ours) == pytest.approx(logged(live), abs=1e-6)
-        assert ours.reference.store.num_completions == num_stored
+        assert ours.reference.stored.store.num_completions == num_stored
 
 
 KEPT: dict[str, dict[str, Any]] = {

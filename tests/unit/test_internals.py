@@ -63,8 +63,12 @@ def test_a_method_that_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_method_that_is_replaced_or_called_is_in_the_table() -> None:
     """What `DPOTrainer` defines and `Trainer` has too, and what it calls of `Trainer`'s private methods."""
-    tree = ast.parse(inspect.getsource(holdfast.trainer))
-    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DPOTrainer"]
+    body: list[ast.stmt] = []
+    for kind in inspect.getmro(holdfast.trainer.DPOTrainer):
+        if kind.__module__.startswith("holdfast."):
+            tree = ast.parse(inspect.getsource(inspect.getmodule(kind)))
+            (own,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
+            body += own.body
     own = {node.name for node in body if isinstance(node, ast.FunctionDef)} - {"__init__"}
     assert {name for name in own if hasattr(Trainer, name)} == set(of_transformers.OVERRIDDEN)
     used = {
@@ -79,9 +83,11 @@ def test_every_method_that_is_replaced_or_called_is_in_the_table() -> None:
 
 def test_no_private_attribute_is_one_of_the_base_class() -> None:
     """What `DPOTrainer` keeps under a name that `Trainer` reads would be taken for something else."""
-    (ours, theirs) = (ast.parse(inspect.getsource(kind)) for kind in (holdfast.trainer.DPOTrainer, Trainer))
-    kept = {node.attr for node in ast.walk(ours) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    kept |= {node.name for node in ast.walk(ours) if isinstance(node, ast.FunctionDef)}
+    kinds = [kind for kind in inspect.getmro(holdfast.trainer.DPOTrainer) if kind.__module__.startswith("holdfast.")]
+    ours, theirs = "\n\n".join(map(inspect.getsource, kinds)), ast.parse(inspect.getsource(Trainer))
+    nodes = [*ast.walk(ast.parse(ours))]
+    kept = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    kept |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     read = {node.attr for node in ast.walk(theirs) if isinstance(node, ast.Attribute)}
     assert {name for name in kept & read if name.startswith("_")} - {"__init__", "_signature_columns"} <= set(METHODS)
 

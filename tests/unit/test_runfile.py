@@ -7,12 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig
 
-from holdfast.cli.runfile import RunFile, read_run_file
+from holdfast.cli.runfile import KEYS, RunFile, read_run_file
 from holdfast.cli.sources import Source
 from holdfast.cli.yaml_document import RunFileError, read_document, to_yaml
 from holdfast.config import DPOConfig
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"
+DATA_KEYS = ", ".join(f"`{key.name.removeprefix('data.')}`" for key in KEYS if key.name.startswith("data."))
+"""The keys of the section `data`, as messages list them."""
+
+
+def test_the_data_of_a_run_are_for_training_and_evaluation():
+    assert DATA_KEYS.startswith("`train`")
+    assert "`eval`" in DATA_KEYS
 
 
 @pytest.fixture
@@ -249,7 +256,7 @@ def test_an_override_that_is_not_yaml(read):
         ("? [a]\n: b", r"run.yaml, line 1: not readable as YAML: found unhashable key"),
         ("data: {train: t}", r"run.yaml: a run needs a model; found no `model`. Write `model: "),
         ("model: m", r"run.yaml: a run needs data; found no `data`. Write `data: \{train: "),
-        ("model: m\ndata: t.jsonl", r"line 2: `data` must be a mapping of `train`, `eval`; found the string 't.jsonl'"),
+        ("model: m\ndata: t.jsonl", rf"line 2: `data` must be a mapping of {DATA_KEYS}; found the string 't.jsonl'"),
         ("model: m\ndata: {eval: t}", r"line 2: `data` needs `train`"),
         ("model: {revision: v}\ndata: {train: t}", r"line 1: `model` needs `path`; found revision. Write `path: "),
         ("model: m\ndata: {train: t, eval: {split: x}}", r"line 2: `data.eval` needs `path`; found split"),

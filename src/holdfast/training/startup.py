@@ -1,0 +1,132 @@
+"""What is settled before a run's first step: its reference, the layout of its rows, and that both are right.
+
+The errors found here are silent ones otherwise. A reference that is not the policy, or log-probs that depend on the
+rest of a batch, or rows that a model reads wrongly, would train towards another optimum without a word.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from holdfast.arguments import check_same_batches
+from holdfast.batch import PairBatch
+from holdfast.config import DPOConfig
+from holdfast.data.layouts.choose import choose_layout
+from holdfast.data.layouts.trial import LayoutTrial
+from holdfast.policy.independence import Dependence, check_resumable, find_dependence
+from holdfast.policy.placement import move_all_to_device
+from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.untouched import untouched
+from holdfast.reference.audit import Checksums, audit, introduction
+from holdfast.reference.build import build_reference
+from holdfast.reference.reference import Reference
+
+
+@final
+class Startup:
+    """The choices and checks of one run. `captured` are the policy's checksums when its reference was captured."""
+
+    def __init__(
+        self, *, policy: nn.Module, args: DPOConfig, accelerator: Accelerator, captured: Checksums, is_sharded: bool
+    ) -> None:
+        self.is_introduced = False
+        self._policy = policy
+        self._args = args
+        self._accelerator = accelerator
+        self._captured = captured
+        self._is_sharded = is_sharded
+        self._run_models: list[nn.Module] = [policy]
+        self._longest_row: int | None = None
+        self._dependence: Dependence | None = None
+
+    def make_reference(
+        self,
+        ref_models: Sequence[nn.Module | None],
+        train_dataset: Any,
+        *,
+        is_stream: bool,
+        brings_logps: bool,
+        layout: Callable[[], str],
+    ) -> Reference | None:
+        """The run's reference; None where no loss needs one. `ref_models` are those that the user chose, with None for
+        the policy itself. `layout()` names the layout in the end.
+
+        ValueError where the options contradict the models, or where a log-prob depends on the rest of its batch and
+        would be kept. `brings_logps` says that all data bring the reference's log-probs along: they come from other
+        batches, so the comparison with the reference is the check.
+        """
+        options = self._args.reference_options(is_stream=is_stream)
+        if options.way != "none":
+            ref_models = move_all_to_device(ref_models, self._accelerator.device)
+        self._run_models = [self._policy, *filter(None, ref_models)]
+        is_main = self._accelerator.is_main_process
+        self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
+        self._dependence = None if brings_logps else self._find_dependence(self._run_models, train_dataset)
+        check_same_batches(self._dependence, self._args)
+        return build_reference(
+            options,
+            self._policy,
+            ref_models,
+            self._accelerator.autocast,
+            mixed_precision=self._accelerator.mixed_precision,
+            layout=layout,
+            is_quiet=self._args.disable_tqdm or not self._accelerator.is_local_main_process,
+            is_main=is_main,
+            wait_for_all=self._accelerator.wait_for_everyone,
+        )
+
+    def choose_layout(
+        self,
+        collator: Any,
+        first_pairs: Callable[[], Sequence[Mapping[str, Any]]],
+        pair_batch: Callable[[Mapping[str, Tensor]], PairBatch],
+    ) -> Any:
+        """The data collator, once all models of the run were seen to compute right what it lays out; see
+        `data.layouts.choose.choose_layout`."""
+        trial = LayoutTrial(
+            models=self._run_models,
+            first_pairs=first_pairs,
+            pair_batch=pair_batch,
+            accelerator=self._accelerator,
+            is_sharded=self._is_sharded,
+        )
+        with contextlib.ExitStack() as stack:
+            for model in self._run_models:
+                stack.enter_context(untouched(model))
+            chosen = choose_layout(collator, self._args, trial)
+        self._run_models = [self._policy]  # a reference model that is scored ahead may be let go
+        return chosen
+
+    def introduce(
+        self, reference: Reference | None, batch: PairBatch, *, digest: str | None, is_users_choice: bool
+    ) -> str | None:
+        """The reference in one line, once the audit has found it right on `batch`; None where there is none. `digest`
+        is that of its weights. ValueError where it is not right (see `reference.audit.audit`)."""
+        self.is_introduced = True
+        if reference is None:
+            return None
+        found = "not audited"
+        if self._args.reference_audit:
+            with untouched(self._policy):
+                found = audit(
+                    self._policy,
+                    reference,
+                    batch,
+                    autocast=self._accelerator.autocast,
+                    mixed_precision=self._accelerator.mixed_precision,
+                    first_checksums=self._captured,
+                    is_users_choice=is_users_choice,
+                )
+        return introduction(reference, digest, found)
+
+    def check_resumable(self, train_dataset: Any) -> None:
+        """ValueError where the policy's numbers depend on batches before, which a resumed run has not seen."""
+        check_resumable(self._dependence or self._find_dependence([self._policy], train_dataset))
+
+    def _find_dependence(self, models: Sequence[nn.Module], train_dataset: Any) -> Dependence | None:
+        if self._is_sharded:
+            return None
+        return find_dependence(models, train_dataset, self._longest_row, self._accelerator.autocast)
