@@ -1,7 +1,7 @@
 """The table of references: every kind of policy, way to hold, motion, kind of data and time to ask; what comes of each.
 
-`contract/test_table.py` runs the cells: those of `COVERING` in `make test`, all of them in `make nightly`. The README
-shows the table; as a script, this writes the README's anew.
+`contract/test_table.py` runs the cells: those of `COVERING` in `make test`, all of them in `make nightly`. The page
+`docs/references.md` shows the table; as a script, this writes the page's anew.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 from covering import covering
 from holdfast.reference import build
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "references.md"
 BEGIN, END = "<!-- table: references -->", "<!-- /table -->"
 
 KINDS = {
@@ -27,10 +27,10 @@ KINDS = {
     "dora": "DoRA",
     "pissa": "PiSSA",
 }
-"""Kinds of policies (the names of `policies.POLICIES`), and how the README calls them."""
+"""Kinds of policies (the names of `policies.POLICIES`), and how the page calls them."""
 
 PLACES = {"device": "on the device", "cpu": "in host memory", "disk": "on disk"}
-"""Where a snapshot is held, and how the README calls it."""
+"""Where a snapshot is held, and how the page calls it."""
 
 
 def _ways() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
@@ -45,7 +45,7 @@ def _ways() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
 
 
 WAYS = dict(_ways())
-"""Ways to hold a reference: how the README calls them, and the options that ask for them."""
+"""Ways to hold a reference: how the page calls them, and the options that ask for them."""
 
 SYNC_STEPS = 3
 MOTIONS: dict[str, float] = {"fixed": 0.0, "hard": 1.0, "soft": 0.3}
@@ -113,7 +113,7 @@ COVERING = [cell for cell in CELLS if astuple(cell) in _COVERING_ROWS]
 
 
 def block() -> str:
-    """The README's table, between its two comments: a row per way and a column per kind of policy, each cell the
+    """The page's table, between its two comments: a row per way and a column per kind of policy, each cell the
     outcome of all its runs."""
     notes: list[str] = []
     lines = [f"| | {' | '.join(KINDS.values())} |", "|---" * (len(KINDS) + 1) + "|"]
@@ -145,12 +145,12 @@ def _outcome(cells: list[Cell], notes: list[str]) -> str:
 
 
 def written() -> str | None:
-    """The block as the README has it; None where it has none."""
-    found = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The block as the page has it; None where it has none."""
+    found = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return found and found[0]
 
 
 if __name__ == "__main__":
     was = written()
-    assert was is not None, f"{README} has no block between {BEGIN} and {END}: put both where the table goes"
-    README.write_text(README.read_text(encoding="utf-8").replace(was, block()), encoding="utf-8")
+    assert was is not None, f"{PAGE} has no block between {BEGIN} and {END}: put both where the table goes"
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").replace(was, block()), encoding="utf-8")

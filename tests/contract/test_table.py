@@ -158,6 +158,6 @@ def test_the_table_is_whole() -> None:
     assert sum(cell.refusal is not None for cell in CELLS) == 2 * 3 * 2 * 2 == 24
 
 
-def test_the_readme_shows_the_table() -> None:
+def test_the_page_of_references_shows_the_table() -> None:
     """Else write it anew: `python tests/table.py`."""
     assert written() == block()
