@@ -1,4 +1,7 @@
-"""`SyncCallback`: what happens between two optimizer steps. A moving reference is synced when it is due."""
+"""The callback that syncs a moving reference (TR-DPO) between two optimizer steps.
+
+It counts optimizer steps as the trainer does, so a resumed run syncs at the same steps.
+"""
 
 from typing import Any, final
 
@@ -19,7 +22,7 @@ class SyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """ValueError for a run that ends before the first sync."""
+        """See `transformers.TrainerCallback`. ValueError where the run ends before the first sync."""
         if state.max_steps < self._steps:
             raise ValueError(
                 f"sync_ref_model=True was asked for every {self._steps} steps, but the run has {state.max_steps}: the "
@@ -27,6 +30,6 @@ class SyncCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See `transformers.TrainerCallback`."""
+        """See `transformers.TrainerCallback`: syncs where the step is due."""
         if state.global_step % self._steps == 0:
             self._reference.sync(self._mixup_alpha)

@@ -1,10 +1,10 @@
 """A moving reference of a LoRA policy, as the products of its factors.
 
-A sync is `alpha * policy + (1 - alpha) * reference` in effective weights. For a LoRA layer this mixes the products `B
-A`; a mix of `A` and `B` apart would be another model. The mix of two products is again a product, whose rank is the sum
-of their ranks: `up = [(1 - alpha) up, alpha B]`, `down = [down; A]`. The pair is exact, and peft's layers compute with
-a pair of any rank. So the state of the reference is a flat dict of fp32 tensors, and this module has pure functions of
-that state and the policy. To score, `SoftSnapshot` exchanges the storage of the policy's factors.
+A sync is `alpha * policy + (1 - alpha) * reference` in effective weights. For a LoRA layer this mixes the products
+`B A`; a mix of `A` and `B` apart would be another model. The mix of two products is again a product, whose rank is the
+sum of their ranks: `up = [(1 - alpha) up, alpha B]`, `down = [down; A]`. The pair is exact, and peft's layers compute
+with a pair of any rank. So the reference's state is a flat dict of fp32 tensors. The functions here are pure: they
+depend on that state and the policy. To score, `SoftSnapshot` exchanges the storage of the policy's factors.
 
 The rank grows by the policy's rank r with every sync. At 8 r (then 16 r, 32 r, ...) the pair is cut to its numerical
 rank (`TOLERANCE`), if that at least halves it. Where the pair would take as much memory as the product, the state has
@@ -13,9 +13,9 @@ moves little between syncs. Given up: a fixed rank. It would need a tolerance th
 reference would be silently wrong just where the policy has moved far.
 
 DoRA's effective weight is `diag(m / n) (W + s B A)`, where n are the row norms of the bracket (Liu et al. 2024, Eq. 5,
-arXiv:2402.09353). The mix of two is `diag(d) W + s up down`, where d is the mix of the two m / n, and where `diag(m /
-n) B` is mixed in place of B. This is again a DoRA layer, with the factors `up / d` and `down` and the magnitude `d *
-norm(W + s (up / d) down)`.
+arXiv:2402.09353). The mix of two is `diag(d) W + s up down`, where d is the mix of the two m / n, and where
+`diag(m / n) B` is mixed in place of B. This is again a DoRA layer: its factors are `up / d` and `down`, its magnitude
+is `d * norm(W + s (up / d) down)`.
 """
 
 from collections.abc import Iterator, Mapping
