@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from families import VOCABULARY, tiny_model
 from holdfast.reference.digests import digest
+from holdfast.reference.exchange import exchanged
 from holdfast.reference.moving import lora_products as products
-from holdfast.reference.snapshot import holding
 from policies import POLICIES
 
 Weights = dict[str, Tensor]
@@ -119,7 +119,7 @@ class Mix:
     @contextmanager
     def held(self) -> Iterator[None]:
         plain = {name: value.float() for name, value in self.plain.items()}
-        with holding(self.policy, plain | products.in_place(self.policy, self.state)):
+        with exchanged(self.policy, plain | products.in_place(self.policy, self.state)):
             yield
 
 
@@ -171,7 +171,7 @@ def test_a_captured_reference_is_the_policy(case):
     policy = CASES[case]()
     move(policy, seed=1)
     before = logits(policy)
-    with holding(policy, products.in_place(policy, products.captured(policy))):
+    with exchanged(policy, products.in_place(policy, products.captured(policy))):
         torch.testing.assert_close(logits(policy), before, rtol=2e-6, atol=2e-6 if "dora" in case else 0)
 
 
@@ -181,7 +181,7 @@ def test_a_fresh_one_is_the_bare_base(case):
     policy = CASES[case]()
     with policy.disable_adapter():
         bare = logits(policy)
-    with holding(policy, products.in_place(policy, products.captured(policy))):
+    with exchanged(policy, products.in_place(policy, products.captured(policy))):
         assert torch.equal(logits(policy), bare)
 
 
@@ -193,7 +193,7 @@ def test_a_hard_sync_copies_the_factors(case):
         move(policy, seed=number)
         state, _ = products.moved(policy, state, 0.5)
     before = Mix(policy)
-    with holding(policy, products.in_place(policy, state)):
+    with exchanged(policy, products.in_place(policy, state)):
         held = effective(policy)
     after, squares = products.moved(policy, state, 1.0)
     captured = products.captured(policy)
@@ -326,7 +326,7 @@ def test_two_hundred_syncs(alpha, is_smooth):
             state, squares = products.moved(policy, state, alpha)
             distance = sum(float((exact[path] - before[path]).square().sum()) for path in exact)
             assert squares == pytest.approx(distance, rel=1e-3)
-        with holding(policy, products.in_place(policy, state)):
+        with exchanged(policy, products.in_place(policy, state)):
             found = added()
     for path, layer in lora_layers.items():
         base = layer.get_base_layer().weight.double()
@@ -425,7 +425,7 @@ def test_any_widths_and_alphas(in_features, out_features, rank, alphas, seed):
     for alpha, value in zip([1.0, *alphas][::-1], values[::-1], strict=True):
         right += remaining * alpha * value
         remaining *= 1 - alpha
-    with holding(policy, products.in_place(policy, state)):
+    with exchanged(policy, products.in_place(policy, state)):
         found = layer.get_delta_weight("default").detach().double()
     assert float((found - right).norm()) <= 1e-5 * max(float(value.norm()) for value in values)
 

@@ -9,6 +9,7 @@ import torch
 
 from families import tiny_model
 from holdfast.batch import PairBatch
+from holdfast.data.layouts.packed import PackedLayout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.prefix_shared import SharedLayout
 from holdfast.data.tokenize import content_id
@@ -19,7 +20,7 @@ from policies import config, rows, trainer
 
 TABLE = rows(4).to_list()
 SIDES = ("chosen_ids", "rejected_ids")
-LAYOUTS = {"padded": PaddedLayout(0), "packed": SharedLayout(0, shares_prompts=False), "prefix_shared": SharedLayout(0)}
+LAYOUTS = {"padded": PaddedLayout(0), "packed": PackedLayout(0), "prefix_shared": SharedLayout(0)}
 
 
 def entries() -> dict[tuple[int, int], list[float]]:
