@@ -62,9 +62,9 @@ class TableReference(Scorer):
     def _of(self, content_id: ContentId, length: int, sequence: int) -> Tensor:
         if content_id not in self._table:
             raise ValueError(
-                f"The log-probs of sequence {sequence} of a batch were asked for: its content id is {content_id}, and it "
-                f"has {length} completion tokens. The table has {len(self._table)} completions, and not this one. Add it "
-                "under `content_id(prompt_ids, completion_ids)`, with the ids as they are after truncation."
+                f"The log-probs of sequence {sequence} of a batch were asked for: its content id is {content_id}, and "
+                f"it has {length} completion tokens. The table has {len(self._table)} completions, and not this one. "
+                "Add it under `content_id(prompt_ids, completion_ids)`, with the ids as they are after truncation."
             )
         values = self._table[content_id]
         if len(values) != length:
