@@ -31,13 +31,13 @@ class TableReference(Scorer):
     kind = "TableReference"
 
     def __init__(self, logps: Mapping[ContentId, Sequence[float]]) -> None:
-        self._table = {key: torch.tensor(values, dtype=torch.float32) for key, values in logps.items()}
+        self._table = {content_id: torch.tensor(values, dtype=torch.float32) for content_id, values in logps.items()}
 
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """See `Scorer.logps`. ValueError where a completion is not in the table, or has another number of tokens."""
         found = [
-            self._of(key, length, sequence)
-            for sequence, (key, length) in enumerate(zip(batch.content_ids(), batch.lengths(), strict=True))
+            self._of(content_id, length, sequence)
+            for sequence, (content_id, length) in enumerate(zip(batch.content_ids(), batch.lengths(), strict=True))
         ]
         per_token = torch.cat(found).to(batch.source.device)
         return SequenceLogps(per_token=per_token, sequence=batch.sequence, num_sequences=batch.num_sequences)
@@ -59,17 +59,17 @@ class TableReference(Scorer):
         """See `Scorer.describe`."""
         return f"a table of the log-probs of {len(self._table)} completions, {when}, fixed"
 
-    def _of(self, key: ContentId, length: int, sequence: int) -> Tensor:
-        if key not in self._table:
+    def _of(self, content_id: ContentId, length: int, sequence: int) -> Tensor:
+        if content_id not in self._table:
             raise ValueError(
-                f"The log-probs of sequence {sequence} of a batch were asked for: its content id is {key}, and it has "
-                f"{length} completion tokens. The table has {len(self._table)} completions, and not this one. Add it "
-                "under `content_id(prompt_ids, completion_ids)`, with the ids as they are after truncation."
+                f"The log-probs of sequence {sequence} of a batch were asked for: its content id is {content_id}, and "
+                f"it has {length} completion tokens. The table has {len(self._table)} completions, and not this one. "
+                "Add it under `content_id(prompt_ids, completion_ids)`, with the ids as they are after truncation."
             )
-        values = self._table[key]
+        values = self._table[content_id]
         if len(values) != length:
             raise ValueError(
-                f"The log-probs of {length} tokens were asked for, of the completion with content id {key}. The table "
-                f"has {len(values)} for it. Give one for each completion token that is scored."
+                f"The log-probs of {length} tokens were asked for, of the completion with content id {content_id}. The "
+                f"table has {len(values)} for it. Give one for each completion token that is scored."
             )
         return values

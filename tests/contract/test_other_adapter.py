@@ -92,13 +92,13 @@ def test_the_named_reference_is_that_model(case: str, ahead: bool, tmp_path: Pat
 
 def test_flags_and_gradients_stay_as_they_were(tmp_path: Path) -> None:
     policy = with_other_reference()
-    before = {name: p.requires_grad for name, p in policy.named_parameters()}
-    before = digest((name, p) for name, p in policy.named_parameters() if ".sft." in name)
+    flags = {name: p.requires_grad for name, p in policy.named_parameters()}
+    values = digest((name, p) for name, p in policy.named_parameters() if ".sft." in name)
     ours = trainer(policy, config(tmp_path, ref_adapter_name="sft"))
     ours.train()
     assert policy.active_adapters == ["tuned"]
-    assert {name: p.requires_grad for name, p in policy.named_parameters()} == before
-    assert digest((name, p) for name, p in policy.named_parameters() if ".sft." in name) == before
+    assert {name: p.requires_grad for name, p in policy.named_parameters()} == flags
+    assert digest((name, p) for name, p in policy.named_parameters() if ".sft." in name) == values
     ids = torch.tensor([[5, 6, 7]])
     with ours.null_ref_context():
         inside = ours.model.eval()(ids).logits
