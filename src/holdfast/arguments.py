@@ -117,11 +117,10 @@ def check_same_batches(dependence: Dependence | None, args: DPOConfig) -> None:
     those that the policy trains on."""
     if dependence is None:
         return
-    comes_from_afar = args.reference == "snapshot" and args.snapshot_device != "device"
     reference_options = {
         "precompute_ref_log_probs=True": args.computes_ahead,
         f"reference_window={args.reference_window}": (args.reference_window or 1) > 1,
-        f"snapshot_device={args.snapshot_device!r} without reference_window=1": comes_from_afar
+        f"snapshot_device={args.snapshot_device!r} without reference_window=1": args.snapshot_device != "device"
         and args.reference_window is None,
     }
     is_set = (reference_options if args.needs_reference else {}) | {
