@@ -222,15 +222,15 @@ def precomputed_values(folder: Path) -> Any:
     """What every process scores of 5 and 1 rows, and finds when they were prepared, without asking again."""
     held_out = rows(5, seed=1).select([0])
     scored: list[int] = []
-    plain = Reference._scored
+    plain = Reference._score
 
     def counted(self: Reference, batch: Any) -> Any:
         scored.append(batch.num_sequences)
         return plain(self, batch)
 
-    Reference._scored = counted
+    Reference._score = counted
     ours = make(folder, tiny_model(), train_dataset=rows(5), eval_dataset=held_out, reference="precomputed")
-    Reference._scored = plain
+    Reference._score = plain
     ours.reference.scorer = None
     found = {}
     for row in (*rows(5).to_list(), *held_out.to_list()):
