@@ -237,6 +237,7 @@ def test_under_torchrun_two_processes_train_as_one_and_one_of_them_prints(place,
     assert done.stdout.count("model, tokenizer and run.yaml:") == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_precomputed_by_two_processes_and_found_by_a_training(place, tmp_path, caplog):
     """12 pairs, scored once by a job of its own; the training then scores nothing, and follows a live reference."""

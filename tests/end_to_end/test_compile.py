@@ -59,9 +59,7 @@ def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, marks=[] if run in ("shared", "lora", "sync") else pytest.mark.nightly) for run in RUNS]
-)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[] if run == "lora" else pytest.mark.nightly) for run in RUNS])
 def test_compiled_runs_train_alike(run: str, tmp_path: Path) -> None:
     """Graphs are made for the first batch, once more when lengths turn out to vary, and then for few more shapes (one
     row is another graph than several)."""

@@ -28,10 +28,9 @@ pytestmark = pytest.mark.slow
 
 FEW_KILLS, MANY_KILLS = 2, 10
 ALONE = (
-    "model, synced", "snapshot in host memory, windowed", "snapshot on disk, synced, windowed, streamed",
-    "LoRA after SFT, with dropout", "LoRA, synced", "DoRA, synced", "precomputed, synced, windowed",
+    "model, synced", "snapshot on disk, synced, windowed, streamed", "LoRA, synced", "precomputed, synced, windowed",
 )  # fmt: skip
-"""Kinds that `make test` kills: every policy and every way to hold, with most that a checkpoint has to hold for it."""
+"""Kinds that `make test` kills: the ways to hold, each with most that a checkpoint has to hold for it."""
 BESIDE = ("snapshot on disk, synced, windowed",)
 """Kinds that `make test` kills beside another run: what shares most files with it."""
 MOST_KILLS = 60

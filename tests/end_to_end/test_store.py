@@ -153,7 +153,7 @@ def test_a_longer_prompt_is_another_completion(tmp_path: Path, counting: Countin
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["full", "lora_sft", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("lora_fresh", "dora"))]
+    "kind", ["lora_sft", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("full", "lora_fresh", "dora"))]
 )
 def test_a_sweep_pays_once(kind: str, tmp_path: Path, counting: Counting) -> None:
     """Twenty runs over losses and betas: the first scores, the others find, and each follows its live reference."""

@@ -205,6 +205,7 @@ def num_stored(folder: Path) -> int:
     return sum(len(load_file(path)["content"]) for path in shard_paths(folder / KEY.digest()))
 
 
+@pytest.mark.nightly
 def test_a_kill_at_any_instant_costs_one_shard_at_most(lives, tmp_path, caplog):
     folder = tmp_path / "killed"
     draw = random.Random(0)

@@ -43,7 +43,11 @@ def test_freed_memory_is_taken_again() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "environment", [{"MALLOC_TRIM_THRESHOLD_": "1000000"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"}]
+    "environment",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "1000000"},
+        pytest.param({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1000000"}, marks=pytest.mark.nightly),
+    ],
 )
 def test_who_has_said_otherwise_is_obeyed(environment: dict[str, str]) -> None:
     kept, faults = kept_and_faults("keep", **environment)
