@@ -113,6 +113,7 @@ def naive_mixture_run(
     return losses
 
 
+@pytest.mark.covering(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft"])
 @pytest.mark.parametrize(

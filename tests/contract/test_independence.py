@@ -116,6 +116,7 @@ def test_every_loss_is_ln_2_beside_a_given_reference(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", ["auto", "model", "snapshot", "precomputed", "soft sync"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, way: str, tmp_path: Path) -> None:

@@ -93,7 +93,12 @@ def test_what_is_used_is_what_was_given(tmp_path: Path) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].needs_reference])
+COMPARING = [name for name in LOSSES if LOSSES[name].needs_reference]
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=pytest.mark.nightly if index % 3 else []) for index, loss in enumerate(COMPARING)]
+)
 def test_every_loss_of_sums(loss: str, tmp_path: Path) -> None:
     data = with_sums(rows(), tiny_model())
     options = {"loss_type": loss, "learning_rate": 0.01} | OPTIONS.get(loss, {})

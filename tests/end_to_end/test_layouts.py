@@ -65,7 +65,13 @@ def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
 @pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["prefix_shared", "packed"])
-@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - set(WRONG)))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.nightly if index % 3 else [])
+        for index, family in enumerate(sorted(CONFIGS.keys() - set(WRONG)))
+    ],
+)
 def test_every_family_trains_alike(family: str, layout: str, tmp_path: Path) -> None:
     found = trained(family, tmp_path, layout, max_steps=2, learning_rate=0.1)
     assert found.data_collator.name == layout

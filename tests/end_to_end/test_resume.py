@@ -42,14 +42,14 @@ def halves(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
         ("full", {"reference": "snapshot"}),
         ("full", {"reference": "snapshot", "snapshot_device": "disk"}),
         ("full", MOVING | {"reference": "snapshot", "snapshot_device": "cpu"}),
-        ("lora_fresh", {}),
+        pytest.param("lora_fresh", {}, marks=pytest.mark.nightly),
         ("lora_fresh", MOVING),
         ("lora_sft", {}),
-        ("lora_sft", MOVING),
-        ("lora_fresh", {"reference": "precomputed"}),
+        pytest.param("lora_sft", MOVING, marks=pytest.mark.nightly),
+        pytest.param("lora_fresh", {"reference": "precomputed"}, marks=pytest.mark.nightly),
         ("lora_sft", {"reference": "precomputed"}),
         ("lora_fresh_over_sft", {"ref_adapter_name": "default", "model_adapter_name": "dpo"}),
-        ("pissa", {}),
+        pytest.param("pissa", {}, marks=pytest.mark.nightly),
         ("full", {"loss_type": "simpo"}),
     ],
 )
@@ -312,6 +312,7 @@ def test_a_checkpoint_is_evaluated_by_a_later_trainer(kind: str, options: dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("step", [2, 6, 8])
 @pytest.mark.parametrize("options", [{}, {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 3}])
 def test_a_stream_that_begins_again_is_resumed_where_it_was(options: dict[str, Any], step: int, tmp_path: Path) -> None:
