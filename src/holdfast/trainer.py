@@ -96,7 +96,7 @@ class DPOTrainer(ResumableTrainer):
         num_ids = vocabulary_size(unwrap(policy))
         check_vocabulary(tokenizer, num_ids)
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
-        self._captured = checksums(policy)
+        self._first_checksums = checksums(policy)
         self._rows = train_dataset, eval_dataset
         date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
@@ -128,14 +128,14 @@ class DPOTrainer(ResumableTrainer):
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
         if not self._is_sharded and broadcast_unlike_tensors(policy):
-            self._captured = checksums(policy)
+            self._first_checksums = checksums(policy)
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> None:
         self._startup = Startup(
             policy=self.model,
             args=self.args,
             accelerator=self.accelerator,
-            captured=self._captured,
+            first_checksums=self._first_checksums,
             is_sharded=self._is_sharded,
         )
         self.reference = self._startup.make_reference(
@@ -194,7 +194,7 @@ class DPOTrainer(ResumableTrainer):
             logger.warning(line)  # at the level that shows where nobody has configured logging
 
     def _settle(self, checkpoint: Path | None) -> None:
-        """The reference recorded, audited, and brought to where it was at `checkpoint`."""
+        """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"

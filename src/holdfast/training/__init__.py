@@ -1,1 +1,3 @@
-"""What `DPOTrainer` stands on: the hooks of `transformers.Trainer`, by what they are about, and the start of a run."""
+"""The base classes of `DPOTrainer`. Each overrides the hooks of `transformers.Trainer` that concern one thing: batches of
+pairs (`pair_trainer`), and checkpoints (`resumable_trainer`). `startup` is what happens before the first step.
+"""

@@ -27,16 +27,22 @@ from holdfast.reference.reference import Reference
 
 @final
 class Startup:
-    """The choices and checks of one run. `captured` are the policy's checksums when its reference was captured."""
+    """The choices and checks of one run. `first_checksums` are the policy's when its reference was captured."""
 
     def __init__(
-        self, *, policy: nn.Module, args: DPOConfig, accelerator: Accelerator, captured: Checksums, is_sharded: bool
+        self,
+        *,
+        policy: nn.Module,
+        args: DPOConfig,
+        accelerator: Accelerator,
+        first_checksums: Checksums,
+        is_sharded: bool,
     ) -> None:
         self.is_introduced = False
         self._policy = policy
         self._args = args
         self._accelerator = accelerator
-        self._captured = captured
+        self._first_checksums = first_checksums
         self._is_sharded = is_sharded
         self._run_models: list[nn.Module] = [policy]
         self._longest_row: int | None = None
@@ -103,8 +109,10 @@ class Startup:
     def introduce(
         self, reference: Reference | None, batch: PairBatch, *, digest: str | None, is_users_choice: bool
     ) -> str | None:
-        """The reference in one line, once the audit has found it right on `batch`; None where there is none. `digest`
-        is that of its weights. ValueError where it is not right (see `reference.audit.audit`)."""
+        """One line about the reference, after it was audited on `batch`; None where the run has none.
+
+        `digest` is that of its weights. ValueError where the audit finds it wrong (see `reference.audit.audit`).
+        """
         self.is_introduced = True
         if reference is None:
             return None
@@ -117,7 +125,7 @@ class Startup:
                     batch,
                     autocast=self._accelerator.autocast,
                     mixed_precision=self._accelerator.mixed_precision,
-                    first_checksums=self._captured,
+                    first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
         return introduction(reference, digest, found)
