@@ -1,3 +1,5 @@
-"""The base classes of `DPOTrainer`. Each overrides the hooks of `transformers.Trainer` that concern one thing: batches of
-pairs (`pair_trainer`), and checkpoints (`resumable_trainer`). `startup` is what happens before the first step.
+"""The base classes of `DPOTrainer`, and what happens before the first step.
+
+Each class overrides the hooks of `transformers.Trainer` that concern one thing: `pair_trainer` batches of pairs,
+`resumable_trainer` checkpoints. `startup` chooses and checks the reference and the layout.
 """
