@@ -8,16 +8,18 @@ padded layout, but equal ones are scored once.
 Given up: rows that any attention computes right. Without `scoring.attention`, completions would see each other.
 """
 
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.batch import HOST_SEQUENCES, HostSequences
-from holdfast.data.layouts.sequences import TokenSequence, check_counts, content_id_of
+from holdfast.data.layouts.base import Layout, LayoutOptions
+from holdfast.data.layouts.sequences import TokenSequence, check_counts, check_row_options, content_id_of, no_pairs
 from holdfast.scoring.segments import SEGMENTS, Segments
 
 ROW_TOKENS = 1_000
@@ -201,3 +203,57 @@ def _into_rows(sizes: Sequence[int], num_rows: int) -> tuple[list[list[int]], in
         rows[row].append(index)
         num_filled[row] += sizes[index]
     return [sorted(row) for row in rows], max(num_filled, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class FilledLayout(Layout):
+    """A layout of rows that are filled with segments. A subclass says which sequences make a segment.
+
+    A row has at most `row_tokens` tokens, unless one segment has more; by default about `ROW_TOKENS`.
+    """
+
+    fills_rows: ClassVar[bool] = True
+
+    row_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_row_options(self.max_length, self.truncation_mode, self.pad_to_multiple_of)
+        check_row_tokens(self.row_tokens)
+
+    @abc.abstractmethod
+    def segments(self, sequences: Sequence[TokenSequence]) -> list[RowSegment]:
+        """The segments of these sequences, each of which is in one."""
+
+    @classmethod
+    def of_options(cls, pad_token_id: int, options: LayoutOptions) -> Self:
+        """See `Layout.of_options`; rows are no longer than what is computed at a time."""
+        return cls(
+            pad_token_id,
+            options.max_length,
+            options.truncation_mode,
+            options.pad_to_multiple_of,
+            default_row_tokens(options.tokens_per_batch),
+        )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        tensors, index_of_each = self._filled(self.truncated(features))
+        chosen, rejected = index_of_each.chunk(2)
+        return tensors | {"chosen": chosen, "rejected": rejected}
+
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+        """See `Layout.of_completions`."""
+        return self._filled(sequences)[0] | no_pairs()
+
+    def tokens_in_rows(self, *, num_tokens: int, num_sequences: int, longest: int) -> int:
+        """See `Layout.tokens_in_rows`: rows have next to no padding."""
+        return num_tokens
+
+    def _filled(self, sequences: Sequence[TokenSequence]) -> tuple[dict[str, Any], Tensor]:
+        """See `fill_rows`."""
+        return fill_rows(
+            sequences,
+            self.segments,
+            pad_token_id=self.pad_token_id,
+            row_tokens=self.row_tokens,
+            multiple=self.pad_to_multiple_of,
+        )

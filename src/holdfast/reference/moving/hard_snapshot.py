@@ -6,44 +6,27 @@ Given up: a mixup alpha below 1 (see `moving.soft_snapshot`).
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.reference.base import InsidePolicy, LateCopy, Moving
+from holdfast.reference.base import Moving
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.scorers.snapshot import Exchange, description, like_parameters, trainable, where
-from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice, own_tensors
+from holdfast.reference.scorers.snapshot import ExactSnapshot, description, trainable
+from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice
 from holdfast.scoring.frozen import Autocast
 
 
 @final
-class HardSnapshot(InsidePolicy, LateCopy, Moving):
+class HardSnapshot(ExactSnapshot, Moving):
     """The policy with the values of its trainable tensors at the last sync, or before the first at the start."""
 
-    kind = "SnapshotReference"
-
     def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
-        super().__init__(policy, autocast)
+        super().__init__(policy, autocast, device=device, folder=folder)
         self.version = 0
         self.drift = 0.0
-        self.is_off_device = device != "device"
-        self._where = where(device, folder)
-        self._values = own_tensors(device, folder, "snapshot.safetensors")
-        self._exchange = Exchange(policy, lambda: like_parameters(policy, dict(self._values.items())))
-
-    def in_place(self) -> AbstractContextManager[None]:
-        """See `Scorer.in_place`."""
-        return self._exchange.in_place()
-
-    def before_policy_changes(self) -> None:
-        """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
-        if self._exchange.is_policy:
-            self._values.write(trainable(self.policy))
-            self._exchange.is_policy = False
 
     @torch.no_grad()
     def sync(self, mixup_alpha: float) -> None:
@@ -54,30 +37,25 @@ class HardSnapshot(InsidePolicy, LateCopy, Moving):
                 "(hard). Set sync_ref_model and ref_model_mixup_alpha when the trainer is made."
             )
         self.before_policy_changes()
-        self.drift = _distance(trainable(self.policy), self._values)
-        self._exchange.is_policy = True
+        self.drift = _distance(trainable(self.policy), self.values)
+        self.exchange.is_policy = True
         self.version += 1
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
-        if not self._exchange.is_policy:
-            yield from self._values.in_memory().items()
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`: the values, which are the policy's tensors while the reference is the policy."""
-        return trainable(self.policy) if self._exchange.is_policy else dict(self._values.items())
+        return trainable(self.policy) if self.exchange.is_policy else dict(self.values.items())
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
         if state:
             own = trainable(self.policy)
-            self._values.write({name: state[name].to(value.device) for name, value in own.items()})
-            self._exchange.is_policy = False
+            self.values.write({name: state[name].to(value.device) for name, value in own.items()})
+            self.exchange.is_policy = False
         self.version, self.drift = version, drift
 
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""
-        return description(self._where, when, f"moved {self.version} times")
+        return description(self.where, when, f"moved {self.version} times")
 
 
 def _distance(policy: Mapping[str, Tensor], reference: OwnTensors) -> float:

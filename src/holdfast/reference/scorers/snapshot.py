@@ -24,37 +24,41 @@ from holdfast.reference.tensor_file import SnapshotDevice, own_tensors
 from holdfast.scoring.frozen import Autocast
 
 
-@final
-class SnapshotReference(InsidePolicy, LateCopy):
-    """The policy with the first values of its trainable tensors; fixed."""
+class ExactSnapshot(InsidePolicy, LateCopy):
+    """The policy with values that its trainable tensors once had, exactly. A subclass says whether they move."""
 
     kind = "SnapshotReference"
 
     def __init__(self, policy: nn.Module, autocast: Autocast, *, device: SnapshotDevice, folder: RunFolder) -> None:
         super().__init__(policy, autocast)
         self.is_off_device = device != "device"
-        self._where = where(device, folder)
-        self._values = own_tensors(device, folder, "snapshot.safetensors")
-        self._exchange = Exchange(policy, lambda: like_parameters(policy, dict(self._values.items())))
+        self.where = where(device, folder)
+        self.values = own_tensors(device, folder, "snapshot.safetensors")
+        self.exchange = Exchange(policy, lambda: like_parameters(policy, dict(self.values.items())))
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`."""
-        return self._exchange.in_place()
+        return self.exchange.in_place()
 
     def before_policy_changes(self) -> None:
         """See `LateCopy.before_policy_changes`. ValueError where a file cannot be written."""
-        if self._exchange.is_policy:
-            self._values.write(trainable(self.policy))
-            self._exchange.is_policy = False
+        if self.exchange.is_policy:
+            self.values.write(trainable(self.policy))
+            self.exchange.is_policy = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: none while the reference is the policy, and none where the values are in a file."""
-        if not self._exchange.is_policy:
-            yield from self._values.in_memory().items()
+        if not self.exchange.is_policy:
+            yield from self.values.in_memory().items()
+
+
+@final
+class SnapshotReference(ExactSnapshot):
+    """The policy with the first values of its trainable tensors; fixed."""
 
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""
-        return description(self._where, when, "fixed")
+        return description(self.where, when, "fixed")
 
 
 @final
