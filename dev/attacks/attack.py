@@ -89,7 +89,11 @@ def same_weights(control: dict[str, torch.Tensor]) -> Judge:
 
 # What is done to a file -----------------------------------------------------------------------------------------------
 
-FAULTS = ("missing", "empty", "cut", "flipped", "garbage", "a folder", "a FIFO", "dangling", "unreadable")
+IS_ROOT = os.geteuid() == 0
+"""Only root can give files to another user, or mount a small file system."""
+FAULTS = (
+    "missing", "empty", "cut", "flipped", "garbage", "a folder", "a FIFO", "dangling", *(["unreadable"] if IS_ROOT else []),
+)  # fmt: skip
 
 
 def damage(file: Path, fault_name: str, draw: random.Random) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.arena import Outcome, run
-from attacks.attack import Attack, same_weights
+from attacks.attack import IS_ROOT, Attack, same_weights
 
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("train", "run.yaml"),
@@ -25,7 +25,7 @@ def full_disks(place: Path, draw: random.Random, control: Any) -> Iterator[Attac
     key = next((place / "home" / "store").iterdir()).name[:12]
     while True:
         argv = tuple(part.replace("{key}", key) for part in draw.choice(COMMANDS))
-        is_limit = draw.random() < 0.5
+        is_limit = draw.random() < 0.5 or not IS_ROOT
         size = draw.randrange(500, 60_000) if is_limit else draw.randrange(8, 900) * 1024
         keeps_store = argv[0] == "store"
 
