@@ -142,7 +142,8 @@ def import_one(
 ) -> None:
     """Add an exported store to those here, once all of it is checked."""
     with messages(debug, of_libraries=True):
-        from holdfast.store.parquet import coverage, import_store, read_exported
+        from holdfast.store.exported import read_exported
+        from holdfast.store.parquet import coverage, import_store
 
         if key:
             exported = read_exported(file).key
