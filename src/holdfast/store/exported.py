@@ -2,8 +2,9 @@
 
 A Parquet file can say in a few kilobytes that it holds gigabytes. So its own sizes are compared with the file's before
 anything is unpacked, and it is read in batches of bounded size. One descriptor serves for checking and for taking: what
-is taken is what was checked, though another file may have the name by then. Given up: files of which a row group has
-more log-probs than `MOST_GROUP_TOKENS`; version 0.1 wrote such only for prompts of which nobody has heard.
+is taken is what was checked, though another file may have the name by then. Given up: a file of which a row group has
+more than `MOST_GROUP_TOKENS` log-probs. Earlier versions wrote one where a merged shard had completions of more than
+4,096 tokens on average; export it again.
 """
 
 import contextlib

@@ -169,7 +169,7 @@ def _writable(file: Path) -> Path:
 def _parts(rows: NDArray[np.intp], lengths: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
     """`rows`, of which each has `lengths[row]` log-probs, in parts of bounded size."""
     numbers = np.arange(len(rows)) // BATCH_ROWS + np.cumsum(lengths[rows]) // BATCH_TOKENS
-    yield from np.split(rows, np.flatnonzero(np.diff(numbers)) + 1)
+    yield from filter(len, np.split(rows, np.flatnonzero(np.diff(numbers)) + 1))
 
 
 def _table(batch: Batch) -> pa.Table:
