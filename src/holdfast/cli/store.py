@@ -178,7 +178,7 @@ def import_one(
             if not exported.digest().startswith(key):
                 raise ValueError(
                     f"the store {key} was to be imported; {file} holds {exported.digest()} "
-                    f"({exported.description or 'without a description'}). Give its key, or another file."
+                    f"({printable(exported.description) or 'without a description'}). Give its key, or another file."
                 )
         if run_file is None:
             report = import_store(_folder(root), file)

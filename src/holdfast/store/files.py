@@ -108,7 +108,7 @@ def parsed_json(data: bytes) -> dict[str, Any]:
 
 def is_newer(format_number: Any, known: int) -> bool:
     """Whether a format is newer than the `known` one. DamagedError where it is no number of a format."""
-    if not isinstance(format_number, int) or isinstance(format_number, bool) or format_number < 1:
+    if not isinstance(format_number, int) or isinstance(format_number, bool) or not 1 <= format_number < 1 << 31:
         raise DamagedError("its format is no number")
     return format_number > known
 

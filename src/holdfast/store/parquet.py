@@ -122,11 +122,11 @@ def _check_key(file: Path, manifest: Manifest, key: StoreKey) -> None:
     if key.digest() != manifest.key.digest():
         expected, exported = key.facts(), manifest.key.facts()
         name = next((name for name in expected if expected[name] != exported[name]), "numerics")
+        description = " ".join(manifest.key.description.split()) or "without a description"
         raise ValueError(
             f"log-probs of the store {key.digest()} were to be imported; {file} holds those of {manifest.key.digest()} "
-            f"({manifest.key.description or 'without a description'}), whose {name!r} is {exported[name]!r}, not "
-            f"{expected[name]!r}. Export the store of this reference, with these numerics, or compute the log-probs "
-            "here."
+            f"({description}), whose {name!r} is {exported[name]!r}, not {expected[name]!r}. Export the store of this "
+            "reference, with these numerics, or compute the log-probs here."
         )
 
 
