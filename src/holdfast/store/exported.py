@@ -25,7 +25,7 @@ from holdfast.store.shard import MOST_TOKENS, are_logps, has_duplicates
 
 MANIFEST, CHECKSUM = b"holdfast.manifest", b"holdfast.checksum"
 SCHEMA = pa.schema([("content_high", pa.int64()), ("content_low", pa.int64()), ("logps", pa.large_list(pa.float32()))])
-BATCH_ROWS, BATCH_TOKENS = 16_384, 1 << 22
+BATCH_ROWS, BATCH_TOKENS = 16_384, 1 << 20
 """Most rows, and by their mean length most log-probs, that are written or read at a time."""
 MOST_GROUP_TOKENS = 1 << 28
 """Most log-probs in a row group, which may have to be unpacked at once."""
