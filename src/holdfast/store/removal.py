@@ -1,8 +1,9 @@
 """What may be removed as a store: a folder that is proved to be one, and in it the store's own files alone.
 
 Other programs name folders by 32 hexadecimal digits too, and people leave files where they should not. A folder is
-proved to be a store by a manifest that can be read and has the key of the folder's name; or, where that is lost, by
-shards of this key beside which there is nothing else. No link is followed, since it may lead anywhere.
+proved to be a store by a manifest that can be read and has the key of the folder's name. Where that is lost, shards of
+this key prove it, or the name of a store that is being removed, if nothing else is in the folder. No link is followed,
+since it may lead anywhere.
 
 A store goes at once, by renaming its folder, which keeps the key's digest in its name; then file by file. Given up:
 folders that earlier versions were removing, where a kill left neither manifest nor shard.
@@ -59,9 +60,11 @@ def is_store(folder: Path) -> bool:
         content = content_of(folder)
     except OSError:
         return False
-    if content.own or content.foreign:
-        return not content.foreign and any(_is_shard_of(path, digest) for path in shard_paths(folder))
-    return folder.name.endswith(DROPPED)
+    if content.foreign:
+        return False
+    if folder.name.endswith(DROPPED) and (digest is not None or not content.own):
+        return True  # no other program gives such a name, and nothing else is in it
+    return any(_is_shard_of(path, digest) for path in shard_paths(folder))
 
 
 def remove_store(folder: Path) -> list[Path]:

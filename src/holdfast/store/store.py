@@ -20,11 +20,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import Self, TypeVar, final
 
 import numpy as np
 import torch
@@ -49,13 +49,15 @@ from holdfast.store.trust import Trust
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SHARD_COMPLETIONS = 512
 """A shard is written once this many completions have been added, so a kill loses no more."""
 SHARD_SECONDS = 30.0
 """A shard is also written with the first addition after so much time."""
 
 _NUM_THREADS = 8
-_NUM_LISTINGS = 10
+_NUM_LISTINGS, _NUM_TRIES = 10, 10
 
 
 def default_root() -> Path:
@@ -222,11 +224,7 @@ class LogpStore:
             lengths = np.array([len(value) for value in self._buffer.values()], dtype=np.int64)
             logps = torch.cat(list(self._buffer.values())).numpy()
             with self._writing(f"{len(lengths)} completions ({16 * len(lengths) + 4 * len(logps):,} bytes)"):
-                try:
-                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
-                except FileNotFoundError:  # the folder was dropped in the meantime
-                    self._begin()
-                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
+                path = self._in_folder(lambda: write_shard(self.folder, self.key.digest(), content, lengths, logps))
                 shard = self._opened(path, None)
                 if isinstance(shard, DamagedError):
                     raise OSError(errno.EIO, f"read back, {shard}")
@@ -243,7 +241,7 @@ class LogpStore:
         """ValueError where no shard could be written. Asked before a long computation."""
         if not self._is_begun:
             with self._writing("a manifest and shards"):
-                self._begin()
+                self._in_folder(self._check_writable)
             self._is_begun = True
 
     def drop(self) -> None:
@@ -353,14 +351,26 @@ class LogpStore:
             write_manifest(self.folder, self.key)
 
     def _begin(self) -> None:
-        """Makes the folder and its manifest, and sees whether files can be written there. OSError."""
+        """Makes the folder and its manifest. OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flush_folder(self.folder.parent)
-        if not (self.folder / MANIFEST).exists():
-            write_manifest(self.folder, self.key)
+        write_manifest(self.folder, self.key)
+
+    def _check_writable(self) -> None:
         if (self.folder / LAST_USED).is_dir():
             set_aside(self.folder / LAST_USED)
         write_durably(self.folder / LAST_USED, b"", 0o666)  # others who use the store touch it
+
+    def _in_folder(self, write: Callable[[], T]) -> T:
+        """What `write` returns, in a folder that has a manifest. Where another process drops the store meanwhile, it is
+        begun and written again."""
+        for _ in range(_NUM_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                if not (self.folder / MANIFEST).exists():
+                    self._begin()
+                return write()
+        self._begin()
+        return write()
 
     def _touch(self) -> None:
         """Marks the store as used now, where that is permitted."""
