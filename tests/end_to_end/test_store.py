@@ -192,7 +192,9 @@ def test_a_damaged_store_is_scored_again(tmp_path: Path, counting: Counting, cap
 
 @pytest.mark.slow
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "kind", ["pipe", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ODD if kind != "pipe")]
+)
 @pytest.mark.parametrize("name", ["manifest", "shard", "last-used"])
 def test_training_goes_on_whatever_a_file_of_the_store_is(
     name: str, kind: str, tmp_path: Path, counting: Counting
