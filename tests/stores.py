@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import random
+import shutil
+import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,82 @@ def exported(folder: Path, content: Values, **options: Any) -> Path:
     """An exported store with that content."""
     export_store(filled(folder / "store", content, **options).folder, folder / "out.parquet")
     return folder / "out.parquet"
+
+
+# --- what may be under a file's name ----------------------------------------------------------------------------------
+
+
+def _gone(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes() or b"0")
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def _folder(path: Path) -> None:
+    _gone(path)
+    path.mkdir()
+    (path / "thesis.tex").write_text("of somebody")
+
+
+def _pipe(path: Path) -> None:
+    _gone(path)
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    _gone(path)
+    where = os.getcwd()
+    os.chdir(path.parent)  # the path of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(where)
+
+
+def _link(path: Path, target: Path | str) -> None:
+    _gone(path)
+    path.symlink_to(target)
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "missing": _gone,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": _cut,
+    "flipped": _flipped,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"!"),
+    "folder": _folder,
+    "pipe": _pipe,
+    "socket": _socket,
+    "device": lambda path: _link(path, "/dev/zero"),
+    "link to nothing": lambda path: _link(path, "nowhere"),
+    "link to itself": lambda path: _link(path, path.name),
+    "unreadable": lambda path: None,
+}
+"""Ways in which a file is not what it should be. `odd` makes it so."""
+
+
+@contextlib.contextmanager
+def odd(path: Path, kind: str) -> Iterator[None]:
+    """Inside, the file at `path` is of this kind of `ODD`. A file that cannot be read is so for every user; another in
+    its place can be."""
+    ODD[kind](path)
+    original, forbidden = os.open, path.stat().st_ino if kind == "unreadable" else None
+
+    def opened(name: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        is_same = Path(name) == path and path.exists() and path.stat().st_ino == forbidden
+        if is_same and not flags & os.O_WRONLY:
+            failing(errno.EACCES)()
+        return original(name, flags, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "open", opened)
+        yield

@@ -13,9 +13,11 @@ from holdfast.reference import base
 from holdfast.reference.scorers import model
 from holdfast.reference.sources import stored as precomputed
 from holdfast.store import work_sharing as claims
-from holdfast.store.maintenance import stores
-from holdfast.store.store import default_root
+from holdfast.store.maintenance import stores, verify
+from holdfast.store.manifest import MANIFEST
+from holdfast.store.store import LAST_USED, default_root
 from policies import POLICIES, config, logged, rows, trainer
+from stores import ODD, odd
 
 AHEAD = {"reference": "precomputed"}
 
@@ -186,6 +188,28 @@ def test_a_damaged_store_is_scored_again(tmp_path: Path, counting: Counting, cap
     assert "damaged" in caplog.text
     again.train()
     assert logged(again) == logged(first)
+
+
+@pytest.mark.slow
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(
+    "kind", ["pipe", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ODD if kind != "pipe")]
+)
+@pytest.mark.parametrize("name", ["manifest", "shard", "last-used"])
+def test_training_goes_on_whatever_a_file_of_the_store_is(
+    name: str, kind: str, tmp_path: Path, counting: Counting
+) -> None:
+    """What cannot be read is scored again, and nothing else; the losses are the same."""
+    first = trainer(tiny_model(), config(tmp_path, **AHEAD))
+    first.train()
+    (folder,) = (facts.folder for facts in stores(default_root()))
+    (shard,) = folder.glob("*.safetensors")
+    with odd({"manifest": folder / MANIFEST, "shard": shard, "last-used": folder / LAST_USED}[name], kind):
+        again = trainer(tiny_model(), config(tmp_path, **AHEAD))
+        assert counting.scored == (2 if name == "shard" else 1) * NUM_UNLIKE
+        again.train()
+    assert logged(again) == logged(first)
+    assert verify(default_root()) == []
 
 
 def test_the_store_can_be_elsewhere(tmp_path: Path, counting: Counting) -> None:

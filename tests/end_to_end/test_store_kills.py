@@ -4,6 +4,7 @@ stored, and a kill costs one shard at most. And several processes that fill one 
 The file is also the program that fills: a process that has everything imported, and forks for each life.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from holdfast.store import store
 from holdfast.store import work_sharing as claims
 from holdfast.store.files import PARTIAL
 from holdfast.store.key import StoreKey
-from holdfast.store.maintenance import carry_out, cleanup_steps, merge, verify
+from holdfast.store.maintenance import carry_out, cleanup_steps, merge, stores, verify
 from holdfast.store.shard import shard_paths
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import CLAIM, claimed_blocks
@@ -81,6 +82,40 @@ def share(folder: str, log: int, num_completions: int) -> None:
                 opened.add(compute(block[begin : begin + NUM_PER_BATCH], log))
 
 
+def fill_again(folder: str, log: int, num_completions: int) -> None:
+    """Completes a store together with others, several times, whatever becomes of it; what it finds is right."""
+    for _ in range(4):
+        share(folder, log, num_completions)
+        found = LogpStore.open(folder, KEY).get(IDS)
+        assert all(torch.equal(found[key], EXPECTED[key]) for key in found)
+
+
+def is_over(folder: str) -> bool:
+    """Whether there is nothing more to look at, or nobody who waits."""
+    return Path(f"{folder}.stop").exists() or os.getppid() == 1
+
+
+def look(folder: str, log: int, num_completions: int) -> None:
+    """Lists and verifies until there is nothing more to see: no store is ever damaged."""
+    while not is_over(folder):
+        problems = {facts.problem for facts in stores(Path(folder))} - {None}
+        assert problems <= {"nothing is in it yet, or it is no store"}, problems
+        assert sum(facts.num_damaged for facts in stores(Path(folder))) == 0
+        assert verify(Path(folder)) == []
+
+
+def clean_up(folder: str, log: int, num_completions: int) -> None:
+    """Merges, and now and then removes the whole store."""
+    draw = random.Random(os.getpid())
+    while not is_over(folder):
+        time.sleep(0.05)
+        for step in cleanup_steps(Path(folder), max_bytes=0 if draw.random() < 0.05 else None):
+            with contextlib.suppress(ValueError):  # went, and is being begun again
+                carry_out(step)
+        if draw.random() < 0.05:
+            LogpStore.open(folder, KEY).drop()
+
+
 def deadly(last: int) -> None:
     """From now on this process does not get beyond file operation number `last`; of a write, the half is done."""
     count = 0
@@ -111,7 +146,8 @@ def live(asked: dict[str, Any]) -> None:
     if asked["work"] == "merge":
         merge(Path(asked["folder"]) / KEY.digest())
     else:
-        {"fill": fill, "share": share}[asked["work"]](asked["folder"], log, asked["num_completions"])
+        works = {"fill": fill, "share": share, "fill again": fill_again, "look": look, "clean up": clean_up}
+        works[asked["work"]](asked["folder"], log, asked["num_completions"])
 
 
 def main() -> None:
@@ -370,6 +406,26 @@ def test_merging_under_readers_and_writers(lives, tmp_path):
     assert is_as_expected(folder)
     assert verify(folder) == []
     assert np.sum([len(logps) for logps in EXPECTED.values()]) == LogpStore.open(folder, KEY).num_tokens
+
+
+@pytest.mark.parametrize("num_completions", [300, pytest.param(NUM_COMPLETIONS, marks=pytest.mark.nightly)])
+def test_tools_beside_runs(lives, tmp_path, num_completions):
+    """While two processes fill a store again and again, others list, verify, merge and remove it. Nothing is ever
+    called damaged, no value is wrong, and in the end a fill is complete."""
+    folder = tmp_path / "storm"
+    fills = [lives.begin(folder, work="fill again", num_completions=num_completions) for _ in range(2)]
+    tools = [lives.begin(folder, work=work) for work in ("look", "look", "clean up", "clean up")]
+    try:
+        assert [lives.end(process) for process in fills] == [False] * 2
+    finally:
+        Path(f"{folder}.stop").touch()
+    assert [lives.end(process) for process in tools] == [False] * 4
+    assert not lives.end(lives.begin(folder, num_completions=num_completions))
+    assert is_as_expected(folder, IDS[:num_completions])
+    assert verify(folder) == []
+    for step in cleanup_steps(folder):
+        carry_out(step)
+    assert [path.name for path in folder.iterdir()] == [KEY.digest()]
 
 
 if __name__ == "__main__":

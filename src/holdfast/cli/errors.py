@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -39,7 +40,8 @@ def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
         if debug or not _is_for_user(error, of_libraries=of_libraries):
             raise
         prefix = f"[rank {RANK}] " if RANK else ""
-        _console.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
+        text = printable(f"{prefix}{error}", keeps_lines=True)
+        _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
 
 

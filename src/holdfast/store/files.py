@@ -1,14 +1,18 @@
-"""Files of a store: each is complete or absent, set aside when damaged, and removed in one step.
+"""Files of a store: each is complete or absent, read without trust in what it is, and set aside when damaged.
 
 A file is written under another name, flushed to the disk, and then renamed. So a file of its own name is complete, even
-after a power cut. A folder is removed by renaming it first. Given up: speed, since each file waits for the disk.
+after a power cut. Whatever else has such a name (a folder, a pipe, a device, a link to nothing) is damage, and nothing
+waits for it. Given up: speed, since each file waits for the disk.
 """
 
+import errno
+import json
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 FORMAT = 1
 """The format of shards, manifests and exported files. Raise it when an older version could misread what is written."""
@@ -19,10 +23,94 @@ CORRUPT = ".corrupt"
 """How the name of a damaged file ends once it is set aside."""
 DROPPED = ".dropped"
 """How the name of a store's folder ends while it is removed."""
+CLAIM = ".claim"
+"""How the name of a claim's file ends (`holdfast.store.work_sharing`)."""
+LAST_USED = "last-used"
+"""The file whose time of change says when the store was last used."""
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_BROKEN = {errno.EIO: "the disk cannot read it", errno.ELOOP: "it is a link to itself", errno.ENXIO: "it is a device"}
 
 
 class DamagedError(Exception):
     """A file of a store is not as it was written. Its text says how, as a clause."""
+
+
+class UnusableError(DamagedError):
+    """A file of a store that this process cannot read or must not believe. It may be sound, so it stays in place."""
+
+
+class NewerFormatError(ValueError):
+    """A file has a format that this version of the package does not know."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The file at `path`, open for reading. Nothing is waited for.
+
+    DamagedError where it is no file, UnusableError where it may not be read or is a link to nothing, FileNotFoundError
+    if it is gone.
+    """
+    try:
+        _check_kind(path.stat())  # before it is opened: to open a device may have an effect
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = os.fdopen(os.open(path, flags), "rb")
+        try:
+            _check_kind(os.fstat(file.fileno()))
+        except DamagedError:
+            file.close()
+            raise
+    except OSError as error:
+        if error.errno in _FORBIDDEN:
+            raise UnusableError(f"it cannot be read: {error.strerror}") from error
+        if error.errno in _BROKEN:
+            raise DamagedError(_BROKEN[error.errno]) from error
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            if path.is_symlink():
+                raise UnusableError("it is a link to nothing") from error
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        raise
+    return file
+
+
+def _check_kind(status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        raise DamagedError(f"it is {_KINDS.get(kind, 'something else')}, not a file")
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """The bytes of a small file. DamagedError where it has more than `most_bytes`; and the errors of `open_file`."""
+    with open_file(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise DamagedError(f"it has more than {most_bytes:,} bytes")
+    return data
+
+
+def parsed_json(data: bytes) -> dict[str, Any]:
+    """The JSON object that `data` are. DamagedError where they are none, or one that nests too deep to be read."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError("it is not JSON that can be read") from error
+    if not isinstance(found, dict):
+        raise DamagedError("it is something else")
+    return found
+
+
+def is_newer(format_number: Any, known: int) -> bool:
+    """Whether a format is newer than the `known` one. DamagedError where it is no number of a format."""
+    if not isinstance(format_number, int) or isinstance(format_number, bool) or not 1 <= format_number < 1 << 31:
+        raise DamagedError("its format is no number")
+    return format_number > known
 
 
 def newer_format(path: Path, format_number: Any) -> str:
@@ -33,11 +121,14 @@ def newer_format(path: Path, format_number: Any) -> str:
     )
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that has its name only once it is complete and on the disk. OSError leaves nothing behind."""
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Writes a file that has its name only once it is complete and on the disk. OSError leaves nothing behind.
+
+    By default nobody but its owner may change it, so its owner is its author.
+    """
     partial = path.with_name(f"{uuid.uuid4().hex}{PARTIAL}")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         try:
             rest = memoryview(data)
             while rest:
@@ -81,16 +172,6 @@ def remove(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a store's folder: at once by renaming it, then file by file. OSError where renaming is not permitted."""
-    dropped = folder.with_name(f"{uuid.uuid4().hex}{DROPPED}")
-    try:
-        os.replace(folder, dropped)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(dropped, ignore_errors=True)
 
 
 def free_bytes(folder: Path) -> int:

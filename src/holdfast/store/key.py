@@ -9,6 +9,7 @@ Given up: reading from two keys what differs; digests only say that something do
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,11 +50,18 @@ class StoreKey:
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], description: str) -> Self:
         """The key whose `facts()` these are. KeyError or TypeError where no key has such facts."""
+        texts = (facts["weights"], facts["config"], description)
+        numerics, version = facts["numerics"], facts["version"]
+        is_right = all(isinstance(text, str) for text in texts) and isinstance(numerics, dict)
+        if not is_right or not all(map(_is_fact, numerics.values())):
+            raise TypeError("weights, config and description are texts, and numerics are facts by name")
+        if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
+            raise TypeError("the version is a whole number or None")
         return cls(
             weights_digest=facts["weights"],
             config_digest=facts["config"],
-            numerics=dict(facts["numerics"]),
-            version=facts["version"],
+            numerics=dict(numerics),
+            version=version,
             description=description,
         )
 
@@ -67,3 +75,7 @@ class StoreKey:
             )
         text = json.dumps(self.facts(), sort_keys=True, allow_nan=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _is_fact(value: Any) -> bool:
+    return isinstance(value, Fact) and not (isinstance(value, float) and not math.isfinite(value))

@@ -1,8 +1,8 @@
 """All stores in a folder: listed, verified, cleaned up, and their small shards merged.
 
-None of it needs a model, a key or a lock, since a folder says what it holds. It may be done while jobs run. What is
-removed goes in one step, by a rename. A merged shard is on the disk before the shards that it replaces are removed. A
-running job still has these mapped, or finds the merged one.
+None of it needs a model, a key or a lock, since a folder says what it holds. It may be done while jobs run: a store
+that goes or is begun meanwhile is no damage. `removal` says what may be removed. A merged shard is on the disk before
+the shards that it replaces are removed. A running job still has these mapped, or finds the merged one.
 
 Given up: exact sizes in a list. A list reads headers alone, so it counts a completion twice that two processes computed
 at the same time.
@@ -15,29 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from holdfast.store.files import CORRUPT, DROPPED, PARTIAL, DamagedError, remove, remove_folder
+from holdfast.store.files import CLAIM, CORRUPT, DROPPED, LAST_USED, PARTIAL, DamagedError, NewerFormatError, remove
 from holdfast.store.key import FOLDER_NAME
 from holdfast.store.manifest import MANIFEST, Manifest, read_manifest
-from holdfast.store.shard import joined, open_shard, shard_paths, shard_size, write_shard
-from holdfast.store.store import LAST_USED
-from holdfast.store.work_sharing import CLAIM
+from holdfast.store.removal import content_of, is_store, remove_store
+from holdfast.store.shard import joined, open_shard, shard_facts, shard_paths, write_shard
+from holdfast.store.trust import Trust
 
 MERGED_COMPLETIONS = 65_536
 """Most completions of a merged shard. A shard with more than half as many is left as it is."""
 LEFTOVER_SECONDS = 3_600.0
 """An unfinished file of this age is left over from a kill: writing one takes seconds."""
 _DAY = 86_400.0
+_NUM_LOOKS, _SECONDS_BETWEEN_LOOKS = 5, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
-    """A store in a list: its manifest, or the `problem` with it; the sizes in its shards' headers; its last use."""
+    """A store in a list: its manifest, or the `problem` with it; the sizes in its shards' headers, and the number of
+    shards whose headers cannot be right; the bytes of its own files; its last use."""
 
     folder: Path
     manifest: Manifest | None
     problem: str | None
     num_completions: int
     num_tokens: int
+    num_damaged: int
     num_bytes: int
     last_used: float
 
@@ -54,7 +57,7 @@ class StoreFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """A file of a store that is not as it was written, and the reason to say so."""
+    """A file of a store that is not as it was written, or that a run would not use, and the reason."""
 
     path: Path
     reason: str
@@ -74,8 +77,10 @@ def stores(root: Path) -> list[StoreFacts]:
     """The stores in a folder, the most recently used first."""
     if not root.is_dir():
         return []
-    listed = [_facts(folder) for folder in root.iterdir() if FOLDER_NAME.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(listed, key=lambda facts: (-facts.last_used, facts.name))
+    folders = [folder for folder in root.iterdir() if FOLDER_NAME.fullmatch(folder.name) and folder.is_dir()]
+    listed = [_facts(folder) for folder in folders]
+    present = [facts for facts in listed if facts.folder.exists()]  # others went in the meantime
+    return sorted(present, key=lambda facts: (-facts.last_used, facts.name))
 
 
 def find_store(root: Path, key: str) -> StoreFacts:
@@ -102,9 +107,10 @@ def cleanup_steps(
 
     First it removes the stores not used for `older_than` days, then those not used for longest until no more than
     `max_bytes` are left. Then it removes what kills have left behind and what was set aside, and merges small shards.
+    A folder that is not proved to be a store (`holdfast.store.removal`) is not touched, and nothing that is no store's.
     """
     now = time.time() if now is None else now
-    present = stores(root)
+    present = [facts for facts in stores(root) if is_store(facts.folder)]
     steps = []
     total = sum(facts.num_bytes for facts in present)
     for facts in reversed(present):
@@ -115,13 +121,12 @@ def cleanup_steps(
             reason = "not used for longest, and the stores are too large"
         else:
             continue
-        steps.append(CleanupStep(action="remove store", path=facts.folder, num_bytes=facts.num_bytes, reason=reason))
+        steps.append(_removal(facts.folder, reason))
         total -= facts.num_bytes
     removed = {step.path for step in steps}
-    steps += [
-        CleanupStep(action="remove store", path=folder, num_bytes=_size(folder), reason="was being removed")
-        for folder in root.glob(f"*{DROPPED}")
-    ]
+    if root.is_dir():
+        dropped = sorted(folder for folder in root.iterdir() if folder.name.endswith(DROPPED))
+        steps += [_removal(folder, "was being removed") for folder in dropped if is_store(folder)]
     for facts in present:
         if facts.folder not in removed:
             steps += _leftovers(facts.folder, now)
@@ -129,25 +134,31 @@ def cleanup_steps(
     return steps
 
 
-def carry_out(step: CleanupStep) -> None:
-    """Does one step. OSError where that is not permitted."""
+def carry_out(step: CleanupStep) -> list[Path]:
+    """Does one step, and returns what stays although its store goes, since it is not the store's.
+
+    Where a store went in the meantime nothing is left to do. OSError where the step is not permitted or the disk is
+    full, ValueError where a folder is not proved to be a store any more.
+    """
     if step.action == "remove store":
-        remove_folder(step.path)
-    elif step.action == "remove file":
-        step.path.unlink(missing_ok=True)
-    else:
-        merge(step.path)
+        return remove_store(step.path)
+    with contextlib.suppress(FileNotFoundError):
+        if step.action == "remove file":
+            step.path.unlink()
+        else:
+            merge(step.path)
+    return []
 
 
 def merge(folder: Path) -> int:
-    """Merges the small shards of a store into larger ones. Returns how many were merged. Damaged ones are left
-    alone."""
-    num_merged = 0
+    """Merges the small shards of a store into larger ones. Returns how many were merged. Those that are damaged, or
+    that are not believed, are left alone."""
+    num_merged, trust = 0, Trust.of(folder)
     for paths in _small(folder):
         shards = []
         for path in paths:
-            with contextlib.suppress(DamagedError, FileNotFoundError):
-                shards.append(open_shard(path, folder.name))
+            with contextlib.suppress(DamagedError, NewerFormatError, FileNotFoundError):
+                shards.append(open_shard(path, folder.name, trust))
         if len(shards) > 1:
             content, lengths, logps = joined(shards)
             merged = write_shard(folder, folder.name, content, lengths, logps)
@@ -163,21 +174,28 @@ def _facts(folder: Path) -> StoreFacts:
     try:
         manifest = read_manifest(folder)
     except DamagedError as error:
-        problem = f"{MANIFEST} is damaged: {error}"
-    except FileNotFoundError:
-        problem = f"{MANIFEST} is missing"
-    except ValueError:
+        problem = f"{MANIFEST} is damaged or something else: {error}"
+    except NewerFormatError:
         problem = "written by a newer version of holdfast"
-    sizes = []
-    for path in shard_paths(folder):
-        with contextlib.suppress(DamagedError, FileNotFoundError):
-            sizes.append(shard_size(path))
+    except OSError as error:
+        problem = None if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
+    if manifest is None and problem is None:
+        problem = f"{MANIFEST} is missing" if _lacks_manifest(folder) else "nothing is in it yet, or it is no store"
+    num_damaged, sizes = 0, []
+    for path in _shards(folder):
+        try:
+            sizes.append(shard_facts(path))
+        except (DamagedError, NewerFormatError):
+            num_damaged += 1
+        except FileNotFoundError:  # merged in the meantime
+            continue
     return StoreFacts(
         folder=folder,
         manifest=manifest,
         problem=problem,
-        num_completions=sum(completions for completions, _ in sizes),
-        num_tokens=sum(tokens for _, tokens in sizes),
+        num_completions=sum(facts.num_completions for facts in sizes),
+        num_tokens=sum(facts.num_tokens for facts in sizes),
+        num_damaged=num_damaged,
         num_bytes=_size(folder),
         last_used=max(_modified(folder / LAST_USED), _modified(folder / MANIFEST)) or _modified(folder),
     )
@@ -187,31 +205,60 @@ def _damage(folder: Path) -> Iterator[Damage]:
     try:
         read_manifest(folder)
     except FileNotFoundError:
-        yield Damage(path=folder / MANIFEST, reason="it is missing")
-    except (DamagedError, ValueError) as error:
+        if _lacks_manifest(folder):
+            yield Damage(path=folder / MANIFEST, reason="it is missing")
+    except (DamagedError, NewerFormatError, OSError) as error:
         yield Damage(path=folder / MANIFEST, reason=str(error))
-    for path in shard_paths(folder):
+    trust = Trust.of(folder)
+    for path in _shards(folder):
         try:
-            open_shard(path, folder.name)
+            open_shard(path, folder.name, trust)
         except FileNotFoundError:  # merged or dropped in the meantime
             continue
-        except (DamagedError, ValueError, OSError) as error:
+        except (DamagedError, NewerFormatError, OSError) as error:
             yield Damage(path=path, reason=str(error))
+
+
+def _lacks_manifest(folder: Path) -> bool:
+    """Whether a folder has shards and no manifest, and stays so. A store that is being begun has no shards yet, and one
+    that another process begins again has both at the next look."""
+    for number in range(_NUM_LOOKS):
+        time.sleep(_SECONDS_BETWEEN_LOOKS if number else 0)
+        if (folder / MANIFEST).exists() or not _shards(folder):
+            return False
+    return True
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The paths of a folder's shards; none where it cannot be listed."""
+    try:
+        return shard_paths(folder)
+    except OSError:
+        return []
+
+
+def _removal(folder: Path, reason: str) -> CleanupStep:
+    try:
+        num_foreign = len(content_of(folder).foreign)
+    except OSError:
+        num_foreign = 0
+    stay = f"; what is not the store's stays ({num_foreign})" if num_foreign else ""
+    return CleanupStep(action="remove store", path=folder, num_bytes=_size(folder), reason=reason + stay)
 
 
 def _leftovers(folder: Path, now: float) -> Iterator[CleanupStep]:
     try:
-        paths = sorted(folder.iterdir())
-    except FileNotFoundError:  # dropped in the meantime
+        names = content_of(folder).own
+    except OSError:  # dropped in the meantime, or not permitted
         return
-    for path in paths:
+    for path in (folder / name for name in names):
         if path.name.endswith(CORRUPT):
             reason = "was damaged, and set aside"
         elif path.name.endswith((PARTIAL, CLAIM)) and now - _modified(path) > LEFTOVER_SECONDS:
             reason = "left over from a kill"
         else:
             continue
-        yield CleanupStep(action="remove file", path=path, num_bytes=_size(path), reason=reason)
+        yield CleanupStep(action="remove file", path=path, num_bytes=_bytes(path), reason=reason)
 
 
 def _merging(facts: StoreFacts) -> list[CleanupStep]:
@@ -226,10 +273,10 @@ def _small(folder: Path) -> list[list[Path]]:
     """The small shards in groups, of which each becomes one larger shard."""
     groups: list[list[Path]] = []
     room = 0
-    for path in shard_paths(folder):
+    for path in _shards(folder):
         try:
-            num_completions, _ = shard_size(path)
-        except (DamagedError, FileNotFoundError):
+            num_completions = shard_facts(path).num_completions
+        except (DamagedError, NewerFormatError, FileNotFoundError):
             continue
         if 2 * num_completions > MERGED_COMPLETIONS:
             continue
@@ -241,16 +288,24 @@ def _small(folder: Path) -> list[list[Path]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder; 0 for a file that is gone by now."""
+def _size(folder: Path) -> int:
+    """Bytes of a store's own files in a folder."""
     try:
-        return sum(_size(entry) for entry in path.iterdir()) if path.is_dir() else path.stat().st_size
+        return sum(_bytes(folder / name) for name in content_of(folder).own)
+    except OSError:
+        return 0
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of a file; 0 for one that is gone by now."""
+    try:
+        return path.lstat().st_size
     except OSError:
         return 0
 
 
 def _modified(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return path.lstat().st_mtime
     except OSError:
         return 0.0

@@ -13,10 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from holdfast.store.files import FORMAT, DamagedError, newer_format, write_durably
+from holdfast.store.files import (
+    FORMAT,
+    DamagedError,
+    NewerFormatError,
+    is_newer,
+    newer_format,
+    parsed_json,
+    read_file,
+    write_durably,
+)
 from holdfast.store.key import FOLDER_NAME, StoreKey
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 1 << 18
+"""A manifest is smaller by far."""
 # The checksum must stay at this place and in this form in all formats: it tells a newer manifest from a damaged one.
 _CHECKSUM = b',\n  "checksum": "'
 _END = b'"\n}\n'
@@ -49,30 +60,36 @@ class Manifest:
     def from_bytes(cls, data: bytes, path: Path) -> Self:
         """The manifest whose `to_bytes` are `data`; `path` is for messages.
 
-        DamagedError if no manifest has these bytes, ValueError if their format is newer.
+        DamagedError if no manifest has these bytes, NewerFormatError if their format is newer.
         """
         body, separator, end = data.rpartition(_CHECKSUM)
         if not separator or end != _checksum(body) + _END:
             raise DamagedError("its checksum is not that of its content")
+        facts = parsed_json(data)
+        if is_newer(facts.get("format"), FORMAT):
+            raise NewerFormatError(newer_format(path, facts["format"]))
         try:
-            facts = json.loads(data)
-            format_number = facts["format"]
-            if format_number <= FORMAT:
-                key = StoreKey.from_facts(facts["key"], facts["description"])
-                return cls(key=key, created=facts["created"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            key, created = StoreKey.from_facts(facts["key"], facts["description"]), facts["created"]
+        except (KeyError, TypeError) as error:
             raise DamagedError("it is something else") from error
-        raise ValueError(newer_format(path, format_number))
+        if not isinstance(created, str):
+            raise DamagedError("it is something else")
+        return cls(key=key, created=created)
+
+
+def manifest_in(folder: Path) -> Manifest:
+    """The manifest in a folder, whatever the folder's name. The errors of `read_manifest`."""
+    path = folder / MANIFEST
+    return Manifest.from_bytes(read_file(path, MOST_BYTES), path)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a store's folder.
 
-    DamagedError if it is not as it was written or is another store's, FileNotFoundError where there is none, ValueError
-    if its format is newer.
+    DamagedError if it is not as it was written or is another store's, FileNotFoundError where there is none,
+    NewerFormatError if its format is newer.
     """
-    path = folder / MANIFEST
-    manifest = Manifest.from_bytes(path.read_bytes(), path)
+    manifest = manifest_in(folder)
     if manifest.key.digest() != folder.name:
         raise DamagedError(f"it is that of another store, {manifest.key.digest()}")
     return manifest
@@ -83,7 +100,9 @@ def keys_alike(root: Path, key: StoreKey) -> list[StoreKey]:
     alike: list[StoreKey] = []
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if FOLDER_NAME.fullmatch(folder.name) and folder.name != key.digest():
-            with contextlib.suppress(DamagedError, ValueError, OSError):  # reported when that store itself is opened
+            with contextlib.suppress(
+                DamagedError, NewerFormatError, OSError
+            ):  # reported when that store itself is opened
                 other = read_manifest(folder).key
                 if replace(other, version=key.version) == key:
                     alike.append(other)

@@ -19,13 +19,13 @@ def machine() -> str:
 
 def has_ended(process: int) -> bool:
     """Whether a process of this machine is gone, or is a zombie. False in case of doubt."""
-    if os.name != "posix":
-        return False
+    if os.name != "posix" or process <= 0:  # 0 and below stand for groups of processes
+        return process <= 0
     try:
         os.kill(process, 0)  # sends nothing, but fails where there is no such process
         # "number (command) state ..."; a command may itself have brackets and spaces.
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process can have a number so large
         return True
-    except (OSError, IndexError):
+    except (OSError, IndexError, UnicodeDecodeError):
         return False

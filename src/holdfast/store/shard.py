@@ -6,17 +6,18 @@ into one folder without locks. It also makes the file checkable, so no flipped b
 log-prob.
 
 XXH3 digests several GB/s on one core, where BLAKE2b makes less than one, so every byte is checked whenever a store is
-opened. Given up: protection from somebody who forges files. A store is trusted as far as those who may write to it.
+opened. Given up: protection from somebody who forges files; `trust.py` says whose are read. A forged one is damage like
+any other wherever its header, its arrays or its values cannot be right.
 """
 
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,11 +26,26 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from holdfast.store.files import FORMAT, DamagedError, newer_format, write_durably
+from holdfast.store.files import (
+    FORMAT,
+    DamagedError,
+    NewerFormatError,
+    is_newer,
+    newer_format,
+    open_file,
+    parsed_json,
+    write_durably,
+)
+from holdfast.store.trust import Trust
 
 SUFFIX = ".safetensors"
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+MOST_TOKENS = 1 << 24
+"""A completion has no more tokens."""
+MOST_NATS = 0.1
+"""No log-prob is above 0, but for rounding: in fp32, that of logits up to a million explains so much."""
 _HEADER = "holdfast"
+_MOST_HEADER_BYTES = 1 << 16
 _CHUNK = 1 << 20
 
 
@@ -65,48 +81,48 @@ def write_shard(
     return path
 
 
-def open_shard(path: Path, key_digest: str) -> Shard:
-    """The shard at `path`, which must be of the store of this key, every byte checked.
+def open_shard(path: Path, key_digest: str, trust: Trust | None = None) -> Shard:
+    """The shard at `path`, which must be of the store of this key, every byte and every value checked.
 
-    DamagedError if it is not as it was written or is another store's, ValueError if its format is newer,
-    FileNotFoundError if it is gone.
+    DamagedError if it is not as it was written or is another store's, UnusableError if it cannot be read or `trust`
+    does not believe it, NewerFormatError if its format is newer, FileNotFoundError if it is gone.
     """
-    digest = file_digest(path)
-    if digest != path.name.removesuffix(SUFFIX):
-        raise DamagedError(f"its bytes have the digest {digest}, not that of its name")
-    try:
-        header = json.loads(_header(path)["__metadata__"][_HEADER])
-        if header["format"] > FORMAT:
-            raise ValueError(newer_format(path, header["format"]))
-        tensors = load_file(path)
-        shard = Shard(
-            name=path.name,
-            content=tensors["content"].numpy(),
-            lengths=tensors["lengths"].numpy(),
-            logps=tensors["logps"].numpy(),
-            num_bytes=path.stat().st_size,
-        )
-        is_consistent = _is_consistent(shard)
-    except RuntimeError as error:
-        if path.exists():
-            raise
-        raise FileNotFoundError(f"{path} went while it was opened") from error  # `load_file` opens it twice
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DamagedError(f"it is not a shard ({error})") from error
-    if not is_consistent:
-        raise DamagedError("its arrays do not fit each other")
-    if header["key"] != key_digest:
-        raise DamagedError(f"it belongs to another store, {header['key']}")
+    with open_file(path) as file:
+        if trust is not None:
+            trust.check(os.fstat(file.fileno()))
+        digest = _digest(file)
+        if digest != path.name.removesuffix(SUFFIX):
+            raise DamagedError(f"its bytes have the digest {digest}, not that of its name")
+        facts = _facts(file, path)
+        tensors = _arrays(_same_file(file, path, trust), path)
+    shard = Shard(
+        name=path.name,
+        content=tensors["content"],
+        lengths=tensors["lengths"],
+        logps=tensors["logps"],
+        num_bytes=facts.num_bytes,
+    )
+    _check_arrays(shard)
+    if facts.key != key_digest:
+        name = facts.key if re.fullmatch("[0-9a-f]{32}", facts.key) else repr(facts.key[:40])
+        raise DamagedError(f"it belongs to another store, {name}")
     return shard
 
 
-def shard_size(path: Path) -> tuple[int, int]:
-    """The numbers of completions and tokens in a shard, from its header alone. DamagedError if it has none."""
-    try:
-        header = _header(path)
-        return header["lengths"]["shape"][0], header["logps"]["shape"][0]
-    except (KeyError, TypeError, IndexError) as error:
-        raise DamagedError("its header is not that of a shard") from error
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFacts:
+    """What a shard's header says: the digest of its store's key, and its sizes."""
+
+    key: str
+    num_completions: int
+    num_tokens: int
+    num_bytes: int
+
+
+def shard_facts(path: Path) -> ShardFacts:
+    """What the header of the shard at `path` says; its size fits it. The errors of `open_shard`."""
+    with open_file(path) as file:
+        return _facts(file, path)
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -141,31 +157,100 @@ def gathered(values: NDArray[np.float32], starts: NDArray[np.int64], lengths: ND
 
 
 def file_digest(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hexadecimal."""
-    state = xxhash.xxh3_128()
-    for chunk in _chunks(path):
-        state.update(chunk)
+    """XXH3-128 of a file's bytes, in hexadecimal. The errors of `open_file`."""
+    with open_file(path) as file:
+        return _digest(file)
+
+
+def has_duplicates(content: NDArray[np.int64], lengths: NDArray[np.int64]) -> bool:
+    """Whether two completions have the same content id `[M 2]` and length `[M]`."""
+    if len(np.unique(content[:, 0])) == len(content):  # quick, and so with ids that are digests
+        return False
+    identity = np.column_stack([content, lengths])[np.lexsort((lengths, content[:, 1], content[:, 0]))]
+    return bool((identity[1:] == identity[:-1]).all(1).any())
+
+
+def are_logps(values: NDArray[np.float32]) -> bool:
+    """Whether all are finite, and none is above 0 by more than rounding."""
+    return len(values) == 0 or bool(np.isfinite(values.min()) and values.max() <= np.float32(MOST_NATS))
+
+
+def _digest(file: BinaryIO) -> str:
+    state, buffer = xxhash.xxh3_128(), bytearray(_CHUNK)
+    while num_read := file.readinto(buffer):  # type: ignore[attr-defined]
+        state.update(memoryview(buffer)[:num_read])
     return state.hexdigest()
 
 
-def _chunks(path: Path) -> Iterator[memoryview]:
-    buffer = bytearray(_CHUNK)
-    with path.open("rb", buffering=0) as file:
-        while num_read := file.readinto(buffer):
-            yield memoryview(buffer)[:num_read]
+def _facts(file: BinaryIO, path: Path) -> ShardFacts:
+    """What the header at the beginning of a shard says. DamagedError if it is none, or the file's size is another."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    start = file.read(8)
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 0 < size <= min(_MOST_HEADER_BYTES, num_bytes - 8):
+        raise DamagedError("it has no readable header")
+    header = parsed_json(file.read(size))
+    try:
+        own = parsed_json(header["__metadata__"][_HEADER].encode())
+        if is_newer(own["format"], FORMAT):
+            raise NewerFormatError(newer_format(path, own["format"]))
+        num_completions, num_tokens = header["lengths"]["shape"][0], header["logps"]["shape"][0]
+        is_right = header.keys() == {"__metadata__", "content", "lengths", "logps"} and isinstance(own["key"], str)
+    except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError) as error:
+        raise DamagedError("its header is not that of a shard") from error
+    expected = 8 + size
+    for name, dtype, shape in (
+        ("content", "I64", [num_completions, 2]),
+        ("lengths", "I64", [num_completions]),
+        ("logps", "F32", [num_tokens]),
+    ):
+        is_right = is_right and _is_array(header[name], dtype, shape)
+        expected += int(dtype[1:]) // 8 * math.prod(shape) if is_right else 0
+    if not is_right or num_bytes != expected:
+        raise DamagedError("its header is not that of a shard")
+    return ShardFacts(key=own["key"], num_completions=num_completions, num_tokens=num_tokens, num_bytes=num_bytes)
 
 
-def _header(path: Path) -> Any:
-    """The JSON at the beginning of a safetensors file. DamagedError if it has none."""
-    with path.open("rb") as file:
-        try:
-            (size,) = struct.unpack("<Q", file.read(8))
-            return json.loads(file.read(min(size, path.stat().st_size)))
-        except (struct.error, ValueError) as error:
-            raise DamagedError("it has no readable header") from error
+def _is_array(facts: Any, dtype: str, shape: list[Any]) -> bool:
+    are_sizes = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape)
+    return are_sizes and isinstance(facts, dict) and (facts.get("dtype"), facts.get("shape")) == (dtype, shape)
+
+
+def _same_file(file: BinaryIO, path: Path, trust: Trust | None) -> Path:
+    """A path of the open file. Where others may put another file in its place, not its name."""
+    by_descriptor = Path(f"/proc/self/fd/{file.fileno()}")
+    is_exposed = trust is not None and trust.users is not None
+    return by_descriptor if is_exposed and by_descriptor.exists() else path
+
+
+def _arrays(source: Path, path: Path) -> dict[str, Any]:
+    """The arrays in a shard, mapped."""
+    try:
+        return {name: tensor.numpy() for name, tensor in load_file(source).items()}
+    except RuntimeError as error:
+        if path.exists():
+            raise
+        raise FileNotFoundError(f"{path} went while it was opened") from error  # `load_file` opens it twice
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"it is not a shard ({error})") from error
+
+
+def _check_arrays(shard: Shard) -> None:
+    """DamagedError where arrays do not fit each other, or hold what no log-probs are."""
+    if not _is_consistent(shard):
+        raise DamagedError("its arrays do not fit each other")
+    if has_duplicates(shard.content, shard.lengths):
+        raise DamagedError("it has a completion twice")
+    if not are_logps(shard.logps):
+        raise DamagedError("it has log-probs that are NaN, infinite or above 0")
 
 
 def _is_consistent(shard: Shard) -> bool:
     shapes = shard.content.shape == (len(shard.lengths), 2) and shard.lengths.ndim == shard.logps.ndim == 1
     types = (shard.content.dtype, shard.lengths.dtype, shard.logps.dtype) == (np.int64, np.int64, np.float32)
-    return shapes and types and bool((shard.lengths >= 0).all()) and int(shard.lengths.sum()) == len(shard.logps)
+    if not shapes or not types:
+        return False
+    most = min(len(shard.logps), MOST_TOKENS)  # so their sum cannot overflow
+    are_lengths = bool(((shard.lengths >= 0) & (shard.lengths <= most)).all())
+    return are_lengths and int(shard.lengths.sum()) == len(shard.logps)

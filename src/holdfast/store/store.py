@@ -14,40 +14,50 @@ Given up: rows in order, and one big file (`holdfast store gc` merges small shar
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import Self, TypeVar, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.batch import ContentId
-from holdfast.store.files import DamagedError, flush_folder, free_bytes, remove_folder, set_aside, write_durably
+from holdfast.store.files import (
+    LAST_USED,
+    DamagedError,
+    UnusableError,
+    flush_folder,
+    set_aside,
+    write_durably,
+)
 from holdfast.store.index import Index
 from holdfast.store.key import StoreKey
 from holdfast.store.manifest import MANIFEST, keys_alike, read_manifest, write_manifest
+from holdfast.store.refusals import check_values, reading, warn_unused, writing
+from holdfast.store.removal import remove_store
 from holdfast.store.shard import Shard, open_shard, shard_paths, write_shard
+from holdfast.store.trust import Trust
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SHARD_COMPLETIONS = 512
 """A shard is written once this many completions have been added, so a kill loses no more."""
 SHARD_SECONDS = 30.0
 """A shard is also written with the first addition after so much time."""
 
-LAST_USED = "last-used"
-"""The file whose time of change says when the store was last used."""
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NUM_THREADS = 8
-_NUM_LISTINGS = 10
+_NUM_LISTINGS, _NUM_TRIES = 10, 10
 
 
 def default_root() -> Path:
@@ -76,6 +86,7 @@ class LogpStore:
         self._lock = threading.RLock()
         self._shards: list[Shard] = []
         self._seen: set[str] = set()
+        self._passed_over: set[str] = set()
         self._index = Index()
         self._buffer: dict[ContentId, Tensor] = {}
         self._flushed_at = time.monotonic()
@@ -90,19 +101,23 @@ class LogpStore:
 
         Stores in `root` that hold the same numbers, under another version of a moving reference with the same weights,
         are read as well. Damaged files are set aside under another name, or skipped where that is not permitted, with a
-        warning. ValueError if the store was written by a newer version of the package.
+        warning; so are files that cannot be read, or that `holdfast.store.trust` does not believe, which stay in place.
+        ValueError if the store was written by a newer version of the package, or its folder cannot be read.
         """
         store = cls._opened_alone(Path(root), key)
-        store._alike = tuple(cls._opened_alone(Path(root), other) for other in keys_alike(Path(root), key))
+        with reading(store.folder):
+            alike = keys_alike(Path(root), key)
+        store._alike = tuple(cls._opened_alone(Path(root), other) for other in alike)
         return store
 
     @classmethod
     def _opened_alone(cls, root: Path, key: StoreKey) -> Self:
         store = cls(root, key)
-        if store.folder.is_dir():
-            store._check_manifest()
-            store.refresh()
-            store._touch()
+        with reading(store.folder):
+            if store.folder.is_dir():
+                store._check_manifest()
+                store.refresh()
+                store._touch()
         return store
 
     # Reading ----------------------------------------------------------------------------------------------------------
@@ -150,7 +165,7 @@ class LogpStore:
         completions that are new."""
         with self._lock:
             before = self._index.num_completions
-            damaged: list[tuple[Path, str]] = []
+            damaged: list[tuple[Path, DamagedError]] = []
             # A shard that is gone before it is opened was merged into another, which was written first: list again.
             for _ in range(_NUM_LISTINGS):
                 if not self._read_new(damaged):
@@ -183,7 +198,7 @@ class LogpStore:
         log-probs are no finite fp32 vector.
         """
         tensors = {content_id: value.detach().cpu() for content_id, value in logps.items()}
-        _check_values(tensors)
+        check_values(tensors)
         with self._lock:
             for content_id in self.missing(tensors, [len(value) for value in tensors.values()]):
                 self.check_writable()
@@ -209,16 +224,13 @@ class LogpStore:
             lengths = np.array([len(value) for value in self._buffer.values()], dtype=np.int64)
             logps = torch.cat(list(self._buffer.values())).numpy()
             with self._writing(f"{len(lengths)} completions ({16 * len(lengths) + 4 * len(logps):,} bytes)"):
-                try:
-                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
-                except FileNotFoundError:  # the folder was dropped in the meantime
-                    self._begin()
-                    path = write_shard(self.folder, self.key.digest(), content, lengths, logps)
-                shard = self._opened(path)
-                if isinstance(shard, str):
+                path = self._in_folder(lambda: write_shard(self.folder, self.key.digest(), content, lengths, logps))
+                shard = self._opened(path, None)
+                if isinstance(shard, DamagedError):
                     raise OSError(errno.EIO, f"read back, {shard}")
             self._buffer.clear()
             self._flushed_at = time.monotonic()
+            self._passed_over.discard(path.name)
             self._touch()
             if shard is None:  # merged already
                 self.refresh()
@@ -229,16 +241,24 @@ class LogpStore:
         """ValueError where no shard could be written. Asked before a long computation."""
         if not self._is_begun:
             with self._writing("a manifest and shards"):
-                self._begin()
+                self._in_folder(self._check_writable)
             self._is_begun = True
 
     def drop(self) -> None:
-        """Removes the store from the disk, in one piece. OSError where that is not permitted."""
+        """Removes the store from the disk, in one piece. What is not the store's stays, with a warning, and so does a
+        folder that is not proved to be a store. OSError where that is not permitted."""
         with self._lock:
-            remove_folder(self.folder)
+            try:
+                left = remove_store(self.folder)
+            except ValueError as error:
+                logger.warning("%s", error)
+            else:
+                if left:
+                    logger.warning("%s stays, with what is not the store's: %s", self.folder, ", ".join(map(str, left)))
             self._buffer.clear()
             self._shards.clear()
             self._seen.clear()
+            self._passed_over.clear()
             self._index = Index()
             self._is_begun = False
 
@@ -267,52 +287,54 @@ class LogpStore:
             ids[row]: value.clone() for row, value in buffered.items() if lengths is None or len(value) == lengths[row]
         }
 
-    def _read_new(self, damaged: list[tuple[Path, str]]) -> bool:
+    def _read_new(self, damaged: list[tuple[Path, DamagedError]]) -> bool:
         """Opens the shards in the folder that were not seen yet; True if some were gone by then."""
-        paths = [path for path in shard_paths(self.folder) if path.name not in self._seen]
+        known = self._seen | self._passed_over
+        paths = [path for path in shard_paths(self.folder) if path.name not in known]
+        trust = Trust.of(self.folder)
         if len(paths) > 1:
             # Hashing frees the interpreter lock, and a disk may be slow to answer.
             with ThreadPoolExecutor(_NUM_THREADS) as threads:
-                opened = list(threads.map(self._opened, paths))
+                opened = list(threads.map(self._opened, paths, itertools.repeat(trust)))
         else:
-            opened = [self._opened(path) for path in paths]
-        unreadable = [(path, reason) for path, reason in zip(paths, opened, strict=True) if isinstance(reason, str)]
+            opened = [self._opened(path, trust) for path in paths]
+        unreadable = [
+            (path, error) for path, error in zip(paths, opened, strict=True) if isinstance(error, DamagedError)
+        ]
         damaged += unreadable
-        self._seen |= {path.name for path, _ in unreadable}
+        self._passed_over |= {path.name for path, _ in unreadable}
         self._include([shard for shard in opened if isinstance(shard, Shard)])
         return any(shard is None for shard in opened)
 
-    def _opened(self, path: Path) -> Shard | str | None:
-        """The shard; or in words how it is damaged; or None if it is gone."""
+    def _opened(self, path: Path, trust: Trust | None) -> Shard | DamagedError | None:
+        """The shard; or how it is damaged; or None if it is gone."""
         try:
-            return open_shard(path, self.folder.name)
+            return open_shard(path, self.folder.name, trust)
         except DamagedError as error:
-            return str(error)
+            return error
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            return "the disk cannot read it"
+            return DamagedError("the disk cannot read it")
 
     def _include(self, shards: list[Shard]) -> None:
         self._index.add(shards)
         self._shards += shards
         self._seen |= {shard.name for shard in shards}
 
-    def _set_aside(self, damaged: list[tuple[Path, str]]) -> None:
-        are_moved = [set_aside(path) for path, _ in damaged]
-        self._seen -= {path.name for (path, _), is_moved in zip(damaged, are_moved, strict=True) if is_moved}
-        first = "; ".join(f"{path.name}: {reason}" for path, reason in damaged[:3])
-        logger.warning(
-            "%d damaged file(s) of the log-prob store %s are not used (%s%s). They were %s; what they held counts as "
-            "missing and is computed again.",
-            len(damaged),
-            self.folder,
-            first,
-            "; ..." if len(damaged) > 3 else "",
-            "renamed to *.corrupt" if all(are_moved) else "left in place, since renaming them is not permitted",
-        )
+    def _set_aside(self, damaged: list[tuple[Path, DamagedError]]) -> None:
+        unusable = [(path, error) for path, error in damaged if isinstance(error, UnusableError)]
+        if unusable:
+            warn_unused(self.folder, "file(s)", unusable, "left in place, since they may be sound")
+        damaged = [(path, error) for path, error in damaged if not isinstance(error, UnusableError)]
+        if damaged:
+            are_moved = [set_aside(path) for path, _ in damaged]
+            self._passed_over -= {path.name for (path, _), is_moved in zip(damaged, are_moved, strict=True) if is_moved}
+            left = "left in place, since renaming them is not permitted"
+            then = "renamed to *.corrupt" if all(are_moved) else left
+            warn_unused(self.folder, "damaged file(s)", damaged, then)
 
     def _check_manifest(self) -> None:
         """Sets a damaged manifest aside; writes one where there is none and that is permitted."""
@@ -320,61 +342,47 @@ class LogpStore:
             read_manifest(self.folder)
             return
         except DamagedError as error:
-            self._set_aside([(self.folder / MANIFEST, str(error))])
+            self._set_aside([(self.folder / MANIFEST, error)])
+            if isinstance(error, UnusableError) and (self.folder / MANIFEST).exists():
+                return
         except FileNotFoundError:
             pass
         with contextlib.suppress(OSError):
             write_manifest(self.folder, self.key)
 
     def _begin(self) -> None:
-        """Makes the folder and its manifest, and sees whether files can be written there. OSError."""
+        """Makes the folder and its manifest. OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flush_folder(self.folder.parent)
-        if not (self.folder / MANIFEST).exists():
-            write_manifest(self.folder, self.key)
-        write_durably(self.folder / LAST_USED, b"")
+        write_manifest(self.folder, self.key)
+
+    def _check_writable(self) -> None:
+        if (self.folder / LAST_USED).is_dir():
+            set_aside(self.folder / LAST_USED)
+        write_durably(self.folder / LAST_USED, b"", 0o666)  # others who use the store touch it
+
+    def _in_folder(self, write: Callable[[], T]) -> T:
+        """What `write` returns, in a folder that has a manifest. Where another process drops the store meanwhile, it is
+        begun and written again."""
+        for _ in range(_NUM_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                if not (self.folder / MANIFEST).exists():
+                    self._begin()
+                return write()
+        self._begin()
+        return write()
 
     def _touch(self) -> None:
         """Marks the store as used now, where that is permitted."""
         with contextlib.suppress(OSError):
-            (self.folder / LAST_USED).touch()
+            try:
+                os.utime(self.folder / LAST_USED)
+            except FileNotFoundError:
+                os.close(os.open(self.folder / LAST_USED, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
 
-    @contextlib.contextmanager
-    def _writing(self, content: str) -> Iterator[None]:
-        """Turns an OSError into a ValueError that says what was to be written, why it was not, and what to do."""
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or str(error)
-            request = f"{content} were to be written to the log-prob store {self.folder}"
-            if error.errno in _FULL:
-                raise ValueError(
-                    f"{request}, but there is no room for them: {reason}, {free_bytes(self.folder):,} bytes are free. "
-                    f"The {self._index.num_completions} completions in finished shards are kept ({self.num_bytes:,} "
-                    "bytes). Free some space (`holdfast store gc`) or put the store on another disk "
-                    "(`$HOLDFAST_HOME`), and run again: only what is missing is computed."
-                ) from error
-            raise ValueError(
-                f"{request}, which cannot be written to ({reason}); it can be read, and holds "
-                f"{self._index.num_completions} completions. Change the folder's permissions, or choose another one "
-                "for the store (`$HOLDFAST_HOME`)."
-            ) from error
+    def _writing(self, content: str) -> contextlib.AbstractContextManager[None]:
+        return writing(self.folder, content, self._index.num_completions, self.num_bytes)
 
 
 def _array(ids: Iterable[ContentId]) -> np.ndarray:
     return np.array(list(ids), dtype=np.int64).reshape(-1, 2)
-
-
-def _check_values(logps: Mapping[ContentId, Tensor]) -> None:
-    wrong = next((value for value in logps.values() if value.dtype != torch.float32 or value.ndim != 1), None)
-    if wrong is not None:
-        raise ValueError(
-            f"the log-probs of a completion were to be stored, one fp32 number per token; found a {wrong.dtype} tensor "
-            f"of shape {tuple(wrong.shape)}. Compute them in fp32, and split them by completion."
-        )
-    if logps and not bool(torch.cat(list(logps.values())).isfinite().all()):
-        num_wrong = sum(not bool(value.isfinite().all()) for value in logps.values())
-        raise ValueError(
-            f"the log-probs of {len(logps)} completions were to be stored; {num_wrong} of them hold NaN or infinity. "
-            "Check the reference's weights for NaN and its dtype for overflow (fp16)."
-        )

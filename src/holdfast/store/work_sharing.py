@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 import random
+import stat
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -25,14 +26,12 @@ import numpy as np
 import xxhash
 
 from holdfast.batch import ContentId
-from holdfast.store.files import remove
+from holdfast.store.files import CLAIM, DamagedError, read_file, remove
 from holdfast.store.processes import has_ended, machine
 from holdfast.store.store import SHARD_COMPLETIONS, LogpStore
 
 logger = logging.getLogger(__name__)
 
-CLAIM = ".claim"
-"""How the name of a claim's file ends."""
 CLAIM_SECONDS = 900.0
 """A claim is void if it was not renewed for so long. Each batch renews it."""
 PATIENCE_SECONDS = 120.0
@@ -133,8 +132,11 @@ def _claim(store: LogpStore, path: Path, renewals: _Renewals) -> bool:
 
 
 def _owner(path: Path) -> tuple[int, str]:
-    """(process, machine). OSError where the claim is gone, ValueError where it is not written yet."""
-    process, owner_machine = path.read_text().split(" ", 1)
+    """(process, machine). OSError where the claim is gone, ValueError where it is not written yet or is no claim."""
+    try:
+        process, owner_machine = read_file(path, 4_096).decode().split(" ", 1)
+    except DamagedError as error:
+        raise ValueError(str(error)) from error
     return int(process), owner_machine
 
 
@@ -146,9 +148,10 @@ def _is_own(path: Path) -> bool:
 
 
 def _is_void(path: Path) -> bool:
-    """Whether a claim is too old, or its process is one of this machine and has ended."""
+    """Whether a claim is too old or no file, or its process is one of this machine and has ended."""
     with contextlib.suppress(OSError, ValueError):
-        if time.time() - path.stat().st_mtime > CLAIM_SECONDS:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or time.time() - status.st_mtime > CLAIM_SECONDS:
             return True
         process, owner_machine = _owner(path)
         return owner_machine == machine() and has_ended(process)
@@ -158,7 +161,7 @@ def _is_void(path: Path) -> bool:
 def _is_stale(path: Path, renewals: _Renewals) -> bool:
     """Whether this process has seen no renewal of a claim for `PATIENCE_SECONDS`."""
     try:
-        renewed = path.stat().st_mtime_ns
+        renewed = path.lstat().st_mtime_ns
     except OSError:
         return False
     if renewals.get(path, (None, 0.0))[0] != renewed:

@@ -1,5 +1,6 @@
 """`holdfast store ...`: what the commands print and do."""
 
+import errno
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ from typer.testing import CliRunner
 
 import holdfast
 from holdfast.cli import store as store_cli
+from holdfast.store import removal
 from holdfast.store.maintenance import stores
 from holdfast.store.shard import shard_paths
 from holdfast.store.store import LogpStore
-from stores import KEY, OTHER, filled, read_only, same, tree, values
+from stores import KEY, OTHER, exported, filled, read_only, same, tree, values
 
 runner = CliRunner()
 
@@ -81,7 +83,7 @@ def test_gc_says_what_it_would_do_and_does_it_when_told(three):
     assert invoke("gc", "--older-than", 50, "--root", root, "--yes").output == "nothing to do\n"
     assert "not used for longest" in invoke("gc", "--max-size", "1kB", "--root", root).output
     result = invoke("gc", "--max-size", "1 parsec", "--root", root)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error: --max-size is a size such as 500MB" in result.stderr
 
 
@@ -91,6 +93,69 @@ def test_gc_that_is_not_permitted(three):
         result = invoke("gc", "--older-than", 50, "--root", root, "--yes")
     assert result.exit_code == 1
     assert "Read-only file system" in result.stderr
+    assert result.output.splitlines()[-1] == "0 B freed; 1 step(s) not done"
+
+
+def test_a_step_of_gc_that_fails_is_said_and_the_others_are_done(three, monkeypatch):
+    root, keys, sizes = three
+    original = removal.remove_store
+
+    def removed(folder: Path) -> list[Path]:
+        if folder.name == keys[2].digest():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(folder)
+
+    (root / keys[1].digest() / "thesis.tex").write_text("mine")
+    monkeypatch.setattr("holdfast.store.maintenance.remove_store", removed)
+    result = invoke("gc", "--max-size", 0, "--root", root, "--yes")
+    assert result.exit_code == 1
+    path = root / keys[2].digest()
+    assert result.stderr == f"error: remove store: {path}: not done: No space left on device\n"
+    assert f"stays, since it is not the store's: {root / keys[1].digest() / 'thesis.tex'}\n" in result.output
+    assert result.output.splitlines()[-1] == f"{store_cli.human_bytes(sizes[0] + sizes[1])} freed; 1 step(s) not done"
+    assert {facts.name for facts in stores(root)} == {keys[2].digest(), keys[1].digest()}
+
+
+ODD_OPTIONS = {
+    "--older-than": ["nan", "inf", "-inf", "-1", "-0.001", "1e400", "1e300", "9" * 400, "x", "", "1e3x", "\x1b[1m"],
+    "--max-size": [
+        "nan",
+        "inf",
+        "-1",
+        "-1GB",
+        "1e400",
+        "9" * 400,
+        "9" * 400 + "TB",
+        "9e99",
+        "x",
+        "",
+        "1 parsec",
+        "\x1b[1m",
+    ],
+    "--key": ["nan", "-1", "no", "ABC", "0" * 33, "0x1", " ", "\x1b[1m", "../..", "*"],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(name, value) for name in ODD_OPTIONS for value in ODD_OPTIONS[name]])
+def test_odd_values_of_options(three, option, value):
+    root, _, _ = three
+    before = tree(root)
+    command = ("import", root / "out.parquet") if option == "--key" else ("gc", "--yes")
+    result = invoke(*command, f"{option}={value}", "--root", root)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert "\x1b[1m" not in result.stderr.replace("\x1b[1m error", "")
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize("command", [["list"], ["verify"], ["gc", "--yes"], ["export", "0", "out"], ["import", "out"]])
+def test_a_root_that_is_no_folder(tmp_path, command):
+    (tmp_path / "root").write_text("mine")
+    exported(tmp_path, values(3))
+    command = [str(tmp_path / "out.parquet") if part == "out" else part for part in command]
+    result = invoke(*command, "--root", tmp_path / "root")
+    assert result.exit_code == 2
+    assert "which is no folder. Give their folder (--root)" in result.stderr
 
 
 def test_export_and_import_by_command(tmp_path):

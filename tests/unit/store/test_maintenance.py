@@ -16,7 +16,7 @@ from holdfast.store.maintenance import carry_out, cleanup_steps, find_store, mer
 from holdfast.store.manifest import MANIFEST
 from holdfast.store.shard import shard_paths
 from holdfast.store.store import LAST_USED, LogpStore
-from stores import KEY, filled, in_shard, same, tree, values
+from stores import KEY, OTHER, filled, in_shard, same, tree, values
 
 
 def test_merging_changes_no_number_and_no_reader_notices(tmp_path):
@@ -154,20 +154,25 @@ def test_what_is_cleared_out(three, options, removed):
 
 def test_what_kills_left_behind_is_cleared_out_when_it_is_old(tmp_path):
     folder = filled(tmp_path, values(6)).folder
-    for name in ("new.partial", "old.partial", "new.claim", "old.claim", "x.safetensors.corrupt", "notes.txt"):
+    new, old, theirs = "1" * 32, "0" * 32, ("notes.txt", "thesis.partial", "old.claim", "my.safetensors.corrupt")
+    ours = (f"{new}.partial", f"{old}.partial", f"{new}.claim", f"{old}.claim", f"{old}.safetensors.corrupt")
+    for name in (*ours, *theirs):
         (folder / name).write_bytes(b"1234")
-        moment = time.time() - (7_200 if name.startswith("old") else 0)
+        moment = time.time() - (0 if name.startswith(new) else 7_200)
         os.utime(folder / name, (moment, moment))
-    (tmp_path / "1f.dropped").mkdir()
-    (tmp_path / "1f.dropped" / "file").write_bytes(b"12")
+    (folder / f"{'2' * 32}.safetensors.corrupt").mkdir()
+    dropped = filled(tmp_path, values(6), key=OTHER).folder
+    dropped = dropped.rename(tmp_path / f"{dropped.name}.{old}.dropped")
     steps = cleanup_steps(tmp_path)
     assert {step.path.name: step.num_bytes for step in steps} == {
-        "1f.dropped": 2, "old.partial": 4, "old.claim": 4, "x.safetensors.corrupt": 4,
+        dropped.name: sum(map(len, tree(dropped).values())),
+        f"{old}.partial": 4, f"{old}.claim": 4, f"{old}.safetensors.corrupt": 4,
     }  # fmt: skip
     for step in steps:
-        carry_out(step)
+        assert carry_out(step) == []
     assert {path.name for path in folder.iterdir()} == {
-        MANIFEST, LAST_USED, "new.partial", "new.claim", "notes.txt", shard_paths(folder)[0].name,
+        MANIFEST, LAST_USED, f"{new}.partial", f"{new}.claim", *theirs, f"{'2' * 32}.safetensors.corrupt",
+        shard_paths(folder)[0].name,
     }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

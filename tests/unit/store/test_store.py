@@ -91,8 +91,8 @@ def test_many_shards_of_many_sizes(tmp_path):
 
 
 def test_each_bit_of_a_number_is_kept(tmp_path):
-    bits = torch.tensor([0, -(2**31), 1, -(2**31) + 1, 0x7F7FFFFF, -0x00800001], dtype=torch.int32)
-    numbers = bits.view(torch.float32)  # zeros, the smallest and the largest numbers, of both signs
+    bits = torch.tensor([0, -(2**31), 1, -(2**31) + 1, 0x3DCCCCCD, -0x00800001], dtype=torch.int32)
+    numbers = bits.view(torch.float32)  # zeros, the smallest and the largest log-probs, of both signs
     filled(tmp_path, {(0, 0): numbers})
     assert LogpStore.open(tmp_path, KEY).get([(0, 0)])[0, 0].view(torch.int32).tolist() == bits.tolist()
 
@@ -142,11 +142,14 @@ def test_nothing_asked_nothing_given(tmp_path):
         (torch.zeros(2, 1), r"found a torch\.float32 tensor of shape \(2, 1\)"),
         (torch.tensor([-1.0, float("nan")]), "1 of them hold NaN or infinity"),
         (torch.tensor([float("-inf")]), "1 of them hold NaN or infinity"),
+        (torch.tensor([-1.0, 5.0]), "one of them is 5, and none can be above 0"),
     ],
 )
 def test_what_no_log_prob_is_is_refused(tmp_path, value, found):
     opened = LogpStore.open(tmp_path, KEY)
-    with pytest.raises(ValueError, match=f"were to be stored[,;].*{found}.*(Compute them|Check the reference)"):
+    with pytest.raises(
+        ValueError, match=f"were to be stored[,;].*{found}.*(Compute them|Check the reference|Check what)"
+    ):
         opened.add({(0, 0): torch.zeros(1), (1, 2): value})
     assert opened.num_completions == 0
     assert tree(tmp_path) == {}
@@ -263,7 +266,7 @@ def test_of_several_values_each_opening_takes_the_same(tmp_path):
     """That of the shard whose name comes first: shards have no age, and a copy of a folder has no order."""
     for seed in range(40):
         writer = LogpStore(tmp_path, KEY)  # has not read what is there, as one that began at the same time
-        writer.add({(0, number): torch.rand(1) - seed for number in range(20)})
+        writer.add({(0, number): torch.rand(1) - seed - 1 for number in range(20)})
         writer.flush()
     first = load_file(shard_paths(writer.folder)[0])
     found = LogpStore.open(tmp_path, KEY)
