@@ -21,11 +21,11 @@ from datasets.exceptions import DatasetNotFoundError
 
 from holdfast.data.files.builder import load_contents
 from holdfast.data.files.contents import KINDS, Reading, examine
-from holdfast.data.files.faults import kind_of, show
+from holdfast.data.files.faults import brief, kind_of, show, words_of
 from holdfast.data.files.folder import files_of_folder, kind_of_files
 from holdfast.data.files.places import remember_places
 from holdfast.data.files.saved import is_saved, load_saved
-from holdfast.data.files.splits import check_stream, rows_of_split
+from holdfast.data.files.splits import rows_of_split, whole_splits
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 
@@ -52,6 +52,7 @@ def load_preferences(
     (with file and line), for an option that is unknown, and for a split that does not exist or has no rows.
     """
     path = _path(path_or_name)
+    split = None if split is None else str(split)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -96,7 +97,7 @@ def _load_by_name(asked: str, path: Path, split: str | None, name: str | None, k
     except (DatasetNotFoundError, OSError, ValueError) as error:
         raise ValueError(
             f"preference data was asked for from '{show(asked)}'; {_not_found(path)} Nor could it be loaded as "
-            f"the name of a hub dataset: {error}"
+            f"the name of a hub dataset: {words_of(error)}."
         ) from error
     return _only_split(loaded)
 
@@ -110,8 +111,8 @@ def _load_file(path: Path, split: str | None, name: str | None, kwargs: dict[str
         )
     if split is not None and not split.startswith("train"):
         raise ValueError(
-            f"split={split!r} was asked for; the file {show(path)} is one split, 'train'. Leave `split` out, or take a "
-            "part of it, such as 'train[:100]'."
+            f"split={brief(split)} was asked for; the file {show(path)} is one split, 'train'. Leave `split` out, or "
+            "take a part of it, such as 'train[:100]'."
         )
     return _load_files(path, {"train": [path]}, split or "train", kwargs)
 
@@ -138,8 +139,8 @@ def _load_files(
     contents = examine(files, reading)
     if split is not None:
         rows_of_split(split, contents.split_lengths, path)
-    if options.get("streaming"):
-        check_stream(split, contents.split_lengths, path)
+        if options.get("streaming"):
+            split = whole_splits(split, contents.split_lengths, path)
     loaded = load_contents(contents, split, **{key: options[key] for key in _OF_LOADING if key in options})
     for name, part in loaded.items() if isinstance(loaded, dict) else [(split or "train", loaded)]:
         remember_places(part, contents, str(name), path)
@@ -157,7 +158,7 @@ def _reading(files: list[Path], options: Mapping[str, Any]) -> Reading:
         raise ValueError(
             f"encoding={encoding!r} is no encoding of text that Python knows. Give one such as 'latin-1'."
         ) from error
-    if not isinstance(separator, str) or len(separator) != 1 or separator in '\r\n"':
+    if not isinstance(separator, str) or len(separator) != 1 or separator in '\0\r\n"':
         raise ValueError(f"sep={separator!r} must be one character between the fields of a CSV file, such as ';'.")
     return Reading(kind=kind, encoding=encoding, field=field, separator=separator)  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
 from holdfast.data.files.contents import Contents, Reading
+from holdfast.data.files.faults import words_of
 
 RULES = "holdfast-1"
 """Part of the cache's key: raise it when the same file gives other rows."""
@@ -32,7 +33,11 @@ class _Config(datasets.BuilderConfig):
 
 @final
 class _FilesBuilder(datasets.ArrowBasedBuilder):
-    """Reads the files of a dataset, in which nothing is downloaded or unpacked."""
+    """Reads the files of a dataset, in which nothing is downloaded or unpacked.
+
+    For streams, `datasets` replaces `open` and `Path` in this module by its own, which take "::" in a path for an
+    archive. So files are opened in other modules.
+    """
 
     BUILDER_CONFIG_CLASS = _Config
     config: _Config
@@ -49,7 +54,7 @@ class _FilesBuilder(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self, files: Sequence[str]) -> Iterator[tuple[Key, pa.Table]]:
         for number, file in enumerate(files):
-            for batch, table in enumerate(self.config.reading.tables(Path(file), self.config.features)):
+            for batch, table in enumerate(self.config.reading.tables(file, self.config.features)):
                 yield Key(number, batch), table
 
 
@@ -83,8 +88,9 @@ def load_contents(
         cause = error.__cause__
         if isinstance(cause, ValueError):
             raise cause from error
+        cause = cause if isinstance(cause, Exception) else error
         raise ValueError(
-            f"the rows could not be written to the cache in {builder.cache_dir}: {cause or error}. Check its disk, or "
+            f"the rows could not be written to the cache in {builder.cache_dir}: {words_of(cause)}. Check its disk, or "
             "give another one as `cache_dir` or in the environment variable HF_DATASETS_CACHE."
         ) from error
     return builder.as_dataset(split=split, in_memory=bool(keep_in_memory))  # type: ignore[return-value]

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Features, Value
 
 from holdfast.data.files.csv_rows import csv_header, csv_rows
-from holdfast.data.files.faults import check_readable, show
+from holdfast.data.files.faults import check_readable, show, words_of
 from holdfast.data.files.json_rows import json_rows
 from holdfast.data.files.parquet_tables import parquet_features, parquet_tables
 from holdfast.data.files.shapes import Shape, table_of
@@ -41,8 +41,9 @@ class Reading:
             return csv_rows(path, encoding=self.encoding, separator=self.separator)
         return json_rows(path, encoding=self.encoding, field=self.field)
 
-    def tables(self, path: Path, features: Features) -> Iterator[pa.Table]:
+    def tables(self, file: str, features: Features) -> Iterator[pa.Table]:
         """The rows of a file as tables of these types. Raises `ValueError` with file and line, as the first pass."""
+        path = Path(file)
         if self.kind == "parquet":
             yield from parquet_tables(path, features)
             return
@@ -80,7 +81,7 @@ def examine(files: Mapping[str, Sequence[Path]], reading: Reading) -> Contents:
         features, num_rows = {"json": _of_json, "csv": _of_csv, "parquet": _of_parquet}[reading.kind](every, reading)
     except OSError as error:
         raise ValueError(
-            f"{show(error.filename or every[0])} could not be read: {error}. Check the file(s)."
+            f"{show(error.filename or every[0])} could not be read: {words_of(error)}. Check the file(s)."
         ) from error
     return Contents(files=files, reading=reading, features=features, num_rows=num_rows)
 

@@ -1,5 +1,6 @@
 """The words for what is wrong with a file: where it is, and what kind of file it seems to be."""
 
+import reprlib
 import stat
 from pathlib import Path
 
@@ -20,11 +21,34 @@ MARKS = (
 """How files begin that are no UTF-8 text, the longer marks first."""
 
 
+_SHOWN = 200
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring = 3, 100
+
+
 def show(path: object) -> str:
-    """The path as text in which control characters are escapes, so that a name cannot write to the terminal."""
+    """The path as text in which control characters are escapes, so that a name cannot write to the terminal.
+
+    A very long one is cut in its middle.
+    """
+    text = str(path)
+    if len(text) > 2 * _SHOWN:
+        text = f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(path)
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def words_of(error: Exception) -> str:
+    """What an error of another library says, in one line of at most 300 characters, without a full stop."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return show(words if len(words) <= 300 else words[:297] + "...").rstrip(".")
+
+
+def brief(value: object) -> str:
+    """A value as it was found, cut to 100 characters. It may be nested to any depth."""
+    text = show(_REPR.repr(value))
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def no_rows(path: Path, found: str) -> ValueError:

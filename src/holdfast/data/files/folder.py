@@ -9,7 +9,6 @@ can make one. Who clones a repository of others looks at its links as at its cod
 
 import glob
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, EmptyDatasetError, get_data_patterns
 
 from holdfast.data.files.contents import KINDS
-from holdfast.data.files.faults import check_readable, show
+from holdfast.data.files.faults import brief, check_readable, show, words_of
 
 FilesBySplit = dict[str, list[Path]]
 
@@ -70,8 +69,12 @@ def kind_of_files(files: Sequence[Path]) -> str:
 
 def _candidates(path: Path) -> list[Path]:
     """The files below the folder whose suffix says that they are data; none of them hidden."""
+    try:
+        inside = sorted(path.rglob("*"))
+    except OSError as error:
+        raise ValueError(f"the folder {show(path)} could not be listed: {words_of(error)}. Give a file.") from error
     found = []
-    for file in sorted(path.rglob("*")):
+    for file in inside:
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if is_hidden or file.suffix.lower() not in KINDS or file.name in FILES_TO_IGNORE or file.is_dir():
             continue
@@ -95,16 +98,16 @@ def _configs(path: Path) -> dict[str, Mapping[str, Any]]:
         try:
             read = yaml.safe_load(head)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise _unusable(file, f"it is no YAML, {' '.join(str(error).split())[:200]}") from error
+            raise _unusable(file, f"it is no YAML, {words_of(error)}") from error
         metadata |= read if isinstance(read, dict) else {}
     configs = metadata.get("configs")
     if configs is None:
         return {}
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs):
-        raise _unusable(path, f"`configs` must be a list of mappings; found {reprlib.repr(configs)}")
+        raise _unusable(path, f"`configs` must be a list of mappings; found {brief(configs)}")
     names = [config.get("config_name") for config in configs]
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise _unusable(path, f"each of `configs` needs a `config_name` of its own; found {reprlib.repr(names)}")
+        raise _unusable(path, f"each of `configs` needs a `config_name` of its own; found {brief(names)}")
     return dict(zip(names, configs, strict=True))
 
 
@@ -124,12 +127,17 @@ def _resolved(path: Path, config: Mapping[str, Any]) -> FilesBySplit:
     data_dir = config.get("data_dir") or ""
     _check_inside(data_dir, path)
     base = path.absolute() / data_dir
+    if any(mark in base.as_posix() for mark in ("::", "://")):
+        raise ValueError(
+            f"a folder must have no '::' or '://' in its path, which are for archives and addresses; found "
+            f"{show(base)}. Rename it, or give the path of a file."
+        )
     escaped = glob.escape(base.as_posix())
     try:
         patterns = _patterns(config["data_files"], path) if config.get("data_files") else get_data_patterns(escaped)
         resolved = DataFilesDict.from_patterns(patterns, base_path=escaped)
     except (EmptyDatasetError, FileNotFoundError, ValueError) as error:
-        raise _unusable(path, f"its files could not be found, {error}") from error
+        raise _unusable(path, f"its files could not be found, {words_of(error)}") from error
     files: FilesBySplit = {}
     for split, found in resolved.items():
         for file in map(Path, found):
@@ -153,7 +161,7 @@ def _patterns(data_files: Any, path: Path) -> dict[str, list[str]]:
         of_split = [of_split] if isinstance(of_split, str) else of_split
         if not isinstance(split, str) or split in patterns or not isinstance(of_split, list) or not of_split:
             raise _unusable(
-                path, f"`data_files` must be paths, or a `split` and a `path` each; found {reprlib.repr(data_files)}"
+                path, f"`data_files` must be paths, or a `split` and a `path` each; found {brief(data_files)}"
             )
         for pattern in of_split:
             _check_inside(pattern, path)
@@ -164,11 +172,11 @@ def _patterns(data_files: Any, path: Path) -> dict[str, list[str]]:
 def _check_inside(pattern: Any, path: Path) -> None:
     """ValueError for a pattern that names something outside of the folder, or is none."""
     if not isinstance(pattern, str):
-        raise _unusable(path, f"paths must be text; found {reprlib.repr(pattern)}")
+        raise _unusable(path, f"paths must be text; found {brief(pattern)}")
     is_url = "://" in pattern or "::" in pattern
     is_absolute = pattern.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:", pattern) is not None
     if is_url or is_absolute or ".." in re.split(r"[/\\]", pattern):
-        raise _unusable(path, f"they name {pattern!a}, which is outside of the folder")
+        raise _unusable(path, f"they name {brief(pattern)}, which is outside of the folder")
 
 
 def _unusable(path: Path, found: str) -> ValueError:

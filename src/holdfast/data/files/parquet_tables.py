@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from datasets import Features
 from datasets.table import table_cast
 
-from holdfast.data.files.faults import no_rows, seeming_kind, show
+from holdfast.data.files.faults import no_rows, seeming_kind, show, words_of
 
 BATCH_ROWS = 1000
 
@@ -50,5 +50,4 @@ def parquet_tables(path: Path, features: Features) -> Iterator[pa.Table]:
 def _unreadable(path: Path, error: Exception, where: str = "") -> ValueError:
     seems = seeming_kind(path)
     seems = "" if seems in (None, "a Parquet file") else f" (by its first bytes it is {seems})"
-    words = " ".join(str(error).split())[:300] or type(error).__name__
-    return ValueError(f"{show(path)} could not be read{where}: {words.rstrip('.')}{seems}. Check the file.")
+    return ValueError(f"{show(path)} could not be read{where}: {words_of(error)}{seems}. Check the file.")

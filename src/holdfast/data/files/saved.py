@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from holdfast.data.files.faults import check_readable, no_rows, show
+from holdfast.data.files.faults import brief, check_readable, no_rows, show, words_of
 
 SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
 
@@ -40,7 +40,7 @@ def load_saved(
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=keep_in_memory)
     except Exception as error:  # whatever their readers make of metadata that are not theirs
-        raise _damaged(folder, f"it could not be loaded, {type(error).__name__}: {error}") from error
+        raise _damaged(folder, f"it could not be loaded, {words_of(error)}") from error
     if not streaming:
         return saved
     if isinstance(saved, DatasetDict):
@@ -51,10 +51,10 @@ def load_saved(
 def _check_splits(path: Path) -> list[str]:
     splits = _object(path / SPLITS_FILE).get("splits")
     if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
-        raise _damaged(path / SPLITS_FILE, f"`splits` must be names of folders; found {splits!r}")
+        raise _damaged(path / SPLITS_FILE, f"`splits` must be names of folders; found {brief(splits)}")
     for name in splits:
         if not _is_plain(name):
-            raise _damaged(path / SPLITS_FILE, f"`splits` must be names of folders in it; found {name!a}")
+            raise _damaged(path / SPLITS_FILE, f"`splits` must be names of folders in it; found {brief(name)}")
     return splits
 
 
@@ -64,12 +64,12 @@ def _check_dataset(folder: Path) -> None:
     _object(folder / "dataset_info.json")
     files = state.get("_data_files")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
-        raise _damaged(folder / STATE_FILE, f"`_data_files` must be a list of files; found {files!r}")
+        raise _damaged(folder / STATE_FILE, f"`_data_files` must be a list of files; found {brief(files)}")
     num_rows = 0
     for file in files:
         name = file.get("filename")
         if not isinstance(name, str) or not _is_plain(name):
-            raise _damaged(folder / STATE_FILE, f"`_data_files` must name files in the folder; found {name!a}")
+            raise _damaged(folder / STATE_FILE, f"`_data_files` must name files in the folder; found {brief(name)}")
         num_rows += _num_rows(folder / name)
     if num_rows == 0:
         raise no_rows(folder, "none")
@@ -85,8 +85,7 @@ def _num_rows(file: Path) -> int:
                 batch.validate(full=True)
                 num_rows += batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise _damaged(file, f"it could not be read from row {num_rows} on, {words.rstrip('.')}") from error
+        raise _damaged(file, f"it could not be read from row {num_rows} on, {words_of(error)}") from error
     return num_rows
 
 
@@ -95,7 +94,7 @@ def _object(file: Path) -> Mapping[str, Any]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"it is no JSON, {error}") from error
+        raise _damaged(file, f"it is no JSON, {words_of(error)}") from error
     if not isinstance(read, dict):
         raise _damaged(file, f"it must be a JSON object; found {type(read).__name__}")
     return read
