@@ -13,12 +13,10 @@ MARKS = (
     (b"PAR1", "a Parquet file"),
     (b"PARE", "an encrypted Parquet file"),
     (b"ARROW1", "an Arrow file"),
-    (b"\xff\xfe\x00\x00", "UTF-32"),
-    (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
-"""How files begin that are no UTF-8 text, the longer marks first."""
+"""How files begin that are no UTF-8 text."""
 
 
 _SHOWN = 200
@@ -75,6 +73,10 @@ def seeming_kind(path: Path) -> str | None:
     """What a file is by its first bytes, where these are no text in UTF-8."""
     with path.open("rb") as file:
         start = file.read(8)
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if (start[1:4:2] == b"\0\0") != (start[0:4:2] == b"\0\0"):  # every second byte, as in English text
+        return "UTF-16-LE" if start[1:2] == b"\0" else "UTF-16-BE"
     return next((kind for mark, kind in MARKS if start.startswith(mark)), None)
 
 

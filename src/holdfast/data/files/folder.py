@@ -22,6 +22,7 @@ from holdfast.data.files.faults import brief, check_readable, show, words_of
 FilesBySplit = dict[str, list[Path]]
 
 _HEAD = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r|\n|$)", re.DOTALL)
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 _MAX_HEAD = 1_000_000
 _PACKED = frozenset({".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip"})
 _READING_OPTIONS = ("encoding", "field", "sep", "delimiter")
@@ -94,11 +95,13 @@ def _configs(path: Path) -> dict[str, Mapping[str, Any]]:
             head = text.read(_MAX_HEAD)
         if file is readme:
             match = _HEAD.match(head)
+            if match is None and head.lstrip().startswith("---") and len(head) == _MAX_HEAD:
+                raise _unusable(path, f"{file.name} has a head of over {_MAX_HEAD} characters")
             head = match[1] if match else ""
         try:
-            read = yaml.safe_load(head)
+            read = yaml.safe_load(head)  # in Python: the parser in C ends the process where text is nested deep
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise _unusable(file, f"it is no YAML, {words_of(error)}") from error
+            raise _unusable(path, f"{file.name} is no YAML, {words_of(error)}") from error
         metadata |= read if isinstance(read, dict) else {}
     configs = metadata.get("configs")
     if configs is None:
@@ -133,8 +136,9 @@ def _resolved(path: Path, config: Mapping[str, Any]) -> FilesBySplit:
             f"{show(base)}. Rename it, or give the path of a file."
         )
     escaped = glob.escape(base.as_posix())
+    patterns = _patterns(config["data_files"], path) if config.get("data_files") else None
     try:
-        patterns = _patterns(config["data_files"], path) if config.get("data_files") else get_data_patterns(escaped)
+        patterns = patterns or get_data_patterns(escaped)
         resolved = DataFilesDict.from_patterns(patterns, base_path=escaped)
     except (EmptyDatasetError, FileNotFoundError, ValueError) as error:
         raise _unusable(path, f"its files could not be found, {words_of(error)}") from error
@@ -157,15 +161,16 @@ def _patterns(data_files: Any, path: Path) -> dict[str, list[str]]:
         items = [{"split": "train", "path": items}]
     patterns: dict[str, list[str]] = {}
     for item in items:
-        split, of_split = (item.get("split"), item.get("path")) if isinstance(item, dict) else (None, None)
+        fields = item if isinstance(item, dict) else {}
+        split, of_split = fields.get("split"), fields.get("path")
         of_split = [of_split] if isinstance(of_split, str) else of_split
-        if not isinstance(split, str) or split in patterns or not isinstance(of_split, list) or not of_split:
-            raise _unusable(
-                path, f"`data_files` must be paths, or a `split` and a `path` each; found {brief(data_files)}"
-            )
+        is_split = isinstance(split, str) and _SPLIT_NAME.fullmatch(split) is not None and split not in patterns
+        if not is_split or not isinstance(of_split, list) or not of_split:
+            found = brief(data_files)
+            raise _unusable(path, f"`data_files` must be paths, or a `split` and a `path` each; found {found}")
         for pattern in of_split:
             _check_inside(pattern, path)
-        patterns[split] = of_split
+        patterns[str(split)] = of_split
     return patterns
 
 
@@ -181,6 +186,6 @@ def _check_inside(pattern: Any, path: Path) -> None:
 
 def _unusable(path: Path, found: str) -> ValueError:
     return ValueError(
-        f"the metadata of the folder {show(path)} (the head of its README.md) must name files inside of it; {found}. "
-        "Correct them, or give the path of a file."
+        f"the metadata of the folder {show(path)} (in its README.md or .huggingface.yaml) must name files inside "
+        f"of it; {found}. Correct them, or give the path of a file."
     )

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from holdfast.data.files.faults import brief, check_readable, no_rows, show, words_of
 
-SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
+SPLITS_FILE, STATE_FILE, FILES_KEY = "dataset_dict.json", "state.json", "_data_files"
 
 
 def is_saved(path: Path) -> bool:
@@ -62,14 +62,14 @@ def _check_dataset(folder: Path) -> None:
     """ValueError where one of the folder's files is missing, damaged or outside of it, or it has no rows."""
     state = _object(folder / STATE_FILE)
     _object(folder / "dataset_info.json")
-    files = state.get("_data_files")
+    files = state.get(FILES_KEY)
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
-        raise _damaged(folder / STATE_FILE, f"`_data_files` must be a list of files; found {brief(files)}")
+        raise _damaged(folder / STATE_FILE, f"`{FILES_KEY}` must be a list of files; found {brief(files)}")
     num_rows = 0
     for file in files:
         name = file.get("filename")
         if not isinstance(name, str) or not _is_plain(name):
-            raise _damaged(folder / STATE_FILE, f"`_data_files` must name files in the folder; found {brief(name)}")
+            raise _damaged(folder / STATE_FILE, f"`{FILES_KEY}` must name files in the folder; found {brief(name)}")
         num_rows += _num_rows(folder / name)
     if num_rows == 0:
         raise no_rows(folder, "none")
