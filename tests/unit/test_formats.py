@@ -105,6 +105,8 @@ def test_columns(columns: list[str], kind: str) -> None:
     ("columns", "message"),
     [
         (["prompt", "chosen"], r"needs the columns \{prompt, chosen, rejected\}, .* found \['chosen', 'prompt'\]"),
+        (3, r"a row must be a dict with the columns as keys; found int 3. Check what makes the rows"),
+        ("prompt", r"a row must be a dict with the columns as keys; found str 'prompt'"),
         (["question", "answer"], r"found \['answer', 'question'\].*rename_column"),
         (["prompt", "chosen", "rejected", "images"], r"column\(s\) \['images'\], but only text.*Drop them"),
         (

@@ -55,6 +55,10 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
     other token ids, and when none of the sets is complete.
     """
+    if not isinstance(columns, Iterable) or isinstance(columns, str):
+        raise ValueError(
+            f"a row must be a dict with the columns as keys; found {_show(columns)}. Check what makes the rows."
+        )
     found = set(columns)
     if images := sorted(found & set(IMAGE_COLUMNS)):
         raise ValueError(
