@@ -6,6 +6,7 @@ The rows of a table are loaded whole and as a stream; both must say the same.
 import gzip
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 
-from holdfast.data.files.places import place_of
+from holdfast.data.files.places import AnyRows, places_of
 from holdfast.data.load import load_preferences
 
 ROWS = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(3)]
@@ -86,6 +87,7 @@ BAD_JSON = {
     "half a pair as key": (LINES + r'{"\udc00": "a"}', r"line 4: text must not hold half of a surrogate pair"),
     "half a pair in an array": ('[\n{"a": "b"},\n\n{"a": "\\ud800"}]', r"a.jsonl, line 4: .* half of a surrogate pair"),
     "5000 digits": (LINES + '{"x": ' + "1" * 5000 + "}", r"line 4: a number must have at most 4300 digits; found more"),
+    "5000 digits at once": ('{"x": ' + "1" * 5000 + "}", r"a.jsonl, line 1: a number must have at most 4300 digits"),
     "400 digits": (
         LINES + '{"x": ' + "1" * 400 + "}",
         r"line 4, column 'x': .*column of floats; found one of 400 digits",
@@ -563,6 +565,11 @@ def test_fields_that_are_refused(load, tmp_path) -> None:
         (tmp_path / "a.json").write_text(json.dumps(value))
         with pytest.raises(ValueError, match=message):
             load("a.json", field="x")
+
+
+def place_of(dataset: AnyRows, row: int) -> str | None:
+    places = places_of(dataset)
+    return None if places is None else pickle.loads(pickle.dumps(places)).of(row)
 
 
 @both_ways

@@ -117,10 +117,10 @@ def _whole_object(path: Path, first_line: str, encoding: str) -> Any:
     except ValueError:
         try:
             text = "\n".join(line for _, line in _lines(path, encoding))
-            if isinstance(json.loads(text), dict):
-                return _parsed(text, path, 1)
-        except (json.JSONDecodeError, RecursionError, UnicodeError):
+            is_object = isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
             return None
+        return _parsed(text, path, 1) if is_object else None
     return None
 
 

@@ -6,6 +6,7 @@ The files are read again up to that row, so that nothing is kept for the rows th
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import final
 from weakref import WeakKeyDictionary
 
 from datasets import Dataset, IterableDataset
@@ -26,7 +27,35 @@ class _Part:
     num_rows: int
 
 
-_PARTS: "WeakKeyDictionary[AnyRows, tuple[Reading, list[_Part]]]" = WeakKeyDictionary()
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where the rows of a dataset come from. It can be sent to another process, as a row function of a stream is."""
+
+    reading: Reading
+    parts: tuple[_Part, ...]
+
+    def of(self, row: int) -> str | None:
+        """`pairs.jsonl, line 7`: the place of the row of that number, counted from 0; None for one that there is not.
+
+        A row of a Parquet file is named by its number in the file.
+        """
+        for part in self.parts:
+            if row < part.num_rows:
+                return _place(part.path, part.first + row, self.reading)
+            row -= part.num_rows
+        return None
+
+
+_PLACES: WeakKeyDictionary[AnyRows, Places] = WeakKeyDictionary()
+
+
+def places_of(dataset: AnyRows) -> Places | None:
+    """Where the rows of the dataset come from; None unless it is one that was loaded from files, as it was loaded.
+
+    A dataset that was mapped, filtered, selected from, renamed or shuffled is another one, whose rows have no place.
+    """
+    return _PLACES.get(dataset)
 
 
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:
@@ -40,24 +69,11 @@ def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path
             if first < last:
                 parts.append(_Part(path=file, first=first, num_rows=last - first))
             before += length
-    _PARTS[dataset] = (contents.reading, parts)
+    _PLACES[dataset] = Places(reading=contents.reading, parts=tuple(parts))
 
 
-def place_of(dataset: AnyRows, row: int) -> str | None:
-    """`pairs.jsonl, line 7`: where the row of that number comes from; None for rows that are not as they were loaded.
-
-    A dataset that was mapped, filtered, selected from or shuffled is another one, whose rows have no place.
-    """
-    reading, parts = _PARTS.get(dataset, (None, []))
-    for part in parts:
-        if row < part.num_rows:
-            return _place(part.path, part.first + row, reading)
-        row -= part.num_rows
-    return None
-
-
-def _place(path: Path, row: int, reading: Reading | None) -> str:
-    if reading is None or reading.kind == "parquet":
+def _place(path: Path, row: int, reading: Reading) -> str:
+    if reading.kind == "parquet":
         return f"{show(path)}, row {row}"
     try:
         line, _ = next(islice(reading.rows(path), row, None))
