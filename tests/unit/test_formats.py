@@ -105,6 +105,8 @@ def test_columns(columns: list[str], kind: str) -> None:
     ("columns", "message"),
     [
         (["prompt", "chosen"], r"needs the columns \{prompt, chosen, rejected\}, .* found \['chosen', 'prompt'\]"),
+        (3, r"a row must be a dict with the columns as keys; found int 3. Check what makes the rows"),
+        ("prompt", r"a row must be a dict with the columns as keys; found str 'prompt'"),
         (["question", "answer"], r"found \['answer', 'question'\].*rename_column"),
         (["prompt", "chosen", "rejected", "images"], r"column\(s\) \['images'\], but only text.*Drop them"),
         (
@@ -149,6 +151,27 @@ TEXTS = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**MESSAGES, "chat_template_kwargs": "x"}, r"'chat_template_kwargs' must hold a dict or None; found str"),
         ({**MESSAGES, "chat_template_kwargs": {"tokenize": False}}, r"holds \['tokenize'\], which are set by"),
         ({"prompt": "a", "chosen": "b"}, r"needs the columns"),
+        ({**TEXTS, "chosen": b"b"}, r"'chosen' must hold text or a list of messages; found bytes b'b'"),
+        ({**TEXTS, "chosen": True}, r"'chosen' must hold text or a list of messages; found bool True"),
+        ({**TEXTS, "prompt": float("nan")}, r"'prompt' must hold text or a list of messages; found float nan"),
+        ({**TEXTS, "chosen": "b\ud800"}, r"'chosen' must not hold half of a surrogate pair.*found \.\.\.'b\\ud800'"),
+        (
+            {**MESSAGES, "chosen": [GOOD, {"role": "assistant", "content": "\udc00"}]},
+            r"message 1 of the column 'chosen' must not hold half of a surrogate pair",
+        ),
+        (
+            {**MESSAGES, "prompt": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]},
+            r"message 0 of the column 'prompt' must not hold half of a surrogate pair",
+        ),
+        ({**MESSAGES, "prompt": [{"from": "human", "value": "x"}]}, r"must be a dict with a 'role'.*found dict"),
+        ({**MESSAGES, "prompt": [{"role": None, "content": "x"}]}, r"must be a dict with a 'role'"),
+        ({**MESSAGES, "prompt": [{"role": "user", "content": {"text": "x"}}]}, r"must have text.*found dict"),
+        ({**MESSAGES, "prompt": [{"role": "user", "content": []}]}, r"must have text.*found list \[\]"),
+        ({**MESSAGES, "prompt": [[USER]]}, r"message 0 of the column 'prompt' must be a dict.*found list"),
+        ({**MESSAGES, "prompt": [None]}, r"message 0 of the column 'prompt' must be a dict.*found None"),
+        ({**MESSAGES, "tools": "[" * 100_000}, r"'tools' must hold a list of tools .*not JSON"),
+        ({**MESSAGES, "tools": "[" + "1" * 5000 + "]"}, r"'tools' must hold a list of tools .*not JSON"),
+        ({**MESSAGES, "tools": r'[{"name": "\ud800"}]'}, r"'tools' must hold a list of tools .*surrogates not allowed"),
     ],
 )
 def test_rows_that_are_refused(row: dict, message: str) -> None:

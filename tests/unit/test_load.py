@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from holdfast.data.load import AnyDataset, check_json, load_preferences
+from holdfast.data.files.json_rows import json_rows
+from holdfast.data.load import AnyDataset, load_preferences
 
 ROWS = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -152,7 +153,7 @@ GOOD_LINE = LINES.splitlines()[0] + "\n"
         (
             "a.csv",
             "prompt,chosen,rejected\na,b,c\na,b,c,d\n",
-            r"a.csv could not be read: .*Expected 3 fields in line 3",
+            r"a.csv, line 3: a row must have 3 fields, .*; found 4, \['a', 'b', 'c', 'd'\]. Correct",
         ),
         ("a.parquet", "", r"a.parquet must hold at least one row; found an empty file"),
         ("a.parquet", "PAR", r"a.parquet could not be read: .*Check the file"),
@@ -205,7 +206,7 @@ def test_other_names_are_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_check_reads_a_byte_order_mark_only_at_the_start(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD_LINE.encode() * 2)
-    check_json(path)
+    assert len(list(json_rows(path))) == 2
     path.write_bytes(GOOD_LINE.encode() + b"\xef\xbb\xbf" + GOOD_LINE.encode())
     with pytest.raises(ValueError, match=r"line 2, column 1: malformed JSON"):
-        check_json(path)
+        list(json_rows(path))

@@ -55,6 +55,10 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
     other token ids, and when none of the sets is complete.
     """
+    if not isinstance(columns, Iterable) or isinstance(columns, str):
+        raise ValueError(
+            f"a row must be a dict with the columns as keys; found {_show(columns)}. Check what makes the rows."
+        )
     found = set(columns)
     if images := sorted(found & set(IMAGE_COLUMNS)):
         raise ValueError(
@@ -149,6 +153,7 @@ def _common_prefix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int
 
 def _read_side(value: Any, column: str) -> Side:
     if isinstance(value, str):
+        _check_characters(value, f"the column {column!r}")
         return value
     if not isinstance(value, list):
         raise ValueError(
@@ -175,7 +180,23 @@ def _read_message(message: Any, where: str) -> Message:
             f"{where} must have text, or a list of parts of type 'text', as its 'content'; found {_show(content)}. "
             "Correct the row or drop it; only text is supported."
         )
+    for text in [content] if isinstance(content, str) else [part["text"] for part in content or []]:
+        _check_characters(text, where)
     return _without_none(message)
+
+
+def _check_characters(text: str, where: str) -> None:
+    """ValueError for half of a surrogate pair, which is no character and which no tokenizer takes."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        start = max(0, error.start - 10)
+        raise ValueError(
+            f"{where} must not hold half of a surrogate pair, which is no character; found "
+            f"...{text[start : error.end + 10]!a}. Correct the row or drop it."
+        ) from error
 
 
 def _is_text_parts(content: Any) -> bool:
@@ -193,7 +214,8 @@ def _read_tools(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         try:
             tools = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
+            json.dumps(tools, ensure_ascii=False).encode()  # not so for half of a surrogate pair
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"the column 'tools' must hold a list of tools or that list as JSON; found {_show(value)}, which is "
                 f"not JSON ({error}). Correct the row."

@@ -1,28 +1,37 @@
-"""A path or a name -> a dataset, through the `datasets` library, with errors that name the file and the line.
+"""A path or a name -> a dataset. Files are read by our own rules (see `data.files`), names on the hub by `datasets`.
 
-JSON files are read once before `datasets` reads them. That library reports a malformed line as a byte offset in some
-chunk, or not at all: a line `null` becomes a row of None, and two objects in a line become two rows. CSV columns are
-read as text, so that an answer "42" or "NA" stays what it is.
+Local files are read twice: once to check each row and to find the types of the columns, and once into the cache. So a
+fault is an error with file and line before anything else happens, for a stream as for a dataset that is loaded whole.
+CSV columns are text, so that an answer "42" or "NA" stays what it is.
 
-Given up: the time of that first reading (about a second for 200 MB), and folders of several formats, of which
-`datasets` would read only one.
+Given up: the time of that first reading (about two seconds of CPU for 300 MB of JSON), folders of several formats, of
+which `datasets` would read only one, and the options of its readers: whoever needs them loads with `datasets` and hands
+the dataset over.
 """
 
-import csv
 import difflib
-import json
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetNotFoundError
+
+from holdfast.data.files.builder import load_contents
+from holdfast.data.files.contents import KINDS, Reading, examine
+from holdfast.data.files.faults import brief, kind_of, show, words_of
+from holdfast.data.files.folder import files_of_folder, kind_of_files
+from holdfast.data.files.places import remember_places
+from holdfast.data.files.saved import is_saved, load_saved
+from holdfast.data.files.splits import rows_of_split, whole_splits
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 
-_BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and a byte order mark
-
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_OF_READING = ("encoding", "field", "sep", "delimiter")
+_OF_LOADING = ("streaming", "cache_dir", "num_proc", "keep_in_memory", "download_mode")
+_OF_SAVED = ("streaming", "keep_in_memory")
 
 
 def load_preferences(
@@ -32,178 +41,134 @@ def load_preferences(
 
     A file is `.json` (one array of objects, or one object a line), `.jsonl`, `.parquet` or `.csv`, and is the split
     "train". A folder holds such files of one kind, or a dataset written by `save_to_disk`. What exists locally is
-    taken before the hub is asked. `split` chooses a split, `name` a configuration of a hub dataset or folder;
-    `kwargs` go to `datasets.load_dataset` (or `load_from_disk`).
+    taken before the hub is asked. `split` chooses a split, or a part of one (`train[:10%]`), `name` a configuration of
+    a hub dataset or folder.
 
-    Raises `ValueError` for a missing or empty file (with near names), an unknown kind of file, and malformed JSON
-    (with file, line and column).
+    For files, `kwargs` are `encoding`, `field` (of JSON), `sep` or `delimiter` (of CSV), and of `datasets.load_dataset`
+    `streaming`, `cache_dir`, `num_proc`, `keep_in_memory` and `download_mode`. For a name on the hub they go to
+    `datasets.load_dataset`.
+
+    Raises `ValueError` for a missing or empty file (with near names), an unknown kind of file, for what is malformed
+    (with file and line), for an option that is unknown, and for a split that does not exist or has no rows.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_file():
+    path = _path(path_or_name)
+    split = None if split is None else str(split)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"preference data was asked for from '{show(path)}', which could not be opened: "
+            f"{getattr(error, 'strerror', None) or error}. Check the path and its rights."
+        ) from error
+    if mode == 0:
+        return _load_by_name(str(path_or_name), path, split, name, kwargs)
+    if stat.S_ISDIR(mode):
+        return _load_folder(path, split, name, kwargs)
+    if stat.S_ISREG(mode):
         return _load_file(path, split, name, kwargs)
-    if path.is_dir():
-        is_saved = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
-        return _load_saved(path, split, name, kwargs) if is_saved else _load_folder(path, split, name, kwargs)
-    if _looks_local(str(path_or_name)):
-        raise ValueError(f"preference data was asked for from {str(path_or_name)!r}; {_not_found(path)}")
-    try:
-        return _only_split(datasets.load_dataset(str(path_or_name), name, split=split, **kwargs))
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"preference data was asked for from {str(path_or_name)!r}; {_not_found(path)} Nor could it be loaded as "
-            f"the name of a hub dataset: {error}"
-        ) from error
-
-
-def check_json(path: Path, *, encoding: str = "utf-8-sig") -> None:
-    """ValueError with file, line and column where the file does not hold JSON objects.
-
-    They may stand one a line or in one array. A file that is one object on several lines is accepted, too.
-    """
-    with path.open("rb") as file:
-        numbered = ((number, line.rstrip(b"\r\n")) for number, line in enumerate(file, start=1) if line.strip(_BLANK))
-        number, line = next(numbered, (0, b""))
-        if number == 0:
-            raise ValueError(f"{path} must hold at least one row; found an empty file. Check how it was written.")
-        if line.lstrip(_BLANK).startswith(b"["):
-            rows = _parsed(line + b"\n" + file.read(), path, number, encoding)
-            if not rows:
-                raise ValueError(f"{path} must hold at least one row; found an empty array. Check how it was written.")
-            for index, row in enumerate(rows):
-                _check_object(row, f"{path}, element {index} of the array")
-            return
-        if _is_one_object(path, line, encoding):
-            return
-        _check_object(_parsed(line, path, number, encoding), f"{path}, line {number}")
-        for number, line in numbered:
-            _check_object(_parsed(line, path, number, encoding.removesuffix("-sig")), f"{path}, line {number}")
-
-
-def _parsed(text: bytes, path: Path, number: int, encoding: str) -> Any:
-    """The value in `text`, which begins at line `number` of the file."""
-    try:
-        return json.loads(text.decode(encoding))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, line {number + text[: error.start].count(10)}: the text must be in {encoding}; found {error}. "
-            "Convert the file, or pass `encoding=`."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(_malformed(path, number + error.lineno - 1, error)) from error
-
-
-def _check_object(value: Any, where: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(
-            f'{where}: a row must be a JSON object such as {{"prompt": ..., "chosen": ..., "rejected": ...}}; found '
-            f"{type(value).__name__} {str(value)[:60]}. Correct or remove it."
-        )
-
-
-def _is_one_object(path: Path, first_line: bytes, encoding: str) -> bool:
-    """Whether the file is one object on several lines, which its first line alone is not."""
-    try:
-        json.loads(first_line.decode(encoding))
-    except ValueError:
-        try:
-            return isinstance(json.loads(path.read_text(encoding)), dict)
-        except ValueError:
-            return False
-    return False
-
-
-def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> str:
-    text = error.doc.split("\n")[error.lineno - 1]
-    start = max(0, error.colno - 31)
-    return (
-        f"{path}, line {line}, column {error.colno}: malformed JSON, {error.msg[0].lower() + error.msg[1:]}; found "
-        f"...{text[start : error.colno + 30]!r}. Correct the line or remove it."
+    raise ValueError(
+        f"preference data must be a file or a folder; found {kind_of(mode)}, {show(path)}. Write the rows to a file, "
+        "and give its path."
     )
+
+
+def _path(path_or_name: str | Path) -> Path:
+    if not str(path_or_name).strip():
+        raise ValueError(
+            f"preference data was asked for from {str(path_or_name)!r}, which names nothing. Give the path of a file "
+            "or folder ('.' is the current one), or a name on the hub."
+        )
+    try:
+        return Path(path_or_name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"preference data was asked for from '{show(path_or_name)}'; {error}. Write the home folder out."
+        ) from error
+
+
+def _load_by_name(asked: str, path: Path, split: str | None, name: str | None, kwargs: dict[str, Any]) -> AnyDataset:
+    """The dataset of that name on the hub, for a path at which nothing is."""
+    if _looks_local(asked):
+        raise ValueError(f"preference data was asked for from '{show(asked)}'; {_not_found(path)}")
+    try:
+        loaded = datasets.load_dataset(asked, name, split=split, **kwargs)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(
+            f"preference data was asked for from '{show(asked)}'; {_not_found(path)} Nor could it be loaded as "
+            f"the name of a hub dataset: {words_of(error)}."
+        ) from error
+    return _only_split(loaded)
 
 
 def _load_file(path: Path, split: str | None, name: str | None, kwargs: dict[str, Any]) -> AnyDataset:
-    builder = _builder([path])
+    kind_of_files([path])
     if name is not None:
         raise ValueError(
-            f"name={name!r} chooses a configuration of a hub dataset or folder; {path} is a file, which has none. "
-            "Leave `name` out."
+            f"name={name!r} chooses a configuration of a hub dataset or folder; {show(path)} is a file, which has "
+            "none. Leave `name` out."
         )
     if split is not None and not split.startswith("train"):
         raise ValueError(
-            f"split={split!r} was asked for; the file {path} is one split, 'train'. Leave `split` out, or take a part "
-            "of it, such as 'train[:100]'."
+            f"split={brief(split)} was asked for; the file {show(path)} is one split, 'train'. Leave `split` out, or "
+            "take a part of it, such as 'train[:100]'."
         )
-    options = _checked_options([path], builder, kwargs)
-    return _load(path, builder, {"data_files": str(path), "split": split or "train", **options})
+    return _load_files(path, {"train": [path]}, split or "train", kwargs)
 
 
 def _load_folder(path: Path, split: str | None, name: str | None, kwargs: dict[str, Any]) -> AnyDataset:
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in BUILDERS and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not files:
-        found = sorted(item.name for item in path.iterdir())[:5]
-        raise ValueError(
-            f"the folder {path} must hold {', '.join(BUILDERS)} files or a dataset written by `save_to_disk`; found "
-            f"{found or 'nothing'}. Check the path."
-        )
-    options = _checked_options(files, _builder(files), kwargs)
-    return _load(path, str(path), {"name": name, "split": split, **options})
-
-
-def _load_saved(path: Path, split: str | None, name: str | None, kwargs: dict[str, Any]) -> AnyDataset:
+    if not is_saved(path):
+        files, options = files_of_folder(path, name)
+        return _load_files(path, files, split, {**options, **kwargs})
     if name is not None:
         raise ValueError(
-            f"name={name!r} chooses a configuration of a hub dataset or folder; {path} was written by `save_to_disk`, "
-            "which has none. Leave `name` out."
+            f"name={name!r} chooses a configuration of a hub dataset or folder; {show(path)} was written by "
+            "`save_to_disk`, which has none. Leave `name` out."
         )
-    saved = datasets.load_from_disk(str(path), **kwargs)
-    if split is None:
-        return _only_split(saved)
-    splits = list(saved) if isinstance(saved, DatasetDict) else []
-    if isinstance(saved, DatasetDict) and split in saved:
-        return saved[split]
-    raise ValueError(
-        f"split={split!r} was asked for; the dataset saved in {path} has {splits or 'no splits'}. "
-        f"{'Choose one of them.' if splits else 'Leave `split` out.'}"
-    )
+    _check_options(kwargs, _OF_SAVED, path)
+    return _only_split(load_saved(path, split, **kwargs))
 
 
-def _load(path: Path, builder: str, options: dict[str, Any]) -> AnyDataset:
+def _load_files(
+    path: Path, files: Mapping[str, list[Path]], split: str | None, options: Mapping[str, Any]
+) -> AnyDataset:
+    """The dataset of these files by split, which are the file `path` or lie in that folder."""
+    _check_options(options, (*_OF_READING, *_OF_LOADING), path)
+    reading = _reading([file for of_split in files.values() for file in of_split], options)
+    contents = examine(files, reading)
+    if split is not None:
+        rows_of_split(split, contents.split_lengths, path)
+        if options.get("streaming"):
+            split = whole_splits(split, contents.split_lengths, path)
+    loaded = load_contents(contents, split, **{key: options[key] for key in _OF_LOADING if key in options})
+    for name, part in loaded.items() if isinstance(loaded, dict) else [(split or "train", loaded)]:
+        remember_places(part, contents, str(name), path)
+    return _only_split(loaded)
+
+
+def _reading(files: list[Path], options: Mapping[str, Any]) -> Reading:
+    """How the files are to be read. Raises `ValueError` for an unknown encoding or separator."""
+    encoding, separator = options.get("encoding") or "utf-8-sig", options.get("sep") or options.get("delimiter") or ","
+    kind = kind_of_files(files)
+    field = options.get("field")
     try:
-        return _only_split(datasets.load_dataset(builder, **options))
-    except (DatasetGenerationError, StopIteration, OSError, ValueError) as error:
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"{path} must hold at least one row; found none. Check how it was written.") from error
-        raise ValueError(f"{path} could not be read: {error.__cause__ or error}. Check the file(s).") from error
-
-
-def _checked_options(files: list[Path], builder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The options of `datasets.load_dataset`. Raises `ValueError` for faults of the files that it would not report."""
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file} must hold at least one row; found an empty file. Check how it was written.")
-        if builder == "json" and "field" not in kwargs:
-            check_json(file, encoding=kwargs.get("encoding", "utf-8-sig"))
-    if builder != "csv":
-        return kwargs
-    with files[0].open(encoding=kwargs.get("encoding", "utf-8-sig"), newline="") as file:
-        header = next(csv.reader(file, delimiter=kwargs.get("sep", kwargs.get("delimiter") or ",")))
-    return {"keep_default_na": False, "features": Features(dict.fromkeys(header, Value("string"))), **kwargs}
-
-
-def _builder(files: list[Path]) -> str:
-    kinds = {BUILDERS.get(file.suffix.lower(), "") for file in files}
-    if "" in kinds:
-        raise ValueError(f"preference data must be a file of {', '.join(BUILDERS)}; found {files[0]}. Convert it.")
-    if len(kinds) > 1:
+        "{}".encode(encoding)
+    except (LookupError, TypeError, UnicodeError) as error:
         raise ValueError(
-            f"a folder of preference data must hold files of one kind; found {sorted(kinds)} in {files[0].parent}. "
-            "Give one of the files, or move them apart."
+            f"encoding={encoding!r} is no encoding of text that Python knows. Give one such as 'latin-1'."
+        ) from error
+    if not isinstance(separator, str) or len(separator) != 1 or separator in '\0\r\n"':
+        raise ValueError(f"sep={separator!r} must be one character between the fields of a CSV file, such as ';'.")
+    return Reading(kind=kind, encoding=encoding, field=field, separator=separator)  # type: ignore[arg-type]
+
+
+def _check_options(options: Mapping[str, Any], known: tuple[str, ...], path: Path) -> None:
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"the option(s) {unknown} were given for {show(path)}, for which only {list(known)} are known. Leave them "
+            "out, or load it with `datasets.load_dataset` and pass the dataset."
         )
-    return kinds.pop()
 
 
 def _only_split(loaded: AnyDataset) -> AnyDataset:
@@ -215,14 +180,16 @@ def _only_split(loaded: AnyDataset) -> AnyDataset:
 def _looks_local(path_or_name: str) -> bool:
     """A name on the hub is `name` or `owner/name`, without a file's suffix."""
     is_path = path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") > 1 or "\\" in path_or_name
-    return is_path or Path(path_or_name).suffix.lower() in BUILDERS
+    return is_path or Path(path_or_name).suffix.lower() in KINDS
 
 
 def _not_found(path: Path) -> str:
+    if path.is_symlink():
+        return f"it is a symbolic link to {show(path.readlink())}, where nothing is. Check the link."
     folder = path.parent
     if not folder.is_dir():
-        return f"there is no such file, and no folder {folder}. Check the path."
-    names = sorted(item.name for item in folder.iterdir() if not item.name.startswith("."))
+        return f"there is no such file, and no folder {show(folder)}. Check the path."
+    names = sorted(show(item.name) for item in folder.iterdir() if not item.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f"near names in {folder}: {near}" if near else f"{folder} holds {names[:5] or 'nothing'}"
+    hint = f"near names in {show(folder)}: {near}" if near else f"{show(folder)} holds {names[:5] or 'nothing'}"
     return f"there is no such file or folder; {hint}. Check the path."
