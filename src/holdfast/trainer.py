@@ -220,7 +220,7 @@ class DPOTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
-        checkpoint = self._to_resume(resume_from_checkpoint)
+        self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
         self._settle(checkpoint)
         if checkpoint is not None:
             self._say_what_starts_afresh(checkpoint)

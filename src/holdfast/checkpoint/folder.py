@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from holdfast.checkpoint.disk_error import writing
 from holdfast.checkpoint.manifest import complete_checkpoints, mark_incomplete
@@ -45,14 +45,15 @@ def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool |
     return complete[-1]
 
 
-def best_checkpoint(state: Any, folder: Path) -> Path | None:
+def best_checkpoint(state: Any, folder: Path, resumed: Path | None = None) -> Path | None:
     """The checkpoint in `folder` that `state` (a `TrainerState`) records as the best one; None where none is recorded.
 
-    It is found by its name, so that the folder may be a copy. ValueError where it is not complete or not there.
+    It is found by its name, so that the folder may be a copy. A checkpoint that was `resumed` and records none says that
+    none was saved at the best step. ValueError where the best one is not complete or not there.
     """
     recorded: str | None = state.best_model_checkpoint
     step: int | None = state.best_global_step
-    if recorded is None and not step:
+    if recorded is None and (not step or _records_no_best(resumed)):
         return None
     name = Path(recorded).name if recorded is not None else f"checkpoint-{step}"
     for path in complete_checkpoints(folder):
@@ -65,6 +66,14 @@ def best_checkpoint(state: Any, folder: Path) -> Path | None:
         f"of that name, but {[path.name for path in complete_checkpoints(folder)]}. Put it back, or set "
         "load_best_model_at_end=False."
     )
+
+
+def _records_no_best(resumed: Path | None) -> bool:
+    """Whether `trainer_state.json` of a checkpoint says that no best one was saved; transformers forgets one that is
+    not there."""
+    if resumed is None:
+        return False
+    return TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME)).best_model_checkpoint is None
 
 
 def save_complete(
