@@ -48,8 +48,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool |
 def best_checkpoint(state: Any, folder: Path, resumed: Path | None = None) -> Path | None:
     """The checkpoint in `folder` that `state` (a `TrainerState`) records as the best one; None where none is recorded.
 
-    It is found by its name, so that the folder may be a copy. A checkpoint that was `resumed` and records none says that
-    none was saved at the best step. ValueError where the best one is not complete or not there.
+    It is found by its name, so that the folder may be a copy. A checkpoint that was `resumed` and records none means
+    that none was saved at the best step. ValueError where the best one is not complete or not there.
     """
     recorded: str | None = state.best_model_checkpoint
     step: int | None = state.best_global_step

@@ -104,8 +104,8 @@ class ResumableTrainer(PairTrainer):
         best = self.state.best_model_checkpoint
         if best is None and self.args.load_best_model_at_end and self.state.best_global_step:
             logger.warning(
-                "load_best_model_at_end=True was asked for, but no checkpoint was saved at the best step, %d: the model "
-                "stays that of the last step. Save wherever you evaluate (save_steps=eval_steps, or "
+                "load_best_model_at_end=True was asked for, but no checkpoint was saved at the best step, %d: the "
+                "model stays that of the last step. Save wherever you evaluate (save_steps=eval_steps, or "
                 "save_strategy='best').", self.state.best_global_step,
             )  # fmt: skip
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
