@@ -239,7 +239,12 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said(
     assert digest(resumed.model.named_parameters()) == digest(whole.model.named_parameters())
 
 
-@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"")], ids=["cut", "empty"])
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(
+    "damage",
+    [cut, lambda path: path.write_bytes(b""), put_fifo, put_folder],
+    ids=["cut", "empty", "a FIFO", "a folder"],
+)
 @pytest.mark.parametrize(
     "file",
     ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "reference/state.safetensors"],

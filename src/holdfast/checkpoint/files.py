@@ -20,6 +20,7 @@ PARTIAL = f"{FOLDER}.partial"
 """The name of that folder while it is written."""
 
 _PIECE = 1 << 22
+_SUFFIXES = (".bin", ".json", ".pt", ".pth", ".safetensors")
 
 
 class DamagedError(ValueError):
@@ -58,6 +59,15 @@ def check_files(checkpoint: Path, records: Mapping[str, Any], *, reads_all: bool
         for (name, (_, digest)), found in zip(expected.items(), digests, strict=True):
             if found != digest:
                 raise DamagedError(f"its file {name} has another content than was saved (digest {found}, not {digest})")
+
+
+def check_kinds(checkpoint: Path) -> None:
+    """DamagedError where something in a checkpoint that is called like a file is a folder, a FIFO or a device, for which
+    a library would wait for ever. For checkpoints whose files are not recorded."""
+    for folder, folders, names in os.walk(checkpoint):
+        for name in [*names, *(name for name in folders if Path(name).suffix in _SUFFIXES)]:
+            path = Path(folder) / name
+            os.close(open_regular(path, path.relative_to(checkpoint).as_posix()))
 
 
 def read_regular(path: Path, name: str) -> bytes:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from holdfast.checkpoint.files import DamagedError, check_files, read_regular
+from holdfast.checkpoint.files import DamagedError, check_files, check_kinds, read_regular
 from holdfast.checkpoint.manifest import complete_checkpoints, read_manifest, step_of
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,10 @@ def last_complete(run_folder: Path, *, none: str) -> str:
 
 def _checked(checkpoint: Path, *, reads_all: bool) -> dict[str, Any]:
     manifest = read_manifest(checkpoint)
-    check_files(checkpoint, manifest.get("files", {}), reads_all=reads_all)
+    if "files" in manifest:
+        check_files(checkpoint, manifest["files"], reads_all=reads_all)
+    else:
+        check_kinds(checkpoint)
     _check_trainer_state(checkpoint)
     return manifest
 
