@@ -62,8 +62,8 @@ def check_files(checkpoint: Path, records: Mapping[str, Any], *, reads_all: bool
 
 
 def check_kinds(checkpoint: Path) -> None:
-    """DamagedError where something in a checkpoint that is called like a file is a folder, a FIFO or a device, for which
-    a library would wait for ever. For checkpoints whose files are not recorded."""
+    """DamagedError where something that is called like a file of a checkpoint is a folder, or a FIFO or a device, for
+    which a library would wait for ever. For checkpoints whose files are not recorded."""
     for folder, folders, names in os.walk(checkpoint):
         for name in [*names, *(name for name in folders if Path(name).suffix in _SUFFIXES)]:
             path = Path(folder) / name

@@ -6,6 +6,7 @@ what was there before stays as it was until the new files are complete. The next
 there. The cost is room on the disk for both. Files are moved one by one, what makes a model loadable last.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -87,6 +88,14 @@ def move_into(staged: Path, folder: Path) -> None:
     for parent in {name.parent for name in names}:
         _remove_older_weights(folder / parent, {name.name for name in names if name.parent == parent})
         flush(folder / parent)
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes a model's or an adapter's weights from `folder`, without its subfolders, as far as that is permitted."""
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name.removeprefix("adapter_")):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _turn(name: PurePath) -> tuple[int, str]:

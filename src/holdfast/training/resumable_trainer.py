@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from holdfast.card import write_card
+from holdfast.checkpoint.disk_error import writing
 from holdfast.checkpoint.folder import (
     best_checkpoint,
     checkpoint_to_resume,
@@ -25,7 +26,7 @@ from holdfast.checkpoint.folder import (
     save_complete,
 )
 from holdfast.checkpoint.manifest import read_manifest
-from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed
+from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed, remove_weights
 from holdfast.checkpoint.policy_state import (
     check_loaded,
     load_adapters,
@@ -85,8 +86,21 @@ class ResumableTrainer(PairTrainer):
             uploading=self._uploading,
         )
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(checkpoint))
+            with self._pushing(folder):
+                super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
+
+    @contextlib.contextmanager
+    def _pushing(self, folder: Path) -> Iterator[None]:
+        """A context in which transformers copies the checkpoint's model into `folder` to push it. A copy that a full
+        disk cut is removed."""
+        none = f"start again: there is no complete checkpoint in {folder}"
+        try:
+            with writing("the model that was to be pushed", folder, lambda: last_complete(folder, none=none)):
+                yield
+        except ValueError:
+            remove_weights(folder)
+            raise
 
     def _run_record(self) -> dict[str, Any]:
         """What a checkpoint's manifest says besides the reference: where in the data the run is, the policy's digest,
