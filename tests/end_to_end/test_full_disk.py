@@ -183,8 +183,12 @@ def test_a_final_save_can_be_finished_by_resuming(
 
 
 def test_without_checkpoints_the_model_in_memory_is_named(tmp_path: Path) -> None:
+    left = tmp_path / "_saving" / "left"
+    left.mkdir(parents=True)
+    left.with_suffix(".lock").touch()  # as a run leaves it that was killed in its final save
     ours = trainer(tiny_model(), config(tmp_path))
     ours.train()
+    assert not left.parent.exists()
     with pytest.raises(ValueError, match=rf"{ROOM}.*then call this again, or train again"):
         limited(ours.save_model, 1_000)()
     ours.save_model()

@@ -90,12 +90,14 @@ def move_into(staged: Path, folder: Path) -> None:
         flush(folder / parent)
 
 
-def remove_weights(folder: Path) -> None:
-    """Removes a model's or an adapter's weights from `folder`, without its subfolders, as far as that is permitted."""
-    for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name.removeprefix("adapter_")):
+def remove_cut_copies(of: Path, folder: Path) -> None:
+    """Removes from `folder` the weights that are shorter than the files of the same name in `of`."""
+    for path in of.iterdir():
+        copy = folder / path.name
+        is_weights = _WEIGHTS.fullmatch(path.name.removeprefix("adapter_"))
+        if is_weights and copy.is_file() and copy.stat().st_size < path.stat().st_size:
             with contextlib.suppress(OSError):
-                path.unlink()
+                copy.unlink()
 
 
 def _turn(name: PurePath) -> tuple[int, str]:

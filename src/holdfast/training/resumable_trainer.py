@@ -26,7 +26,7 @@ from holdfast.checkpoint.folder import (
     save_complete,
 )
 from holdfast.checkpoint.manifest import read_manifest
-from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed, remove_weights
+from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed, remove_cut_copies
 from holdfast.checkpoint.policy_state import (
     check_loaded,
     load_adapters,
@@ -86,20 +86,21 @@ class ResumableTrainer(PairTrainer):
             uploading=self._uploading,
         )
         if self.args.push_to_hub:
-            with self._pushing(folder):
+            with self._pushing(checkpoint):
                 super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
 
     @contextlib.contextmanager
-    def _pushing(self, folder: Path) -> Iterator[None]:
-        """A context in which transformers copies the checkpoint's model into `folder` to push it. A copy that a full
-        disk cut is removed."""
+    def _pushing(self, checkpoint: Path) -> Iterator[None]:
+        """A context in which transformers copies a checkpoint's model into the output folder to push it. A copy that a
+        full disk cut is removed."""
+        folder = Path(str(self.args.output_dir))
         none = f"start again: there is no complete checkpoint in {folder}"
         try:
             with writing("the model that was to be pushed", folder, lambda: last_complete(folder, none=none)):
                 yield
         except ValueError:
-            remove_weights(folder)
+            remove_cut_copies(checkpoint, folder)
             raise
 
     def _run_record(self) -> dict[str, Any]:
