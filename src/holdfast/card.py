@@ -1,6 +1,5 @@
 """The model card of a trained model: its base model, how it was trained, and which reference it had."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 import holdfast
+from holdfast.checkpoint.placed import placed
+from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import loaded_from
 from holdfast.reference.reference import Reference
@@ -57,7 +58,7 @@ def write_card(
     metadata: dict[str, Any],
 ) -> None:
     """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...).
-    The header names the base model only where that can be a hub id."""
+    The header names the base model only where that can be a hub id. ValueError where the file cannot be written."""
     folder = Path(str(args.output_dir))
     base_model = loaded_from(unwrap(model).config) or None
     dataset = metadata.pop("dataset", None) or dataset
@@ -83,6 +84,6 @@ def write_card(
             f"{module.__name__} {module.__version__}" for module in (holdfast, transformers, torch, peft)
         ),
     )
-    partial = folder / f".README.md.{os.getpid()}"  # another run in this folder may be writing it as well
-    card.save(partial)
-    os.replace(partial, folder / "README.md")
+    none = f"start again: there is no complete checkpoint in {folder}"
+    with placed(folder, "the model card README.md", lambda: last_complete(folder, none=none)) as staged:
+        card.save(staged / "README.md")

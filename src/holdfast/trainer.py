@@ -24,9 +24,10 @@ from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
 from holdfast.card import TAGS
 from holdfast.checkpoint.finite import infinite_buffers
-from holdfast.checkpoint.folder import checkpoint_to_resume
+from holdfast.checkpoint.manifest import read_manifest
+from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
-from holdfast.checkpoint.reference_state import load_reference, read_manifest
+from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
@@ -219,11 +220,15 @@ class DPOTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
         self._settle(checkpoint)
+        if checkpoint is not None:
+            self._say_what_starts_afresh(checkpoint)
         self._infinite_masks = infinite_buffers(self.model)
         self._stream_position = StreamPosition(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
         has_files = self.args.save_strategy != "no" and self.is_world_process_zero()
+        if self.is_world_process_zero():
+            remove_what_a_kill_left(Path(str(self.args.output_dir)))
         with running(self.args.reference_folder) if has_files else contextlib.nullcontext():
             output = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         self._announce({})  # what was scored meanwhile is stored, if anything is
@@ -232,7 +237,7 @@ class DPOTrainer(ResumableTrainer):
     def restore(self, checkpoint: str | bool = True) -> None:
         """Policy and reference as they were at `checkpoint`, or at the last complete one, to evaluate them. The trainer
         must be made with what that run began with; ValueError names what differs."""
-        found = checkpoint_to_resume(checkpoint, self.args.output_dir)
+        found = self._to_resume(checkpoint)
         assert found is not None
         self._settle(found)
         self._load_from_checkpoint(str(found))

@@ -22,6 +22,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from checkpoints import make_earlier, manifest_of
 from families import CONFIGS, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
@@ -594,7 +595,8 @@ def _ids(ours: Any) -> list[Any]:
 
 def test_a_manifest_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     LLAMA.made(tmp_path).train()
-    path = tmp_path / "checkpoint-1" / "reference" / "manifest.json"
+    make_earlier(tmp_path / "checkpoint-1")
+    path = manifest_of(tmp_path / "checkpoint-1")
     manifest = json.loads(path.read_text())
     del manifest["config"]
     path.write_text(json.dumps(manifest))

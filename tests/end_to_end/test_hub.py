@@ -112,6 +112,23 @@ def test_what_is_not_finite_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
     assert [name for _, name, _ in hub.uploads] == [None, "checkpoint-1"]
 
 
+def test_a_full_disk_leaves_no_half_of_what_was_to_be_pushed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers copies the checkpoint's model into the output folder, from where it is pushed."""
+
+    def cut(source: str, target: str) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.trainer.shutil, "copy", cut)
+    message = rf"pushed was to be written to {tmp_path}, but there is no room .* resume from .*checkpoint-1, the last"
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_model(), config(tmp_path, **OPTIONS)).train()
+    assert hub.uploads == []
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("limit", [None, 1, 2])
 def test_the_options_are_written_as_they_were_given(
     limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

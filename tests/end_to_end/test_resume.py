@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from checkpoints import flip, make_earlier
 from families import tiny_model
 from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
@@ -172,11 +173,14 @@ def test_a_half_written_checkpoint_is_never_chosen(interrupted: Path) -> None:
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     trainer(tiny_model(), config(tmp_path, **SAVING | MOVING | {"max_steps": 2})).train()
     path = tmp_path / "checkpoint-2" / "reference" / "state.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"does not have the digest.*Resume from an earlier checkpoint"):
-        trainer(tiny_model(), config(tmp_path, **SAVING | MOVING)).train(resume_from_checkpoint=True)
+    flip(path)
+    for message in (
+        r"its file reference/state.safetensors has another",
+        r"does not have the digest.*no other complete",
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tiny_model(), config(tmp_path, **SAVING | MOVING)).train(resume_from_checkpoint=True)
+        make_earlier(tmp_path / "checkpoint-2")
 
 
 def test_a_manifest_of_a_newer_format_is_refused(interrupted: Path) -> None:

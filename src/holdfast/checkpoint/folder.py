@@ -5,39 +5,36 @@ could leave no complete checkpoint at all. So transformers' deletion is switched
 only once the new checkpoint is complete. The cost is room on the disk for one checkpoint more.
 """
 
+import contextlib
 import copy
+import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from holdfast.checkpoint.disk_error import writing
+from holdfast.checkpoint.manifest import complete_checkpoints, mark_incomplete
 from holdfast.checkpoint.provenance import Provenance
-from holdfast.checkpoint.reference_state import is_complete, mark_incomplete, read_manifest, save_reference
+from holdfast.checkpoint.reference_state import save_reference
+from holdfast.checkpoint.sound import last_complete
 from holdfast.reference.reference import Reference
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, by step."""
-    complete = [path for path in run_folder.glob("checkpoint-*") if is_complete(path)]
-    by_step = {int(match[1]): path for path in complete if (match := _NAME.fullmatch(path.name))}
-    return [by_step[step] for step in sorted(by_step)]
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool | None, output_dir: Any) -> Path | None:
-    """The complete checkpoint that `resume_from_checkpoint` names, or the last complete one where it is True; None
-    where nothing is to be resumed. ValueError where there is none."""
+    """The checkpoint that `resume_from_checkpoint` names, or the last complete one where it is True; None where nothing
+    is to be resumed. Whether it is sound is not looked at. ValueError where there is none."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is not True:
-        read_manifest(Path(resume_from_checkpoint))
         return Path(resume_from_checkpoint)
     complete = complete_checkpoints(Path(output_dir))
     if not complete:
@@ -48,14 +45,15 @@ def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool |
     return complete[-1]
 
 
-def best_checkpoint(state: Any, folder: Path) -> Path | None:
+def best_checkpoint(state: Any, folder: Path, resumed: Path | None = None) -> Path | None:
     """The checkpoint in `folder` that `state` (a `TrainerState`) records as the best one; None where none is recorded.
 
-    It is found by its name, so that the folder may be a copy. ValueError where it is not complete or not there.
+    It is found by its name, so that the folder may be a copy. A checkpoint that was `resumed` and records none means
+    that none was saved at the best step. ValueError where the best one is not complete or not there.
     """
     recorded: str | None = state.best_model_checkpoint
     step: int | None = state.best_global_step
-    if recorded is None and not step:
+    if recorded is None and (not step or _records_no_best(resumed)):
         return None
     name = Path(recorded).name if recorded is not None else f"checkpoint-{step}"
     for path in complete_checkpoints(folder):
@@ -68,6 +66,14 @@ def best_checkpoint(state: Any, folder: Path) -> Path | None:
         f"of that name, but {[path.name for path in complete_checkpoints(folder)]}. Put it back, or set "
         "load_best_model_at_end=False."
     )
+
+
+def _records_no_best(resumed: Path | None) -> bool:
+    """Whether `trainer_state.json` of a checkpoint says that no best one was saved; transformers forgets one that is
+    not there."""
+    if resumed is None:
+        return False
+    return TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME)).best_model_checkpoint is None
 
 
 def save_complete(
@@ -83,24 +89,36 @@ def save_complete(
     """Writes `checkpoint`: first what `save()` of the trainer writes, then the reference and the manifest. Older
     checkpoints are deleted once this one is complete, except for those named in `uploading`.
 
-    `run_record()` is what the manifest says beside the reference.
+    `run_record()` is what the manifest says beside the reference. ValueError where the disk is full or cannot be
+    written to: then, as after any other error, this checkpoint is removed and older ones are as they were.
     """
     args: Any = trainer.args
+    with _removed_on_error(checkpoint, is_writer=args.should_save), _writing(checkpoint):
+        if args.should_save:
+            remove(checkpoint)  # files of an earlier run would count as part of this checkpoint
+        trainer.accelerator.wait_for_everyone()
+        with keeping_checkpoints(trainer):
+            save()
+        trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
+        if args.should_save:
+            if (checkpoint / TRAINING_ARGS_NAME).is_file():
+                torch.save(args, checkpoint / TRAINING_ARGS_NAME)
+            save_reference(checkpoint, reference, provenance, run_record())
     if args.should_save:
-        mark_incomplete(checkpoint)
-    trainer.args = copy.copy(args)  # the user's own stay as they are
-    trainer.args.save_total_limit = None
-    try:
-        save()
-    finally:
-        trainer.args = args
-    trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
-    if args.should_save:
-        if (checkpoint / TRAINING_ARGS_NAME).is_file():
-            torch.save(args, checkpoint / TRAINING_ARGS_NAME)
-        save_reference(checkpoint, reference, provenance, run_record())
         best = trainer.state.best_model_checkpoint
         rotate(checkpoint.parent, limit=args.save_total_limit, best=best, uploading=uploading)
+
+
+@contextmanager
+def keeping_checkpoints(trainer: Trainer) -> Iterator[None]:
+    """A context in which transformers deletes no checkpoint. The user's own options stay as they are."""
+    args: Any = trainer.args
+    trainer.args = copy.copy(args)
+    trainer.args.save_total_limit = None
+    try:
+        yield
+    finally:
+        trainer.args = args
 
 
 def rotate(run_folder: Path, *, limit: int | None, best: str | None, uploading: Collection[str] = ()) -> None:
@@ -113,5 +131,42 @@ def rotate(run_folder: Path, *, limit: int | None, best: str | None, uploading: 
     protected = {complete[-1]} | {path for path in complete if path.name in names}
     num_deleted = max(0, len(complete) - max(limit, len(protected)))
     for checkpoint in [path for path in complete if path not in protected][:num_deleted]:
+        _remove_older(checkpoint)
+
+
+def leave_only(best: Path) -> None:
+    """Deletes all complete checkpoints beside `best`."""
+    for checkpoint in complete_checkpoints(best.parent):
+        if checkpoint.name != best.name:
+            _remove_older(checkpoint)
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint, if it is there. OSError where it stays complete."""
+    if checkpoint.is_dir():
         mark_incomplete(checkpoint)  # a kill during the deletion leaves no half of it to resume from
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _remove_older(checkpoint: Path) -> None:
+    try:
+        remove(checkpoint)
+    except OSError as error:
+        logger.warning("%s was to be deleted, and cannot be (%s): it stays.", checkpoint, error.strerror or error)
+
+
+@contextmanager
+def _removed_on_error(checkpoint: Path, *, is_writer: bool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if is_writer:
+            with contextlib.suppress(OSError):
+                remove(checkpoint)
+        raise
+
+
+def _writing(checkpoint: Path) -> AbstractContextManager[None]:
+    folder = checkpoint.parent
+    none = f"start again: there is no complete checkpoint in {folder}"
+    return writing(f"the checkpoint {checkpoint.name}", folder, lambda: last_complete(folder, none=none))

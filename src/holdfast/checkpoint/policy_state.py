@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.checkpoint.reference_state import read_manifest
+from holdfast.checkpoint.manifest import read_manifest
 from holdfast.policy.adapters import is_adapted
 from holdfast.reference.identity.digests import digest
 

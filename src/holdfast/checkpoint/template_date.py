@@ -6,8 +6,8 @@ is in `data.dates`.
 
 from pathlib import Path
 
-from holdfast.checkpoint.folder import complete_checkpoints
-from holdfast.checkpoint.reference_state import is_complete, read_manifest
+from holdfast.checkpoint.manifest import complete_checkpoints, is_complete, read_manifest
+from holdfast.checkpoint.sound import check_sound, resuming
 from holdfast.config import DPOConfig
 
 
@@ -15,6 +15,7 @@ def recorded_date(args: DPOConfig) -> str | None:
     """The date recorded by the checkpoint that `args.resume_from_checkpoint` names; None where there is none.
 
     It is read before the trainer is made, so that the data are not tokenized and scored for another date first.
+    ValueError where the checkpoint is damaged, as far as the sizes of its files show it.
     """
     to_resume = args.resume_from_checkpoint
     checkpoint = Path(to_resume) if isinstance(to_resume, str) else None
@@ -22,7 +23,7 @@ def recorded_date(args: DPOConfig) -> str | None:
         checkpoint = next(reversed(complete_checkpoints(Path(str(args.output_dir)))), None)
     if checkpoint is None or not is_complete(checkpoint):
         return None
-    return read_manifest(checkpoint).get("template_date")
+    return check_sound(checkpoint, resuming(checkpoint), reads_all=False).get("template_date")
 
 
 def date_to_print(checkpoint: Path, current: str | None, template_date: str | None) -> str | None:

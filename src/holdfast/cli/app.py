@@ -116,8 +116,14 @@ def demo(
 
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
     """The metrics of a run that is trained, saved into `folder` and evaluated."""
+    from holdfast.checkpoint.folder import checkpoint_to_resume
+    from holdfast.checkpoint.placed import write_text
+    from holdfast.checkpoint.sound import check_sound, last_complete, resuming
     from holdfast.cli.assembly import trainer_of
 
+    checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, folder)
+    if checkpoint is not None:
+        check_sound(checkpoint, resuming(checkpoint), reads_all=False)  # before anything is loaded
     trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
@@ -129,7 +135,7 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
-        (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
+        write_text(folder / "run.yaml", to_yaml(run.document.values), lambda: last_complete(folder, none="train again"))
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return metrics

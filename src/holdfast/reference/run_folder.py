@@ -54,16 +54,31 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._path: Path | None = None
+        self._finalize: weakref.finalize | None = None
 
     def path(self) -> Path:
         """The folder's path. No other process writes to the folder. OSError where it cannot be made."""
         if self._path is None:
             lock, descriptor = _new_lock(self.root, is_run=False)
-            weakref.finalize(self, _release, lock, descriptor, os.getpid())
+            self._finalize = weakref.finalize(self, _release, lock, descriptor, os.getpid())
             _other_runs(self.root, own_lock=lock)
             self._path = _folder_of(lock)
             self._path.mkdir()
         return self._path
+
+    def remove(self) -> None:
+        """Removes the folder and all that is in it, if it was made."""
+        if self._finalize is not None:
+            self._finalize()
+        self._path = self._finalize = None
+
+
+def remove_left_over(root: Path) -> None:
+    """Removes the folders in `root` whose owners have ended, and `root` itself where nothing else is in it."""
+    if root.is_dir():
+        _other_runs(root, own_lock=None)
+        with contextlib.suppress(OSError):  # it is not empty while others use it
+            root.rmdir()
 
 
 @contextlib.contextmanager
@@ -102,7 +117,11 @@ def _new_lock(root: Path, *, is_run: bool) -> tuple[Path, int]:
             continue
         is_locked = _lock(descriptor)
         if is_locked is not False and _is_file(lock, descriptor):
-            os.write(descriptor, content.encode())
+            try:
+                os.write(descriptor, content.encode())
+            except OSError:  # the disk is full
+                _release(lock, descriptor, os.getpid())
+                raise
             return lock, descriptor
         os.close(descriptor)  # before it was locked, another run took the file for one of a killed run
     raise OSError(f"no lock file of this process stays in {root}: something else removes it")
@@ -129,7 +148,7 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _other_runs(root: Path, *, own_lock: Path) -> list[Owner]:
+def _other_runs(root: Path, *, own_lock: Path | None) -> list[Owner]:
     """The other runs that save checkpoints now. Folders and locks in `root` whose owners have ended are removed."""
     runs: list[Owner] = []
     for lock in sorted(root.glob(f"*{LOCK}")):

@@ -111,8 +111,13 @@ class TensorFile(OwnTensors):
                 self._entries[name] = replace(entry, digest=tensor_digest(value))
                 stream.seek(entry.start)
                 content = _bytes_of(value)
-                while len(content):
-                    content = content[stream.write(content) :]
+                try:
+                    while len(content):
+                        content = content[stream.write(content) :]
+                except OSError as error:  # a full disk that copies what is changed, or a broken one
+                    raise ValueError(
+                        f"{name!r} was to be changed in {self._file}, which cannot be written: {error}. {_START_AGAIN}"
+                    ) from error
 
     @property
     def _file(self) -> Path:
@@ -132,7 +137,12 @@ class TensorFile(OwnTensors):
         stream.seek(entry.start)
         content = _bytes_of(value)
         while len(content):  # one read stops at 2 GiB
-            num_read = stream.readinto(content)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                num_read = stream.readinto(content)  # pyright: ignore[reportAttributeAccessIssue]
+            except OSError as error:
+                raise ValueError(
+                    f"{name!r} was to be read from {self._file}, which cannot be read: {error}. {_START_AGAIN}"
+                ) from error
             if not num_read:
                 raise ValueError(
                     f"{name!r} was to be read from {self._file}, which ends before it: the file was changed or "

@@ -51,6 +51,8 @@ class PairTrainer(Trainer):
     _full_eval: FullEval
     _look_ahead: LookAhead
     _stream_position: StreamPosition
+    _resumed: Path | None = None
+    """The checkpoint that the run was taken up from."""
     _is_sharded: bool
     _infinite_masks: frozenset[str] = frozenset()
     _is_real_row: Tensor | None = None
@@ -110,7 +112,7 @@ class PairTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs_and_batches = super()._init_training_state(*args, **kwargs)
         if self.args.load_best_model_at_end:
-            best = best_checkpoint(self.state, Path(str(self.args.output_dir)))
+            best = best_checkpoint(self.state, Path(str(self.args.output_dir)), self._resumed)
             self.state.best_model_checkpoint = str(best) if best is not None else None
         if not isinstance(self.train_dataset, IterableDataset):
             return epochs_and_batches

@@ -4,17 +4,29 @@
 checkpoint counts only from then on: older ones are deleted, and this one is pushed, once it is complete.
 """
 
+import contextlib
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from holdfast.card import write_card
-from holdfast.checkpoint.folder import best_checkpoint, save_complete
+from holdfast.checkpoint.disk_error import writing
+from holdfast.checkpoint.folder import (
+    best_checkpoint,
+    checkpoint_to_resume,
+    keeping_checkpoints,
+    leave_only,
+    save_complete,
+)
+from holdfast.checkpoint.manifest import read_manifest
+from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed, remove_cut_copies
 from holdfast.checkpoint.policy_state import (
     check_loaded,
     load_adapters,
@@ -24,7 +36,15 @@ from holdfast.checkpoint.policy_state import (
 )
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference
+from holdfast.checkpoint.sound import check_together, last_complete, resuming
 from holdfast.checkpoint.template_date import date_to_print
+from holdfast.checkpoint.training_state import (
+    check_same_optimizer,
+    loading,
+    optimizer_record,
+    saved_names,
+    starting_afresh,
+)
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.training.pair_trainer import PairTrainer
@@ -66,8 +86,22 @@ class ResumableTrainer(PairTrainer):
             uploading=self._uploading,
         )
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(checkpoint))
+            with self._pushing(checkpoint):
+                super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
+
+    @contextlib.contextmanager
+    def _pushing(self, checkpoint: Path) -> Iterator[None]:
+        """A context in which transformers copies a checkpoint's model into the output folder to push it. A copy that a
+        full disk cut is removed."""
+        folder = Path(str(self.args.output_dir))
+        none = f"start again: there is no complete checkpoint in {folder}"
+        try:
+            with writing("the model that was to be pushed", folder, lambda: last_complete(folder, none=none)):
+                yield
+        except ValueError:
+            remove_cut_copies(checkpoint, folder)
+            raise
 
     def _run_record(self) -> dict[str, Any]:
         """What a checkpoint's manifest says besides the reference: where in the data the run is, the policy's digest,
@@ -76,7 +110,86 @@ class ResumableTrainer(PairTrainer):
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
+            "optimizer": None if self._is_sharded or self.args.save_only_model else optimizer_record(self.optimizer),
         }
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with keeping_checkpoints(self):  # transformers would delete the last one here so that a kill could halve it
+            output = super()._finalize_training(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if best is None and self.args.load_best_model_at_end and self.state.best_global_step:
+            logger.warning(
+                "load_best_model_at_end=True was asked for, but no checkpoint was saved at the best step, %d: the "
+                "model stays that of the last step. Save wherever you evaluate (save_steps=eval_steps, or "
+                "save_strategy='best').", self.state.best_global_step,
+            )  # fmt: skip
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            leave_only(Path(best))
+        return output
+
+    # --- what is written into the output folder -----------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `transformers.Trainer.save_model`. ValueError where the disk is full or cannot be written to; the model
+        that was in the folder before is then as it was."""
+        if output_dir is not None and _internal_call:  # part of a checkpoint, which counts once all of it is written
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self._is_sharded and self.args.save_on_each_node:  # to disks of their own, of which nobody knows the others'
+            super().save_model(str(folder), _internal_call=True)
+        elif self.args.should_save and not (self._is_sharded and self.args.process_index > 0):
+            with self._placed(folder, "the trained model") as staged:
+                keep_copy(folder / "README.md", staged)  # peft adds to it
+                super().save_model(self._agreed(staged), _internal_call=True)
+                if self._is_sharded:
+                    self.accelerator.wait_for_everyone()
+        else:
+            super().save_model(self._agreed(folder), _internal_call=True)
+            if self._is_sharded:
+                self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _agreed(self, folder: Path) -> str:
+        """The folder of the first process, where all processes write one model; else this process's own."""
+        names = [str(folder)]
+        return broadcast_object_list(names)[0] if self._is_sharded else names[0]
+
+    def save_state(self) -> None:
+        """See `transformers.Trainer.save_state`. ValueError where the file cannot be written; an older one stays."""
+        if self.is_world_process_zero():
+            with self._writing_aside("the state of the trainer"):
+                super().save_state()
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """See `transformers.Trainer.save_metrics`. ValueError where a file cannot be written; an older one stays."""
+        if self.is_world_process_zero():
+            with self._writing_aside(f"the metrics ({split})", changed="all_results.json"):
+                super().save_metrics(split, metrics, combined)
+
+    def _placed(self, folder: Path, content: str) -> contextlib.AbstractContextManager[Path]:
+        run_folder = Path(str(self.args.output_dir))
+        again = "call this again, or train again (with save_strategy='steps' a run can be finished by resuming it)"
+        return placed(folder, content, lambda: last_complete(run_folder, none=again))
+
+    @contextlib.contextmanager
+    def _writing_aside(self, content: str, changed: str | None = None) -> Iterator[None]:
+        """A context in which the output folder is a temporary one, with a copy of the file `changed`. Its files are
+        moved into the output folder at the end."""
+        args = self.args
+        folder = Path(str(args.output_dir))
+        with self._placed(folder, content) as staged:
+            if changed is not None and is_json_mapping(folder / changed):
+                keep_copy(folder / changed, staged)
+            self.args = copy.copy(args)
+            self.args.output_dir = str(staged)
+            try:
+                yield
+            finally:
+                self.args = args
+
+    # --- what is read again -------------------------------------------------------------------------------------------
 
     def _print_date_of(self, checkpoint: Path) -> None:
         """Chat templates print the date that they printed in the run that wrote `checkpoint`."""
@@ -90,14 +203,57 @@ class ResumableTrainer(PairTrainer):
         self._provenance = None
         self._announce(self._datasets())
 
+    def _to_resume(self, resume_from_checkpoint: Any) -> Path | None:
+        """The checkpoint to resume or to restore, or None. ValueError where it is not as it was saved."""
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_together(checkpoint, resuming(checkpoint), reads_all=self.is_local_process_zero())
+        return checkpoint
+
+    def _say_what_starts_afresh(self, checkpoint: Path) -> None:
+        """Warns of what the checkpoint lacks for the resumed run to be the uninterrupted one."""
+        afresh = starting_afresh(
+            saved_names(checkpoint, read_manifest(checkpoint)),
+            num_processes=self.args.world_size,
+            process=self.args.process_index,
+            has_scaler=getattr(self.accelerator, "scaler", None) is not None,
+        )
+        afresh = list(dict.fromkeys(gather_object(afresh)))
+        if afresh and self.is_world_process_zero():
+            logger.warning(
+                "%s holds no more than the run that wrote it saved (`save_only_model`, other processes). What starts "
+                "afresh: %s. So the resumed run is not what the uninterrupted one would be.",
+                checkpoint, "; ".join(afresh),
+            )  # fmt: skip
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if not self._is_sharded:
+            check_same_optimizer(Path(checkpoint), read_manifest(Path(checkpoint)).get("optimizer"), self.optimizer)
+        content = "the state of the optimizer and of the learning rate's schedule"
+        with loading(Path(checkpoint), content, "optimizer.pt and scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with loading(Path(checkpoint), "the scale of fp16's gradients", "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with loading(Path(checkpoint), "the random state", "rng_state*.pth"):
+                super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
-        if is_adapted(self.model) and not self._is_sharded:
-            load_adapters(self.model, checkpoint)
-        elif not self._is_sharded and needs_conversion(self.model, checkpoint):
-            load_converted(unwrap(self.model), checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with loading(checkpoint, "the policy", "model or adapter files"):
+            if is_adapted(self.model) and not self._is_sharded:
+                load_adapters(self.model, checkpoint)
+            elif not self._is_sharded and needs_conversion(self.model, checkpoint):
+                load_converted(unwrap(self.model), checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)
 
     def _load_best_model(self) -> None:
@@ -105,6 +261,8 @@ class ResumableTrainer(PairTrainer):
         best = best_checkpoint(self.state, Path(str(self.args.output_dir)))
         assert best is not None
         self.state.best_model_checkpoint = str(best)
+        request = f"load_best_model_at_end=True was asked for (False ends the run without), and the best one is {best}"
+        check_together(best, request, reads_all=self.is_local_process_zero())
         if self._is_sharded:
             super()._load_best_model()
         else:
