@@ -108,16 +108,26 @@ class ControlText:
             return {**message, "content": hide(content)}
         return {**message, "content": [{**part, "text": hide(part["text"])} for part in content]}
 
-    def _encoded(self, rendered: str, shown: dict[str, str]) -> list[int]:
-        """The ids of a rendering, of which only the special tokens that are not hidden are special."""
+    def _encoded(self, rendered: str, shown: dict[str, str]) -> list[int] | None:
+        """The ids of a rendering, of which only the special tokens that are not hidden are special. None where the
+        tokenizer makes such a token of plain text, as Unigram models do that have them in their vocabulary."""
         ids: list[int] = []
         for number, part in enumerate(self._between.split(rendered)):
             if number % 2 == 1:  # the pattern's group: a special token, with the white space that it takes
                 token = part if part in self._tokens else part.strip()
                 ids.append(self._tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
             elif part:
-                ids += self._as_text(_replaced(part, shown), is_beginning=number == 0)
+                text_ids = self._as_text(_replaced(part, shown), is_beginning=number == 0)
+                if not self._special_ids.isdisjoint(text_ids):
+                    return None
+                ids += text_ids
         return ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        ids: Any = self._tokenizer.convert_tokens_to_ids(list(self._tokens))
+        unknown: Any = self._tokenizer.unk_token_id
+        return frozenset(ids) - frozenset([unknown])  # text may have unknown characters
 
     @cached_property
     def _between(self) -> re.Pattern[str]:
@@ -138,7 +148,10 @@ class ControlText:
         backend = backend_of(self._tokenizer)
         assert backend is not None
         only_first = '"prepend_scheme":"first"'
-        description = backend.to_str()
+        try:
+            description = backend.to_str()
+        except Exception:  # a part in Python
+            return None
         if only_first not in description:
             return None
         without = Tokenizer.from_str(description.replace(only_first, '"prepend_scheme":"never"'))

@@ -1,21 +1,21 @@
-r"""Texts -> token ids, many at a time, and each part of them once.
+"""Texts -> token ids, many at a time, and each part of them once.
 
 A tokenizer of the `tokenizers` library reads a text in parts that do not see each other: it takes out the special
 tokens, and cuts what is between them into words. So a text may be cut at these places beforehand, and a part that was
 encoded before is looked up: a prompt is encoded once and not with each completion, a common word once and for all.
-Where a tokenizer may cut is read from its own description (what stands in `tokenizer.json`), and what is not known there is not cut:
+Where a tokenizer may cut is read from its own description (what stands in `tokenizer.json`):
 
-| cut | where it is exact |
-|---|---|
-| before a special token | the token takes no white space with it, and no other added token runs across the cut |
-| before a space after a character that is no white space | besides, the pre-tokenizer splits by one of the patterns in `_WORD_PATTERNS`, of which none matches such a character and a space after it; the normalizer is none or NFC |
-| nowhere | every other tokenizer: it is called with all texts at once |
+- Before a special token, if the token takes no white space with it, no other added token can run across the cut, and
+  all steps of the tokenizer are known ones, which look at nothing but their part and at whether it begins the text.
+- Also before a space that follows a character other than white space, if the words are found by one of
+  `_WORD_PATTERNS`, none of which matches such a character together with a space after it, and the normalizer is none
+  or NFC.
+- Else nowhere: the tokenizer is called with all texts at once.
 
-A text's beginning is never separated from it, since some tokenizers put a space there; every other part begins with
-its special token or its space. Ids are bytes here (int32), which join and compare much faster than lists.
+A text's beginning is never cut off, since some tokenizers put a space there; every other part begins with its special
+token or its space. Ids are bytes here (int32), which join and compare much faster than lists.
 
-Given up: tokenizers that draw at random (BPE dropout) and those in which a special token has a normalized form; they
-are called with all texts at once.
+Given up: tokenizers with parts in Python, and those that draw at random (BPE dropout); they are called.
 """
 
 import json
@@ -91,6 +91,8 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text, as `tokenizer(text, add_special_tokens=False)` has them."""
+        if not texts:
+            return []
         if self._special_tokens is None:
             return [as_bytes(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         parts_of = [_before_each(self._special_tokens, text) for text in texts]
@@ -114,8 +116,6 @@ class Encoder:
 
     def _whole(self, texts: list[str]) -> dict[str, bytes]:
         assert self._backend is not None
-        if not texts:
-            return {}
         self._backend.no_truncation()  # a caller of the tokenizer may have left them on
         self._backend.no_padding()
         self._backend.encode_special_tokens = False

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, Protocol, Self, final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -31,9 +30,19 @@ from holdfast.data.dates import prints_date
 from holdfast.data.encoder import from_bytes
 from holdfast.data.formats import Preference, check_columns, read_preference
 from holdfast.data.progress import bars
-from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, REPORT_COLUMNS, features_with_ids, python_rows, with_ids
+from holdfast.data.stream_report import REASON, StreamReport
+from holdfast.data.token_columns import (
+    AS_TEXT,
+    AS_TOKEN,
+    CUT,
+    REPORT_COLUMNS,
+    features_with_ids,
+    python_rows,
+    rows_with,
+    with_ids,
+)
 from holdfast.data.tokenize import TruncationMode, check_tokenizer, check_truncation, tokenize
-from holdfast.data.usability import nothing_usable, prompt_is_cut, remedy, share, some_unusable, spells_special_tokens
+from holdfast.data.usability import nothing_usable, prompt_is_cut, share, some_unusable, spells_special_tokens
 from holdfast.data.verdicts import Judge, reasons_by_row
 
 logger = logging.getLogger(__name__)
@@ -41,7 +50,6 @@ logger = logging.getLogger(__name__)
 TOKENIZATION_RULES = 3
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
-_REASON = "holdfast_unusable"
 _BATCH_ROWS, _JUDGED_ROWS = 1000, 10_000
 
 
@@ -102,7 +110,7 @@ class PreparationOptions(Protocol):
     max_length: int | None
     truncation_mode: Any
     dataset_num_proc: int | None
-    disable_tqdm: Any
+    disable_tqdm: bool | None
 
 
 @final
@@ -227,7 +235,7 @@ class _AddIds:
         try:
             kind = check_columns(row)
         except ValueError as error:
-            raise self._of_row(error, index) from error
+            raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
         if kind == "tokenized":
             ids = {column: row[column] for column in TOKENIZED_COLUMNS}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None}
@@ -263,11 +271,8 @@ class _AddIds:
                 preferences.append(read_preference(row))
                 pairs.append(tokenizer.one(preferences[-1]))
             except ValueError as error:
-                raise self._of_row(error, index) from error
+                raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
         return preferences, pairs
-
-    def _of_row(self, error: ValueError, index: int) -> ValueError:
-        return ValueError(f"{self.name} dataset, row {index}: {error}")
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
@@ -314,24 +319,17 @@ def _with_ids(dataset: Dataset, add_ids: _AddIds, num_proc: int | None) -> Datas
 
 def _report(dataset: Dataset, add_ids: _AddIds) -> None:
     """Warns of what the tokenized rows, in Arrow format, say about themselves."""
-    report: pa.Table = dataset.select_columns(list(REPORT_COLUMNS))[:]  # type: ignore[assignment]
-    cut = _rows_where(pc.greater(pc.list_value_length(report[CUT]), 0))
-    if cut:
+    report: Any = dataset.select_columns(list(REPORT_COLUMNS))[:]
+    if cut := rows_with(report[CUT]):
         where = f"in {share(len(cut), len(dataset))} of the {add_ids.name} dataset"
         _warn(prompt_is_cut(where, add_ids.decode(report[CUT][cut[0]].as_py()), f"row {cut[0]}"))
-    as_text, as_token = (_rows_where(pc.is_valid(report[column])) for column in (AS_TEXT, AS_TOKEN))
-    if as_text or as_token:
-        first = [
-            (f"in {share(len(rows), len(dataset))}", report[column][rows[0]].as_py(), f"row {rows[0]}")
-            if rows
-            else None
-            for rows, column in ((as_text, AS_TEXT), (as_token, AS_TOKEN))
-        ]
-        _warn(spells_special_tokens(add_ids.name, *first))
-
-
-def _rows_where(mask: pa.ChunkedArray) -> list[int]:
-    return pc.indices_nonzero(pc.fill_null(mask, False)).to_pylist()
+    spelled_out: dict[str, tuple[str, str, str]] = {}
+    for column in (AS_TEXT, AS_TOKEN):
+        if rows := rows_with(report[column]):
+            where = f"in {share(len(rows), len(dataset))}"
+            spelled_out[column] = where, report[column][rows[0]].as_py(), f"row {rows[0]}"
+    if spelled_out:
+        _warn(spells_special_tokens(add_ids.name, spelled_out.get(AS_TEXT), spelled_out.get(AS_TOKEN)))
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
@@ -339,7 +337,7 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
     verdicts = []
     for first in range(0, len(ids), _JUDGED_ROWS):
-        rows: pa.Table = ids[first : first + _JUDGED_ROWS]  # type: ignore[assignment]
+        rows: Any = ids[first : first + _JUDGED_ROWS]
         verdicts.append(judge.verdicts(rows, first))
     unusable = reasons_by_row(verdicts)
     if not unusable:
@@ -357,64 +355,28 @@ def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge) ->
     row_function = _AddIdsAndVerdict(add_ids=add_ids, judge=judge)
     counts: Counter[str] = Counter()
     for index, row in enumerate(dataset):
-        reason = row_function(row, index)[_REASON]
+        reason = row_function(row, index)[REASON]
         if reason is None:
             break
         counts[reason] += 1
     else:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
-    report = _StreamReport(add_ids, judge)
+    report = StreamReport(judge, add_ids.decode, _warn)
     dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
-    return dataset.remove_columns([*REPORT_COLUMNS, _REASON])
+    return dataset.remove_columns([*REPORT_COLUMNS, REASON])
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AddIdsAndVerdict:
-    """The row function of a stream: both of the others."""
+    """The function of a stream: token ids of a row, and the verdict on it."""
 
     add_ids: _AddIds
     judge: Judge
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         ids = self.add_ids(row, index)
-        return {**ids, _REASON: self.judge.reason(ids, index)}
-
-
-@final
-class _StreamReport:
-    """True for a usable row of a stream; counts and reports the others. Each data loader worker has its own counts."""
-
-    def __init__(self, add_ids: _AddIds, judge: Judge) -> None:
-        self._add_ids = add_ids
-        self._judge = judge
-        self._counts: Counter[str] = Counter()
-        self._has_warned_of_cut = False
-        self._has_warned_of_special_tokens = False
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> bool:
-        name = self._judge.name
-        if len(row[CUT]) > 0 and not self._has_warned_of_cut:
-            self._has_warned_of_cut = True
-            where = f"in at least one row of the {name} dataset"
-            _warn(prompt_is_cut(where, self._add_ids.decode(row[CUT]), f"row {index}"))
-        if (row[AS_TEXT] or row[AS_TOKEN]) and not self._has_warned_of_special_tokens:
-            self._has_warned_of_special_tokens = True
-            first = [("in at least one row", row[c], f"row {index}") if row[c] else None for c in (AS_TEXT, AS_TOKEN)]
-            _warn(spells_special_tokens(name, *first))
-        reason = row[_REASON]
-        if reason is None:
-            return True
-        self._counts[reason] += 1
-        count = self._counts[reason]
-        is_power_of_ten = set(str(count)[1:]) <= {"0"} and str(count)[0] == "1"
-        if is_power_of_ten:
-            _warn(
-                f"{count} row(s) of the {name} dataset could not be used so far and were left out "
-                f"({reason}; the latest: row {index}). Said at the 1st, 10th, 100th, ... such row of this process. "
-                f"{remedy({reason: count}, self._judge.max_length)}"
-            )
-        return False
+        return {**ids, REASON: self.judge.reason(ids, index)}
 
 
 def _warn(message: str) -> None:

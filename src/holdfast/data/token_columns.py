@@ -62,6 +62,17 @@ def with_ids(
     return table.append_column(AS_TOKEN, pa.array([pair.as_token for pair in pairs], pa.string()))
 
 
+def rows_with(column: pa.ChunkedArray) -> list[int]:
+    """The rows in which one of `REPORT_COLUMNS` says something."""
+    if len(column) == 0:
+        return []
+    values: Any = pa.concat_arrays(column.chunks)
+    says = values.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_list(values.type):
+        says &= np.diff(values.offsets.to_numpy()) > 0
+    return np.flatnonzero(says).tolist()
+
+
 def _as_arrow(values: list[Any], features: Features, column: str) -> pa.Array:
     """Values such as were read from this column, as Arrow data."""
     only = Features({column: features[column]})
