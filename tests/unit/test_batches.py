@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Json, List, Value, are_progress_bars_dis
 from huggingface_hub.utils import are_progress_bars_disabled as hub_is_off
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import tiny
@@ -257,3 +257,44 @@ def test_real_pairs_are_tokenized_as_one_by_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(batch_tokenizer, "NUM_COMPARED", 0)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     check(rows[::5], made("Llama 3"))
+
+
+def test_long_rows_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_tokenizer, "NUM_COMPARED", 0)
+    monkeypatch.setattr(batch_tokenizer, "_MOST_CHARACTERS", 300)
+    for name in ("messages", "text"):
+        check(ROWS[name], made("a bos token"))
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer that is written in Python: a token for each letter."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._letters = {letter: n for n, letter in enumerate(["<unk>", *map(chr, range(32, 127)), "\n"])}
+        super().__init__(unk_token="<unk>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._letters, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._letters.get(token, 0)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return list(self._letters)[index]
+
+
+@pytest.mark.parametrize("rows", ["messages", "text", "special tokens in some"])
+def test_a_tokenizer_in_python(rows: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Letters(pad_token=tiny.PAD, bos_token=tiny.START, eos_token=tiny.END)
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    check(ROWS[rows], tokenizer)
+    prepared = prepare_dataset(Dataset.from_list(ROWS[rows]), tokenizer)
+    assert prepared[0]["prompt_ids"] == tokenize(read_preference(ROWS[rows][0]), tokenizer).prompt_ids
+    assert ("where it becomes this token, such as '<|im_end|>' in row 1" in caplog.text) == (rows.startswith("special"))

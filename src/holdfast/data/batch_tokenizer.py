@@ -24,6 +24,8 @@ from holdfast.internals.transformers import compiled_template, has_own_templates
 NUM_COMPARED = 8
 """So many preferences are tokenized both ways before the fast one is trusted, and then one of each large batch."""
 _LARGE = 100
+_MOST_CHARACTERS = 10_000_000
+"""So many are encoded at once: rows of any length need bounded memory."""
 
 
 @final
@@ -85,15 +87,23 @@ class BatchTokenizer:
         return [self.one(preference) for preference in preferences]
 
     def _together(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
-        texts = [text for preference in preferences for text in self._texts(preference)]
         is_text = bool(preferences) and not preferences[0].is_conversational
         if any(preference.is_conversational is is_text for preference in preferences):
             raise ValueError("text and messages in one batch")
-        if is_text and self._tokenizer.num_special_tokens_to_add() > 0:
-            ids = [as_bytes(ids) for ids in self._tokenizer(texts)["input_ids"]] if texts else []
-        else:
-            ids = self._encoder.encode(texts)
+        adds_tokens = is_text and self._tokenizer.num_special_tokens_to_add() > 0
+        ids: list[bytes] = []
+        texts: list[str] = []
+        num_characters = 0
+        for number, preference in enumerate(preferences, 1):
+            texts += self._texts(preference)
+            num_characters += sum(map(len, texts[-3:]))
+            if num_characters >= _MOST_CHARACTERS or number == len(preferences):
+                ids += self._with_added_tokens(texts) if adds_tokens else self._encoder.encode(texts)
+                texts, num_characters = [], 0
         return [self._pair(preference, ids[3 * n : 3 * n + 3]) for n, preference in enumerate(preferences)]
+
+    def _with_added_tokens(self, texts: list[str]) -> list[bytes]:
+        return [as_bytes(ids) for ids in self._tokenizer(texts)["input_ids"]]
 
     @cached_property
     def _encoder(self) -> Encoder:

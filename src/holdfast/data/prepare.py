@@ -1,6 +1,6 @@
 """A dataset of preferences -> the same dataset with token ids, without the rows that nothing can be learned from.
 
-A map-style dataset is tokenized in one pass, a thousand rows at a time. What it writes depends only on the rows and the
+A map-style dataset is tokenized in one pass, some hundred rows at a time. What it writes depends only on rows and
 tokenizer, so its cache (that of `datasets`) survives a change of `max_length`. Then the token ids are judged, and
 nothing is written. Rows that are dropped are always reported: how many, why, and which. Where a batch cannot be
 tokenized its rows are taken one by one, so that the first malformed one is named.
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 TOKENIZATION_RULES = 3
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
-_BATCH_ROWS, _JUDGED_ROWS = 1000, 10_000
+_BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
 
 def prepare_dataset(
