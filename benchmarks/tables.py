@@ -57,6 +57,17 @@ def _fill(results: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def _prepare(results: Mapping[str, Any]) -> list[Row]:
+    rows = [["data", "rows", "rows per CPU second", "TRL's", "faster", "own memory, MiB"]]
+    for name, r in results.items():
+        memory = ", ".join(f"{point['own_mib']:.0f}" for point in r["memory"])
+        rows.append([
+            name, f"{r['rows']:,}", f"{r['ours_rows_per_cpu_second']:,.0f}", f"{r['peer_rows_per_cpu_second']:,.0f}",
+            _times(r["cpu_ratio"]), memory,
+        ])  # fmt: skip
+    return rows
+
+
 def _share(results: Mapping[str, Any]) -> list[Row]:
     rows = [["model", "reference", "GFLOP a step", "seconds", "GFLOP/s of products", "share", "of what is computed"]]
     for name, r in results.items():
@@ -98,6 +109,7 @@ def _head(results: Mapping[str, Any]) -> list[Row]:
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Row]]]] = {
     "step": ("step", _step),
     "fill": ("fill", _fill),
+    "prepare": ("prepare", _prepare),
     "share": ("limit", _share),
     "growth": ("limit", _growth),
     "memory": ("memory", _memory),

@@ -15,6 +15,7 @@ from holdfast.config import DPOConfig
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.completions import Completions, datasets_by_name
 from holdfast.data.layouts.choose import layout_of
+from holdfast.data.progress import bars
 from holdfast.store.store import LogpStore
 from holdfast.trainer import DPOTrainer
 
@@ -22,7 +23,8 @@ from holdfast.trainer import DPOTrainer
 def trainer_of(run: RunFile, args: DPOConfig, *, uses_user_logps: bool = True) -> DPOTrainer:
     """The trainer of a run file with these options. Without `uses_user_logps`, reference log-probs among the columns of
     the data are left out. ValueError, TypeError or OSError where it cannot be made."""
-    arguments = run.trainer_arguments(args)
+    with bars(are_shown=not args.disable_tqdm):
+        arguments = run.trainer_arguments(args)
     if not uses_user_logps:
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = _without_user_logps(arguments.get(name))

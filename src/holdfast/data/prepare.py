@@ -1,40 +1,56 @@
 """A dataset of preferences -> the same dataset with token ids, without the rows that nothing can be learned from.
 
-A map-style dataset is read twice. The first pass tokenizes; it depends only on the rows and the tokenizer, so its cache
-(that of `datasets`) survives a change of `max_length`. The second pass reads token ids, judges each row and writes one
-short column. Rows that it drops are always reported: how many, why, and which.
+A map-style dataset is tokenized in one pass, some hundred rows at a time. What it writes depends only on rows and
+tokenizer, so its cache (that of `datasets`) survives a change of `max_length`. Then the token ids are judged, and
+nothing is written. Rows that are dropped are always reported: how many, why, and which. Where a batch cannot be
+tokenized its rows are taken one by one, so that the first malformed one is named.
 
-A stream goes through the same row functions lazily. It is read up to its first usable row before training begins, so
-that a stream without one is an error and not an empty training.
+A stream goes through the same functions lazily, row by row. It is read up to its first usable row before training
+begins, so that a stream without one is an error and not an empty training.
 
-Given up: batched tokenization, which would make a malformed row harder to name; use `num_proc`.
+Given up: batches of a stream, which would read ahead of what is asked for.
 """
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self, final
 
-import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REFERENCE_COLUMNS, REJECTED_IDS, TOKENIZED_COLUMNS
+from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
-from holdfast.data.formats import check_columns, read_preference
-from holdfast.data.tokenize import TokenizedPair, TruncationMode, check_tokenizer, check_truncation, tokenize
-from holdfast.data.usability import nothing_usable, prompt_is_cut, remedy, share, some_unusable, unusable_reason
+from holdfast.data.encoder import from_bytes
+from holdfast.data.formats import Preference, check_columns, read_preference
+from holdfast.data.progress import bars
+from holdfast.data.stream_report import REASON, StreamReport
+from holdfast.data.token_columns import (
+    AS_TEXT,
+    AS_TOKEN,
+    CUT,
+    REPORT_COLUMNS,
+    features_with_ids,
+    python_rows,
+    rows_with,
+    with_ids,
+)
+from holdfast.data.tokenize import TruncationMode, check_tokenizer, check_truncation, tokenize
+from holdfast.data.usability import nothing_usable, prompt_is_cut, share, some_unusable, spells_special_tokens
+from holdfast.data.verdicts import Judge, reasons_by_row
 
 logger = logging.getLogger(__name__)
 
-TOKENIZATION_RULES = 2
+TOKENIZATION_RULES = 3
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
-_CUT, _REASON = "holdfast_cut", "holdfast_unusable"
-_IDS_TYPE = List(Value("int32"))
+_BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
 
 def prepare_dataset(
@@ -48,6 +64,7 @@ def prepare_dataset(
     template_date: str | None = None,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
+    disable_tqdm: bool = False,
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
@@ -57,7 +74,10 @@ def prepare_dataset(
     are checked and stay as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
     `template_date` is the date that chat templates print. With None it is today's, and a later run has other ids.
     `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
-    cache.
+    cache. `disable_tqdm` hides the progress bars.
+
+    Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
+    assistant's, see `holdfast.data.control_text`.
 
     Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
     and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
@@ -76,12 +96,12 @@ def prepare_dataset(
         name=name,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
     )
-    judge = _Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
+    judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, add_ids, judge)
-    with main_process_first or nullcontext():
+    with main_process_first or nullcontext(), bars(are_shown=not disable_tqdm):
         dataset = _with_ids(dataset, add_ids, num_proc)
-        return _usable(dataset, judge, num_proc)
+        return _usable(dataset, judge)
 
 
 class PreparationOptions(Protocol):
@@ -90,6 +110,7 @@ class PreparationOptions(Protocol):
     max_length: int | None
     truncation_mode: Any
     dataset_num_proc: int | None
+    disable_tqdm: bool | None
 
 
 @final
@@ -103,6 +124,7 @@ class Preparation:
     num_proc: int | None = None
     vocab_size: int | None = None
     template_date: str | None = None
+    disable_tqdm: bool = False
 
     @classmethod
     def of_options(
@@ -121,6 +143,7 @@ class Preparation:
             num_proc=options.dataset_num_proc,
             vocab_size=vocab_size,
             template_date=template_date,
+            disable_tqdm=bool(options.disable_tqdm),
         )
 
     def of(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -134,6 +157,7 @@ class Preparation:
             vocab_size=self.vocab_size,
             template_date=self.template_date,
             name=name,
+            disable_tqdm=self.disable_tqdm,
         )
 
     def of_eval(
@@ -185,184 +209,174 @@ def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTr
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _AddIds:
-    """The first row function: adds token ids. Its values are the cache key of `datasets`, beside the rows."""
+    """The function that adds token ids to rows. What it is made of is the cache key of `datasets`, beside the rows."""
 
-    processing_class: PreTrainedTokenizerBase
-    name: str
-    template_date: str | None
-    rules: int = TOKENIZATION_RULES
+    def __init__(
+        self,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        name: str,
+        template_date: str | None,
+        rules: int = TOKENIZATION_RULES,
+    ) -> None:
+        self.name = name
+        self._key = {"processing_class": processing_class, "name": name, "template_date": template_date, "rules": rules}
+        self._tokenizer = processing_class
+        self._date = template_date
+        self._together: BatchTokenizer | None = None  # made where it is used: in each process
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_AddIds, **self._key), ()
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The token ids of a row, which a tokenized row has already, and the prompt ids that were cut. An implicit
-        prompt becomes a column, which callbacks that generate look for."""
+        """The token ids of a row, which a tokenized row has already, and what is reported of it. An implicit prompt
+        becomes a column, which callbacks that generate look for."""
         try:
             kind = check_columns(row)
-            if kind == "tokenized":
-                return {**{column: row[column] for column in TOKENIZED_COLUMNS}, _CUT: []}
-            preference = read_preference(row)
-            pair = tokenize(preference, self.processing_class, self.template_date)
         except ValueError as error:
             raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
-        ids = {column: getattr(pair, column) for column in TOKENIZED_COLUMNS}
+        if kind == "tokenized":
+            ids = {column: row[column] for column in TOKENIZED_COLUMNS}
+            return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None}
+        (preference,), (pair,) = self.tokenized([row], [index])
+        ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
         split: dict[str, Any] = {}
         if kind == "implicit":
             length = len(preference.prompt)
             split = {"prompt": row["chosen"][:length], **{side: row[side][length:] for side in ("chosen", "rejected")}}
-        return {**split, **ids, _CUT: pair.cut_ids}
+        report = {CUT: from_bytes(pair.cut_ids).tolist(), AS_TEXT: pair.as_text, AS_TOKEN: pair.as_token}
+        return {**split, **ids, **report}
+
+    def tokenized(
+        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]
+    ) -> tuple[list[Preference], list[EncodedPair]]:
+        """The preferences in the rows, and their token ids. Raises `ValueError` for the first row of which there are
+        none, with its number."""
+        if self._together is None:
+            self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
+        try:
+            preferences = [read_preference(row) for row in rows]
+            return preferences, self._together(preferences)
+        except Exception:  # a row is at fault, and perhaps not the first that is
+            return self._row_by_row(rows, indices, self._together)
+
+    def _row_by_row(
+        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], tokenizer: BatchTokenizer
+    ) -> tuple[list[Preference], list[EncodedPair]]:
+        preferences: list[Preference] = []
+        pairs: list[EncodedPair] = []
+        for row, index in zip(rows, indices, strict=True):
+            try:
+                preferences.append(read_preference(row))
+                pairs.append(tokenizer.one(preferences[-1]))
+            except ValueError as error:
+                raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
+        return preferences, pairs
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
-        return str(self.processing_class.decode(ids))
+        return str(self._tokenizer.decode(ids))
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Judge:
-    """The second row function: judges a tokenized row."""
+class _AddIdsToTable:
+    """The same for a table of rows, of a dataset with these features."""
 
-    max_length: int | None
-    truncation_mode: TruncationMode
-    vocab_size: int | None
-    name: str
+    add_ids: _AddIds
+    features: Features
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, str | None]:
-        """Why the row cannot be used, or None. Raises `ValueError` for columns that do not hold token ids."""
-        pair = TokenizedPair(
-            prompt_ids=self._checked_ids(row[PROMPT_IDS], PROMPT_IDS, index),
-            chosen_ids=self._checked_ids(row[CHOSEN_IDS], CHOSEN_IDS, index),
-            rejected_ids=self._checked_ids(row[REJECTED_IDS], REJECTED_IDS, index),
-            cut_ids=[],
-        )
-        return {_REASON: unusable_reason(pair, self.max_length, self.truncation_mode)}
-
-    def _checked_ids(self, value: Any, column: str, index: int) -> Any:
-        ids = np.asarray([] if value is None else value)
-        if value is None or ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
-            found = "None" if value is None else f"{type(value).__name__} {str(value)[:60]}"
-            raise ValueError(
-                f"{self.name} dataset, row {index}: the column {column!r} must hold a list of token ids; found "
-                f"{found}. Correct the row or drop it."
-            )
-        if ids.size > 0 and (ids.min() < 0 or (self.vocab_size is not None and ids.max() >= self.vocab_size)):
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            limit = "at least 0" if self.vocab_size is None else f"in 0..{self.vocab_size - 1}, the model's vocabulary"
-            raise ValueError(
-                f"{self.name} dataset, row {index}: the token ids in the column {column!r} must be {limit}; found "
-                f"{wrong}. Tokenize with the tokenizer of the model, or call "
-                "`model.resize_token_embeddings(len(tokenizer))`."
-            )
-        return ids
+    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
+        """The table with token ids, and what is reported of each row."""
+        rows = python_rows(table, self.features)
+        preferences, pairs = self.add_ids.tokenized(rows, indices)
+        return with_ids(table, self.features, rows, preferences, pairs)
 
 
 def _with_ids(dataset: Dataset, add_ids: _AddIds, num_proc: int | None) -> Dataset:
-    """The dataset with token ids. Warns once, with numbers, where a prompt is not a prefix of the full texts."""
-    if set(TOKENIZED_COLUMNS) <= set(dataset.column_names) and dataset.format["type"] is None:
+    """The dataset with token ids. Warns once, with numbers, where a prompt is not a prefix of the full texts, and where
+    rows spell out special tokens."""
+    is_plain = dataset.format["type"] is None
+    if is_plain and set(TOKENIZED_COLUMNS) <= set(dataset.column_names):
         return dataset
-    features = None  # unknown under a user's own transform
-    if dataset.format["type"] is None:
-        columns = dataset.features  # stated, since `datasets` would infer no type from a first batch of empty prompts
-        prompt = {"prompt": columns["chosen"]} if "prompt" not in columns and "chosen" in columns else {}
-        features = Features({**columns, **prompt, **dict.fromkeys((*TOKENIZED_COLUMNS, _CUT), _IDS_TYPE)})
-    dataset = dataset.map(
-        add_ids,
-        with_indices=True,
-        features=features,
-        num_proc=num_proc,
-        desc=f"Tokenizing {add_ids.name} dataset",
-    ).with_format(None)
-    cut_rows = [index for index, cut in enumerate(dataset[_CUT][:]) if cut]
-    if cut_rows:
-        first = cut_rows[0]
-        where = f"in {share(len(cut_rows), len(dataset))} of the {add_ids.name} dataset"
-        _warn(prompt_is_cut(where, add_ids.decode(dataset[first][_CUT]), f"row {first}"))
-    return dataset.remove_columns(_CUT)
+    description = f"Tokenizing {add_ids.name} dataset"
+    if is_plain:
+        dataset = dataset.with_format("arrow").map(
+            _AddIdsToTable(add_ids=add_ids, features=dataset.features),
+            with_indices=True,
+            batched=True,
+            batch_size=_BATCH_ROWS,
+            features=features_with_ids(dataset.features),
+            num_proc=num_proc,
+            desc=description,
+        )
+    else:  # under a user's own transform the columns are known row by row
+        dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=description)
+    _report(dataset.with_format("arrow"), add_ids)
+    return dataset.with_format(None).remove_columns(list(REPORT_COLUMNS))
 
 
-def _usable(dataset: Dataset, judge: _Judge, num_proc: int | None) -> Dataset:
+def _report(dataset: Dataset, add_ids: _AddIds) -> None:
+    """Warns of what the tokenized rows, in Arrow format, say about themselves."""
+    report: Any = dataset.select_columns(list(REPORT_COLUMNS))[:]
+    if cut := rows_with(report[CUT]):
+        where = f"in {share(len(cut), len(dataset))} of the {add_ids.name} dataset"
+        _warn(prompt_is_cut(where, add_ids.decode(report[CUT][cut[0]].as_py()), f"row {cut[0]}"))
+    spelled_out: dict[str, tuple[str, str, str]] = {}
+    for column in (AS_TEXT, AS_TOKEN):
+        if rows := rows_with(report[column]):
+            where = f"in {share(len(rows), len(dataset))}"
+            spelled_out[column] = where, report[column][rows[0]].as_py(), f"row {rows[0]}"
+    if spelled_out:
+        _warn(spells_special_tokens(add_ids.name, spelled_out.get(AS_TEXT), spelled_out.get(AS_TOKEN)))
+
+
+def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
-    verdicts = dataset.select_columns(list(TOKENIZED_COLUMNS)).map(
-        judge,
-        with_indices=True,
-        remove_columns=list(TOKENIZED_COLUMNS),
-        features=Features({_REASON: Value("string")}),
-        num_proc=num_proc,
-        desc=f"Checking {judge.name} dataset",
-    )
-    reasons = verdicts[_REASON][:]
-    unusable: dict[str, list[int]] = {}
-    for index, reason in enumerate(reasons):
-        if reason is not None:
-            unusable.setdefault(reason, []).append(index)
+    ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    verdicts = []
+    for first in range(0, len(ids), _JUDGED_ROWS):
+        rows: Any = ids[first : first + _JUDGED_ROWS]
+        verdicts.append(judge.verdicts(rows, first))
+    unusable = reasons_by_row(verdicts)
     if not unusable:
         return dataset
     counts = {reason: len(rows) for reason, rows in unusable.items()}
     if sum(counts.values()) == len(dataset):
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name))
-    return dataset.select([index for index, reason in enumerate(reasons) if reason is None])
+    left_out = {row for rows in unusable.values() for row in rows}
+    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
 
 
-def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: _Judge) -> IterableDataset:
+def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
     row_function = _AddIdsAndVerdict(add_ids=add_ids, judge=judge)
     counts: Counter[str] = Counter()
     for index, row in enumerate(dataset):
-        reason = row_function(row, index)[_REASON]
+        reason = row_function(row, index)[REASON]
         if reason is None:
             break
         counts[reason] += 1
     else:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
-    report = _StreamReport(add_ids, judge)
-    return (
-        dataset.map(row_function, with_indices=True).filter(report, with_indices=True).remove_columns([_CUT, _REASON])
-    )
+    report = StreamReport(judge, add_ids.decode, _warn)
+    dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
+    return dataset.remove_columns([*REPORT_COLUMNS, REASON])
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AddIdsAndVerdict:
-    """The row function of a stream: both of the others."""
+    """The function of a stream: token ids of a row, and the verdict on it."""
 
     add_ids: _AddIds
-    judge: _Judge
+    judge: Judge
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         ids = self.add_ids(row, index)
-        return {**ids, **self.judge(ids, index)}
-
-
-@final
-class _StreamReport:
-    """True for a usable row of a stream; counts and reports the others. Each data loader worker has its own counts."""
-
-    def __init__(self, add_ids: _AddIds, judge: _Judge) -> None:
-        self._add_ids = add_ids
-        self._judge = judge
-        self._counts: Counter[str] = Counter()
-        self._has_warned_of_cut = False
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> bool:
-        name = self._judge.name
-        if len(row[_CUT]) > 0 and not self._has_warned_of_cut:
-            self._has_warned_of_cut = True
-            where = f"in at least one row of the {name} dataset"
-            _warn(prompt_is_cut(where, self._add_ids.decode(row[_CUT]), f"row {index}"))
-        reason = row[_REASON]
-        if reason is None:
-            return True
-        self._counts[reason] += 1
-        count = self._counts[reason]
-        is_power_of_ten = set(str(count)[1:]) <= {"0"} and str(count)[0] == "1"
-        if is_power_of_ten:
-            _warn(
-                f"{count} row(s) of the {name} dataset could not be used so far and were left out "
-                f"({reason}; the latest: row {index}). Said at the 1st, 10th, 100th, ... such row of this process. "
-                f"{remedy({reason: count}, self._judge.max_length)}"
-            )
-        return False
+        return {**ids, REASON: self.judge.reason(ids, index)}
 
 
 def _warn(message: str) -> None:

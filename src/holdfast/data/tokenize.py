@@ -1,20 +1,22 @@
 """A `Preference` -> token ids, and what follows from token ids alone: truncation and the content id.
 
-The prompt and both full texts are tokenized, with three calls a row. Tokens may merge across the boundary, and a
+The prompt and both full texts are tokenized, with three calls a row; `batch_tokenizer` does the same for many rows
+together, and is held to this. Tokens may merge across the boundary, and a
 template may render a prompt alone in another way. So the completion begins where the full text leaves the tokenized
 prompt, and what is trained on is always the tokenization of the whole text. Given up: tokenizing prompt and completion
 apart, which would be faster and wrong.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.control_text import ControlText
 from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
 
@@ -31,13 +33,16 @@ class TokenizedPair:
     """Token ids of a prompt and its two completions, not truncated.
 
     `cut_ids` is the end of the tokenized prompt, where a full text has other tokens. It is left out of the prompt. It
-    is empty where the tokenized prompt is a prefix of both full texts, as it should be.
+    is empty where the tokenized prompt is a prefix of both full texts, as it should be. `as_text` is a special token
+    that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token.
     """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     cut_ids: list[int]
+    as_text: str | None = None
+    as_token: str | None = None
 
     @property
     def prompt_is_prefix(self) -> bool:
@@ -45,42 +50,67 @@ class TokenizedPair:
 
 
 def tokenize(
-    preference: Preference, processing_class: PreTrainedTokenizerBase, template_date: str | None = None
+    preference: Preference,
+    processing_class: PreTrainedTokenizerBase,
+    template_date: str | None = None,
+    control_text: ControlText | None = None,
 ) -> TokenizedPair:
     """The token ids of a preference.
 
     Text completions get the tokenizer's eos token unless they end with it. Messages go through the chat template, which
     ends completions itself and prompts with the generation prompt; where it prints a date, that is `template_date`
     (None is today's). Where the tokenized prompt is not a prefix of both full texts, the completions begin where one of
-    them leaves it, and the rest of the prompt is returned as `cut_ids`.
+    them leaves it, and the rest of the prompt is returned as `cut_ids`. Text that spells out a special token is text in
+    messages of all roles but the assistant's (see `holdfast.data.control_text`). `control_text` is the finder of such
+    texts for the tokenizer; leave it out to have one made.
 
     Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see
     `check_tokenizer`), and when the chat template refuses the messages.
     """
     check_tokenizer(processing_class, is_conversational=preference.is_conversational)
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    if isinstance(prompt, str):
-        assert isinstance(chosen, str)
-        assert isinstance(rejected, str)
-        eos_token = str(processing_class.eos_token)
-        texts = [prompt, prompt + _with_eos(chosen, eos_token), prompt + _with_eos(rejected, eos_token)]
-        ids = [list(processing_class(text)["input_ids"]) for text in texts]
+    control_text = control_text or ControlText(processing_class)
+    found = control_text.find(preference)
+    as_text: list[list[int]] | None = None
+    if isinstance(preference.prompt, str):
+        ids = [list(processing_class(text)["input_ids"]) for text in texts_with_eos(preference, processing_class)]
     else:
-        assert isinstance(chosen, list)
-        assert isinstance(rejected, list)
-        ids = [
-            _render(preference, prompt, processing_class, template_date, add_generation_prompt=True),
-            _render(preference, prompt + chosen, processing_class, template_date),
-            _render(preference, prompt + rejected, processing_class, template_date),
-        ]
-    prompt_ids, chosen_ids, rejected_ids = ids
+        ids = []
+        for number, messages in enumerate(conversations(preference)):
+            options = template_options(preference, processing_class, template_date)
+            options["add_generation_prompt"] = number == 0
+            ids.append(_rendered_ids(messages, processing_class, options))
+        if found.by_others is not None:
+            as_text = _as_text(preference, processing_class, template_date, control_text, ids)
+    prompt_ids, chosen_ids, rejected_ids = as_text or ids
     length = min(_common_prefix_length(prompt_ids, chosen_ids), _common_prefix_length(prompt_ids, rejected_ids))
     return TokenizedPair(
         prompt_ids=prompt_ids[:length],
         chosen_ids=chosen_ids[length:],
         rejected_ids=rejected_ids[length:],
         cut_ids=prompt_ids[length:],
+        as_text=found.by_others if as_text else None,
+        as_token=found.elsewhere if as_text else found.by_others or found.elsewhere,
     )
+
+
+def texts_with_eos(preference: Preference, processing_class: PreTrainedTokenizerBase) -> list[str]:
+    """The three texts of a preference of text: the prompt, and the prompt with each completion, which ends with the
+    eos token."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    assert isinstance(prompt, str)
+    assert isinstance(chosen, str)
+    assert isinstance(rejected, str)
+    eos_token = str(processing_class.eos_token)
+    return [prompt, prompt + _with_eos(chosen, eos_token), prompt + _with_eos(rejected, eos_token)]
+
+
+def conversations(preference: Preference) -> list[list[Message]]:
+    """The three conversations of a preference of messages: the prompt, and the prompt with each completion."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    assert isinstance(prompt, list)
+    assert isinstance(chosen, list)
+    assert isinstance(rejected, list)
+    return [prompt, prompt + chosen, prompt + rejected]
 
 
 def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversational: bool) -> None:
@@ -165,32 +195,77 @@ def content_id(
     return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
 
 
-def _render(
+def template_of(
+    processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any], template_date: str | None
+) -> str:
+    """The chat template for these template options, with the date where it prints one."""
+    template = processing_class.get_chat_template(options.get("chat_template"), options.get("tools"))
+    return template if template_date is None else template_with_date(template, template_date)
+
+
+def template_options(
+    preference: Preference, processing_class: PreTrainedTokenizerBase, template_date: str | None
+) -> dict[str, Any]:
+    """The arguments of `apply_chat_template` that a preference has."""
+    options: dict[str, Any] = {"tools": preference.tools, **preference.chat_template_kwargs}
+    if template_date is not None:
+        options["chat_template"] = template_of(processing_class, options, template_date)
+    return options
+
+
+def rendered_text(
     preference: Preference,
     messages: list[Message],
     processing_class: PreTrainedTokenizerBase,
     template_date: str | None,
     *,
-    add_generation_prompt: bool = False,
+    add_generation_prompt: bool,
+) -> str:
+    """The text that the chat template makes of these messages."""
+    options = template_options(preference, processing_class, template_date)
+    text = processing_class.apply_chat_template(
+        messages, **options, add_generation_prompt=add_generation_prompt, tokenize=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _rendered_ids(
+    messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[int]:
-    options: dict[str, Any] = {"tools": preference.tools, **preference.chat_template_kwargs}
-    if template_date is not None:
-        template = processing_class.get_chat_template(options.get("chat_template"), options["tools"])
-        options["chat_template"] = template_with_date(template, template_date)
     try:
-        rendered: Any = processing_class.apply_chat_template(
-            messages,
-            **options,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
-        )
-    except (TemplateError, TypeError) as error:
+        rendered: Any = processing_class.apply_chat_template(messages, **options, tokenize=True, return_dict=True)
+    except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
         raise ValueError(
             f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
             f"{error}. Correct the row, or use another chat template."
         ) from error
     return rendered["input_ids"]
+
+
+def _as_text(
+    preference: Preference,
+    processing_class: PreTrainedTokenizerBase,
+    template_date: str | None,
+    control_text: ControlText,
+    ordinary_ids: list[list[int]],
+) -> list[list[int]] | None:
+    """The ids of the three conversations, in which special tokens that others than the assistant spell out are text.
+    None where that is not sure to change nothing else."""
+    all_ids = []
+    for number, (messages, ids) in enumerate(zip(conversations(preference), ordinary_ids, strict=True)):
+        render = partial(
+            rendered_text,
+            preference,
+            processing_class=processing_class,
+            template_date=template_date,
+            add_generation_prompt=number == 0,
+        )
+        found = control_text.ids(messages, render, ids)
+        if found is None:
+            return None
+        all_ids.append(found)
+    return all_ids
 
 
 def _with_eos(completion: str, eos_token: str) -> str:

@@ -82,6 +82,29 @@ def prompt_is_cut(where: str, cut_text: str, row: str) -> str:
     )
 
 
+def spells_special_tokens(
+    name: str, as_text: tuple[str, str, str] | None, as_token: tuple[str, str, str] | None
+) -> str:
+    """The warning for rows whose text spells out special tokens. Each part is where (`in 3 of 9 rows`), an example of
+    the token, and its row: of tokens that were tokenized as text, and of those that are special tokens; None if there
+    are none."""
+    parts = []
+    if as_text is not None:
+        where, token, row = as_text
+        parts.append(
+            f"{where} by messages that are not the assistant's, such as {token!r} in {row}. There it is tokenized as "
+            "text, so that no message can end itself and speak for another role."
+        )
+    if as_token is not None:
+        where, token, row = as_token
+        parts.append(
+            f"{where} where it becomes this token, such as {token!r} in {row}: in an assistant's message, in a row of "
+            "plain text, or where the tokenizer or the chat template cannot tell text from tokens. Remove it from "
+            "the rows where it is not meant."
+        )
+    return f"Special tokens are spelled out in the text of the {name} dataset: {' And '.join(parts)}"
+
+
 def share(count: int, total: int) -> str:
     """`count` of `total` rows in words, with the percentage."""
     return f"{count} of {total} rows ({100 * count / total:.1f} %)"

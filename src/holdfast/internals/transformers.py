@@ -1,5 +1,5 @@
-"""Private names of transformers: the attention that a config names, recomputation, what a model class can do, and the
-methods of `Trainer` that `DPOTrainer` replaces or calls.
+"""Private names of transformers: how a tokenizer encodes and a template is rendered, the attention that a config names,
+recomputation, what a model class can do, and the methods of `Trainer` that `DPOTrainer` replaces or calls.
 
 A method that replaces nothing is dead code, and the run silently becomes another run: on transformers 5.2, where
 `_init_training_state` had another name, a resumed stream skipped the wrong batches. So `check_trainer` compares the
@@ -8,11 +8,20 @@ tables below with the installed `Trainer` whenever a trainer is made. Given up: 
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import cached_file
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import cached_file, chat_template_utils
 
 from holdfast.internals.moved import MovedError, looked_up
 
@@ -86,6 +95,40 @@ def _reads(code: Any, name: str) -> bool:
 def dict_fields() -> list[str]:
     """The names of the options of `TrainingArguments` that may be given as JSON text."""
     return list(looked_up("transformers", TrainingArguments, "_VALID_DICT_FIELDS"))
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer of the `tokenizers` library that `tokenizer(text, add_special_tokens=False)` calls, if it does
+    nothing else; None where the class has a call of its own, or special tokens are to be split."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    kind = type(tokenizer)
+    is_plain = all(
+        inspect.getattr_static(kind, name, None) is inspect.getattr_static(PreTrainedTokenizerFast, name, kind)
+        for name in ("__call__", "_encode_plus")
+    )
+    return tokenizer.backend_tokenizer if is_plain else None
+
+
+def has_own_templates(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's class renders and tokenizes conversations in a way of its own."""
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def compiled_template(tokenizer: PreTrainedTokenizerBase, template: str) -> Callable[..., str] | None:
+    """What `apply_chat_template` renders this template with, for messages of nothing but a role and a text: called with
+    `messages` and `add_generation_prompt`. None where transformers has no such function any more.
+
+    Messages with other fields have to go through `apply_chat_template`, which prepares them.
+    """
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    special_tokens = dict(tokenizer.special_tokens_map)
+    if compile_template is None or any(type(token) is not str for token in special_tokens.values()):
+        return None
+    return partial(compile_template(template).render, tools=None, documents=None, **special_tokens)
 
 
 # --- configs and models -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from holdfast.data.progress import bars
 from holdfast.internals.transformers import has_file
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class PolicyOptions(Protocol):
     model_adapter_name: str | None
     gradient_checkpointing: bool
     disable_dropout: bool
+    disable_tqdm: bool | None
 
 
 def load_model(
@@ -49,9 +51,10 @@ def load_model(
             )
         kwargs["dtype"] = dtype
     try:
-        if _is_adapter(path, kwargs):
-            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with bars(are_shown=not args.disable_tqdm):
+            if _is_adapter(path, kwargs):
+                return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         is_elsewhere = isinstance(error, OSError | HFValidationError)
         if not is_elsewhere and not (os.path.isdir(path) and "Unrecognized model" in str(error)):
