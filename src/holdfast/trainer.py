@@ -23,7 +23,6 @@ from holdfast.arguments import checked_arguments, prepare_device, router_aux_los
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
 from holdfast.card import TAGS
-from holdfast.checkpoint.finite import infinite_buffers
 from holdfast.checkpoint.folder import checkpoint_to_resume
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference, read_manifest
@@ -195,6 +194,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
+        self._begin_numbers()
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
@@ -221,7 +221,6 @@ class DPOTrainer(ResumableTrainer):
         """Audit the reference, then train; see `transformers.Trainer.train`."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         self._settle(checkpoint)
-        self._infinite_masks = infinite_buffers(self.model)
         self._stream_position = StreamPosition(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
         has_files = self.args.save_strategy != "no" and self.is_world_process_zero()
         with running(self.args.reference_folder) if has_files else contextlib.nullcontext():
