@@ -165,9 +165,10 @@ def check_model(policy: nn.Module, *, masks: Masks, step: int, folder: Path, is_
     if is_sharded:
         broken = list(dict.fromkeys(gather_object(broken)))
     if broken:
+        remedy = _remedy(step, folder) if step > 0 else "Load it again, or look at how it was made."
         raise ValueError(
             f"A model that is saved must be finite; after step {step}, NaN or infinity is in {_listed(broken)}. "
-            f"Nothing was written. {_remedy(step, folder)}"
+            f"Nothing was written. {remedy}"
         )
 
 
@@ -225,14 +226,22 @@ def _listed(names: list[str]) -> str:
 
 
 def _remedy(step: int, folder: Path) -> str:
-    """The last sentence of the messages: what to change, and which checkpoint, of `step` or before, to resume."""
-    lower = "Lower the learning rate, or train in bf16 or fp32 rather than fp16"
+    """The last sentences of the messages: what to change, and which checkpoint, of `step` or before, to resume. Nothing
+    had moved the policy where `step` is 0."""
+    if step == 0:
+        return (
+            "No optimizer step was taken before, so it comes from beta or another option of the losses, or from "
+            "numbers too large for the dtype (fp16). Change that, and start again."
+        )
     before = [path for path in complete_checkpoints(folder) if int(path.name.rpartition("-")[2]) <= step]
     if not before:
-        return f"{lower}, and start again: there is no complete checkpoint in {folder} from before."
+        return (
+            "Lower the learning rate, or train in bf16 or fp32 rather than fp16, and start again: there is no complete "
+            f"checkpoint in {folder} from before."
+        )
     last = before[-1]
     return (
-        f"{lower}, and resume from {last}, the last complete checkpoint from before, which is finite: "
-        f"`trainer.train(resume_from_checkpoint={str(last)!r})`, or "
-        f"`--set training.resume_from_checkpoint={last}` for `holdfast train`."
+        f"Lower the learning rate and resume from {last}, the last complete checkpoint from before, which is finite: "
+        f"`trainer.train(resume_from_checkpoint={str(last)!r})`, or `holdfast train` with "
+        f"`--set training.resume_from_checkpoint={last}`. A run in fp16 may also start again in bf16 or fp32."
     )

@@ -37,6 +37,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"),
     "_load_best_model": (),
     "_maybe_log_save_evaluate": ("tr_loss", "grad_norm"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),

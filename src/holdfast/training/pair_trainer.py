@@ -32,6 +32,7 @@ from holdfast.checkpoint.finite import (
     infinite_buffers,
 )
 from holdfast.checkpoint.folder import best_checkpoint
+from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
@@ -69,6 +70,8 @@ class PairTrainer(Trainer):
     _is_sharded: bool
     _step_record: StepRecord = StepRecord()
     _has_said_still: bool = False
+    _makes_optimizer: bool = False
+    """Whether the optimizer is made here, not handed over by the user."""
     _infinite_masks: Masks | None = None
     _is_real_row: Tensor | None = None
 
@@ -135,10 +138,24 @@ class PairTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`. ValueError where it has none of the policy's tensors."""
+        self._makes_optimizer = self._makes_optimizer or self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self._is_sharded:
             check_optimizer(self.optimizer, self.model)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._is_sharded or not self._makes_optimizer:
+            return
+        before = heed_learning_rate(self.args.learning_rate, self.optimizer, self.lr_scheduler)
+        if before is not None and self.is_world_process_zero():
+            logger.warning(
+                "The run goes on with learning_rate=%g, as asked; %s was written with %g.",
+                self.args.learning_rate,
+                checkpoint,
+                before,
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
@@ -263,7 +280,8 @@ class PairTrainer(Trainer):
     def _first_break(self, *, ends_period: bool = False) -> Break | None:
         """The first step that was not finite, on any process. With `ends_period`, a period in which no gradient moved
         anything is said, once, and the next one begins."""
-        reading = self._step_record.read(self.accelerator.gather, self.accelerator.device)
+        gather: Any = self.accelerator.gather
+        reading = self._step_record.read(gather, self.accelerator.device)
         if ends_period and reading.num_still == 0:
             self._step_record.begin_period()
         line = still_line(reading, self.args.optim, skips_steps=self._step_record.skips_steps)
