@@ -226,6 +226,23 @@ def test_the_step_and_the_checkpoint_before_it_are_named(
         assert all(map(math.isfinite, entry.values()))
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_update_beyond_fp32_is_no_defect(step: int, tmp_path: Path) -> None:
+    """torch's optimizers raise a RuntimeError there."""
+
+    class Faster(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            if state.global_step == step - 1:
+                optimizer.param_groups[0]["lr"] = 1e38
+
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1}
+    ours = trainer(tiny_model(), config(tmp_path, **options), callbacks=[Faster()])
+    remedy = "resume from .*/checkpoint-2, the last" if step == 3 else "no complete checkpoint"
+    message = rf"update overflows at step {step}, where the learning rate is 1e\+38\. Lower .*{remedy}"
+    with pytest.raises(ValueError, match=message):
+        ours.train()
+
+
 def test_a_model_that_is_saved_is_finite(tmp_path: Path) -> None:
     """After training, by any door; nothing is written."""
     ours = trainer(tiny_model(), config(tmp_path / "run", max_steps=1))
@@ -302,8 +319,8 @@ def scaled(folder: Path, scale: float) -> DPOTrainer:
     ours = trainer(tiny_model(), config(folder, max_steps=6, save_strategy="steps", save_steps=1))
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-4)
 
-    def unscale(_: Any = None) -> None:  # as accelerate does in fp16
-        optimizer: Any = ours.optimizer
+    def unscale(optimizer: Any = None) -> None:  # as accelerate does in fp16
+        optimizer = ours.optimizer
         scaler.unscale_(optimizer.optimizer)
 
     ours.accelerator.scaler = scaler

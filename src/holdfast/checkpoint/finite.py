@@ -150,10 +150,10 @@ def check_finite(
     broken = list(dict.fromkeys(gather_object(broken)))
     if broken:
         since = f"{first} " if first is not None else ""
-        last = step if first is None else first.step - 1
+        remedy = _remedy(step, folder) if first is None else _remedy_before(first, folder)
         raise ValueError(
             f"{since}A checkpoint or a trained model must be finite; at step {step}, NaN or infinity is in "
-            f"{_listed(broken)}. Nothing was written or deleted. {_remedy(last, folder)}"
+            f"{_listed(broken)}. Nothing was written or deleted. {remedy}"
         )
     check_steps(first, folder=folder)
 
@@ -175,7 +175,7 @@ def check_model(policy: nn.Module, *, masks: Masks, step: int, folder: Path, is_
 def check_steps(first: Break | None, *, folder: Path) -> None:
     """ValueError where the loss or the gradient norm of a step was not finite; `first` is the first such step."""
     if first is not None:
-        raise ValueError(f"{first} {_remedy(first.step - 1, folder)}")
+        raise ValueError(f"{first} {_remedy_before(first, folder)}")
 
 
 def check_loss(loss: float, *, step: int, folder: Path) -> None:
@@ -201,10 +201,10 @@ def check_numbers(
         return
     broken_tensors = not_finite(policy_tensors(policy), masks) if policy is not None else []
     also = f" Also at step {step}, NaN or infinity is in {_listed(broken_tensors)}." if broken_tensors else ""
+    remedy = _remedy(step, folder) if step > 0 else _AT_FIRST
     raise ValueError(
-        f"{where} has {_listed(broken)} at step {step}; every number in it must be finite.{also} "
-        f"{_remedy(step, folder)} A number of your own that is undefined (from a callback or `compute_metrics`) must "
-        "be left out."
+        f"{where} has {_listed(broken)} at step {step}; every number in it must be finite.{also} {remedy} A number of "
+        "your own that is undefined (from a callback or `compute_metrics`) must be left out."
     )
 
 
@@ -225,14 +225,29 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:_NUM_NAMED])}{others}"
 
 
+def update_overflows(error: RuntimeError, *, learning_rate: Any, step: int, folder: Path) -> ValueError | None:
+    """The error to raise where torch's `error` says that a factor of the update of `step` is beyond fp32; None for any
+    other error."""
+    if "without overflow" not in str(error):
+        return None
+    return ValueError(
+        f"The optimizer's update overflows at step {step}, where the learning rate is {learning_rate}. "
+        f"{_remedy(step - 1, folder)}"
+    )
+
+
+_AT_FIRST = (
+    "No optimizer step was taken before, so it comes from beta or another option of the losses, or from numbers too "
+    "large for the dtype (fp16). Change that, and start again."
+)
+
+
+def _remedy_before(first: Break, folder: Path) -> str:
+    return _AT_FIRST if first.step == 1 else _remedy(first.step - 1, folder)
+
+
 def _remedy(step: int, folder: Path) -> str:
-    """The last sentences of the messages: what to change, and which checkpoint, of `step` or before, to resume. Nothing
-    had moved the policy where `step` is 0."""
-    if step == 0:
-        return (
-            "No optimizer step was taken before, so it comes from beta or another option of the losses, or from "
-            "numbers too large for the dtype (fp16). Change that, and start again."
-        )
+    """The last sentences of the messages: what to change, and which checkpoint, of `step` or before, to resume."""
     before = [path for path in complete_checkpoints(folder) if int(path.name.rpartition("-")[2]) <= step]
     if not before:
         return (

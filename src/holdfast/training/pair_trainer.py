@@ -2,7 +2,8 @@
 
 A batch of pairs has no first dimension that counts: rows, sequences, tokens and pairs are unlike numbers. So the order
 of the data, the fillers of last batches, the windows read ahead, the gathering of predictions and the means of the
-logs are done here, where transformers would do them by rows.
+logs are done here, where transformers would do them by rows. Nothing leaves these loops that is not finite: no log, no
+metric, no model; `checkpoint.finite` has the checks.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from holdfast.checkpoint.finite import (
     check_state,
     check_steps,
     infinite_buffers,
+    update_overflows,
 )
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
@@ -116,6 +118,19 @@ class PairTrainer(Trainer):
         return real_pairs(batch, self.accelerator, is_training=self.model.training, drops_last=drops_last)
 
     # --- training -----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`. ValueError where the update of a step is beyond fp32, which torch calls a
+        RuntimeError."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", [{}])
+            rate, step = groups[0].get("lr"), self.state.global_step + 1
+            overflow = update_overflows(error, learning_rate=rate, step=step, folder=self._folder)
+            if overflow is None:
+                raise
+            raise overflow from error
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """See `transformers.Trainer.get_batch_samples`; batches may carry the reference's log-probs."""
@@ -278,12 +293,10 @@ class PairTrainer(Trainer):
         return self._infinite_masks
 
     def _first_break(self, *, ends_period: bool = False) -> Break | None:
-        """The first step that was not finite, on any process. With `ends_period`, a period in which no gradient moved
-        anything is said, once, and the next one begins."""
+        """The first step that was not finite, on any process. With `ends_period`, it is said, once, where no gradient
+        has moved anything in the period that ends."""
         gather: Any = self.accelerator.gather
-        reading = self._step_record.read(gather, self.accelerator.device)
-        if ends_period and reading.num_still == 0:
-            self._step_record.begin_period()
+        reading = self._step_record.read(gather, self.accelerator.device, ends_period=ends_period)
         line = still_line(reading, self.args.optim, skips_steps=self._step_record.skips_steps)
         if ends_period and line is not None and not self._has_said_still and not self.is_deepspeed_enabled:
             self._has_said_still = True

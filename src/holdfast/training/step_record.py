@@ -1,8 +1,9 @@
 """What each optimizer step's loss and gradient norm say, on the device until the host reads anyway.
 
-The first step at which either is NaN or infinite is a minimum over steps, and whether gradients move anything is a
-count. Both are updated without waiting for the device, at the cost of a few operations on single numbers. They are read
-once per log, evaluation and checkpoint. Given up: which micro-batch of the step it was, and which pair.
+The numbers of recent steps stay where they are. Every few hundred they are folded into the first position that is NaN
+or infinite and the count of gradient norms that move anything, without waiting for the device. That is read once per
+log, evaluation and checkpoint. A step costs two appends to a list. Given up: which micro-batch of the step it was, and
+which pair.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from holdfast.checkpoint.finite import Break
 
-_QUANTITIES = ("loss", "gradient norm")
-"""In the order in which a step computes them."""
-
 _VALUES = ("NaN", "infinite")
 
 _NEVER = torch.iinfo(torch.int64).max
+
+_NUM_RECENT = 256
+"""How many numbers wait on the device to be folded into one."""
 
 _STILL = 1e-20
 """The largest gradient norm that moves nothing: AdamW divides by at least eps=1e-8, so the step is below 1e-12 of the
@@ -35,12 +36,47 @@ _MOST_SKIPPED = 32
 class Reading:
     """What a `StepRecord` says when it is read.
 
-    `first` is the first step that broke, None where none did. `num_still` is the number of steps whose gradient norm is
-    known, where none of them was a finite number that moves anything; else 0.
+    `first` is the first step that broke, None where none did. `num_still` is the number of steps since the period began
+    in which something moved last, where none since had a finite gradient norm that moves anything; else 0.
     """
 
     first: Break | None
     num_still: int
+
+
+@final
+class _Numbers:
+    """One number of each step, or of each micro-batch, since the last reading."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        """The optimizer step of each position."""
+        self._recent: list[Tensor] = []
+        self._folded: Tensor | None = None
+
+    def add(self, value: Tensor, step: int) -> None:
+        self.steps.append(step)
+        self._recent.append(value)
+        if len(self._recent) == _NUM_RECENT:
+            self._fold()
+
+    def _fold(self) -> None:
+        values = torch.stack(self._recent)
+        positions = torch.arange(len(self.steps) - len(values), len(self.steps), device=values.device)
+        first = torch.where(torch.stack([values.isnan(), values.isinf()]), positions, _NEVER).amin(1)
+        num_moving = ((values > _STILL) & values.isfinite()).sum().view(1)
+        if self._folded is not None:
+            first = torch.minimum(first, self._folded[:-1])
+            num_moving = num_moving + self._folded[-1:]
+        self._folded, self._recent = torch.cat([first, num_moving]), []
+
+    def folded(self, device: torch.device) -> Tensor:
+        """The first positions that are NaN and that are infinite, and the number of those that move anything."""
+        if self._recent:
+            self._fold()
+        if self._folded is None:
+            return torch.tensor([_NEVER, _NEVER, 0], device=device)
+        return self._folded.to(device)
 
 
 @final
@@ -53,48 +89,45 @@ class StepRecord:
 
     def __init__(self, *, skips_steps: bool = False) -> None:
         self.skips_steps = skips_steps
-        self._first: dict[str, Tensor] = {}
-        self._num_moving: Tensor | None = None
-        self._num_steps = 0
+        self._losses, self._norms = _Numbers(), _Numbers()
+        self._num_steps, self._has_moved = 0, False
 
     def add_loss(self, loss: Tensor, step: int) -> None:
-        """Adds the loss of a micro-batch of optimizer step `step`, on the device."""
-        self._add("loss", loss.detach(), step)
+        """Adds the loss of a micro-batch of optimizer step `step`; it stays on its device."""
+        self._losses.add(loss.detach(), step)
 
     def add_gradient_norm(self, norm: Any, step: int) -> None:
-        """Adds the gradient norm of optimizer step `step`, on the device. An engine may give a float, or None."""
+        """Adds the gradient norm of optimizer step `step`, likewise. An engine may give a float, or None."""
         if norm is None:
             return
         norm = norm.detach() if isinstance(norm, Tensor) else torch.full((), float(norm))
-        if hasattr(norm, "full_tensor"):  # of sharded gradients
-            norm = norm.full_tensor()
-        if not self.skips_steps:
-            self._add("gradient norm", norm, step)
-        is_moving = ((norm > _STILL) & norm.isfinite()).long()
-        self._num_moving = is_moving if self._num_moving is None else self._num_moving + is_moving
-        self._num_steps += 1
+        self._norms.add(norm.full_tensor() if hasattr(norm, "full_tensor") else norm, step)  # of sharded gradients
 
-    def _add(self, quantity: str, value: Tensor, step: int) -> None:
-        steps = torch.where(torch.stack([value.isnan(), value.isinf()]), step, _NEVER)
-        before = self._first.get(quantity)
-        self._first[quantity] = steps if before is None else torch.minimum(before, steps)
-
-    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> Reading:
+    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device, *, ends_period: bool = False) -> Reading:
         """What was recorded on all processes; they must ask together. Waits for the device. `gather` puts the rows of
-        all processes together."""
-        never = torch.full((len(_VALUES),), _NEVER, device=device)
-        moving = torch.zeros((), dtype=torch.int64, device=device) if self._num_moving is None else self._num_moving
-        recorded = [self._first.get(quantity, never).to(device) for quantity in _QUANTITIES]
-        rows = gather(torch.cat([*recorded, moving.to(device).view(1)]).unsqueeze(0)).tolist()
-        steps = [min(row[number] for row in rows) for number in range(len(_QUANTITIES) * len(_VALUES))]
-        kinds = [(quantity, value) for quantity in _QUANTITIES for value in _VALUES]
-        step, (quantity, value) = min(zip(steps, kinds, strict=True), key=lambda found: found[0])
-        first = Break(quantity=quantity, value=value, step=step) if step != _NEVER else None
-        return Reading(first=first, num_still=0 if any(row[-1] for row in rows) else self._num_steps)
-
-    def begin_period(self) -> None:
-        """Forgets which steps moved something; the first break stays."""
-        self._num_moving, self._num_steps = None, 0
+        all processes together. Where nothing broke, the numbers are forgotten. With `ends_period` the next period
+        begins, if anything moved in this one."""
+        folded = torch.cat([self._losses.folded(device), self._norms.folded(device)])
+        *positions, num_moving = (min(column) for column in zip(*gather(folded.unsqueeze(0)).tolist(), strict=True))
+        found = [
+            Break(quantity="loss", value=value, step=self._losses.steps[position])
+            for value, position in zip(_VALUES, positions[:2], strict=True)
+            if position != _NEVER
+        ]
+        found += [
+            Break(quantity="gradient norm", value=value, step=self._norms.steps[position])
+            for value, position in zip(_VALUES, positions[3:], strict=True)
+            if position != _NEVER and not self.skips_steps
+        ]
+        if found:
+            return Reading(first=min(found, key=lambda one: one.step), num_still=0)
+        self._num_steps += len(self._norms.steps)
+        self._has_moved = self._has_moved or num_moving > 0
+        self._losses, self._norms = _Numbers(), _Numbers()
+        reading = Reading(first=None, num_still=0 if self._has_moved else self._num_steps)
+        if ends_period and self._has_moved:
+            self._num_steps, self._has_moved = 0, False
+        return reading
 
 
 def still_line(reading: Reading, optim: Any, *, skips_steps: bool) -> str | None:
