@@ -37,7 +37,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the
-    host from waiting for the device: `logging_nan_inf_filter` is off (a NaN is an error when it is logged), and batches
+    host from waiting for the device: `logging_nan_inf_filter` is off (what is not finite stops the run), and batches
     are copied asynchronously where memory is pinned (`accelerator_config["non_blocking"]`).
 
     Raises ValueError on values out of range and on combinations without a meaning; each message names the way out.
@@ -51,7 +51,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
     logging_steps: float = _option("Log every so many optimizer steps; a fraction below 1 is of the run.", default=10)
-    logging_nan_inf_filter: bool = _option("Leave losses that are NaN or infinite out of logs.", default=False)
+    logging_nan_inf_filter: bool = _option("Refused: a loss that is NaN or infinite stops the run.", default=False)
     gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", default=True)
     bf16: bool | None = _option("bf16 autocast. Default: on where the accelerator supports it.", default=None)
 

@@ -23,7 +23,6 @@ from holdfast.arguments import checked_arguments, prepare_device, router_aux_los
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
 from holdfast.card import TAGS
-from holdfast.checkpoint.finite import infinite_buffers
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
@@ -196,6 +195,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
+        self._begin_numbers()
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         is_recorded = checkpoint is not None or self.args.save_strategy != "no"
@@ -224,7 +224,6 @@ class DPOTrainer(ResumableTrainer):
         self._settle(checkpoint)
         if checkpoint is not None:
             self._say_what_starts_afresh(checkpoint)
-        self._infinite_masks = infinite_buffers(self.model)
         self._stream_position = StreamPosition(**read_manifest(checkpoint)["place"]) if checkpoint else StreamPosition()
         has_files = self.args.save_strategy != "no" and self.is_world_process_zero()
         if self.is_world_process_zero():

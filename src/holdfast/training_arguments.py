@@ -33,6 +33,11 @@ def _is_parallel(config: Any) -> bool:
 
 REFUSALS = (
     _Refusal(
+        name="logging_nan_inf_filter",
+        reason="a loss that is NaN or infinite stops the run, so logs have none to leave out",
+        instead="Leave it out, or set it to False",
+    ),
+    _Refusal(
         name="label_smoothing_factor",
         reason="it smooths the labels of tokens, and a pair has none",
         instead="Use label_smoothing, the probability that a pair's label is flipped",

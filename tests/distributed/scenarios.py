@@ -366,6 +366,33 @@ def preparation(folder: Path) -> Any:
     return {"times_of_each_process": gather_object([times])}
 
 
+def breaks(folder: Path) -> dict[str, Any]:
+    """What each process says where one of them alone has a loss, or an evaluation's loss, that is not finite."""
+    said: dict[str, Any] = {}
+    for where in ("loss", "evaluation"):
+        options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+        ours = make(folder / where, tiny_model(), eval_dataset=rows(4, seed=1), logging_strategy="no", **options)
+        plain = ours.compute_loss
+
+        def broken(*args: Any, where: str = where, ours: DPOTrainer = ours, plain: Any = plain, **kwargs: Any) -> Any:
+            loss = plain(*args, **kwargs)
+            is_training = ours.model.training
+            if RANK == WORLD - 1 and ours.state.global_step == 2 and is_training == (where == "loss"):
+                ours._tallies["eval"]._totals.get("loss", torch.zeros(2))[0] = float("nan")
+                loss = loss + float("inf")
+            return loss
+
+        ours.compute_loss = broken
+        message = "none"
+        try:
+            ours.train()
+        except ValueError as error:
+            message = str(error).replace(str(folder), "")
+        said[f"{where}_of_each_process"] = gather_object([message])
+        said[f"{where}_checkpoints"] = sorted(path.name for path in (folder / where).glob("checkpoint-*"))
+    return said
+
+
 IN_WINDOWS = {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 2}
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3}
 
@@ -394,6 +421,7 @@ SCENARIOS: dict[str, Scenario] = (
             predictions,
             unusable_rows,
             preparation,
+            breaks,
         )
     }
     | {

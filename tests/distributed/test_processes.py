@@ -232,3 +232,16 @@ def test_unusable_rows_are_said_once(kind: str, message: str, runs: Runs) -> Non
 def test_the_main_process_prepares_the_data_first(runs: Runs) -> None:
     first, second = of(runs, "preparation")["times_of_each_process"]
     assert first[1] <= second[0]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_all_processes_stop_where_one_breaks(num_processes: int, runs: Runs) -> None:
+    """With the same step and checkpoint, whichever of them has the number that is not finite."""
+    found = of(runs, "breaks", num_processes)
+    (loss,), (evaluation,) = ({*found[f"{where}_of_each_process"]} for where in ("loss", "evaluation"))
+    assert "The loss is infinite at step 3;" in loss
+    assert "resume from /loss/checkpoint-2, the last" in loss
+    assert found["loss_checkpoints"] == ["checkpoint-1", "checkpoint-2"]
+    assert "The evaluation has eval_loss=nan at step 2;" in evaluation
+    assert "resume from /evaluation/checkpoint-1, the last" in evaluation
+    assert found["evaluation_checkpoints"] == ["checkpoint-1"]

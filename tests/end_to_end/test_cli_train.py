@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 import tiny
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.cli import assembly
 from holdfast.cli.app import app
 from holdfast.cli.yaml_document import read_document
 
@@ -268,3 +270,54 @@ def test_what_cannot_be_precomputed_is_refused(place, tmp_path):
         result = runner.invoke(app, ["precompute", str(run_file(place, tmp_path / "run", **sections))])
         assert result.exit_code == 1
         assert "were to be computed ahead, but this run's cannot be" in " ".join(result.stderr.split())
+
+
+class Breaking(TrainerCallback):
+    """Makes a weight infinite, or the loss of an evaluation NaN, once the last step is done."""
+
+    def __init__(self, what: str, trainer: DPOTrainer) -> None:
+        self.what, self.trainer = what, trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.what == "weight" and state.global_step == state.max_steps:
+            self.trainer.model.lm_head.weight.data[0, 0] = math.inf
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.what == "weight after training":
+            self.trainer.model.lm_head.weight.data[0, 0] = math.inf
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.what == "evaluation":
+            metrics["eval_loss"] = math.nan
+
+
+BREAKS = {
+    "loss": ({"loss_type": "sppo_hard", "beta": 1e-30}, r"The loss is infinite at step 1; .*beta or another option"),
+    "learning rate": ({"learning_rate": 1e30}, r"at step \d.*resume_from_checkpoint=.*checkpoint-\d`"),
+    "weight": ({}, r"at step 4, NaN .*`lm_head.weight`.*--set training.resume_from_checkpoint=.*/checkpoint-3`"),
+    "weight after training": ({}, r"saved must be finite; after step 4, .*`lm_head.weight`\. Nothing was written"),
+    "evaluation": ({}, r"The evaluation has eval_loss=nan at step 4; every number in it must be finite"),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_not_finite_ends_with_1_and_no_model(place, tmp_path, monkeypatch, what):
+    options, message = BREAKS[what]
+    plain = assembly.trainer_of
+
+    def broken(*args, **kwargs):
+        made = plain(*args, **kwargs)
+        made.add_callback(Breaking(what, made))
+        return made
+
+    monkeypatch.setattr(assembly, "trainer_of", broken)
+    training = {"save_strategy": "steps", "save_steps": 1, "logging_strategy": "no", "save_total_limit": 1} | options
+    data = {"train": str(place / "train.jsonl"), "eval": str(place / "hard.jsonl")}
+    result = train(run_file(place, tmp_path / "out", training=training, data=data), debug=False)
+    assert result.exit_code == 1
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists() == (what == "evaluation")  # which is finite
+    assert not (tmp_path / "out" / "run.yaml").exists()
+    for file in (tmp_path / "out").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())

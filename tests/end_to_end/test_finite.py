@@ -169,7 +169,7 @@ def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPat
     found = "the policy's `model.norm.weight`"
     monkeypatch.setattr("holdfast.checkpoint.finite.gather_object", lambda names: [*names, found])
     with pytest.raises(ValueError, match=rf"at step 7, NaN or infinity is in {found}\. .*no complete checkpoint in"):
-        check_finite(policy=tiny_model(), optimizer=None, reference=None, loss=0.5, masks=(), step=7, folder=tmp_path)
+        check_finite(policy=tiny_model(), optimizer=None, reference=None, loss=0.5, masks={}, step=7, folder=tmp_path)
 
 
 @pytest.mark.parametrize(

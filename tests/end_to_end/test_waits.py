@@ -98,8 +98,9 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits_between_logs(policy: str, folder: Path, **options: Any) -> Counter[str]:
+def waits_between_logs(policy: str, folder: Path, filters: bool = False, **options: Any) -> Counter[str]:
     args = config(folder, max_steps=5, logging_steps=5, **options)
+    args.logging_nan_inf_filter = filters  # refused when options are made
     ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
     with Waits(ours) as waits, Copies(waits):
         ours.train()
@@ -121,7 +122,7 @@ def test_the_run_in_parts_has_parts() -> None:
 
 def test_the_counter_counts(tmp_path: Path) -> None:
     """transformers' own filter of NaN asks twice a step, of whatever the loss is; three steps are watched."""
-    found = waits_between_logs("full", tmp_path, logging_nan_inf_filter=True)
+    found = waits_between_logs("full", tmp_path, filters=True)
     assert [(where.split(" ")[0], count) for where, count in found.items()] == [("_run_epoch", 2 * 3)]
 
 

@@ -50,7 +50,6 @@ BY_US = {
     "bf16_full_eval": "end_to_end/test_full_eval.py",
     "fp16_full_eval": "end_to_end/test_full_eval.py",
     "torch_compile": "end_to_end/test_compile.py",
-    "logging_nan_inf_filter": "end_to_end/test_trainer.py",
     "save_total_limit": "end_to_end/test_resume.py",
     "data_seed": "unit/test_order.py",
     "dataloader_drop_last": "distributed/test_fillers.py",
@@ -64,6 +63,7 @@ BY_US = {
 """What goes through code of this package, and where that is tested."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "logging_nan_inf_filter": ({}, r"logging_nan_inf_filter=True was asked for.*stops the run.*set it to False"),
     "label_smoothing_factor": ({}, r"label_smoothing_factor=0\.1 was asked for.*Use label_smoothing"),
     "label_names": ({}, r"label_names=\['labels'\] was asked for.*`label_ids`.*Leave label_names out"),
     "include_for_metrics": ({}, r"include_for_metrics=\['inputs'\] was asked for.*come as `label_ids`"),

@@ -49,6 +49,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_rng_state": ("checkpoint",),
     "_load_scaler": ("checkpoint",),
+    "_maybe_log_save_evaluate": ("tr_loss", "grad_norm"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),

@@ -1,5 +1,6 @@
 """The base classes of `DPOTrainer`, and what happens before the first step.
 
 Each class overrides the hooks of `transformers.Trainer` that concern one thing: `pair_trainer` batches of pairs,
-`resumable_trainer` checkpoints. `startup` chooses and checks the reference and the layout.
+`resumable_trainer` checkpoints. `startup` chooses and checks the reference and the layout; `step_record` finds the
+first step that was not finite.
 """

@@ -2,10 +2,13 @@
 
 A batch of pairs has no first dimension that counts: rows, sequences, tokens and pairs are unlike numbers. So the order
 of the data, the fillers of last batches, the windows read ahead, the gathering of predictions and the means of the
-logs are done here, where transformers would do them by rows.
+logs are done here, where transformers would do them by rows. Nothing leaves these loops that is not finite: no log, no
+metric, no model; `checkpoint.finite` has the checks.
 """
 
 import contextlib
+import logging
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +21,20 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from holdfast.batch import PairBatch
-from holdfast.checkpoint.finite import check_finite, check_loss
+from holdfast.checkpoint.finite import (
+    Break,
+    Masks,
+    check_finite,
+    check_loss,
+    check_model,
+    check_numbers,
+    check_state,
+    check_steps,
+    infinite_buffers,
+    update_overflows,
+)
 from holdfast.checkpoint.folder import best_checkpoint
+from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
@@ -32,7 +47,10 @@ from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
+from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class PairTrainer(Trainer):
@@ -54,7 +72,11 @@ class PairTrainer(Trainer):
     _resumed: Path | None = None
     """The checkpoint that the run was taken up from."""
     _is_sharded: bool
-    _infinite_masks: frozenset[str] = frozenset()
+    _step_record: StepRecord = StepRecord()
+    _has_said_still: bool = False
+    _makes_optimizer: bool = False
+    """Whether the optimizer is made here, not handed over by the user."""
+    _infinite_masks: Masks | None = None
     _is_real_row: Tensor | None = None
 
     @abstractmethod
@@ -99,6 +121,19 @@ class PairTrainer(Trainer):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`. ValueError where the update of a step is beyond fp32, which torch calls a
+        RuntimeError."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            groups: list[dict[str, Any]] = getattr(self.optimizer, "param_groups", [{}])
+            rate, step = groups[0].get("lr"), self.state.global_step + 1
+            overflow = update_overflows(error, learning_rate=rate, step=step, folder=self._folder)
+            if overflow is None:
+                raise
+            raise overflow from error
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """See `transformers.Trainer.get_batch_samples`; batches may carry the reference's log-probs."""
         if self.state.global_step >= self.state.max_steps:  # resumed after its last step, transformers takes another
@@ -120,10 +155,24 @@ class PairTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`. ValueError where it has none of the policy's tensors."""
+        self._makes_optimizer = self._makes_optimizer or self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self._is_sharded:
             check_optimizer(self.optimizer, self.model)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._is_sharded or not self._makes_optimizer:
+            return
+        before = heed_learning_rate(self.args.learning_rate, self.optimizer, self.lr_scheduler)
+        if before is not None and self.is_world_process_zero():
+            logger.warning(
+                "The run goes on with learning_rate=%g, as asked; %s was written with %g.",
+                self.args.learning_rate,
+                checkpoint,
+                before,
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
@@ -131,14 +180,23 @@ class PairTrainer(Trainer):
             self.reference.before_policy_changes()
         offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with offload if self.args.activation_offloading else contextlib.nullcontext():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self._step_record.add_loss(loss, self.state.global_step + 1)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        self._step_record.add_gradient_norm(grad_norm, self.state.global_step)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part."""
+        """Metrics on `eval_dataset` (default: the trainer's), prepared like those; a dict gives those of each part.
+        ValueError where one is no finite number."""
+        if self.is_in_train:
+            check_steps(self._first_break(), folder=self._folder)
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._preparation.of_eval(eval_dataset)
             self._announce(datasets_by_name(eval_dataset))
@@ -148,7 +206,9 @@ class PairTrainer(Trainer):
                     metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
                 return metrics
         chosen: Any = eval_dataset
-        return super().evaluate(chosen, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(chosen, ignore_keys, metric_key_prefix)
+        self._check_numbers(metrics, "The evaluation")  # callbacks may have changed some
+        return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
@@ -167,6 +227,7 @@ class PairTrainer(Trainer):
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._check_numbers(output.metrics, "The evaluation")
         return output
 
     def prediction_step(
@@ -188,31 +249,105 @@ class PairTrainer(Trainer):
     # --- logs ---------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """See `transformers.Trainer.log`; a log of training carries the metrics since the one before."""
+        """See `transformers.Trainer.log`; a log of training carries the metrics since the one before. ValueError where
+        a number is not finite, or where the loss or the gradient norm of a step was not."""
         if "loss" in logs or "train_loss" in logs:
-            totals = self._tallies["train"].reset(self._sum_over_processes)
-            num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
-            metrics = means(totals)
-            loss, step, folder = metrics.pop("loss", 0.0), self.state.global_step, Path(str(self.args.output_dir))
-            check_loss(loss, step=step, folder=folder)
-            if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted
-                self._check_finite(loss, folder)
-            if metrics:
-                logs = logs | metrics | {"num_tokens": tokens_logged(self.state.log_history) + num_tokens}
-            if metrics and self.reference is not None and self.args.sync_ref_model:
-                logs |= motion(self.reference, self.state.global_step, self.args.ref_model_sync_steps)
+            logs = self._with_metrics(logs)
+        self._check_numbers(logs, "The log")
         super().log(logs, *args, **kwargs)
 
-    def _check_finite(self, loss: float, folder: Path) -> None:
+    def _with_metrics(self, logs: dict[str, float]) -> dict[str, float]:
+        """A log of training with the metrics since the one before; ValueError where training broke meanwhile."""
+        first = self._first_break(ends_period=True)
+        totals = self._tallies["train"].reset(self._sum_over_processes)
+        num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
+        metrics = means(totals)
+        loss = metrics.pop("loss", 0.0)
+        if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted
+            self._check_finite(loss, self._folder, first)
+        check_steps(first, folder=self._folder)
+        check_loss(loss, step=self.state.global_step, folder=self._folder)
+        if self._step_record.skips_steps and not math.isfinite(logs.get("grad_norm", 0.0)):
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}  # of a step that was skipped
+        if metrics:
+            logs = logs | metrics | {"num_tokens": tokens_logged(self.state.log_history) + num_tokens}
+        if metrics and self.reference is not None and self.args.sync_ref_model:
+            logs |= motion(self.reference, self.state.global_step, self.args.ref_model_sync_steps)
+        return logs
+
+    # --- what is not finite -------------------------------------------------------------------------------------------
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _begin_numbers(self) -> None:
+        """Forgets what was recorded of earlier steps, before training or after a checkpoint was restored."""
+        is_fp16 = self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16"
+        self._step_record = StepRecord(skips_steps=is_fp16 or self.accelerator.scaler is not None)
+        self._tallies["train"] = Tally()
+        self._masks()
+
+    def _masks(self) -> Masks:
+        """The buffers that were infinite when the trainer first looked."""
+        if self._infinite_masks is None:
+            self._infinite_masks = infinite_buffers(self.model)
+        return self._infinite_masks
+
+    def _first_break(self, *, ends_period: bool = False) -> Break | None:
+        """The first step that was not finite, on any process. With `ends_period`, it is said, once, where no gradient
+        has moved anything in the period that ends."""
+        gather: Any = self.accelerator.gather
+        reading = self._step_record.read(gather, self.accelerator.device, ends_period=ends_period)
+        line = still_line(reading, self.args.optim, skips_steps=self._step_record.skips_steps)
+        if ends_period and line is not None and not self._has_said_still and not self.is_deepspeed_enabled:
+            self._has_said_still = True
+            if self.is_world_process_zero():
+                logger.warning(line)
+        return reading.first
+
+    def _check_numbers(self, numbers: Mapping[str, Any], where: str) -> None:
+        check_numbers(
+            numbers,
+            where,
+            step=self.state.global_step,
+            folder=self._folder,
+            policy=self.model,
+            masks=self._masks(),
+        )
+
+    def _check_finite(self, loss: float, folder: Path, first: Break | None) -> None:
         check_finite(
             policy=self.model,
             optimizer=self.optimizer,
             reference=self.reference if self.args.should_save else None,
             loss=loss,
-            masks=self._infinite_masks,
+            masks=self._masks(),
             step=self.state.global_step,
             folder=folder,
+            first=first,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `transformers.Trainer.save_model`. ValueError where a tensor of the policy is not finite."""
+        check_model(
+            self.model,
+            masks=self._masks(),
+            step=self.state.global_step,
+            folder=self._folder,
+            is_sharded=self._is_sharded,
+        )
+        super().save_model(output_dir, _internal_call)
+
+    def save_state(self) -> None:
+        """See `transformers.Trainer.save_state`. ValueError where a number in it is not finite."""
+        check_state(self.state, folder=self._folder)
+        super().save_state()
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """See `transformers.Trainer.save_metrics`. ValueError where a metric is not finite."""
+        self._check_numbers(metrics, f"What is to be saved as {split}_results.json")
+        super().save_metrics(split, metrics, combined)
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")

@@ -18,6 +18,7 @@ from torch import nn
 
 from holdfast.card import write_card
 from holdfast.checkpoint.disk_error import writing
+from holdfast.checkpoint.finite import check_state
 from holdfast.checkpoint.folder import (
     best_checkpoint,
     checkpoint_to_resume,
@@ -71,7 +72,9 @@ class ResumableTrainer(PairTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
-        self._check_finite(self._tallies["train"].total("loss", self._sum_over_processes), folder)
+        loss = self._tallies["train"].total("loss", self._sum_over_processes)
+        self._check_finite(loss, folder, self._first_break())
+        check_state(self.state, folder=folder)
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         push = getattr(self, "push_in_progress", None)
