@@ -44,6 +44,7 @@ from holdfast.metrics import Tally, batch_metrics
 from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
+from holdfast.policy.positions import check_positions
 from holdfast.policy.prepare import make_policy
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
@@ -142,6 +143,11 @@ class DPOTrainer(ResumableTrainer):
             first_checksums=self._first_checksums,
             is_sharded=self._is_sharded,
         )
+        references = {
+            f"the reference {number}": model for number, model in enumerate(ref_models, 1) if model is not None
+        }
+        models = {"the policy": self.model, **references}
+        check_positions(models, self._datasets(), self.args.max_length, is_main=self.is_world_process_zero())
         self.reference = self._startup.make_reference(
             ref_models,
             self.train_dataset,

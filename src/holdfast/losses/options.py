@@ -14,8 +14,8 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from typing import Annotated, Any, TypeVar, final, get_type_hints
+from numbers import Real
+from typing import Annotated, Any, TypeGuard, TypeVar, final, get_type_hints
 
 T = TypeVar("T")
 
@@ -50,18 +50,19 @@ class Rule:
             raise ValueError(f"{name} {self.demand}, got {shown(value)}. {self.remedy}")
 
 
-def is_finite_number(value: Any) -> bool:
+def is_finite_number(value: object) -> TypeGuard[float]:
     """Whether the value is a number that fp32 can hold, and no truth value. A number above 0 that fp32 rounds to 0 is
     none: it would act as 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
-    return not value or SMALLEST <= abs(value) <= LARGEST
+    number: Any = value
+    return number == 0 or bool(SMALLEST <= abs(number) <= LARGEST)
 
 
 def shown(value: Any) -> str:
     """The value for a message: a text in quotes, a whole number of many digits by their number."""
-    if isinstance(value, Integral) and abs(value) >= 10**20:
-        return f"a whole number of about {round(int(value).bit_length() * math.log10(2))} digits"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a whole number of about {round(value.bit_length() * math.log10(2))} digits"
     text = repr(value) if isinstance(value, str | bool | None) else f"{value}"
     return text if len(text) <= 80 else f"{text[:80]}..."
 

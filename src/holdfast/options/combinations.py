@@ -7,7 +7,6 @@ that is longer than the run, or an evaluation that never comes.
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sized
-from numbers import Real
 from typing import Any
 
 from accelerate.utils import GradientAccumulationPlugin
@@ -56,7 +55,7 @@ def _check_loaders(args: Any) -> None:
 def _check_mappings(args: Any) -> None:
     for name in ("lr_scheduler_kwargs", "accelerator_config", "model_init_kwargs", "ref_model_init_kwargs"):
         for key, number in _numbers(getattr(args, name), name):
-            if not math.isfinite(number) if not isinstance(number, int) else abs(number) >= 2**63:
+            if abs(number) >= 2**63 if isinstance(number, int) else not math.isfinite(number):
                 raise ValueError(f"{key}={shown(number)} was asked for; it is a finite number. Use one.")
     recomputation = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
     known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
@@ -84,7 +83,7 @@ def _check_mappings(args: Any) -> None:
             )
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, Real]]:
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
     """The numbers in nested mappings and lists, each with where it stands."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -92,7 +91,7 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Real]]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _numbers(inner, f"{name}[{index}]")
-    elif isinstance(value, Real) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
 
 

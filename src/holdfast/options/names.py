@@ -4,6 +4,7 @@
 error does not name the option. Here all are compared first, and the nearest name is given.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from enum import Enum
@@ -49,6 +50,9 @@ def check_names(args: Any) -> None:
         value = value.value if isinstance(value, Enum) else value
         if value is not None and not (name == "include_num_input_tokens_seen" and isinstance(value, bool)):
             require_known(name, str(value).lower() if name == "torch_compile_backend" else value, names)
+    for name in _never_none(type(args)):
+        if getattr(args, name) is None:
+            raise ValueError(f"{name}=None was asked for; it has no such value. Leave it out for its default.")
     for name in _truth_values(type(args)):
         value = getattr(args, name)
         if value is not None and not isinstance(value, bool):
@@ -59,11 +63,22 @@ def check_names(args: Any) -> None:
     check_report_to(args.report_to)
 
 
+def _kinds(options: type) -> dict[str, set[Any]]:
+    """The types that the value of each option may have."""
+    hints = get_type_hints(options)
+    return {field.name: set(get_args(hints[field.name]) or (hints[field.name],)) for field in fields(options)}
+
+
+@functools.cache
 def _truth_values(options: type) -> list[str]:
     """The options that are True, False or, for some, None."""
-    hints = get_type_hints(options)
-    kinds = {field.name: set(get_args(hints[field.name]) or (hints[field.name],)) for field in fields(options)}
-    return [name for name, kind in kinds.items() if bool in kind and kind <= {bool, NoneType}]
+    return [name for name, kinds in _kinds(options).items() if bool in kinds and kinds <= {bool, NoneType}]
+
+
+@functools.cache
+def _never_none(options: type) -> list[str]:
+    """The options that have a value always."""
+    return [name for name, kinds in _kinds(options).items() if NoneType not in kinds and Any not in kinds]
 
 
 def check_debug(value: Any) -> None:

@@ -11,7 +11,6 @@ Given up: numbers as text. `"1e-6"` could be read as one, but the next such text
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any, final
 
@@ -49,23 +48,23 @@ class Range:
         if is_finite_number(number):
             number = int(number) if self.is_whole and number == int(number) else number
             if number in self.also or self._holds(number):
-                return number if isinstance(number, int | float) else float(number)
-        remedy = (
-            "Write it as a number, without quotes." if isinstance(value, str) and _is_number(value) else self.remedy
-        )
+                return number if isinstance(number, int) else float(number)
+        remedy = "Write it as a number, without quotes." if _is_number_in_quotes(value) else self.remedy
         raise ValueError(f"{name}={shown(value)} was asked for; it {self.demand}. {remedy}")
 
-    def _holds(self, number: Any) -> bool:
+    def _holds(self, number: float) -> bool:
         if self.has_fractions and 0 < number < 1:
             return True
-        if self.is_whole and not isinstance(number, Integral):
+        if self.is_whole and not isinstance(number, int):
             return False
         return self.lowest <= number <= self.highest and not (self.is_below_highest and number == self.highest)
 
 
-def _is_number(text: str) -> bool:
+def _is_number_in_quotes(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
     try:
-        float(text)
+        float(value)
     except ValueError:
         return False
     return True
@@ -135,8 +134,8 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "weight_decay": rate(remedy="Use 0 for none."),
         "adam_beta1": share("0.9 is a usual value."),
         "adam_beta2": share("0.999 is a usual value."),
-        "adam_epsilon": rate(lowest=SMALLEST, remedy="1e-8 is a usual value."),
-        "max_grad_norm": rate(also=(None,), remedy="1 is a usual value; 0 clips no gradient."),
+        "adam_epsilon": rate(lowest=SMALLEST, highest=1.0, remedy="1e-8 is a usual value."),
+        "max_grad_norm": rate(remedy="1 is a usual value; 0 clips no gradient."),
         "neftune_noise_alpha": rate(also=(None,), remedy="5 is a usual value; None adds no noise."),
         "label_smoothing_factor": share("Use label_smoothing, the probability that a pair's label is flipped."),
         "router_aux_loss_coef": rate(
@@ -181,10 +180,10 @@ LISTS: Mapping[str, Range] = MappingProxyType(
             demand="is a finite number for each loss", remedy="Use 1 for each.", lowest=-LARGEST, highest=LARGEST
         ),
         "ref_model_weights": Range(
-            demand="is a finite number above 0",
-            lowest=-LARGEST,
+            demand="is no weight: the weights of a mixture are positive numbers",
+            remedy="Leave a reference that should not count out of `ref_model`.",
+            lowest=SMALLEST,
             highest=LARGEST,
-            remedy="The weights of a mixture are positive numbers, of sum 1.",
         ),
     }
 )

@@ -4,22 +4,21 @@ Weights are read with `from_pretrained`, from safetensors. Code that ships with 
 `trust_remote_code` allows it. A path with an `adapter_config.json` is loaded as a PEFT model.
 """
 
-import difflib
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from peft import AutoPeftModelForCausalLM
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
 )
 
+from holdfast.internals.peft import load_adapted
 from holdfast.internals.transformers import has_file
+from holdfast.policy.reading import reading
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def load_model(
     path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: PolicyOptions, is_trainable: bool
 ) -> nn.Module:
     """The causal language model of a local folder or hub id, in fp32 unless `dtype` says otherwise. ValueError where
-    there is none."""
+    there is none, where its files are damaged, or where they lack some of its weights."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **init_mapping(init_kwargs, path)}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
@@ -48,36 +47,50 @@ def load_model(
                 "'float16'."
             )
         kwargs["dtype"] = dtype
-    try:
-        if _is_adapter(path, kwargs):
-            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        is_elsewhere = isinstance(error, OSError | HFValidationError)
-        if not is_elsewhere and not (os.path.isdir(path) and "Unrecognized model" in str(error)):
-            raise
-        raise ValueError(_why_not_loaded(path, kwargs, is_trainable, str(error))) from error
-
-
-def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, error: str) -> str:
-    location = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
     option = "model" if is_trainable else "ref_model"
-    request = f"{option}={path!r}{f' with {location}' if location else ''} was to be loaded"
-    reason = error.strip().splitlines()[0].rstrip(".")
-    if os.path.isdir(path):
-        return (
-            f"{request}, a folder that cannot be read as a model: {reason}. It holds {sorted(os.listdir(path))[:6]}. "
-            "Name a folder that "
-            "`save_pretrained` wrote, with config.json and weights or with adapter_config.json."
-        )
-    parent, name = os.path.split(path.rstrip("/"))
-    beside = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    near = [os.path.join(parent, other) for other in difflib.get_close_matches(name, beside, n=1)]
-    return (
-        f"{request}, but there is no such folder, and as a hub id it cannot be read either: {reason}. "
-        f"{f'Did you mean {near[0]!r}? ' if near else ''}Name a local folder, or a model on the hub that this machine "
-        "can reach and read."
+    where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+    request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
+    with reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=where.get("subfolder")):
+        if not _is_adapter(path, kwargs):
+            return _load_whole(option, path, kwargs)
+
+        def load_base(base: str, **base_kwargs: Any) -> nn.Module:
+            request = f"{option}={path!r} is an adapter, whose base {base!r} was to be loaded,"
+            with reading(request, base, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE):
+                return _load_whole(option, base, base_kwargs)
+
+        return load_adapted(path, load_base, is_trainable=is_trainable, **kwargs)
+
+
+_ADVICE = (
+    "Name a folder that `save_pretrained` wrote, with config.json and weights or with adapter_config.json; copy or "
+    "save it again where a file is damaged."
+)
+
+_HUB_ADVICE = "Name a local folder, or a model on the hub that this machine can reach and read."
+
+
+def _load_whole(option: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model without adapters at `path`. ValueError where its files lack weights, or have some of other shapes:
+    transformers would draw them at random."""
+    info: dict[str, Any]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     )
+    model, info = loaded
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wrong = [f"{name} ({list(found)}, not {list(asked)})" for name, found, asked in sorted(info["mismatched_keys"])]
+    missing = wrong or sorted(set(info["missing_keys"]) & names)
+    if missing:
+        how = "of other shapes than its config says" if wrong else "missing"
+        raise ValueError(
+            f"{option}={path!r} was loaded as a {type(model).__name__}, and {len(missing)} of its {len(names)} weights "
+            f"are {how}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. They would be random. Name a "
+            "whole causal language model: its config.json and its weights must be of the same model."
+        )
+    if type(model).__module__.startswith("transformers_modules."):
+        logger.warning("%s=%r: code that ships with it was run, as trust_remote_code allows.", option, path)
+    return model
 
 
 def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
