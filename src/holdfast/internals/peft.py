@@ -9,44 +9,18 @@ with. Once per process, a small layer made for it must give the right numbers. G
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from holdfast.internals.moved import MovedError, looked_up
+from holdfast.internals.moved import MovedError
 
 _FLAGS = ("_disable_adapters", "_active_adapter")
-
-
-def load_adapted(path: str, load_base: Callable[..., nn.Module], *, is_trainable: bool, **kwargs: Any) -> PeftModel:
-    """The PEFT model at `path` as `AutoPeftModelForCausalLM` makes it, with the base that `load_base(path, **kwargs)`
-    returns. UserWarning, as an error, where tensors of the adapter are missing. MovedError where peft makes the base
-    by other means."""
-
-    class Base:
-        is_asked = False
-
-        @classmethod
-        def from_pretrained(cls, base: str, revision: str | None = None, **options: Any) -> nn.Module:
-            cls.is_asked = True
-            return load_base(base, **({} if revision is None else {"revision": revision}), **options)
-
-    class Auto(AutoPeftModelForCausalLM):
-        _target_class: Any = Base
-
-    looked_up("peft", AutoPeftModelForCausalLM, "_target_class")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        model = Auto.from_pretrained(path, is_trainable=is_trainable, **kwargs)
-    if not Base.is_asked:
-        raise MovedError("peft", "AutoPeftModelForCausalLM._target_class", "its base is made by other means")
-    return model
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def check_losses(
         require_known("loss_type", name, LOSSES)
     if len(loss_weights) != len(names) or not all(map(is_finite_number, loss_weights)):
         raise ValueError(f"loss_weights must be finite, one per loss, got {list(loss_weights)}. Weigh each of {names}.")
+    if not any(loss_weights):
+        raise ValueError(f"loss_weights must not all be 0, got {list(loss_weights)}. Weigh one of {names}.")
     check_values(options)
     check_values(ModifierOptions(ld_alpha=ld_alpha, use_weighting=use_weighting))
     for name in names:

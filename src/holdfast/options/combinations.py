@@ -9,8 +9,10 @@ import math
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
+from accelerate import ParallelismConfig
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.checkpoint import checkpoint
+from transformers.training_args import ParallelMode
 
 from holdfast.losses.options import shown
 from holdfast.options.ranges import count
@@ -21,6 +23,7 @@ def check_combinations(args: Any) -> None:
     cannot."""
     _check_intervals(args)
     _check_loaders(args)
+    _check_processes(args)
     _check_mappings(args)
 
 
@@ -44,12 +47,25 @@ def _check_intervals(args: Any) -> None:
 
 
 def _check_loaders(args: Any) -> None:
-    for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if getattr(args, name) and args.dataloader_num_workers == 0:
             raise ValueError(
                 f"{name}={getattr(args, name)!r} was asked for with dataloader_num_workers=0: batches are loaded in "
                 "the process that trains. Set dataloader_num_workers, or drop it."
             )
+
+
+def _check_processes(args: Any) -> None:
+    if not isinstance(args.parallelism_config, ParallelismConfig | None):
+        raise ValueError(
+            f"parallelism_config={shown(args.parallelism_config)} was asked for; it is an "
+            "`accelerate.ParallelismConfig`. Make one, or leave it out."
+        )
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            f"fsdp={shown(args.fsdp)} was asked for in a single process, and FSDP shards a model over several. Launch "
+            "with `accelerate launch` or `torchrun`, or drop it."
+        )
 
 
 def _check_mappings(args: Any) -> None:

@@ -49,7 +49,7 @@ def check_names(args: Any) -> None:
         value = getattr(args, name, None)
         value = value.value if isinstance(value, Enum) else value
         if value is not None and not (name == "include_num_input_tokens_seen" and isinstance(value, bool)):
-            require_known(name, str(value).lower() if name == "torch_compile_backend" else value, names)
+            require_known(name, str(value).lower() if name == "torch_compile_backend" else str(value), names)
     for name in _never_none(type(args)):
         if getattr(args, name) is None:
             raise ValueError(f"{name}=None was asked for; it has no such value. Leave it out for its default.")
@@ -83,8 +83,10 @@ def _never_none(options: type) -> list[str]:
 
 def check_debug(value: Any) -> None:
     """ValueError where `debug` names something that `transformers` cannot debug."""
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"debug={shown(value)} was asked for; it is a text of names. Use {_values(DebugOption)[0]!r}.")
     for name in value.split() if isinstance(value, str) else value or []:
-        require_known("debug", name.value if isinstance(name, Enum) else name, _values(DebugOption))
+        require_known("debug", str(name.value if isinstance(name, Enum) else name), _values(DebugOption))
 
 
 def check_report_to(value: Any) -> None:

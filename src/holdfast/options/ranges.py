@@ -16,8 +16,8 @@ from typing import Any, final
 
 import numpy as np
 
-from holdfast.losses import LossOptions
-from holdfast.losses.options import LARGEST, SMALLEST, is_finite_number, option_names, shown
+from holdfast.losses import LossOptions, ModifierOptions
+from holdfast.losses.options import LARGEST, SMALLEST, is_finite_number, rules, shown
 
 MOST = 2**53
 """The largest count: every whole number up to it is a float as well."""
@@ -48,7 +48,7 @@ class Range:
         if is_finite_number(number):
             number = int(number) if self.is_whole and number == int(number) else number
             if number in self.also or self._holds(number):
-                return number if isinstance(number, int) else float(number)
+                return int(number) if self.is_whole and number == int(number) else float(number)
         remedy = "Write it as a number, without quotes." if _is_number_in_quotes(value) else self.remedy
         raise ValueError(f"{name}={shown(value)} was asked for; it {self.demand}. {remedy}")
 
@@ -189,21 +189,21 @@ LISTS: Mapping[str, Range] = MappingProxyType(
 )
 """The range of each entry of an option that is a list of numbers."""
 
-_OF_LOSSES = (*option_names(LossOptions), "ld_alpha")
-
 
 def normalise_numbers(args: Any) -> None:
     """Makes each numeric option of `args` Python's own number: numpy's become that, `8.0` becomes 8 where numbers are
-    whole. ValueError for the first one out of its range; see `RANGES`. Those of losses are checked with the losses."""
+    whole. ValueError for the first one out of its range; see `RANGES`, and for those of losses the losses' own."""
     names = {field.name for field in fields(args)}
     if isinstance(multiple := args.pad_to_multiple_of, str):  # parsers of command lines give a text
         if multiple.lower() in ("auto", "none", "null"):  # values of the common trainer's
             args.pad_to_multiple_of = None
         elif multiple.isdecimal() and len(multiple) < 20:
             args.pad_to_multiple_of = int(multiple)
-    for name in _OF_LOSSES:
-        if isinstance(value := getattr(args, name), np.generic):
-            setattr(args, name, value.item())
+    for name, rule in {**rules(LossOptions), **rules(ModifierOptions)}.items():
+        value = getattr(args, name)
+        number = value.item() if isinstance(value, np.generic) else value
+        rule.check(name, number)
+        setattr(args, name, float(number) if isinstance(number, int) else number)
     for name, allowed in RANGES.items():
         if name in names:
             setattr(args, name, allowed.of(name, getattr(args, name)))

@@ -6,17 +6,16 @@ Weights are read with `from_pretrained`, from safetensors. Code that ships with 
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from peft import PeftConfig, PeftModelForCausalLM, TaskType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from holdfast.internals.peft import load_adapted
 from holdfast.internals.transformers import has_file
 from holdfast.policy.reading import reading
 
@@ -51,15 +50,9 @@ def load_model(
     where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
     request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
     with reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=where.get("subfolder")):
-        if not _is_adapter(path, kwargs):
-            return _load_whole(option, path, kwargs)
-
-        def load_base(base: str, **base_kwargs: Any) -> nn.Module:
-            request = f"{option}={path!r} is an adapter, whose base {base!r} was to be loaded,"
-            with reading(request, base, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE):
-                return _load_whole(option, base, base_kwargs)
-
-        return load_adapted(path, load_base, is_trainable=is_trainable, **kwargs)
+        if _is_adapter(path, kwargs):
+            return _load_adapter(option, path, kwargs, is_trainable=is_trainable)
+        return _load_whole(option, path, kwargs)
 
 
 _ADVICE = (
@@ -93,6 +86,40 @@ def _load_whole(option: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+def _load_adapter(option: str, path: str, kwargs: Mapping[str, Any], *, is_trainable: bool) -> nn.Module:
+    """The adapter at `path` around its base, as `AutoPeftModelForCausalLM` makes it. ValueError where the base or the
+    adapter lacks weights, or where the adapter is of another task."""
+    of_adapter = {name: value for name, value in kwargs.items() if name != "revision"}
+    revision = kwargs.get("revision")
+    peft_config = PeftConfig.from_pretrained(path, revision=revision, **of_adapter)
+    base = peft_config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{option}={path!r} is an adapter whose adapter_config.json names no base (`base_model_name_or_path`: "
+            f"{base!r}). Write the base's folder or hub id there."
+        )
+    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"{option}={path!r} is an adapter for {peft_config.task_type}, not for a causal language model. Name "
+            "another."
+        )
+    request = f"{option}={path!r} is an adapter, whose base {base!r} was to be loaded,"
+    with reading(request, base, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE):
+        at_revision = {} if peft_config.revision is None else {"revision": peft_config.revision}
+        model: Any = _load_whole(option, base, {**of_adapter, **at_revision})
+    if has_file(path, "tokenizer_config.json", **_location(kwargs)):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, token=kwargs.get("token"), trust_remote_code=kwargs["trust_remote_code"]
+        )
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+        return PeftModelForCausalLM.from_pretrained(
+            model, path, is_trainable=is_trainable, revision=revision, **of_adapter
+        )
+
+
 def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
     """The keyword arguments of `from_pretrained`; none for None. ValueError where they are a string."""
     if isinstance(init_kwargs, str):
@@ -103,8 +130,11 @@ def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapp
 
 
 def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
-    location = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
-    return has_file(path, ADAPTER_CONFIG_NAME, **location)
+    return has_file(path, ADAPTER_CONFIG_NAME, **_location(kwargs))
+
+
+def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
 
 
 def load_policy(model: str | nn.Module, args: PolicyOptions, quantization_config: Any) -> nn.Module:
