@@ -143,11 +143,9 @@ class DPOTrainer(ResumableTrainer):
             first_checksums=self._first_checksums,
             is_sharded=self._is_sharded,
         )
-        references = {
-            f"the reference {number}": model for number, model in enumerate(ref_models, 1) if model is not None
-        }
-        models = {"the policy": self.model, **references}
-        check_positions(models, self._datasets(), self.args.max_length, is_main=self.is_world_process_zero())
+        if hasattr(self.data_collator, "max_length"):  # a user's own may cut rows to any length
+            longest, is_main = self.data_collator.max_length, self.is_world_process_zero()
+            check_positions([self.model, *ref_models], self._datasets(), longest, is_main=is_main)
         self.reference = self._startup.make_reference(
             ref_models,
             self.train_dataset,

@@ -25,6 +25,7 @@ _NAMES = (
     *OF_A_MODEL, *OF_A_TOKENIZER, "model.safetensors", "adapter_model.safetensors", "pytorch_model.bin",
     "adapter_model.bin", "chat_template.jinja", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".gguf", INDEX)
 _MOST_PARTS = 100_000
 _KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
 
@@ -43,21 +44,21 @@ def check_folder(path: str, mappings: Sequence[str]) -> None:
         raise ValueError(f"its files cannot be listed: {error.strerror}") from error
     for name in names:
         if name.endswith(_READ):
-            _check_file(Path(path) / name)
+            _check_file(Path(path) / name, is_a_files_name=name in _NAMES)
     for index in (name for name in names if name.endswith(INDEX)):
         for shard in _shards(Path(path) / index):
-            _check_file(Path(path) / shard)
+            _check_file(Path(path) / shard, is_a_files_name=True)
     for name in mappings:
         if (fault := _fault_of_json(Path(path) / name)) is not None:
             raise ValueError(fault)
     _check_counts(Path(path) / "config.json")
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, *, is_a_files_name: bool) -> None:
     try:
         mode = file.stat().st_mode
         if stat.S_ISDIR(mode):
-            if file.name in _NAMES:
+            if is_a_files_name:
                 raise ValueError(f"{file.name} is a folder, not a file")
             return
         if not stat.S_ISREG(mode):
@@ -106,6 +107,12 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 def fault_of(path: str) -> str | None:
     """What is wrong with the first damaged file of weights in a local folder, as a clause; None where none is seen."""
     folder = Path(path)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    weights = "adapter_model.safetensors" if is_adapter else "model.safetensors"
+    if not [name for name in os.listdir(folder) if name.endswith(_WEIGHTS)] and (
+        is_adapter or (folder / "config.json").is_file()
+    ):
+        return f"{weights} is missing"
     for file in sorted(folder.glob("*.safetensors")):
         if (fault := _fault_of_tensors(file)) is not None:
             return fault
@@ -150,6 +157,8 @@ def _fault_of_tensors(file: Path) -> str | None:
     largest of the header's ends."""
     if not file.exists():
         return f"{file.name} is a link to a file that is not there"
+    if file.is_dir():
+        return f"{file.name} is a folder, not a file"
     size = file.stat().st_size
     if size < 8:
         return f"{file.name} is empty or cut: it has {size} bytes"

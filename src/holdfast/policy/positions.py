@@ -7,7 +7,7 @@ is longer than many models: the rows count, as they are after truncation.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,41 +18,42 @@ from holdfast.scoring.causal_lm import unwrap
 
 logger = logging.getLogger(__name__)
 
+_NO_END = 2**53
 _FIXED_TABLES = ("embed_positions", "pos_encoding")
 _NOT_OF_TEXT = ("vision", "visual", "image", "audio", "speech")
 
 
 def check_positions(
-    models: Mapping[str, nn.Module], datasets: Mapping[str, Any], max_length: int | None, *, is_main: bool = True
+    models: Sequence[nn.Module | None], datasets: Mapping[str, Any], max_length: int | None, *, is_main: bool = True
 ) -> None:
-    """ValueError where a row of the prepared `datasets` is longer than the table of positions of one of `models` (by
-    what they are called), or may be, in a stream. A warning where it is longer than the rotary embeddings of one were
-    trained on."""
+    """ValueError where a row of the prepared `datasets`, truncated to `max_length`, is longer than the table of
+    positions of one of `models` (the policy, then its references), or may be, in a stream. A warning where it is longer
+    than the rotary embeddings of one are made for."""
     lengths = {name: longest_pair(data) for name, data in datasets.items() if data is not None}
-    name = max(lengths, key=lambda name: lengths[name] or 0, default=None)
-    if name is None:
-        return
-    longest = lengths[name] or 0
-    for called, model in models.items():
-        rows = f"the longest row of the {name} data has {longest} tokens"
+    name = max(lengths, key=lambda name: lengths[name] or 0)
+    longest = min(lengths[name] or 0, max_length or _NO_END)
+    found = f"the longest row of the {name} data has {lengths[name]} tokens"
+    for number, model in enumerate(models):
+        if model is None:
+            continue
+        called = f"{f'reference {number}' if number else 'the policy'} ({type(unwrap(model)).__name__})"
         limit = table_length(model)
         if limit is not None:
             num_free = limit - _num_virtual(model)
             is_open = None in lengths.values() and (max_length is None or max_length > num_free)
-            if longest <= num_free and not is_open:
-                continue
-            if longest <= num_free:
-                rows = f"with max_length={max_length} the rows of a stream may be of any length up to that"
-            raise ValueError(
-                f"{called} ({type(unwrap(model)).__name__}) has a table of {limit} positions, and {rows} (prompt and "
-                f"completion). Set max_length to at most {num_free}, or use a model of more positions."
-            )
+            if longest > num_free or is_open:
+                stream = f"with max_length={max_length} the rows of a stream may have any length up to that"
+                raise ValueError(
+                    f"{called} has a table of {limit} positions, and {found if longest > num_free else stream} (prompt "
+                    f"and completion). Set max_length to at most {num_free}, or use a model of more positions."
+                )
+            continue
         limit = _trained_length(model)
         if limit is not None and longest > limit and is_main:
             logger.warning(
-                "%s (%s) is made for %d positions (max_position_embeddings), and %s. Its rotary embeddings extrapolate "
-                "beyond. Unless that is meant, set max_length=%d, or scale them in the model's config.",
-                called, type(unwrap(model)).__name__, limit, rows, limit,
+                "%s is made for %d positions (max_position_embeddings), and %s. Beyond, its rotary embeddings "
+                "extrapolate. Unless that is meant, set max_length=%d, or scale them in the model's config.",
+                called, limit, found, limit,
             )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def reading(
         if not (isinstance(error, Exception) or is_panic) or _is_own(error):
             raise
         if os.path.isdir(path):
-            found = _why_of_folder(folder if os.path.isdir(folder) else path, error)
+            found = _why_of_folder(folder if os.path.isdir(folder) else path, error, noun)
             why = f"a folder that cannot be read as a {noun}: {found} {advice}"
         else:
             why = _why_of_hub_id(path, error, hub_advice or advice, but="" if request.endswith(":") else "but ")
@@ -60,8 +60,9 @@ _CODE = (
 )
 
 
-def _why_of_folder(folder: str, error: BaseException) -> str:
-    return f"{fault_of(folder) or _reason(error)}. It holds {sorted(os.listdir(folder))[:6]}."
+def _why_of_folder(folder: str, error: BaseException, noun: str) -> str:
+    fault = fault_of(folder) if noun == "model" else None
+    return f"{fault or _reason(error)}. It holds {sorted(os.listdir(folder))[:6]}."
 
 
 def _why_of_hub_id(path: str, error: BaseException, advice: str, *, but: str) -> str:
