@@ -5,11 +5,12 @@ error does not name the option. Here all are compared first, and the nearest nam
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from enum import Enum
-from types import MappingProxyType, NoneType
-from typing import Any, get_args, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from accelerate.utils import DynamoBackend
@@ -59,14 +60,39 @@ def check_names(args: Any) -> None:
             if not isinstance(value, int | np.bool_) or value not in (0, 1):
                 raise ValueError(f"{name}={shown(value)} was asked for; it is a truth value. Write True or False.")
             setattr(args, name, bool(value))
+    _check_kinds(args)
     check_debug(args.debug)
     check_report_to(args.report_to)
 
 
+@functools.cache
 def _kinds(options: type) -> dict[str, set[Any]]:
     """The types that the value of each option may have."""
     hints = get_type_hints(options)
-    return {field.name: set(get_args(hints[field.name]) or (hints[field.name],)) for field in fields(options)}
+    is_union = {name: get_origin(hint) in (Union, UnionType) for name, hint in hints.items()}
+    return {
+        field.name: set(get_args(hints[field.name])) if is_union[field.name] else {hints[field.name]}
+        for field in fields(options)
+    }
+
+
+_OF_OTHER_KINDS = ("accelerator_config", "deepspeed", "fsdp", "resume_from_checkpoint")
+"""Options that may be more than their annotation says."""
+
+
+def _check_kinds(args: Any) -> None:
+    """ValueError where an option that is a text, a mapping or a list is of another kind."""
+    for name, kinds in _kinds(type(args)).items():
+        plain = {get_origin(kind) or kind for kind in kinds} - {NoneType}
+        if name in _OF_OTHER_KINDS or not plain or not plain <= {str, dict, list}:
+            continue
+        texts = (str, os.PathLike, Enum) if str in plain else ()
+        allowed = (*texts, *((Mapping,) if dict in plain else ()), *((list, tuple) if list in plain else ()))
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, allowed):
+            found = {str: "a text", dict: "a mapping", list: "a list"}
+            words = " or ".join(word for kind, word in found.items() if kind in plain)
+            raise ValueError(f"{name}={shown(value)} was asked for; it is {words}. Write one, or leave it out.")
 
 
 @functools.cache
