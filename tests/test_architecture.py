@@ -28,6 +28,7 @@ LAYERS = (
     {"data"},
     {"policy"},
     {"reference"},
+    {"options"},
     {"config", "testing", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},

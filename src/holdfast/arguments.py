@@ -1,8 +1,9 @@
 """The trainer's arguments, checked against each other before anything is loaded."""
 
+import difflib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -11,10 +12,15 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import check_trainer, loaded_from
+from holdfast.metrics import EVAL_METRICS
+from holdfast.options.combinations import check_evaluation
 from holdfast.policy.independence import Dependence
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
 from holdfast.training_arguments import check_metrics, check_stream
+
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that go by a metric."""
 
 
 def checked_arguments(
@@ -22,10 +28,12 @@ def checked_arguments(
     model: str | nn.Module,
     ref_model: RefModel | Sequence[RefModel],
     train_dataset: Any,
+    eval_dataset: Any = None,
     data_collator: Any = None,
     compute_metrics: Any = None,
+    callbacks: Any = None,
 ) -> DPOConfig:
-    """The options of the run: `args`, or the defaults where it is None.
+    """The options of the run: `args`, or the defaults where it is None. They are checked again as they are now.
 
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """
@@ -36,6 +44,7 @@ def checked_arguments(
         raise TypeError(
             f"`args` is a {type(args).__name__}; pass a `holdfast.DPOConfig`, which takes the same arguments and more."
         )
+    args.check()
     if train_dataset is None:
         raise ValueError("No `train_dataset` was given. Pass a `datasets.Dataset` of preference pairs.")
     if not isinstance(train_dataset, Dataset | IterableDataset):
@@ -48,6 +57,9 @@ def checked_arguments(
         raise ValueError(
             f"{option} was asked for together with a `data_collator`, which lays the rows out itself. Drop one of them."
         )
+    check_evaluation(args, has_eval_data=eval_dataset is not None)
+    if not compute_metrics and not callbacks:
+        check_best_metric(args, eval_dataset)
     check_metrics(args, compute_metrics)
     check_stream(args, train_dataset)
     check_ref_models(ref_model, args)
@@ -58,6 +70,23 @@ def checked_arguments(
         )
     _check_writable(str(args.output_dir))
     return args
+
+
+def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
+    """ValueError where the metric that the run goes by is none of those that an evaluation gives."""
+    name = args.metric_for_best_model
+    goes_by_it = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in _BY_METRIC
+    if name is None or not goes_by_it:
+        return
+    parts = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+    names = [f"{part}_{metric}" for part in parts for metric in EVAL_METRICS] or list(EVAL_METRICS)
+    if name.removeprefix("eval_") not in names:
+        near = difflib.get_close_matches(name.removeprefix("eval_"), names, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric. Did you mean "
+            f"{near!r}? Without `compute_metrics` there are {', '.join(EVAL_METRICS)}"
+            f"{f', each after the name of its data ({parts[0]}_loss)' if parts else ''}."
+        )
 
 
 def default_output_dir(model: str | nn.Module) -> str:

@@ -17,6 +17,10 @@ from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
+from holdfast.options.combinations import check_combinations
+from holdfast.options.names import check_names
+from holdfast.options.ranges import normalise_numbers
+from holdfast.options.rehearsal import rehearse
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -159,30 +163,56 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
     ref_model_sync_steps: int = _option("tau: optimizer steps between two such moves.", default=512)
 
     def __post_init__(self) -> None:
+        normalise_numbers(self)
+        check_names(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         is_copied_ahead = self.accelerator_config is None
-        with warnings.catch_warnings():
-            # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which wins
-            # where it is set.
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            super().__post_init__()
+        self._post_init_of_transformers()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"  # nothing to copy to
         if is_copied_ahead:
             accelerator_config: Any = self.accelerator_config
             accelerator_config.non_blocking = self.dataloader_pin_memory
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if isinstance(self.pad_to_multiple_of, str):  # "auto" and "none" are values of the common trainer's
-            self.pad_to_multiple_of = (
-                None if self.pad_to_multiple_of.lower() in ("auto", "none", "null") else int(self.pad_to_multiple_of)
-            )
+        self.check()
+
+    def _post_init_of_transformers(self) -> None:
+        """What `TrainingArguments` makes of its options. ValueError where it refuses one, by whatever error."""
+        if self.report_to is None:
+            self.report_to = "none"
+        try:
+            with warnings.catch_warnings():
+                # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which
+                # wins where it is set.
+                warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+                super().__post_init__()
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            OSError,
+            ImportError,
+            NotImplementedError,
+        ) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"The options were refused by transformers: {kind}{error}") from error
+
+    def check(self) -> None:
+        """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have
+        set some after they were made."""
+        normalise_numbers(self)
+        check_names(self)
         check_heeded(self)
         check_noise(self)
         self._check_ranges()
+        check_combinations(self)
         self._check_gathering()
         self._check_losses()
         self._check_reference()
+        rehearse(self)
 
     @property
     def loss_types(self) -> list[str]:
@@ -242,13 +272,6 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
                 f"truncation_mode={self.truncation_mode!r} was asked for; it is 'keep_start' or 'keep_end'. "
                 "Choose one of them."
             )
-        for name, lowest in (
-            ("max_length", 2), ("pad_to_multiple_of", 1), ("tokens_per_batch", 1), ("dataset_num_proc", 1),
-            ("precompute_ref_batch_size", 1), ("ref_model_sync_steps", 1), ("reference_window", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name}={value} was asked for; it counts from {lowest}. Use a larger number.")
 
     def _check_gathering(self) -> None:
         """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along
@@ -284,7 +307,6 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         if self.ref_model_weights is not None:
             check_shares(self.ref_model_weights)
         self._check_ref_adapter()
-        self._check_mixup_alpha()
         self._check_losses_compare()
 
     def _check_way(self) -> None:
@@ -330,13 +352,6 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             raise ValueError(
                 f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
                 "inside the policy that stay as they are, the second is not. Drop one of them."
-            )
-
-    def _check_mixup_alpha(self) -> None:
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ValueError(
-                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} was asked for; alpha lies in (0, 1]: at 0 the "
-                "reference would never move. Use sync_ref_model=False for a fixed one."
             )
 
     def _check_losses_compare(self) -> None:

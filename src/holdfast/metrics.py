@@ -22,6 +22,13 @@ from holdfast.scoring.segments import SEGMENTS
 
 SumAndCount = tuple[Tensor, Tensor]
 
+EVAL_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "reference/kl_chosen",
+    "reference/kl_rejected", "aux_loss", "num_tokens", "runtime", "samples_per_second", "steps_per_second",
+)  # fmt: skip
+"""What an evaluation gives, after the prefix `eval_`. `aux_loss` is a router's; `reference/*` need a reference."""
+
 
 def batch_metrics(
     batch: PairBatch,

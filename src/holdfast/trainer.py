@@ -41,8 +41,10 @@ from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics
+from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
+from holdfast.policy.positions import check_positions
 from holdfast.policy.prepare import make_policy
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
@@ -88,7 +90,9 @@ class DPOTrainer(ResumableTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = checked_arguments(args, model, ref_model, train_dataset, data_collator, compute_metrics)
+        args = checked_arguments(
+            args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
+        )
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = make_policy(model, args, quantization_config, peft_config)
         check_optimizers(optimizers, policy)
@@ -101,6 +105,7 @@ class DPOTrainer(ResumableTrainer):
         date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
         prepared, prepared_eval = self._prepared(args)
+        check_length(args, prepared)
         super().__init__(
             model=policy,
             args=args,
@@ -138,6 +143,9 @@ class DPOTrainer(ResumableTrainer):
             first_checksums=self._first_checksums,
             is_sharded=self._is_sharded,
         )
+        if hasattr(self.data_collator, "max_length"):  # a user's own may cut rows to any length
+            longest, is_main = self.data_collator.max_length, self.is_world_process_zero()
+            check_positions([self.model, *ref_models], self._datasets(), longest, is_main=is_main)
         self.reference = self._startup.make_reference(
             ref_models,
             self.train_dataset,

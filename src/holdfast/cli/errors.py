@@ -37,12 +37,25 @@ def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if debug or not _is_for_user(error, of_libraries=of_libraries):
+        message = _of_memory(error) or str(error)
+        if debug or not (_of_memory(error) or _is_for_user(error, of_libraries=of_libraries)):
             raise
         prefix = f"[rank {RANK}] " if RANK else ""
-        text = printable(f"{prefix}{error}", keeps_lines=True)
+        text = printable(prefix + message, keeps_lines=True)
         _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+
+
+def _of_memory(error: Exception) -> str | None:
+    """The message where the error says that the memory of the host or of the device is used up; else None."""
+    is_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if not (isinstance(error, MemoryError) or is_torch):
+        return None
+    reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
+    return (
+        f"the memory is used up: {reason}. Use a smaller training.per_device_train_batch_size, set "
+        "training.tokens_per_batch, which computes a batch in parts, or cut long rows with training.max_length."
+    )
 
 
 def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:

@@ -228,13 +228,16 @@ class RunFile:
     def training_arguments(self) -> "DPOConfig":
         """The run's `DPOConfig`. `RunFileError` if a value is refused."""
         from holdfast.config import DPOConfig
+        from holdfast.options.combinations import check_evaluation
 
         fields: dict[str, Any] = {}
         for key in KEYS:
             if self[key.name] is not None:
                 fields |= key.fields(self, self[key.name], fields)
         try:
-            return DPOConfig(**fields)
+            args = DPOConfig(**fields)
+            check_evaluation(args, has_eval_data=self["data.eval"] is not None)
+            return args
         except (ValueError, TypeError, ImportError) as error:
             raise self.document.error("training", f"the training arguments were refused: {error}") from error
 

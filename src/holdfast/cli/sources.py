@@ -36,15 +36,14 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     """The tokenizer at `source`. ValueError where it cannot be loaded."""
-    from transformers import AutoTokenizer
+    from holdfast.policy.tokenizer import read_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer was to be loaded from {source.path!r}, which failed: {error}\n"
-            "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
-        ) from error
+    return read_tokenizer(
+        source.path,
+        trust_remote_code=trust_remote_code,
+        advice="Give the folder or hub name that has it as `tokenizer:` (default: the model's).",
+        **source.options,
+    )
 
 
 def load_dataset(document: Document, name: str, source: Source) -> "Dataset | IterableDataset":

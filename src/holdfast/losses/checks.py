@@ -4,12 +4,11 @@
 refused, not ignored.
 """
 
-import math
 from collections.abc import Sequence
 
 from holdfast.losses.modifiers import ModifierOptions
 from holdfast.losses.objective import LossOptions
-from holdfast.losses.options import check_values, option_names, require_known, rules
+from holdfast.losses.options import check_values, is_finite_number, option_names, require_known, rules
 from holdfast.losses.table import LOSSES
 
 
@@ -27,8 +26,10 @@ def check_losses(
         raise ValueError(f"loss_type must name at least one loss, got none. Choose from {', '.join(LOSSES)}.")
     for name in names:
         require_known("loss_type", name, LOSSES)
-    if len(loss_weights) != len(names) or not all(map(math.isfinite, loss_weights)):
+    if len(loss_weights) != len(names) or not all(map(is_finite_number, loss_weights)):
         raise ValueError(f"loss_weights must be finite, one per loss, got {list(loss_weights)}. Weigh each of {names}.")
+    if not any(loss_weights):
+        raise ValueError(f"loss_weights must not all be 0, got {list(loss_weights)}. Weigh one of {names}.")
     check_values(options)
     check_values(ModifierOptions(ld_alpha=ld_alpha, use_weighting=use_weighting))
     for name in names:

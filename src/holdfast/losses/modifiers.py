@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.losses.options import BetaOptions, Options, Rule, choice, number, option, require_known
+from holdfast.losses.options import BetaOptions, Options, Rule, choice, is_finite_number, number, option, require_known
 from holdfast.losses.table import PairLogps
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -48,7 +48,7 @@ class ModifierOptions(Options):
     ld_alpha: Annotated[
         float | None,
         Rule(
-            allows=lambda value: value is None or 0 <= value <= 1,
+            allows=lambda value: value is None or (is_finite_number(value) and 0 <= value <= 1),
             demand="must lie in [0, 1]",
             remedy="Use None (or 1) to count all tokens alike.",
         ),

@@ -14,9 +14,15 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, TypeVar, final, get_type_hints
+from numbers import Real
+from typing import Annotated, Any, TypeGuard, TypeVar, final, get_type_hints
 
 T = TypeVar("T")
+
+LARGEST = 3.4e38
+"""The largest number of an option: fp32, in which models and optimizers compute, has none beyond it."""
+SMALLEST = 1.2e-38
+"""The smallest above 0: fp32 computes with 0 instead of smaller ones."""
 
 
 @final
@@ -41,7 +47,24 @@ class Rule:
         if self.choices:
             require_known(name, value, self.choices)
         elif not self.allows(value):
-            raise ValueError(f"{name} {self.demand}, got {value}. {self.remedy}")
+            raise ValueError(f"{name} {self.demand}, got {shown(value)}. {self.remedy}")
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether the value is a number that fp32 can hold, and no truth value. A number above 0 that fp32 rounds to 0 is
+    none: it would act as 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    number: Any = value
+    return number == 0 or bool(SMALLEST <= abs(number) <= LARGEST)
+
+
+def shown(value: Any) -> str:
+    """The value for a message: a text in quotes, a whole number of many digits by their number."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a whole number of about {round(value.bit_length() * math.log10(2))} digits"
+    text = repr(value) if isinstance(value, str | bool | None) else f"{value}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def number(
@@ -49,7 +72,7 @@ def number(
 ) -> Rule:
     """The rule of a finite number; `words` names the numbers that `allows` accepts, as in `above 0`."""
     return Rule(
-        allows=lambda value: math.isfinite(value) and allows(value),
+        allows=lambda value: is_finite_number(value) and allows(value),
         demand=f"must be a finite number {words}".rstrip(),
         remedy=remedy,
         read_under=read_under,
@@ -118,5 +141,5 @@ def check_values(options: Options) -> None:
 def require_known(option: str, name: str, choices: Iterable[str]) -> None:
     """ValueError where `name` is none of the `choices` of an option; the message names the nearest."""
     if name not in (names := list(choices)):
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
         raise ValueError(f"{option} '{name}' is unknown. Did you mean '{nearest}'? There are {', '.join(names)}.")

@@ -4,23 +4,21 @@ Weights are read with `from_pretrained`, from safetensors. Code that ships with 
 `trust_remote_code` allows it. A path with an `adapter_config.json` is loaded as a PEFT model.
 """
 
-import difflib
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from peft import AutoPeftModelForCausalLM
+from peft import PeftConfig, PeftModelForCausalLM, TaskType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.data.progress import bars
 from holdfast.internals.transformers import has_file
+from holdfast.policy.reading import reading
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ def load_model(
     path: str, init_kwargs: Mapping[str, Any] | str | None, *, args: PolicyOptions, is_trainable: bool
 ) -> nn.Module:
     """The causal language model of a local folder or hub id, in fp32 unless `dtype` says otherwise. ValueError where
-    there is none."""
+    there is none, where its files are damaged, or where they lack some of its weights."""
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **init_mapping(init_kwargs, path)}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
@@ -50,37 +48,79 @@ def load_model(
                 "'float16'."
             )
         kwargs["dtype"] = dtype
-    try:
-        with bars(are_shown=not args.disable_tqdm):
-            if _is_adapter(path, kwargs):
-                return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=is_trainable, **kwargs)
-            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        is_elsewhere = isinstance(error, OSError | HFValidationError)
-        if not is_elsewhere and not (os.path.isdir(path) and "Unrecognized model" in str(error)):
-            raise
-        raise ValueError(_why_not_loaded(path, kwargs, is_trainable, str(error))) from error
-
-
-def _why_not_loaded(path: str, kwargs: Mapping[str, Any], is_trainable: bool, error: str) -> str:
-    location = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
     option = "model" if is_trainable else "ref_model"
-    request = f"{option}={path!r}{f' with {location}' if location else ''} was to be loaded"
-    reason = error.strip().splitlines()[0].rstrip(".")
-    if os.path.isdir(path):
-        return (
-            f"{request}, a folder that cannot be read as a model: {reason}. It holds {sorted(os.listdir(path))[:6]}. "
-            "Name a folder that "
-            "`save_pretrained` wrote, with config.json and weights or with adapter_config.json."
-        )
-    parent, name = os.path.split(path.rstrip("/"))
-    beside = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    near = [os.path.join(parent, other) for other in difflib.get_close_matches(name, beside, n=1)]
-    return (
-        f"{request}, but there is no such folder, and as a hub id it cannot be read either: {reason}. "
-        f"{f'Did you mean {near[0]!r}? ' if near else ''}Name a local folder, or a model on the hub that this machine "
-        "can reach and read."
+    where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+    request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
+    asked = reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=where.get("subfolder"))
+    with asked, bars(are_shown=not args.disable_tqdm):
+        if _is_adapter(path, kwargs):
+            return _load_adapter(option, path, kwargs, is_trainable=is_trainable)
+        return _load_whole(option, path, kwargs)
+
+
+_ADVICE = (
+    "Name a folder that `save_pretrained` wrote, with config.json and weights or with adapter_config.json; copy or "
+    "save it again where a file is damaged."
+)
+
+_HUB_ADVICE = "Name a local folder, or a model on the hub that this machine can reach and read."
+
+
+def _load_whole(option: str, path: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model without adapters at `path`. ValueError where its files lack weights, or have some of other shapes:
+    transformers would draw them at random."""
+    info: dict[str, Any]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     )
+    model, info = loaded
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wrong = [f"{name} ({list(found)}, not {list(asked)})" for name, found, asked in sorted(info["mismatched_keys"])]
+    missing = wrong or sorted(set(info["missing_keys"]) & names)
+    if missing:
+        how = "of other shapes than its config says" if wrong else "missing"
+        raise ValueError(
+            f"{option}={path!r} was loaded as a {type(model).__name__}, and {len(missing)} of its {len(names)} weights "
+            f"are {how}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. They would be random. Name a "
+            "whole causal language model: its config.json and its weights must be of the same model."
+        )
+    if type(model).__module__.startswith("transformers_modules."):
+        logger.warning("%s=%r: code that ships with it was run, as trust_remote_code allows.", option, path)
+    return model
+
+
+def _load_adapter(option: str, path: str, kwargs: Mapping[str, Any], *, is_trainable: bool) -> nn.Module:
+    """The adapter at `path` around its base, as `AutoPeftModelForCausalLM` makes it. ValueError where the base or the
+    adapter lacks weights, or where the adapter is of another task."""
+    of_adapter = {name: value for name, value in kwargs.items() if name != "revision"}
+    revision = kwargs.get("revision")
+    peft_config = PeftConfig.from_pretrained(path, revision=revision, **of_adapter)
+    base = peft_config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{option}={path!r} is an adapter whose adapter_config.json names no base (`base_model_name_or_path`: "
+            f"{base!r}). Write the base's folder or hub id there."
+        )
+    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"{option}={path!r} is an adapter for {peft_config.task_type}, not for a causal language model. Name "
+            "another."
+        )
+    request = f"{option}={path!r} is an adapter, whose base {base!r} was to be loaded,"
+    with reading(request, base, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE):
+        at_revision = {} if peft_config.revision is None else {"revision": peft_config.revision}
+        model: Any = _load_whole(option, base, {**of_adapter, **at_revision})
+    if has_file(path, "tokenizer_config.json", **_location(kwargs)):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, token=kwargs.get("token"), trust_remote_code=kwargs["trust_remote_code"]
+        )
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+        return PeftModelForCausalLM.from_pretrained(
+            model, path, is_trainable=is_trainable, revision=revision, **of_adapter
+        )
 
 
 def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
@@ -93,8 +133,11 @@ def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapp
 
 
 def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
-    location = {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
-    return has_file(path, ADAPTER_CONFIG_NAME, **location)
+    return has_file(path, ADAPTER_CONFIG_NAME, **_location(kwargs))
+
+
+def _location(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("revision", "subfolder", "token", "cache_dir") if key in kwargs}
 
 
 def load_policy(model: str | nn.Module, args: PolicyOptions, quantization_config: Any) -> nn.Module:

@@ -48,7 +48,7 @@ def pin_rotations(
     moving = [[part for part in model.modules() if has_moving_rotations(part) or _is_pinned(part)] for model in models]
     if not any(moving):
         return max_length
-    length = _longest_pair(dataset) if max_length is None else max_length
+    length = longest_pair(dataset) if max_length is None else max_length
     if length is None:
         raise ValueError(
             f"max_length=None was asked for with a stream, but {type(unwrap(models[0])).__name__} takes its rotary "
@@ -91,7 +91,7 @@ def pin(module: Any, length: int) -> bool:
     return any(not torch.equal(before[name], buffer) for name, buffer in module.named_buffers() if name in before)
 
 
-def _longest_pair(dataset: Any) -> int | None:
+def longest_pair(dataset: Any) -> int | None:
     """The number of tokens of the longest prompt with a completion in the data; None for a stream."""
     if not isinstance(dataset, Dataset):
         return None

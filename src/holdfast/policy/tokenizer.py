@@ -11,6 +11,7 @@ from transformers import (
 
 from holdfast.internals.transformers import loaded_from
 from holdfast.policy.load import PolicyOptions
+from holdfast.policy.reading import reading
 
 
 def load_tokenizer(
@@ -26,13 +27,25 @@ def load_tokenizer(
             )
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         location = {key: init_kwargs[key] for key in ("revision", "subfolder") if key in init_kwargs}
-        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **location)
+        processing_class = read_tokenizer(
+            path,
+            trust_remote_code=args.trust_remote_code,
+            advice="Pass the tokenizer as `processing_class`, or mend that folder.",
+            **location,
+        )
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` is a {type(processing_class).__name__}; pass a tokenizer or a processor with one."
         )
     return processing_class, tokenizer
+
+
+def read_tokenizer(path: str, *, trust_remote_code: bool, advice: str, **location: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id. ValueError, which ends in `advice`, where it cannot be loaded."""
+    request = f"the tokenizer was to be loaded from {path!r}, which failed:"
+    with reading(request, path, noun="tokenizer", advice=advice, subfolder=location.get("subfolder")):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **location)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, pad_token: str | None) -> int:

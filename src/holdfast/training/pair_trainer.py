@@ -44,6 +44,7 @@ from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.metrics import Tally, means, motion, tokens_logged
+from holdfast.options.rehearsal import rehearse
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
@@ -144,8 +145,10 @@ class PairTrainer(Trainer):
         self._stream_position.advance(epoch_iterator, len(samples))
         return samples, num_items
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        epochs_and_batches = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if self.lr_scheduler is None:
+            rehearse(self.args, num_steps=max_steps)
+        epochs_and_batches = super()._init_training_state(max_steps, *args, **kwargs)
         if self.args.load_best_model_at_end:
             best = best_checkpoint(self.state, Path(str(self.args.output_dir)), self._resumed)
             self.state.best_model_checkpoint = str(best) if best is not None else None

@@ -1,0 +1,134 @@
+"""Options of a run that are each in their range, and together cannot be right.
+
+Most of them would be found late otherwise, by an error of a library after models were loaded, or never: as a warmup
+that is longer than the run, or an evaluation that never comes.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+from accelerate import ParallelismConfig
+from accelerate.utils import GradientAccumulationPlugin
+from torch.utils.checkpoint import checkpoint
+from transformers.training_args import ParallelMode
+
+from holdfast.losses.options import shown
+from holdfast.options.ranges import count
+
+
+def check_combinations(args: Any) -> None:
+    """ValueError where two of the options contradict each other, or where an option that is a mapping holds what it
+    cannot."""
+    _check_intervals(args)
+    _check_loaders(args)
+    _check_processes(args)
+    _check_mappings(args)
+
+
+def _check_intervals(args: Any) -> None:
+    for what in ("logging", "save"):
+        if getattr(args, f"{what}_strategy") == "steps" and getattr(args, f"{what}_steps") == 0:
+            raise ValueError(
+                f"{what}_steps=0 was asked for with {what}_strategy='steps'; it counts from 1. Use a larger number, or "
+                f"{what}_strategy='no'."
+            )
+    if args.eval_strategy == "steps" and 0 < args.max_steps < args.eval_delay:
+        raise ValueError(
+            f"eval_delay={args.eval_delay:g} was asked for with max_steps={args.max_steps}: the run would end before "
+            "its first evaluation. Use a smaller eval_delay, or eval_strategy='no'."
+        )
+    if args.lr_scheduler_type == "constant" and args.warmup_steps:
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps} was asked for with lr_scheduler_type='constant', which has no warmup. "
+            "Use 'constant_with_warmup', or drop it."
+        )
+
+
+def _check_loaders(args: Any) -> None:
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(args, name) and args.dataloader_num_workers == 0:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} was asked for with dataloader_num_workers=0: batches are loaded in "
+                "the process that trains. Set dataloader_num_workers, or drop it."
+            )
+
+
+def _check_processes(args: Any) -> None:
+    if not isinstance(args.parallelism_config, ParallelismConfig | None):
+        raise ValueError(
+            f"parallelism_config={shown(args.parallelism_config)} was asked for; it is an "
+            "`accelerate.ParallelismConfig`. Make one, or leave it out."
+        )
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(
+            f"fsdp={shown(args.fsdp)} was asked for in a single process, and FSDP shards a model over several. Launch "
+            "with `accelerate launch` or `torchrun`, or drop it."
+        )
+
+
+def _check_mappings(args: Any) -> None:
+    for name in ("lr_scheduler_kwargs", "accelerator_config", "model_init_kwargs", "ref_model_init_kwargs"):
+        for key, number in _numbers(getattr(args, name), name):
+            if abs(number) >= 2**63 if isinstance(number, int) else not math.isfinite(number):
+                raise ValueError(f"{key}={shown(number)} was asked for; it is a finite number. Use one.")
+    recomputation = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
+    known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
+    if unknown := sorted(map(str, set(recomputation or {}) - known)):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs={recomputation} was asked for, but torch's checkpoint takes no "
+            f"{unknown[0]!r}. Use {', '.join(sorted(known))}."
+        )
+    accumulation = args.accelerator_config.gradient_accumulation_kwargs
+    if accumulation is None:
+        return
+    try:
+        GradientAccumulationPlugin(**accumulation)
+    except TypeError as error:
+        raise ValueError(
+            f"accelerator_config.gradient_accumulation_kwargs={accumulation!r} was asked for, which accelerate does "
+            f"not take: {error}. Leave it out, and use gradient_accumulation_steps."
+        ) from error
+    if "num_steps" in accumulation:
+        num_steps = count().of("accelerator_config.gradient_accumulation_kwargs.num_steps", accumulation["num_steps"])
+        if args.gradient_accumulation_steps not in (1, num_steps):
+            raise ValueError(
+                f"accelerator_config.gradient_accumulation_kwargs.num_steps={num_steps} was asked for together with "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}. Drop one of them."
+            )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The numbers in nested mappings and lists, each with where it stands."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def check_evaluation(args: Any, *, has_eval_data: bool) -> None:
+    """ValueError where the options ask for evaluations and there are no data to evaluate on."""
+    asked = "eval_on_start=True" if args.eval_on_start else f"eval_strategy={args.eval_strategy.value!r}"
+    if not has_eval_data and (args.eval_on_start or args.eval_strategy != "no"):
+        raise ValueError(
+            f"{asked} was asked for, but there are no data to evaluate on. Give some (`eval_dataset`; in a run file "
+            "`data.eval`), or drop it."
+        )
+
+
+def check_length(args: Any, train_dataset: Any) -> None:
+    """ValueError where a run over `train_dataset` would take no optimizer step, since its only batch is dropped."""
+    if not isinstance(train_dataset, Sized) or not args.dataloader_drop_last:
+        return
+    size, num_pairs = args.per_device_train_batch_size * args.world_size, len(train_dataset)
+    if num_pairs < size:
+        raise ValueError(
+            f"dataloader_drop_last=True was asked for with batches of {size} pairs, and the training data have "
+            f"{num_pairs}: their only batch would be dropped, so nothing would train. Leave dataloader_drop_last out, "
+            "or use smaller batches."
+        )
