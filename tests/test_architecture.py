@@ -28,7 +28,7 @@ LAYERS = (
     {"data"},
     {"policy"},
     {"reference"},
-    {"config", "testing", "training_arguments"},
+    {"config", "secrets", "testing", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},

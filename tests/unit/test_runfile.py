@@ -9,7 +9,8 @@ from peft import IA3Config, LoraConfig
 
 from holdfast.cli.runfile import KEYS, RunFile, read_run_file
 from holdfast.cli.sources import Source
-from holdfast.cli.yaml_document import RunFileError, read_document, to_yaml
+from holdfast.cli.yaml_document import RunFileError, read_document
+from holdfast.cli.yaml_text import to_yaml
 from holdfast.config import DPOConfig
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"

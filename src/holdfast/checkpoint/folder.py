@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import is_complete, mark_incomplete, read_manifest, save_reference
 from holdfast.reference.reference import Reference
+from holdfast.secrets import without_secrets_on_disk
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -97,7 +98,8 @@ def save_complete(
     trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
     if args.should_save:
         if (checkpoint / TRAINING_ARGS_NAME).is_file():
-            torch.save(args, checkpoint / TRAINING_ARGS_NAME)
+            with without_secrets_on_disk(args):
+                torch.save(args, checkpoint / TRAINING_ARGS_NAME)
         save_reference(checkpoint, reference, provenance, run_record())
         best = trainer.state.best_model_checkpoint
         rotate(checkpoint.parent, limit=args.save_total_limit, best=best, uploading=uploading)

@@ -1,9 +1,10 @@
 """Which errors end a command in a message, and which keep their traceback.
 
-An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file, an error of
-the operating system (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this package. Every
-other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's value keeps its
-traceback too, since it may as well be a defect. What can be foreseen is checked in this package first.
+An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file or option, an
+error of the operating system (a missing file, a full disk), memory that is used up, and a `ValueError` or `TypeError`
+raised in this package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError`
+about a user's value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this
+package first, and where a library reads what a user named, `reading` says so.
 
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """
@@ -17,18 +18,23 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from holdfast.cli.yaml_document import RunFileError
+from holdfast.cli.printing import printable
+from holdfast.cli.yaml_document import RunFileError, reason_of
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
 
 _console = Console(stderr=True)
 
 
+class OptionError(ValueError):
+    """An option of a command that cannot be used."""
+
+
 @contextmanager
 def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
-    """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file,
-    else 1. With `debug`, every error keeps its traceback.
+    """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file
+    or in an option, else 1. With `debug`, every error keeps its traceback.
 
     `of_libraries`: a library's `ValueError` is the user's as well. That is so where a command does nothing but read a
     user's files.
@@ -39,12 +45,42 @@ def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
         if debug or not _is_for_user(error, of_libraries=of_libraries):
             raise
         prefix = f"[rank {RANK}] " if RANK else ""
-        _console.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+        text = printable(prefix + (_OUT_OF_MEMORY.format(_first_line(error)) if _is_memory(error) else str(error)))
+        _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2 if isinstance(error, RunFileError | OptionError) else 1) from error
+
+
+@contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Whatever a library raises within it is about `what`, which the user named: it becomes a ValueError with `advice`.
+    Only memory that is used up stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if _is_memory(error):
+            raise
+        raise ValueError(f"{what}, which failed: {reason_of(error)}\n{advice}") from error
+
+
+_OUT_OF_MEMORY = (
+    "the memory is used up: {}. Lower per_device_train_batch_size or max_length, or set tokens_per_batch, which "
+    "computes a batch in parts."
+)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory is used up. torch raises RuntimeError where it is the host's, and a class of its own otherwise."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:
-    if isinstance(error, OSError) or (of_libraries and isinstance(error, ValueError)):
+    if isinstance(error, OSError) or _is_memory(error) or (of_libraries and isinstance(error, ValueError)):
         return True
     return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from holdfast.cli.errors import reading
 from holdfast.cli.yaml_document import Document
 
 if TYPE_CHECKING:
@@ -38,13 +39,9 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> "PreTrainedTok
     """The tokenizer at `source`. ValueError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    try:
+    advice = "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
+    with reading(f"the tokenizer was to be loaded from {source.path!r}", advice):
         return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer was to be loaded from {source.path!r}, which failed: {error}\n"
-            "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
-        ) from error
 
 
 def load_dataset(document: Document, name: str, source: Source) -> "Dataset | IterableDataset":

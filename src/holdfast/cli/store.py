@@ -4,6 +4,7 @@ Only `import --run` needs a model. `gc` says what it would remove, and removes n
 clean-up by one short command.
 """
 
+import math
 import re
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from holdfast.cli.errors import messages
+from holdfast.cli.errors import OptionError, messages
+from holdfast.cli.paths import path_option
 
 if TYPE_CHECKING:
     from holdfast.store.parquet import TransferReport
@@ -27,7 +29,9 @@ app = typer.Typer(
 
 _Root = Annotated[
     Path | None,
-    typer.Option("--root", metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"),
+    typer.Option(
+        "--root", parser=path_option, metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"
+    ),
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -82,7 +86,7 @@ def verify(
 @app.command()
 def gc(
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove stores not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", help="Remove stores not used for so many days.")
     ] = None,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Remove those not used for longest beyond this size: 20GB.")
@@ -95,6 +99,8 @@ def gc(
     with messages(debug, of_libraries=True):
         from holdfast.store import maintenance as upkeep
 
+        if older_than is not None and not 0 <= older_than < math.inf:
+            raise OptionError(f"--older-than is a number of days, 0 or more; found {older_than}. Give one such as 30.")
         max_bytes = None if max_size is None else parsed_bytes(max_size)
         steps = upkeep.cleanup_steps(_folder(root), older_than=older_than, max_bytes=max_bytes)
         for step in steps:
@@ -114,7 +120,7 @@ def gc(
 @app.command("export")
 def export_one(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the store's key.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="Where to write it.")],
+    file: Annotated[Path, typer.Argument(parser=path_option, metavar="FILE.PARQUET", help="Where to write it.")],
     root: _Root = None,
     debug: _Debug = False,
 ) -> None:
@@ -129,13 +135,21 @@ def export_one(
 
 @app.command("import")
 def import_one(
-    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="A file that `holdfast store export` wrote.")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=path_option, metavar="FILE.PARQUET", help="A file that `holdfast store export` wrote."),
+    ],
     key: Annotated[
         str, typer.Option(metavar="KEY", help="Refuse a file whose store's key does not begin with these digits.")
     ] = "",
     run_file: Annotated[
         Path | None,
-        typer.Option("--run", metavar="RUN.YAML", help="Refuse what this run would not use, and say what it covers."),
+        typer.Option(
+            "--run",
+            parser=path_option,
+            metavar="RUN.YAML",
+            help="Refuse what this run would not use, and say what it covers.",
+        ),
     ] = None,
     root: _Root = None,
     debug: _Debug = False,
@@ -177,10 +191,10 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def parsed_bytes(text: str) -> int:
-    """The number of bytes in a size such as `500MB`, `1.5 GiB` or `1000`. ValueError."""
+    """The number of bytes in a size such as `500MB`, `1.5 GiB` or `1000`. OptionError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(
+        raise OptionError(
             f"--max-size is a size such as 500MB, 20GB or 1.5GiB; found {text!r}. Give a number and one of the units "
             "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB."
         )

@@ -35,6 +35,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_push_from_checkpoint": ("checkpoint_folder",),
+    "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
 }
