@@ -9,11 +9,12 @@ adapter.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, final
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any, final, get_args
 
-from holdfast.cli.printing import shortened
-from holdfast.cli.yaml_document import Document
+from holdfast.cli.text import shortened
+from holdfast.cli.yaml_document import Document, field_hints
 
 MAX_COUNT = 1_000_000
 """No rank, layer or number of tokens of a model is larger; a seed may be."""
@@ -66,7 +67,7 @@ RULES = (
     Rule(pattern=r"(init_|target_|mini_)?r|rank|num_virtual_tokens", demand="from 1 to a million", holds=_is_count),
     Rule(
         pattern=r"adapter_len|adapter_layers|num_(layers|attention_heads|tasks|ranks|transformer_submodules|vectors|subspaces|B)"
-        r"|token_dim|encoder_(hidden_size|num_layers)|(\w+_)?block_size|n_frequency|vector_length|topk|hidden_size|deltaT"
+        r"|token_dim|encoder_num_layers|(\w+_)?(hidden|intermediate)_size|shadow_num_\w+|(\w+_)?block_size|n_frequency|vector_length|topk|deltaT"
         r"|qalora_group_size|group_size|total_step|depth|gralora_k|u|n_(tasks|skills|splits)|subspace_rank",
         demand="from 1 to a million",
         holds=_is_count,
@@ -103,6 +104,16 @@ RULES = (
         holds=lambda value, default: value is False,
     ),
     Rule(
+        pattern=r"bias",
+        demand="none, all, or the kind of adapter with _only",
+        holds=lambda value, default: re.fullmatch(r"none|all|\w+_only", value) is not None,
+    ),
+    Rule(
+        pattern=r"auto_mapping|base_model_name_or_path|peft_version",
+        demand="left out, since peft writes it",
+        holds=lambda value, default: False,
+    ),
+    Rule(
         pattern=r"task_type",
         demand="CAUSAL_LM, the kind of model that is trained on preference pairs",
         holds=lambda value, default: value == "CAUSAL_LM",
@@ -115,18 +126,28 @@ def check_adapter(document: Document, config: type, values: dict[str, Any]) -> N
     defaults: dict[str, Any] = {
         field.name: None if field.default is MISSING else field.default for field in fields(config)
     }
+    hints = field_hints(config)
     for name, value in values.items():
-        if value is None:
+        if value is None and name != "task_type":
             continue
+        if (choices := _choices(hints[name])) and value not in choices:
+            raise _refusal(document, name, value, " or ".join(choices))
         for rule in RULES:
             if re.fullmatch(rule.pattern, name) and not rule.holds(value, defaults[name]):
                 raise _refusal(document, name, value, rule.demand)
         lowest = min(0, defaults[name]) if _is_number(defaults[name]) else 0
         for number in _numbers(value):
-            if not (math.isfinite(number) and lowest <= number):
-                raise _refusal(document, name, value, f"finite and at least {lowest}")
+            highest = MAX_COUNT if isinstance(number, float) else math.inf
+            if not (math.isfinite(number) and lowest <= number <= highest):
+                raise _refusal(document, name, value, f"finite, at least {lowest} and at most a million")
     if values.get("target_modules") == [] and not values.get("target_parameters"):
         raise _refusal(document, "target_modules", [], "names of modules; without any, nothing would train")
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of the enumeration among the types of a field; none where there is none, or where `RULES` has one."""
+    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [str(member.value) for kind in kinds if kind.__name__ != "TaskType" for member in kind]
 
 
 def _refusal(document: Document, name: str, value: Any, demand: str) -> Exception:
@@ -134,7 +155,9 @@ def _refusal(document: Document, name: str, value: Any, demand: str) -> Exceptio
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a value, also those inside of mappings and lists."""
+    """The numbers in a value, also those inside of mappings and lists, and those that a nested config sets."""
+    if is_dataclass(value):
+        value = {field.name: item for field in fields(value) if (item := getattr(value, field.name)) != field.default}
     if isinstance(value, dict):
         for item in value.values():
             yield from _numbers(item)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.printing import shortened
+from holdfast.cli.text import shortened
 from holdfast.cli.text_file import UnreadableError, text_of
 from holdfast.cli.yaml_document import Document
 
@@ -58,16 +58,6 @@ def check_agreement(run: "RunFile", args: "DPOConfig") -> None:
     if run["data.train"].options.get("streaming"):
         _check_stream(run.document, args)
     _check_reference(run, args)
-
-
-def check_resumable(document: Document, args: "DPOConfig") -> None:
-    """RunFileError where there is nothing to resume. Whether a checkpoint is sound is found when it is read."""
-    key, value = "training.resume_from_checkpoint", args.resume_from_checkpoint
-    if value is None or isinstance(value, bool):
-        if value and not any(Path(str(args.output_dir)).glob("checkpoint-*")):
-            raise document.error(key, f"`{key}` is true, and {args.output_dir} holds no checkpoint. Remove the key.")
-    elif not Path(value).is_dir():
-        raise document.error(key, f"`{key}` is {value!r}, and there is no such folder. Name a checkpoint's folder.")
 
 
 def _check_no_evaluation(document: Document, args: "DPOConfig") -> None:
@@ -134,4 +124,4 @@ def _check_reference(run: "RunFile", args: "DPOConfig") -> None:
         check_ref_models(None if source is None else source.path, args)
         check_metrics(args, None)
     except (ValueError, TypeError) as error:
-        raise run.document.error("training", f"the training arguments were refused: {error}") from error
+        raise run.document.refusal("training", "the training arguments were refused", error) from error

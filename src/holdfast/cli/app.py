@@ -17,11 +17,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from holdfast.cli import store as store_cli
-from holdfast.cli.agreement import check_resumable
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.paths import path_option
-from holdfast.cli.printing import printable
 from holdfast.cli.runfile import RunFile, read_run_file
+from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
 from holdfast.secrets import masked
 from holdfast.store.files import write_durably
@@ -103,7 +102,6 @@ def train(
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         assert arguments.output_dir is not None  # it has a default
-        check_resumable(run.document, arguments)
         folder = Path(arguments.output_dir)
         _check_writable(folder)
         _report(folder, _train(run, arguments, folder))

@@ -1,10 +1,10 @@
 """Which errors end a command in a message, and which keep their traceback.
 
-An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file or option, an
-error of the operating system (a missing file, a full disk), memory that is used up, and a `ValueError` or `TypeError`
-raised in this package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError`
-about a user's value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this
-package first, and where a library reads what a user named, `reading` says so.
+An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file, an error of
+the operating system (a missing file, a full disk), memory that is used up, and a `ValueError` or `TypeError` raised in
+this package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a
+user's value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this package
+first.
 
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """
@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from holdfast.cli.printing import printable
-from holdfast.cli.yaml_document import RunFileError, reason_of
+from holdfast.cli.text import printable
+from holdfast.cli.yaml_document import RunFileError
 
 RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
@@ -27,14 +27,10 @@ RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 _console = Console(stderr=True)
 
 
-class OptionError(ValueError):
-    """An option of a command that cannot be used."""
-
-
 @contextmanager
 def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
-    """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file
-    or in an option, else 1. With `debug`, every error keeps its traceback.
+    """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file,
+    else 1. With `debug`, every error keeps its traceback.
 
     `of_libraries`: a library's `ValueError` is the user's as well. That is so where a command does nothing but read a
     user's files.
@@ -45,21 +41,9 @@ def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
         if debug or not _is_for_user(error, of_libraries=of_libraries):
             raise
         prefix = f"[rank {RANK}] " if RANK else ""
-        text = printable(prefix + (_OUT_OF_MEMORY.format(_first_line(error)) if _is_memory(error) else str(error)))
+        text = printable(prefix + _message(error), keeps_lines=True)
         _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2 if isinstance(error, RunFileError | OptionError) else 1) from error
-
-
-@contextmanager
-def reading(what: str, advice: str) -> Iterator[None]:
-    """Whatever a library raises within it is about `what`, which the user named: it becomes a ValueError with `advice`.
-    Only memory that is used up stays what it is."""
-    try:
-        yield
-    except Exception as error:
-        if _is_memory(error):
-            raise
-        raise ValueError(f"{what}, which failed: {reason_of(error)}\n{advice}") from error
+        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
 
 
 _OUT_OF_MEMORY = (
@@ -73,6 +57,10 @@ def _is_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _message(error: Exception) -> str:
+    return _OUT_OF_MEMORY.format(_first_line(error)) if _is_memory(error) else str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from holdfast.cli.printing import shortened
+from holdfast.cli.text import shortened
 from holdfast.cli.yaml_document import Document
 
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\}|)")

@@ -10,6 +10,7 @@ Reading a file imports neither torch nor transformers. They are imported when an
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any, final
 from holdfast.cli.adapter_ranges import check_adapter
 from holdfast.cli.agreement import check_agreement, check_json_options
 from holdfast.cli.paths import with_paths_expanded
-from holdfast.cli.printing import never_print
 from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
-from holdfast.cli.yaml_document import REFUSED, Document, field_hints, read_document, reason_of
+from holdfast.cli.text import never_print
+from holdfast.cli.yaml_document import REFUSED, Document, field_hints, read_document
 from holdfast.secrets import is_mask, is_secret, secrets_in
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class RunFile:
         try:
             args = DPOConfig(**fields)
         except REFUSED as error:
-            raise self.document.error("training", f"the training arguments were refused: {reason_of(error)}") from error
+            raise self.document.refusal("training", "the training arguments were refused", error) from error
         self.peft_config()
         check_agreement(self, args)
         return args
@@ -278,9 +279,11 @@ class RunFile:
         values.pop("peft_type", None)
         check_adapter(self.document, kinds[kind], values)
         try:
-            return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
-        except REFUSED as error:
-            raise self.document.error("peft", f"the {kind} config was refused: {reason_of(error)}") from error
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*ignored")
+                return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
+        except (*REFUSED, UserWarning) as error:
+            raise self.document.refusal("peft", f"the {kind} config was refused", error) from error
 
 
 def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from holdfast.cli.errors import reading
 from holdfast.cli.yaml_document import Document
 
 if TYPE_CHECKING:
@@ -32,6 +31,9 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
         raise document.error(
             name, f"`{name}` needs `path`; found {', '.join(options) or 'nothing'}. Write `path: ...`."
         )
+    for option, text in options.items():
+        if isinstance(text, str) and not text.strip():
+            raise document.error(f"{name}.{option}", f"`{name}.{option}` is empty. Write what it is, or leave it out.")
     return Source(path=options.pop("path"), options=options)
 
 
@@ -39,9 +41,13 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> "PreTrainedTok
     """The tokenizer at `source`. ValueError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    advice = "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
-    with reading(f"the tokenizer was to be loaded from {source.path!r}", advice):
+    try:
         return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer was to be loaded from {source.path!r}, which failed: {error}\n"
+            "Give the folder or hub name that has it as `tokenizer:` (default: the model's)."
+        ) from error
 
 
 def load_dataset(document: Document, name: str, source: Source) -> "Dataset | IterableDataset":

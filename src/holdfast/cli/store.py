@@ -4,7 +4,6 @@ Only `import --run` needs a model. `gc` says what it would remove, and removes n
 clean-up by one short command.
 """
 
-import math
 import re
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from holdfast.cli.errors import OptionError, messages
+from holdfast.cli.errors import messages
 from holdfast.cli.paths import path_option
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def verify(
 @app.command()
 def gc(
     older_than: Annotated[
-        float | None, typer.Option(metavar="DAYS", help="Remove stores not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove stores not used for so many days.")
     ] = None,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Remove those not used for longest beyond this size: 20GB.")
@@ -99,8 +98,6 @@ def gc(
     with messages(debug, of_libraries=True):
         from holdfast.store import maintenance as upkeep
 
-        if older_than is not None and not 0 <= older_than < math.inf:
-            raise OptionError(f"--older-than is a number of days, 0 or more; found {older_than}. Give one such as 30.")
         max_bytes = None if max_size is None else parsed_bytes(max_size)
         steps = upkeep.cleanup_steps(_folder(root), older_than=older_than, max_bytes=max_bytes)
         for step in steps:
@@ -191,10 +188,10 @@ def human_bytes(num_bytes: int) -> str:
 
 
 def parsed_bytes(text: str) -> int:
-    """The number of bytes in a size such as `500MB`, `1.5 GiB` or `1000`. OptionError."""
+    """The number of bytes in a size such as `500MB`, `1.5 GiB` or `1000`. ValueError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].lower() not in _UNITS:
-        raise OptionError(
+        raise ValueError(
             f"--max-size is a size such as 500MB, 20GB or 1.5GiB; found {text!r}. Give a number and one of the units "
             "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB."
         )

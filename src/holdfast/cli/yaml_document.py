@@ -5,6 +5,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from holdfast.cli.printing import shortened, without_secrets
+from holdfast.cli.text import shortened, without_secrets
 from holdfast.cli.text_file import UnreadableError, text_of
 from holdfast.cli.yaml_text import MAX_DEPTH, NotReadableError, parsed, plain_scalar
 from holdfast.secrets import is_secret, secrets_in
 
 _MAX_INT = 2**63
+_MAX_LISTED = 20
 
 
 class RunFileError(ValueError):
@@ -49,6 +51,13 @@ class Document:
         """The error to raise about a dotted key."""
         return RunFileError(without_secrets(f"{self.location(key)}: {message}", secrets_in(self.values)))
 
+    def refusal(self, section: str, what: str, error: Exception) -> RunFileError:
+        """The error for a section that was refused as a whole, placed at the first of its keys that `error` names."""
+        reason = reason_of(error)
+        keys = self.values.get(section) or {}
+        named = (f"{section}.{word}" for word in re.findall(r"\w+", reason) if word in keys)
+        return self.error(next(named, section), f"{what}: {reason}")
+
     def unknown(self, section: str, name: str | int, names: Collection[str]) -> RunFileError:
         """The error for a key that a section ("" for the file itself) does not have, with the nearest that exists."""
         owner = f"section `{section}`" if section else "run file"
@@ -63,7 +72,7 @@ class Document:
         elif near:
             advice = f"Did you mean `{near[0]}`?"
         else:
-            advice = f"The valid keys are {', '.join(sorted(names))}."
+            advice = f"The valid keys are {_first_names(sorted(names))}."
         key = f"{section}.{text}".lstrip(".")
         return self.error(key, f"`{shortened(key)}` is not a key of the {owner}. {advice}")
 
@@ -123,7 +132,11 @@ REFUSED = (
 def reason_of(error: Exception) -> str:
     """What an error says, with its kind where its text alone would say too little."""
     text = str(error).strip()
-    return text if isinstance(error, ValueError | OSError | ImportError) and text else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, ValueError | OSError | ImportError | Warning) and text
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def read_document(
@@ -284,4 +297,8 @@ def _show(value: Any) -> str:
 
 
 def _list_names(names: Collection[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "nothing"
+    return _first_names([f"`{name}`" for name in names]) or "nothing"
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])
