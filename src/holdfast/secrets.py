@@ -56,7 +56,7 @@ def secrets_in(value: Any, name: Any = "") -> Iterator[str]:
         for item in value:
             yield from secrets_in(item, name)
     elif is_secret(name):
-        if value is not None and not isinstance(value, bool) and value != "":
+        if value is not None and not isinstance(value, bool) and value != "" and not is_mask(value):
             yield str(value)
     elif isinstance(inside := _from_json(value), dict):
         yield from secrets_in(inside)

@@ -46,6 +46,7 @@ def test_no_option_but_the_token_of_the_hub_is_a_secret():
         ({"token": ["t1", "t2"]}, {"token": [MASK, MASK]}, ["t1", "t2"]),
         ({"auth": {"user": "u", "x": "y"}}, {"auth": {"user": MASK, "x": MASK}}, ["u", "y"]),
         ({"kwargs": '{"token": "abc", "a": 1}'}, {"kwargs": f'{{"token": "{MASK}", "a": 1}}'}, ["abc"]),
+        ({"token": MASK},) * 2 + ([],),
         ({"kwargs": '{"a":1}', "beta": 0.1, "pad_token": "x"},) * 2 + ([],),
     ],
 )
