@@ -1,6 +1,7 @@
 """Paths in run files and options: `~` and environment variables, at every key that is a path."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -162,5 +163,5 @@ def test_a_folder_is_no_file_of_options(tmp_path, key):
 
 def test_options_in_a_file(tmp_path):
     (tmp_path / "options.json").write_text('{"even_batches": false}', encoding="utf-8")
-    args = run_with(tmp_path, "training.accelerator_config", "options.json").training_arguments()
+    args: Any = run_with(tmp_path, "training.accelerator_config", "options.json").training_arguments()
     assert args.accelerator_config.even_batches is False
