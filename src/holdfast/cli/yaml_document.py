@@ -108,6 +108,8 @@ class Document:
 
     def _convert(self, key: str, value: Any, option: Any) -> Any:
         arguments = get_args(option)
+        if option is Any:  # of a library, which may take numbers as keys
+            return value
         if option in (int, float):
             return option(value)
         if isinstance(value, list):
