@@ -37,7 +37,7 @@ ODD = (
     "[]", "[1]", "[x]", "[[x]]", "[null]", "{}", "{a: 1}", "{1: x}", "{a: {b: [c]}}", '"a\\0b"', '"\\e[31mred"',
     "$NOT_SET_IN_TESTS/a", "~nobody-of-this-name/a", "a$", "'{\"a\"'", "'{\"a\": 1}'", "/dev/zero", f"'{'y' * 3000}'",
 )  # fmt: skip
-EACH = 4
+EACH = 2
 """How many odd values a key meets in `make test`; one more key, the next ones."""
 
 

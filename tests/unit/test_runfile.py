@@ -143,7 +143,7 @@ def test_resume_takes_a_folder_or_true(read):
 def test_mappings_of_libraries_may_have_numbers_as_keys(read):
     args = arguments(read, "model_init_kwargs: {max_memory: {0: 1GB, cpu: 2GB}}")
     assert args.model_init_kwargs == {"max_memory": {0: "1GB", "cpu": "2GB"}}
-    with pytest.raises(RunFileError, match="`training.model_init_kwargs` has the key 0, and its keys are text"):
+    with pytest.raises(RunFileError, match=r"`training\.model_init_kwargs` has the key 0, and its keys are text"):
         arguments(read, "model_init_kwargs: {0: 1GB}")
 
 
