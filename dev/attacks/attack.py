@@ -92,7 +92,8 @@ def same_weights(control: dict[str, torch.Tensor]) -> Judge:
 IS_ROOT = os.geteuid() == 0
 """Only root can give files to another user, or mount a small file system."""
 FAULTS = (
-    "missing", "empty", "cut", "flipped", "garbage", "a folder", "a FIFO", "dangling", *(["unreadable"] if IS_ROOT else []),
+    "missing", "empty", "cut", "flipped", "garbage", "a folder", "a FIFO", "dangling",
+    *(["unreadable"] if IS_ROOT else []),
 )  # fmt: skip
 
 

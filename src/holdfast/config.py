@@ -25,6 +25,7 @@ from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
 from holdfast.reference.tensor_file import SnapshotDevice
+from holdfast.secrets import MASK, masked_inside, pickled_state, secrets_in
 from holdfast.training_arguments import check_heeded, check_noise
 
 LAYOUT_NAMES = ("auto", *LAYOUTS)
@@ -213,6 +214,21 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         self._check_losses()
         self._check_reference()
         rehearse(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name, as trackers record them; without secrets, also inside of mappings."""
+        return {name: masked_inside(value) for name, value in super().to_dict().items()}
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        for secret in secrets_in(vars(self)):
+            text = text.replace(secret, MASK)
+        return text
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return pickled_state(vars(self))
 
     @property
     def loss_types(self) -> list[str]:

@@ -21,7 +21,8 @@ import tiny
 from holdfast import DPOConfig, DPOTrainer
 from holdfast.cli import assembly
 from holdfast.cli.app import app
-from holdfast.cli.yaml_document import read_document
+from holdfast.cli.runfile import read_run_file
+from holdfast.cli.yaml_document import RunFileError, read_document
 
 LN2 = math.log(2)
 runner = CliRunner()
@@ -140,6 +141,36 @@ def test_the_folder_has_what_was_run_and_what_is_needed_to_use_it(place, tmp_pat
     train_loss = json.loads((output / "train_results.json").read_text(encoding="utf-8"))["train_loss"]
     assert train_loss == pytest.approx(logged(output)[0], abs=1e-6)
     assert f"{train_loss:.6g}" in result.output
+
+
+def test_secrets_are_nowhere_in_the_output_folder(place, tmp_path, caplog):
+    output = tmp_path / "out"
+    training = {
+        "hub_token": "hf_outer-secret",
+        "model_init_kwargs": {"token": "hf_inner-secret"},
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 1,
+    }
+    with caplog.at_level("DEBUG"):
+        result = train(run_file(place, output, training=training))
+    assert result.exit_code == 0, result.output
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {"run.yaml", "training_args.bin"} <= {path.name for path in files}
+    assert [path for path in files if re.search(b"hf_(outer|inner)-secret", path.read_bytes())] == []
+    assert "-secret" not in caplog.text + result.output
+    with pytest.raises(
+        RunFileError, match=r"run.yaml, line \d+: `training.hub_token` is '<secret, not written>': a run"
+    ):
+        read_run_file(output / "run.yaml")
+    again = read_run_file(output / "run.yaml", ["training.hub_token=null", "training.model_init_kwargs=null"])
+    assert again.training_arguments().max_steps == 1
+
+
+def test_a_run_that_fails_leaves_no_run_file(place, tmp_path):
+    output = tmp_path / "out"
+    assert train(run_file(place, output, data={"train": str(place / "no.jsonl")}), debug=False).exit_code == 1
+    assert not (output / "run.yaml").exists()
 
 
 def test_several_evaluation_sets(place, tmp_path):

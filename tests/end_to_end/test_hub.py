@@ -75,6 +75,25 @@ def test_a_pushed_checkpoint_is_complete(kind: str, strategy: str, names: list[s
     assert len(hub.uploads) - len(pushed) == (0 if strategy == "end" else 3)  # the model itself
 
 
+@pytest.mark.parametrize("strategy", ["checkpoint", "every_save"])
+def test_no_secret_is_uploaded_and_the_upload_has_it(
+    strategy: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[str | None] = []
+
+    def upload_folder(*, folder_path: str, token: str | None = None, **options: Any) -> Any:
+        tokens.append(token)
+        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+        assert "training_args.bin" in {path.name for path in files}
+        assert [path for path in files if b"hf_secret" in path.read_bytes()] == []
+        return Done()
+
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    options = OPTIONS | {"hub_strategy": strategy, "hub_token": "hf_secret", "max_steps": 1}
+    trainer(tiny_model(), config(tmp_path, **options)).train()
+    assert set(tokens) == {"hf_secret"}
+
+
 def test_what_is_being_uploaded_is_not_deleted(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload that takes two saves: with a limit of one checkpoint, its folder goes only after that."""
     seen: list[list[str]] = []

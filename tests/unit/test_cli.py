@@ -1,12 +1,15 @@
 """The commands, apart from training itself (`tests/end_to_end/test_cli_train.py`): arguments, messages, exit codes."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
@@ -78,6 +81,98 @@ def test_a_model_that_is_nowhere(run_file):
     assert result.exit_code == 1
     assert "error: the tokenizer was to be loaded from 'nowhere/policy', which failed:" in one_line(result.stderr)
     assert "as `tokenizer:` (default: the model's)." in one_line(result.stderr)
+
+
+HIDDEN = "hf_never-shown"
+TOKEN = f"training.hub_token={HIDDEN}"
+COMMAND_LINES = {  # what follows `holdfast`, and the exit code; FILE is a run file whose model is nowhere
+    "no run file": ("train", 2),
+    "an empty name": ("train ''", 2),
+    "a blank name": ("train ' '", 2),
+    "a pipe": ("train fifo", 2),
+    "a folder": ("precompute .", 2),
+    "a device": ("train /dev/zero", 2),
+    "an empty file": ("train /dev/null", 2),
+    "a long name": (f"train {'x' * 300}", 2),
+    "a variable that is not set": ("train '$NOT_SET_IN_TESTS/run.yaml'", 2),
+    "a user who is not there": ("train '~nobody-of-this-name/x'", 2),
+    "a name that steers the terminal": ("train '\x1b]0;owned\x07'", 2),
+    "an option that steers the terminal": ("train FILE '--\x1b[31m'", 2),
+    "a command that steers the terminal": ("'\x1b[2J'", 2),
+    "a key that steers the terminal": ("train FILE --set 'training.\x1b[31m=1'", 2),
+    "a value that steers the terminal": ("train FILE --set 'model=\"\\e]0;owned\\a\"'", 1),
+    "a section that is a number": ("train FILE --set training=3", 2),
+    "a number without end": (f"train FILE --set training.beta={'9' * 5000}", 2),
+    "an adapter out of range": ("precompute FILE --set 'peft={r: -4}'", 2),
+    "an evaluation without data": ("train FILE --set training.eval_strategy=steps", 2),
+    "an empty output folder": ("train FILE --set \"training.output_dir=''\"", 2),
+    "a model that is nowhere": ("train FILE", 1),
+    "what cannot be computed ahead": ("precompute FILE --set training.sync_ref_model=true", 1),
+    "a secret of the wrong type": (f"train FILE --set training.hub_token=[{HIDDEN}]", 2),
+    "a secret that is no YAML": (f"train FILE --set 'training.hub_token=[{HIDDEN}'", 2),
+    "a key inside of a secret": (f"train FILE --set {TOKEN} --set training.hub_token.x=1", 2),
+    "a secret beside a mistake": (
+        f"train FILE --set {TOKEN} --set training.run_name=[{HIDDEN}]",
+        2,
+    ),
+    "a secret in a library's message": (f"train FILE --set {TOKEN} --set model=no/{HIDDEN}", 1),
+    "a secret inside of a mapping": (f"train FILE --set training.model_init_kwargs={{token: [{HIDDEN}], a: 1e999}}", 2),
+    "a seed below 0": ("demo --seed -1", 2),
+    "a seed without end": (f"demo --seed {'9' * 30}", 2),
+    "a seed that is no number": ("demo --seed x", 2),
+    "an empty folder of the demo": ("demo --output ''", 2),
+    "an empty folder of stores": ("store list --root ''", 2),
+    "a folder of stores by a variable": ("store list --root '$NOT_SET_IN_TESTS'", 2),
+    "an empty file to import": ("store import ''", 2),
+    "an empty file to export": ("store export abc ' '", 2),
+    "no command of the store": ("store nothing", 2),
+}
+
+
+@pytest.mark.parametrize(("line", "exit_code"), COMMAND_LINES.values(), ids=COMMAND_LINES.keys())
+def test_an_odd_command_line_is_a_message(run_file, tmp_path, monkeypatch, line, exit_code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    os.mkfifo("fifo")
+    result = invoke(*shlex.split(line.replace("FILE", str(run_file))))
+    assert result.exit_code == exit_code, result.output
+    assert isinstance(result.exception, SystemExit)
+    shown = result.output + result.stderr
+    assert shown.strip()
+    assert re.search("Traceback|[\x00-\x09\x0b-\x1f\x7f]", shown) is None
+    assert HIDDEN not in shown
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("mask", ["<secret, not written>", "<HUB_TOKEN>"])
+@pytest.mark.parametrize("key", ["training.hub_token", "training.model_init_kwargs.token"])
+def test_the_mask_of_a_secret_is_refused(run_file, key, mask):
+    result = invoke("train", run_file, "--set", f"{key}={mask}")
+    assert result.exit_code == 2
+    assert f"`{key}` is '{mask}': a run writes its run file without secrets. Write it again" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes.\nMore lines"),
+    ],
+)
+def test_memory_that_is_used_up_is_a_message(monkeypatch, run_file, error):
+    monkeypatch.setattr(cli, "_train", raising(error, "torch.nn"))
+    result = invoke("train", run_file)
+    assert result.exit_code == 1
+    assert "error: the memory is used up: " in one_line(result.stderr)
+    assert "set tokens_per_batch" in one_line(result.stderr)
+
+
+def test_a_rank_that_is_no_number_is_the_first():
+    command = [sys.executable, "-c", "from holdfast.cli.errors import RANK; print(RANK)"]
+    for rank, shown in (("x", "0"), ("", "0"), ("2", "2")):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank})
+        assert done.stdout == f"{shown}\n"
 
 
 def raising(error: Exception, module: str):

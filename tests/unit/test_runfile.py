@@ -9,7 +9,8 @@ from peft import IA3Config, LoraConfig
 
 from holdfast.cli.runfile import KEYS, RunFile, read_run_file
 from holdfast.cli.sources import Source
-from holdfast.cli.yaml_document import RunFileError, read_document, to_yaml
+from holdfast.cli.yaml_document import RunFileError, read_document
+from holdfast.cli.yaml_text import to_yaml
 from holdfast.config import DPOConfig
 
 SMALLEST = "model: folder/policy\ndata: {train: pairs.jsonl}\n"
@@ -137,6 +138,13 @@ def test_a_date_needs_no_quotes(read):
 def test_resume_takes_a_folder_or_true(read):
     assert arguments(read, "resume_from_checkpoint: true").resume_from_checkpoint is True
     assert arguments(read, "resume_from_checkpoint: out/checkpoint-3").resume_from_checkpoint == "out/checkpoint-3"
+
+
+def test_mappings_of_libraries_may_have_numbers_as_keys(read):
+    args = arguments(read, "model_init_kwargs: {max_memory: {0: 1GB, cpu: 2GB}}")
+    assert args.model_init_kwargs == {"max_memory": {0: "1GB", "cpu": "2GB"}}
+    with pytest.raises(RunFileError, match=r"`training\.model_init_kwargs` has the key 0, and its keys are text"):
+        arguments(read, "model_init_kwargs: {0: 1GB}")
 
 
 # Scalars -------------------------------------------------------------------------------------------------------------

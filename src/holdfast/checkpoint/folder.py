@@ -25,6 +25,7 @@ from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import save_reference
 from holdfast.checkpoint.sound import last_complete
 from holdfast.reference.reference import Reference
+from holdfast.secrets import without_secrets_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def save_complete(
         trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
         if args.should_save:
             if (checkpoint / TRAINING_ARGS_NAME).is_file():
-                torch.save(args, checkpoint / TRAINING_ARGS_NAME)
+                with without_secrets_on_disk(args):
+                    torch.save(args, checkpoint / TRAINING_ARGS_NAME)
             save_reference(checkpoint, reference, provenance, run_record())
     if args.should_save:
         best = trainer.state.best_model_checkpoint

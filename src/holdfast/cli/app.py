@@ -5,32 +5,69 @@
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from holdfast.cli import store as store_cli
 from holdfast.cli.errors import RANK, messages
+from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
-from holdfast.cli.yaml_document import to_yaml
+from holdfast.cli.text import printable
+from holdfast.cli.yaml_text import to_yaml
+from holdfast.secrets import masked
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
 
 _output = Console(quiet=RANK != 0)
 
+_UsageError = typer.BadParameter.__mro__[1]
+"""Of click, or of the copy of it that typer may bring."""
+
+
+class _Commands(TyperGroup):
+    """Commands whose usage errors show control characters as escapes."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _UsageError):
+            vars(error)["message"] = printable(vars(error)["message"])
+        raise
+
+
 app = typer.Typer(
     name="holdfast",
+    cls=_Commands,
     help="Direct Preference Optimization with a first-class reference model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_cli.app)
+_RunFile = Annotated[
+    Path,
+    typer.Argument(parser=path_option, metavar="RUN.YAML", help="The run file; docs/cli.md describes it."),
+]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -53,7 +90,7 @@ def main(
 
 @app.command()
 def train(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file; docs/cli.md describes it.")],
+    run_file: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.beta=0.2")
     ] = None,
@@ -71,7 +108,7 @@ def train(
 
 @app.command()
 def precompute(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="The run file; docs/cli.md describes it.")],
+    run_file: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_length=512")
     ] = None,
@@ -87,22 +124,32 @@ def precompute(
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
+        is_stream = run["data.train"].options.get("streaming", False)
+        if is_stream or arguments.sync_ref_model or not arguments.needs_reference:
+            raise ValueError(_NOT_AHEAD)  # before anything is loaded
         from holdfast.cli.assembly import trainer_of
 
         reference = trainer_of(run, arguments).reference
         if reference is None or not reference.is_precomputed:
-            raise ValueError(
-                "Log-probs were to be computed ahead, but this run's cannot be: its data are a stream, its reference "
-                "moves (sync_ref_model), is asked in windows (reference_window), or there is none. `holdfast train` "
-                "computes them as it goes; change that option to have them stored."
-            )
-        _output.print(escape(reference.describe()))
+            raise ValueError(_NOT_AHEAD)
+        _output.print(escape(printable(reference.describe())))
+
+
+_NOT_AHEAD = (
+    "Log-probs were to be computed ahead, but this run's cannot be: its data are a stream, its reference moves "
+    "(sync_ref_model), is asked in windows (reference_window), or there is none. `holdfast train` computes them as it "
+    "goes; change that option to have them stored."
+)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the table and the plot.")] = Path("holdfast-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the source, the pairs and the training.")] = 0,
+    output: Annotated[
+        Path, typer.Option(parser=path_option, metavar="FOLDER", help="Folder for the table and the plot.")
+    ] = Path("holdfast-demo"),
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the source, the pairs and the training.")
+    ] = 0,
     debug: _Debug = False,
 ) -> None:
     """Run the DPO paper's controlled experiment in miniature: offline, with an exact answer to compare with."""
@@ -135,7 +182,8 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
-        write_text(folder / "run.yaml", to_yaml(run.document.values), lambda: last_complete(folder, none="train again"))
+        text = to_yaml(masked(run.document.values))
+        write_text(folder / "run.yaml", text, lambda: last_complete(folder, none="train again"))
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return metrics
@@ -157,7 +205,7 @@ def _check_writable(folder: Path) -> None:
 def _report(folder: Path, metrics: dict[str, float]) -> None:
     table = Table("metric", "value")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        table.add_row(escape(printable(name)), f"{value:.6g}" if isinstance(value, float) else printable(str(value)))
     _output.print(table)
-    _output.print(f"model, tokenizer and run.yaml: {escape(str(folder))}", soft_wrap=True)
-    _output.print(f"logged numbers: {escape(str(folder / 'trainer_state.json'))}", soft_wrap=True)
+    _output.print(f"model, tokenizer and run.yaml: {escape(printable(str(folder)))}", soft_wrap=True)
+    _output.print(f"logged numbers: {escape(printable(str(folder / 'trainer_state.json')))}", soft_wrap=True)

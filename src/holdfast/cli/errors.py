@@ -1,9 +1,10 @@
 """Which errors end a command in a message, and which keep their traceback.
 
 An error that a user can mend is one message without a traceback (`--debug` shows it): a refused run file, an error of
-the operating system (a missing file, a full disk), and a `ValueError` or `TypeError` raised in this package. Every
-other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a user's value keeps its
-traceback too, since it may as well be a defect. What can be foreseen is checked in this package first.
+the operating system (a missing file, a full disk), memory that is used up, and a `ValueError` or `TypeError` raised in
+this package. Every other exception is a defect and keeps its traceback. Given up: a library's `ValueError` about a
+user's value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this package
+first.
 
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """
@@ -20,7 +21,7 @@ from rich.markup import escape
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
 
 _console = Console(stderr=True)
@@ -37,29 +38,37 @@ def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = _of_memory(error) or str(error)
-        if debug or not (_of_memory(error) or _is_for_user(error, of_libraries=of_libraries)):
+        if debug or not _is_for_user(error, of_libraries=of_libraries):
             raise
         prefix = f"[rank {RANK}] " if RANK else ""
-        text = printable(prefix + message, keeps_lines=True)
+        text = printable(prefix + _message(error), keeps_lines=True)
         _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
         raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
 
 
-def _of_memory(error: Exception) -> str | None:
-    """The message where the error says that the memory of the host or of the device is used up; else None."""
-    is_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    if not (isinstance(error, MemoryError) or is_torch):
-        return None
-    reason = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
-    return (
-        f"the memory is used up: {reason}. Use a smaller training.per_device_train_batch_size, set "
-        "training.tokens_per_batch, which computes a batch in parts, or cut long rows with training.max_length."
-    )
+_OUT_OF_MEMORY = (
+    "the memory is used up: {}. Lower per_device_train_batch_size or max_length, or set tokens_per_batch, which "
+    "computes a batch in parts."
+)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory is used up. torch raises RuntimeError where it is the host's, and a class of its own otherwise."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _message(error: Exception) -> str:
+    return _OUT_OF_MEMORY.format(_first_line(error)) if _is_memory(error) else str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:
-    if isinstance(error, OSError) or (of_libraries and isinstance(error, ValueError)):
+    if isinstance(error, OSError) or _is_memory(error) or (of_libraries and isinstance(error, ValueError)):
         return True
     return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
 

@@ -10,13 +10,19 @@ Reading a file imports neither torch nor transformers. They are imported when an
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from holdfast.cli.adapter_ranges import check_adapter
+from holdfast.cli.agreement import check_agreement, check_json_options
+from holdfast.cli.paths import with_paths_expanded
 from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
-from holdfast.cli.yaml_document import Document, field_hints, read_document
+from holdfast.cli.text import never_print
+from holdfast.cli.yaml_document import REFUSED, Document, field_hints, read_document
+from holdfast.secrets import is_mask, is_secret, secrets_in
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -116,6 +122,8 @@ def _datasets(document: Document, name: str, value: Any) -> Source | dict[str, S
     """One dataset, or several by name."""
     if isinstance(value, str) or value.keys() & _DATASET:
         return _dataset(document, name, value)
+    if not value:
+        raise document.error(name, f"`{name}` is a mapping without datasets. Name one, or leave it out.")
     return {part: _dataset(document, f"{name}.{part}", source) for part, source in value.items()}
 
 
@@ -133,9 +141,10 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
     hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in _ELSEWHERE}
     hints["resume_from_checkpoint"] = bool | str | None  # `true` is the newest checkpoint in the output folder
     hints["model_init_kwargs"] = dict | None
-    for name in sorted(_ELSEWHERE.keys() & section):
+    for name in sorted(_ELSEWHERE.keys() & section if isinstance(section, dict) else ()):
         raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
     values = run.document.check("training", section, hints)
+    check_json_options(run.document, values, DPOConfig._VALID_DICT_FIELDS)
     of_model, more = fields["model_init_kwargs"], values.get("model_init_kwargs") or {}
     for name in sorted(more.keys() & of_model):
         raise run.document.error(
@@ -226,9 +235,9 @@ class RunFile:
         return self.values[key]
 
     def training_arguments(self) -> "DPOConfig":
-        """The run's `DPOConfig`. `RunFileError` if a value is refused."""
+        """The run's `DPOConfig`. Every key has been checked by then, those of other sections too, also against each
+        other. `RunFileError` if a value is refused."""
         from holdfast.config import DPOConfig
-        from holdfast.options.combinations import check_evaluation
 
         fields: dict[str, Any] = {}
         for key in KEYS:
@@ -236,10 +245,11 @@ class RunFile:
                 fields |= key.fields(self, self[key.name], fields)
         try:
             args = DPOConfig(**fields)
-            check_evaluation(args, has_eval_data=self["data.eval"] is not None)
-            return args
-        except (ValueError, TypeError, ImportError) as error:
-            raise self.document.error("training", f"the training arguments were refused: {error}") from error
+        except REFUSED as error:
+            raise self.document.refusal("training", "the training arguments were refused", error) from error
+        self.peft_config()
+        check_agreement(self, args)
+        return args
 
     def trainer_arguments(self, args: "DPOConfig") -> dict[str, Any]:
         """The arguments of `DPOTrainer` by name, `args` among them; tokenizer and datasets are loaded for it.
@@ -259,7 +269,7 @@ class RunFile:
 
         kinds = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         kind = section.get("peft_type", "LORA") if isinstance(section, dict) else "LORA"
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             near = difflib.get_close_matches(str(kind).upper(), kinds, n=1) or sorted(kinds)
             raise self.document.error(
                 "peft.peft_type",
@@ -267,10 +277,13 @@ class RunFile:
             )
         values = self.document.check("peft", section, field_hints(kinds[kind]))
         values.pop("peft_type", None)
+        check_adapter(self.document, kinds[kind], values)
         try:
-            return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
-        except (ValueError, TypeError, ImportError) as error:
-            raise self.document.error("peft", f"the {kind} config was refused: {error}") from error
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*ignored")
+                return kinds[kind](**{"task_type": "CAUSAL_LM", **values})
+        except (*REFUSED, UserWarning) as error:
+            raise self.document.refusal("peft", f"the {kind} config was refused", error) from error
 
 
 def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
@@ -281,10 +294,12 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     checked when their objects are asked for.
     """
     document = read_document(Path(path), overrides, sections_with=_sections_with)
+    never_print(secrets_in(document.values))
     for name in document.values:
         if name not in SECTIONS:
-            raise document.unknown(str(name), SECTIONS)
-    by_key = _values_by_key(document)
+            raise document.unknown("", name, SECTIONS)
+    _check_secrets(document, document.values)
+    by_key = _values_by_key(document, with_paths_expanded(document, _DATASET))
     values: dict[str, Any] = {}
     for key in KEYS:
         value = by_key.get(key.name)
@@ -294,12 +309,12 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     return RunFile(document=document, values=values)
 
 
-def _values_by_key(document: Document) -> dict[str, Any]:
-    """The values in the file by dotted key, of the types that `KEYS` declares. A section of several keys may be written
-    as the value of its `kind` alone."""
+def _values_by_key(document: Document, sections: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values of the sections by dotted key, of the types that `KEYS` declares. A section of several keys may be
+    written as the value of its `kind` alone."""
     by_key: dict[str, Any] = {}
     for section in SECTIONS:
-        value = document.values.get(section)
+        value = sections.get(section)
         hints = {key.name.partition(".")[2]: key.hint for key in KEYS if key.name.startswith(f"{section}.")}
         if not hints or value is None:
             by_key[section] = value
@@ -308,6 +323,19 @@ def _values_by_key(document: Document) -> dict[str, Any]:
             value = {"kind": value}
         by_key |= {f"{section}.{name}": item for name, item in document.check(section, value, hints).items()}
     return by_key
+
+
+def _check_secrets(document: Document, value: Any, key: str = "") -> None:
+    """RunFileError for a secret that was left out when the run file was written."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_secrets(document, item, f"{key}.{name}" if key else str(name))
+    elif is_secret(key.rpartition(".")[2]) and is_mask(value):
+        raise document.error(
+            key,
+            f"`{key}` is {value!r}: a run writes its run file without secrets. Write it again, or remove the key (a "
+            "token of the hub may also come from HF_TOKEN).",
+        )
 
 
 def _missing(document: Document, key: Key) -> Exception:

@@ -31,6 +31,9 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
         raise document.error(
             name, f"`{name}` needs `path`; found {', '.join(options) or 'nothing'}. Write `path: ...`."
         )
+    for option, text in options.items():
+        if isinstance(text, str) and not text.strip():
+            raise document.error(f"{name}.{option}", f"`{name}.{option}` is empty. Write what it is, or leave it out.")
     return Source(path=options.pop("path"), options=options)
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from holdfast.cli.errors import messages
+from holdfast.cli.paths import path_option
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 
@@ -32,7 +33,9 @@ app = typer.Typer(
 
 _Root = Annotated[
     Path | None,
-    typer.Option("--root", metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"),
+    typer.Option(
+        "--root", parser=path_option, metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"
+    ),
 ]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _MOST_DAYS, _MOST_BYTES = 100_000, 1 << 62
@@ -139,7 +142,7 @@ def gc(
 @app.command("export")
 def export_one(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the store's key.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="Where to write it.")],
+    file: Annotated[Path, typer.Argument(parser=path_option, metavar="FILE.PARQUET", help="Where to write it.")],
     root: _Root = None,
     debug: _Debug = False,
 ) -> None:
@@ -154,7 +157,10 @@ def export_one(
 
 @app.command("import")
 def import_one(
-    file: Annotated[Path, typer.Argument(metavar="FILE.PARQUET", help="A file that `holdfast store export` wrote.")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=path_option, metavar="FILE.PARQUET", help="A file that `holdfast store export` wrote."),
+    ],
     key: Annotated[
         str,
         typer.Option(
@@ -163,7 +169,12 @@ def import_one(
     ] = "",
     run_file: Annotated[
         Path | None,
-        typer.Option("--run", metavar="RUN.YAML", help="Refuse what this run would not use, and say what it covers."),
+        typer.Option(
+            "--run",
+            parser=path_option,
+            metavar="RUN.YAML",
+            help="Refuse what this run would not use, and say what it covers.",
+        ),
     ] = None,
     root: _Root = None,
     debug: _Debug = False,

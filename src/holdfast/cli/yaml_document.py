@@ -1,20 +1,25 @@
 """A YAML file as checked values: every key is known, every value has its declared type, every error names its line.
 
-Scalars are read by the rules of YAML 1.2, not by PyYAML's 1.1: `1e-6` is a number, and `no` is a string (as in
-`save_strategy: no`). A key given twice is an error, where YAML libraries keep the last. Given up: interpolation,
-includes and several files; an override (`training.beta=0.2`) changes one value.
+`yaml_text` says how YAML is read. Given up: interpolation, includes and several files; an override
+(`training.beta=0.2`) changes one value.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from holdfast.cli.text import shortened, without_secrets
+from holdfast.cli.text_file import UnreadableError, text_of
+from holdfast.cli.yaml_text import MAX_DEPTH, NotReadableError, parsed, plain_scalar
+from holdfast.secrets import is_secret, secrets_in
+
+_MAX_INT = 2**63
+_MAX_LISTED = 20
 
 
 class RunFileError(ValueError):
@@ -29,8 +34,8 @@ class Document:
     """
 
     file: Path
-    values: dict[str, Any]
-    lines: dict[str, int]
+    values: dict[str | int, Any]
+    lines: Mapping[str, int]
     overridden: frozenset[str]
     sections_with: Callable[[str], Collection[str]]
 
@@ -44,21 +49,32 @@ class Document:
 
     def error(self, key: str, message: str) -> RunFileError:
         """The error to raise about a dotted key."""
-        return RunFileError(f"{self.location(key)}: {message}")
+        return RunFileError(without_secrets(f"{self.location(key)}: {message}", secrets_in(self.values)))
 
-    def unknown(self, key: str, names: Collection[str]) -> RunFileError:
-        """The error for a key that no object has, with the nearest one that exists."""
-        section, _, name = key.rpartition(".")
+    def refusal(self, section: str, what: str, error: Exception) -> RunFileError:
+        """The error for a section that was refused as a whole, placed at the first of its keys that `error` names."""
+        reason = reason_of(error)
+        keys = self.values.get(section) or {}
+        named = (f"{section}.{word}" for word in re.findall(r"\w+", reason) if word in keys)
+        return self.error(next(named, section), f"{what}: {reason}")
+
+    def unknown(self, section: str, name: str | int, names: Collection[str]) -> RunFileError:
+        """The error for a key that a section ("" for the file itself) does not have, with the nearest that exists."""
         owner = f"section `{section}`" if section else "run file"
-        homes = sorted(set(self.sections_with(name)) - {section})
-        near = difflib.get_close_matches(name, names, n=1)
-        if homes:
-            advice = f"Did you mean `{f'{homes[0]}.{name}'.lstrip('.')}`?"
+        text = str(name)
+        first, _, rest = text.partition(".")
+        homes = sorted(set(self.sections_with(text)) - {section})
+        near = difflib.get_close_matches(text, names, n=1)
+        if rest and first in names:
+            advice = f"Write it as a mapping: `{first}: {{{rest}: ...}}`."
+        elif homes:
+            advice = f"Did you mean `{f'{homes[0]}.{text}'.lstrip('.')}`?"
         elif near:
             advice = f"Did you mean `{near[0]}`?"
         else:
-            advice = f"The valid keys are {', '.join(sorted(names))}."
-        return self.error(key, f"`{key}` is not a key of the {owner}. {advice}")
+            advice = f"The valid keys are {_first_names(sorted(names))}."
+        key = f"{section}.{text}".lstrip(".")
+        return self.error(key, f"`{shortened(key)}` is not a key of the {owner}. {advice}")
 
     def check(self, where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the mapping at `where`, converted to their hints. RunFileError for an unknown key or a wrong
@@ -67,13 +83,13 @@ class Document:
             raise self.error(where, f"`{where}` must be a mapping of {_list_names(hints)}; found {_show(values)}.")
         for name in values:
             if name not in hints:
-                raise self.unknown(f"{where}.{name}" if where else str(name), hints)
+                raise self.unknown(where, name, hints)
         return {name: self.conform(f"{where}.{name}", value, hints[name]) for name, value in values.items()}
 
     def conform(self, key: str, value: Any, hint: Any) -> Any:
         """The value, converted to its hint where nothing is guessed (2 for a float is 2.0). Otherwise RunFileError."""
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-            return hint(**self.check(key, value, field_hints(hint)))
+            return self._made(key, hint, self.check(key, value, field_hints(hint)))
         # A mapping stays a mapping where that is allowed beside a class.
         options = sorted(_options(hint), key=is_dataclass)
         for option in options:
@@ -84,17 +100,45 @@ class Document:
         types = " or ".join(dict.fromkeys(_describe(option) for option in options))
         raise self.error(key, f"`{key}` must be {types}; found {_show(value)}.{_advice(value, options)}")
 
+    def _made(self, key: str, cls: type, values: Mapping[str, Any]) -> Any:
+        try:
+            return cls(**values)
+        except REFUSED as error:
+            raise self.error(key, f"`{key}` was refused: {reason_of(error)}") from error
+
     def _convert(self, key: str, value: Any, option: Any) -> Any:
         arguments = get_args(option)
+        if option is Any:  # of a library, which may take numbers as keys
+            return value
         if option in (int, float):
             return option(value)
-        if get_origin(option) is tuple:
-            return tuple(value)
-        if isinstance(value, list) and arguments:
-            return [self.conform(f"{key}.{index}", item, arguments[0]) for index, item in enumerate(value)]
-        if isinstance(value, dict) and arguments:
-            return {name: self.conform(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
+        if isinstance(value, list):
+            items = [self.conform(f"{key}.{index}", item, _item(arguments, index)) for index, item in enumerate(value)]
+            return tuple(items) if get_origin(option) is tuple else items
+        if isinstance(value, dict):
+            for name in value:
+                if not isinstance(name, str):
+                    raise self.error(f"{key}.{name}", f"`{key}` has the key {name}, and its keys are text. Quote it.")
+            item_hint = arguments[1] if arguments else Any
+            return {name: self.conform(f"{key}.{name}", item, item_hint) for name, item in value.items()}
         return value
+
+
+REFUSED = (
+    ValueError, TypeError, ImportError, LookupError, ArithmeticError, AttributeError, AssertionError, OSError,
+    NotImplementedError, RecursionError,
+)  # fmt: skip
+"""What a constructor raises that refuses a user's values, by itself or because it did not foresee them."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, with its kind where its text alone would say too little."""
+    text = str(error).strip()
+    return (
+        text
+        if isinstance(error, ValueError | OSError | ImportError | Warning) and text
+        else f"{type(error).__name__}: {text}"
+    )
 
 
 def read_document(
@@ -110,96 +154,55 @@ def read_document(
     return Document(file=path, values=values, lines=lines, overridden=overridden, sections_with=sections_with)
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text that `read_run_file` reads back as the same values."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
-
-
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                problem = f"the key `{key.value}` is given twice; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-
-# The core schema of YAML 1.2 (chapter 10.3), plus merge keys; octal, hexadecimal and sexagesimal numbers are strings.
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<", ["<"]),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _parse(path: Path) -> tuple[dict[str | int, Any], Mapping[str, int]]:
     """The values in a YAML file, and the line of each dotted key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        found = parsed(_text(path))
+    except NotReadableError as error:
+        line = "" if error.line is None else f", line {error.line}"
+        raise RunFileError(f"{path}{line}: not readable as YAML: {error}. Correct this line.") from error
+    values = {} if found.value is None else found.value
+    if not isinstance(values, dict):
+        raise RunFileError(f"{path}: a run file is a mapping of sections; found {_show(values)}.")
+    return values, found.lines
+
+
+def _text(path: Path) -> str:
+    try:
+        return text_of(path)
     except FileNotFoundError:
         raise RunFileError(f"{path}: no such run file. Give the path of a YAML file; docs/cli.md shows one.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnreadableError as error:
         raise RunFileError(
             f"{path}: the run file cannot be read ({error}). It must be a YAML text file in UTF-8."
         ) from error
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        values = {} if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise RunFileError(f"{path}{line}: not readable as YAML: {error.problem}. Correct this line.") from error
-    except yaml.YAMLError as error:
-        raise RunFileError(f"{path}: not readable as YAML: {error}. It must be a text file.") from error
-    if not isinstance(values, dict):
-        raise RunFileError(f"{path}: a run file is a mapping of sections; found {_show(values)}.")
-    return values, {} if node is None else dict(_lines(node))
 
 
-def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The dotted keys of a node and the 1-based line of each."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _lines(value, f"{name}.")
-
-
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], frozenset[str]]:
+def _override(values: dict[str | int, Any], overrides: Sequence[str]) -> tuple[dict[str | int, Any], frozenset[str]]:
     """The values after the overrides, and the dotted keys that they set."""
     names: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise RunFileError(f"--set {override}: expected key=value. Write, for example, --set training.beta=0.2")
+        shown = f"{key}=***" if is_secret(key.rpartition(".")[2]) else shortened(override)
+        if not equals or not all(part.strip() for part in key.split(".")) or key.count(".") >= MAX_DEPTH:
+            raise RunFileError(f"--set {shown}: expected key=value. Write, for example, --set training.beta=0.2")
+        value = _overriding_value(shown, text)
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise RunFileError(f"--set {override}: the value is not readable as YAML. Quote it. ({error})") from error
-        values = _replace(values, key.split("."), value, override)
+            values = _replace(values, key.split("."), value, shown)
+        except RunFileError as error:
+            raise RunFileError(without_secrets(str(error), secrets_in(values))) from error
         names.add(key)
     return values, frozenset(names)
+
+
+def _overriding_value(shown: str, text: str) -> Any:
+    try:
+        return parsed(text).value
+    except NotReadableError as error:
+        raise RunFileError(f"--set {shown}: the value is not readable as YAML. Quote it. ({error})") from error
 
 
 def _replace(values: Any, keys: Sequence[str], value: Any, override: str) -> Any:
@@ -210,7 +213,8 @@ def _replace(values: Any, keys: Sequence[str], value: Any, override: str) -> Any
     if not isinstance(values, dict | None):
         raise RunFileError(
             f"--set {override}: `{keys[0]}` can only be set inside a mapping; found {_show(values)} there. "
-            f"Write it as a mapping in the run file first, for example {{path: {values}, {keys[0]}: ...}}."
+            f"Write it as a mapping in the run file first, for example "
+            f"{{path: {shortened(str(values))}, {keys[0]}: ...}}."
         )
     values = values or {}
     return {**values, keys[0]: _replace(values.get(keys[0]), keys[1:], value, override)}
@@ -233,17 +237,32 @@ def _fits(value: Any, option: Any) -> bool:
     kind = get_origin(option) or option
     if kind is Any:
         return True
-    if kind is Literal:  # the class itself knows which values it takes
-        return any(type(value) is type(argument) for argument in get_args(option))
+    if kind is Literal:
+        return any(_is_literal(value, argument) for argument in get_args(option))
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) < _MAX_INT and value == value // 1
     if isinstance(kind, type) and issubclass(kind, Enum):
         return isinstance(value, str)
     if kind is tuple:
-        return isinstance(value, list)
+        return isinstance(value, list) and (Ellipsis in get_args(option) or len(value) == len(get_args(option)))
     return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _is_literal(value: Any, argument: Any) -> bool:
+    """Whether the value is a literal. One such as 'pissa_niter_[number of iters]' stands for all that begin like it."""
+    if isinstance(argument, str) and "[" in argument:
+        return isinstance(value, str) and value.startswith(argument.partition("[")[0])
+    return type(value) is type(argument) and value == argument
+
+
+def _item(arguments: Sequence[Any], index: int) -> Any:
+    """The hint of an item of a list or tuple with these type arguments."""
+    if not arguments:
+        return Any
+    return arguments[0] if len(arguments) == 1 or arguments[1] is Ellipsis else arguments[index]
 
 
 def _describe(option: Any) -> str:
@@ -258,17 +277,30 @@ def _describe(option: Any) -> str:
 def _advice(value: Any, options: Sequence[Any]) -> str:
     if isinstance(value, str) and value in ("None", "none", "") and NoneType in options:
         return " Write null."
-    if isinstance(value, str) and {int, float} & set(options) and _fits(yaml.load(value, Loader=_Loader), float):
+    if isinstance(value, str) and {int, float} & set(options) and _is_number(value):
         return " Write it without quotes."
     if str in options and isinstance(value, bool | int | float):
-        return f' Put it in quotes: "{value}".'
+        return f' Put it in quotes: "{shortened(str(value))}".'
+    if int in options and isinstance(value, int | float) and not abs(value) < _MAX_INT:
+        return f" Its size is below {_MAX_INT}."
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return _fits(plain_scalar(text), float)
+    except NotReadableError:
+        return False
 
 
 def _show(value: Any) -> str:
     kinds = {bool: "the boolean", int: "the number", float: "the number", str: "the string", list: "the list"}
-    return "nothing" if value is None else f"{kinds.get(type(value), 'the value')} {value!r}"
+    return "nothing" if value is None else f"{kinds.get(type(value), 'the value')} {shortened(repr(value))}"
 
 
 def _list_names(names: Collection[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "nothing"
+    return _first_names([f"`{name}`" for name in names]) or "nothing"
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])

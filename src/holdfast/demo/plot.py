@@ -4,6 +4,7 @@ KL has a square-root axis, on which the frontier starts as a straight line (to f
 `sqrt(2 KL var(r))`), so that the mild policies near 1 nat and the collapsed one beyond 10 are readable in one picture.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from holdfast.demo.policy import Estimate, Measurement
 from holdfast.demo.results import ArmResult, DemoResult
+from holdfast.store.files import write_durably
 
 _OPTIMAL, _START = "#555555", "#000000"
 # The three fixed arms land on one point: their markers are nested, so that all three can be seen there.
@@ -48,7 +50,9 @@ def plot_frontier(result: DemoResult, path: Path) -> None:
         fontsize=9,
         color=_OPTIMAL,
     )
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
+    write_durably(path, picture.getvalue())
 
 
 def _draw(axes: Axes, result: DemoResult, quantity: str, largest_kl: float) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from holdfast.demo.frontier import Frontier, Optimum
 from holdfast.demo.policy import Estimate, Measurement
+from holdfast.store.files import write_durably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +81,4 @@ class DemoResult:
         content = asdict(self) | {"output_dir": str(self.output_dir), "exit_code": self.exit_code}
         for arm in content["arms"]:
             del arm["held_out_logps"]
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_durably(path, f"{json.dumps(content, indent=1)}\n".encode())

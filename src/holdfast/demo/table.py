@@ -1,5 +1,6 @@
 """The demo's table and verdict, on the console and as a text file."""
 
+import io
 from pathlib import Path
 
 from rich import box
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from holdfast.demo.policy import Estimate
 from holdfast.demo.results import ArmResult, DemoResult
+from holdfast.store.files import write_durably
 
 _FILE_WIDTH = 100
 _HEADINGS = (
@@ -21,8 +23,9 @@ def print_result(result: DemoResult, console: Console, path: Path) -> None:
     """Prints the table and what the checks say, and writes the same, without colours, to `path`."""
     content = Group(result_table(result), _notes(result), verdict(result))
     console.print(content)
-    with path.open("w", encoding="utf-8") as file:
-        Console(file=file, width=_FILE_WIDTH, color_system=None, force_terminal=False).print(content)
+    text = io.StringIO()
+    Console(file=text, width=_FILE_WIDTH, color_system=None, force_terminal=False).print(content)
+    write_durably(path, text.getvalue().encode())
     console.print(f"Written to {result.output_dir}: frontier.png, results.json, table.txt", highlight=False)
 
 

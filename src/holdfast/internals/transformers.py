@@ -52,6 +52,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_maybe_log_save_evaluate": ("tr_loss", "grad_norm"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_push_from_checkpoint": ("checkpoint_folder",),
+    "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
 }

@@ -51,8 +51,11 @@ def load_model(
     option = "model" if is_trainable else "ref_model"
     where = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
     request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
-    asked = reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=where.get("subfolder"))
-    with asked, bars(are_shown=not args.disable_tqdm):
+    subfolder = where.get("subfolder")
+    with (
+        reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=subfolder),
+        bars(are_shown=not args.disable_tqdm),
+    ):
         if _is_adapter(path, kwargs):
             return _load_adapter(option, path, kwargs, is_trainable=is_trainable)
         return _load_whole(option, path, kwargs)

@@ -48,6 +48,7 @@ from holdfast.checkpoint.training_state import (
 )
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
+from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.pair_trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class ResumableTrainer(PairTrainer):
             uploading=self._uploading,
         )
         if self.args.push_to_hub:
-            with self._pushing(checkpoint):
+            with self._pushing(checkpoint), without_secrets_on_disk(self.args):
                 super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
 
@@ -105,6 +106,11 @@ class ResumableTrainer(PairTrainer):
         except ValueError:
             remove_cut_copies(checkpoint, folder)
             raise
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the model and `training_args.bin`, the latter without secrets."""
+        with without_secrets_on_disk(self.args):
+            super()._save(output_dir, state_dict)
 
     def _run_record(self) -> dict[str, Any]:
         """What a checkpoint's manifest says besides the reference: where in the data the run is, the policy's digest,

@@ -1,0 +1,69 @@
+"""Keys of a run file that contradict each other are refused before anything is loaded, each at its own line."""
+
+import pytest
+
+from holdfast.cli.runfile import read_run_file
+from holdfast.cli.yaml_document import RunFileError
+
+SETS = "{easy: e, hard: h}"
+REFUSED = [  # data, other sections, training, the key at fault, what is said
+    ("{train: t}", "", "eval_strategy: steps", "training.eval_strategy", "no"),
+    ("{train: t}", "", "eval_on_start: true", "training.eval_on_start", "no"),
+    ("{train: t}", "", "save_strategy: best, metric_for_best_model: loss", "training.save_strategy", "is 'best'"),
+    ("{train: t}", "", "lr_scheduler_type: greedy, eval_strategy: steps", "training.eval_strategy", "no"),
+    ("{train: t, eval: {}}", "", "", "data.eval", "is a mapping without datasets"),
+    ("{train: t, eval: {easy: 3}}", "", "", "data.eval.easy", "must be a mapping of"),
+    (
+        f"{{train: t, eval: {SETS}}}", "", "eval_strategy: steps, metric_for_best_model: eval_loss",
+        "training.metric_for_best_model", "`data.eval` has several sets.*for example, .*: easy_loss`",
+    ),
+    ("{train: {path: t, streaming: true}}", "", "", "training.max_steps", "is a stream, which has no length"),
+    (
+        "{train: {path: t, streaming: true}}", "", "max_steps: 3, ignore_data_skip: true",
+        "training.ignore_data_skip", "is a stream, whose place",
+    ),
+    (
+        "{train: {path: t, streaming: true}}", "", "max_steps: 3, train_sampling_strategy: group_by_length",
+        "training.train_sampling_strategy", "is a stream, whose pairs come in its own order",
+    ),
+    ("{train: t}", "reference: {kind: adapter, model: r}", "", "reference.model", "`reference.kind` is 'adapter'"),
+    ("{train: t}", "reference: {kind: snapshot, model: r}", "", "reference.model", "`reference.kind` is 'snapshot'"),
+    ("{train: t}", "reference: {model: r}", "loss_type: simpo", "reference.model", "which takes no reference"),
+    ("{train: t}", "reference: {model: r}", "ref_adapter_name: x", "reference.model", "`training.ref_adapter_name` is"),
+    ("{train: t}", "", "ref_model_weights: [0.5, 0.5]", "training.ref_model_weights", "there is nothing to weight"),
+    ("{train: t}", "", "batch_eval_metrics: true", "training.batch_eval_metrics", "without `compute_metrics`"),
+    ("{train: t}", "peft: {r: -4}", "", "peft.r", "`peft.r` must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "more", "training", "key", "said"), REFUSED)
+def test_a_contradiction(tmp_path, data, more, training, key, said):
+    options = ["output_dir: o", "use_cpu: true", *([training] if training else [])]
+    lines = [
+        "model: m", *f"data: {data}".split("\n"), more or "# no more",
+        f"training: {{{', '.join(options)}}}",
+    ]  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    section = key.partition(".")[0]
+    line = {"data": 2, "reference": 3, "peft": 3, "training": 4}[section]
+    with pytest.raises(RunFileError, match=f"{said}") as error:
+        read_run_file(path).training_arguments()
+    assert f"run.yaml, line {line}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "training"),
+    [
+        ("{train: t, eval: e}", "eval_strategy: steps, metric_for_best_model: eval_loss"),
+        (f"{{train: t, eval: {SETS}}}", "eval_strategy: steps, metric_for_best_model: eval_hard_loss"),
+        (f"{{train: t, eval: {SETS}}}", "eval_strategy: steps, metric_for_best_model: easy_rewards/margins"),
+        ("{train: {path: t, streaming: true}}", "max_steps: 3"),
+    ],
+)
+def test_what_agrees(tmp_path, data, training):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: m\ndata: {data}\ntraining: {{output_dir: o, use_cpu: true, {training}}}\n", encoding="utf-8"
+    )
+    assert read_run_file(path).training_arguments().use_cpu
