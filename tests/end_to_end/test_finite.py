@@ -175,8 +175,8 @@ def test_what_another_process_finds_stops_this_one(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "options",
     [
-        {"learning_rate": float("inf")},
-        {"weight_decay": float("nan"), "optim": "adamw_torch"},
+        {"learning_rate": 1e38, "weight_decay": 1e10},
+        {"weight_decay": 1e38, "learning_rate": 1e30, "optim": "adamw_torch"},
     ],
 )
 def test_a_run_whose_last_step_breaks_the_model_is_no_success(options: dict[str, Any], tmp_path: Path) -> None:
