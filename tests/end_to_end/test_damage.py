@@ -16,6 +16,8 @@ from holdfast.checkpoint.manifest import read_manifest
 from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, trainer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
 OPTIONS |= {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 1}
 FILES = [

@@ -28,6 +28,8 @@ from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
 
 resource = pytest.importorskip("resource", reason="no limits on the size of files here")
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 1}
 ROOM = r"but there is no room for it: .*, [\d,]+ bytes are free\. What was written of it is removed\. Free some space"
