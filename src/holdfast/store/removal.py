@@ -2,8 +2,8 @@
 
 Other programs name folders by 32 hexadecimal digits too, and people leave files where they should not. A folder is
 proved to be a store by a manifest that can be read and has the key of the folder's name. Where that is lost, shards of
-this key prove it, or the name of a store that is being removed, if nothing else is in the folder. No link is followed,
-since it may lead anywhere.
+this key prove it, if nothing else is in the folder; and so does the name of a store that is being removed, if at most
+unfinished files of it are left. No link is followed, since it may lead anywhere.
 
 A store goes at once, by renaming its folder, which keeps the key's digest in its name; then file by file. Given up:
 folders that earlier versions were removing, where a kill left neither manifest nor shard.
@@ -62,9 +62,10 @@ def is_store(folder: Path) -> bool:
         return False
     if content.foreign:
         return False
-    if folder.name.endswith(DROPPED) and (digest is not None or not content.own):
-        return True  # no other program gives such a name, and nothing else is in it
-    return any(_is_shard_of(path, digest) for path in shard_paths(folder))
+    shards = shard_paths(folder)
+    if not content.own or (digest is not None and not shards and MANIFEST not in content.own):
+        return folder.name.endswith(DROPPED)  # of a store that went, at most what came last is left
+    return any(_is_shard_of(path, digest) for path in shards)
 
 
 def remove_store(folder: Path) -> list[Path]:
