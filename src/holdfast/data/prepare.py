@@ -15,7 +15,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self, final
@@ -255,11 +255,10 @@ class _AddIds:
         none, with its number."""
         if self._together is None:
             self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
-        try:
+        with suppress(Exception):  # a row is at fault, and perhaps not the first that is
             preferences = [read_preference(row) for row in rows]
             return preferences, self._together(preferences)
-        except Exception:  # a row is at fault, and perhaps not the first that is
-            return self._row_by_row(rows, indices, self._together)
+        return self._row_by_row(rows, indices, self._together)
 
     def _row_by_row(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], tokenizer: BatchTokenizer
