@@ -4,7 +4,9 @@
 `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
 """
 
+import shlex
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from holdfast import interruption
 from holdfast.cli import store as store_cli
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.yaml_document import to_yaml
+from holdfast.interruption import Interrupted
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
@@ -60,7 +64,7 @@ def train(
     debug: _Debug = False,
 ) -> None:
     """Train a model on preference pairs, as a run file says."""
-    with messages(debug):
+    with messages(debug, going_on=partial(_command, "train", run_file, overrides or [])):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         assert arguments.output_dir is not None  # it has a default
@@ -81,7 +85,7 @@ def precompute(
 
     Under `accelerate launch` the processes share the work; a job that was killed goes on where it was.
     """
-    with messages(debug):
+    with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         arguments.precompute_ref_log_probs = True
@@ -110,7 +114,8 @@ def demo(
         _check_writable(output)
         from holdfast.demo import run_demo
 
-        result = run_demo(output, seed=seed)
+        with interruption.saying(f"The experiment has to begin anew; nothing is in {output} yet."):
+            result = run_demo(output, seed=seed)
     raise typer.Exit(result.exit_code)
 
 
@@ -118,21 +123,40 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
     """The metrics of a run that is trained, saved into `folder` and evaluated."""
     from holdfast.cli.assembly import trainer_of
 
-    trainer = trainer_of(run, arguments)
+    with interruption.saying("Nothing is trained yet."):
+        trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    interruption.wait("the trained model is saved first. A second signal ends it at once.")
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     metrics = dict(result.metrics)
     if run["data.eval"] is not None:
-        evaluation = trainer.evaluate()
+        with interruption.saying(f"The model is trained, and complete in {folder}. Its evaluation is missing."):
+            interruption.at_once()
+            evaluation = trainer.evaluate()
+        interruption.wait()
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
         (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
         trainer.push_to_hub()
+    interruption.finished()
     return metrics
+
+
+def _command(name: str, run_file: Path, overrides: list[str], interrupted: Interrupted) -> str:
+    """The command line with which a stopped run goes on."""
+    key = "training.resume_from_checkpoint"
+    if interrupted.checkpoint is not None:
+        from holdfast.checkpoint.folder import complete_checkpoints
+
+        is_newest = interrupted.checkpoint == complete_checkpoints(interrupted.checkpoint.parent)[-1]
+        overrides = [override for override in overrides if not override.startswith(f"{key}=")]
+        overrides = [*overrides, f"{key}={'true' if is_newest else interrupted.checkpoint}"]
+    options = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["holdfast", name, str(run_file), *options])
 
 
 def _check_writable(folder: Path) -> None:

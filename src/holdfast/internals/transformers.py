@@ -28,12 +28,14 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "train": ("resume_from_checkpoint",),
     "training_step": ("model", "inputs"),
+    "_evaluate": (),
     "_get_eval_sampler": ("eval_dataset",),
     "_get_dataloader": ("dataset", "description", "batch_size"),
     "_get_train_sampler": ("train_dataset",),
     "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_rng_state": ("checkpoint",),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save_checkpoint": ("model", "trial"),
     "_set_signature_columns_if_needed": (),
@@ -42,6 +44,15 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
+    "_maybe_log_save_evaluate": (
+        "tr_loss",
+        "grad_norm",
+        "model",
+        "trial",
+        "epoch",
+        "ignore_keys_for_eval",
+        "start_time",
+    ),
     "_move_model_to_device": ("model", "device"),
     "_prepare_inputs": ("inputs",),
 }

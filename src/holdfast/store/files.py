@@ -34,7 +34,7 @@ def newer_format(path: Path, format_number: Any) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file that has its name only once it is complete and on the disk. OSError leaves nothing behind."""
+    """Writes a file that has its name only once it is complete and on the disk. An error leaves nothing behind."""
     partial = path.with_name(f"{uuid.uuid4().hex}{PARTIAL}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
@@ -46,7 +46,7 @@ def write_durably(path: Path, data: bytes) -> None:
         finally:
             os.close(descriptor)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # also where the process is asked to end
         remove(partial)
         raise
     flush_folder(path.parent)

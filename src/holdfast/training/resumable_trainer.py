@@ -5,7 +5,7 @@ checkpoint counts only from then on: older ones are deleted, and this one is pus
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.template_date import date_to_print
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
+from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.pair_trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ResumableTrainer(PairTrainer):
 
     _provenance: Provenance | None = None
     _uploading: Sequence[str] = ()
+    _interruption: InterruptionCallback
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
@@ -59,7 +61,7 @@ class ResumableTrainer(PairTrainer):
         save_complete(
             self,
             checkpoint,
-            partial(super()._save_checkpoint, model, trial),
+            partial(self._save_as_library, partial(super()._save_checkpoint, model, trial)),
             reference=self.reference,
             provenance=self._provenance,
             run_record=self._run_record,
@@ -69,6 +71,11 @@ class ResumableTrainer(PairTrainer):
             super()._push_from_checkpoint(str(checkpoint))
             self._uploading = [*self._uploading, checkpoint.name]
 
+    def _save_as_library(self, save: Callable[[], None]) -> None:
+        """What transformers saves of a checkpoint. `self.args` is a copy meanwhile."""
+        self.args.save_only_model = self.args.save_only_model and not self._interruption.is_ending
+        save()
+
     def _run_record(self) -> dict[str, Any]:
         """What a checkpoint's manifest says besides the reference: where in the data the run is, the policy's digest,
         and the date that chat templates print."""
@@ -76,7 +83,16 @@ class ResumableTrainer(PairTrainer):
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
+            "evaluation_due": self._interruption.is_evaluation_due,
         }
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._interruption.evaluating():
+            return super()._evaluate(*args, **kwargs)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        super()._load_rng_state(checkpoint)
+        self._interruption.evaluate_if_due()
 
     def _print_date_of(self, checkpoint: Path) -> None:
         """Chat templates print the date that they printed in the run that wrote `checkpoint`."""
