@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 SAME_REQUEST_SECONDS = 2.0
 """Under a launcher, a signal this soon after the one before is the same request. A ctrl-C reaches the processes from
 the terminal and once more from `torchrun`; one whose process ends is answered with SIGTERM to the others."""
-WORKER_SECONDS = 5.0
-"""How long a worker that gets SIGTERM waits to see whether its parent got one too."""
+WORKER_SECONDS, MOST_LOOKS = 0.5, 20
+"""How long a forked child that gets SIGTERM goes on before it looks whether its parent was told too; and how often it
+looks while the parent was not."""
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of which each launcher of several processes sets one."""
 
@@ -80,6 +82,9 @@ class _Handling:
         self._asked_at = 0.0
         self._shared = mmap.mmap(-1, 2)
         self._previous: dict[int, Any] = {}
+        self._unraisablehook = sys.unraisablehook
+        self._is_lost = False
+        self._child = self._num_looks = 0
 
     @property
     def waits(self) -> bool:
@@ -97,9 +102,12 @@ class _Handling:
             is_default = found in (signal.SIG_DFL, signal.default_int_handler)
             if is_default or isinstance(getattr(found, "__self__", None), _Handling):  # the latter: of a parent process
                 self._previous[number] = signal.signal(number, self.heard)
+        self._unraisablehook, sys.unraisablehook = sys.unraisablehook, self.found_unraisable
 
     def restore(self) -> None:
         """Puts back what was replaced, unless somebody else has replaced it since."""
+        if sys.unraisablehook == self.found_unraisable:
+            sys.unraisablehook = self._unraisablehook
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self.heard:
                 signal.signal(number, previous)
@@ -108,6 +116,9 @@ class _Handling:
         """The handler: raises, or leaves the request to the next `check()`; a second signal ends the process."""
         if os.getpid() != self.process:
             self.heard_in_child(number)
+        elif self._is_lost:
+            self._is_lost = False
+            self.end()
         elif self.asked is not None:
             is_launched = any(name in os.environ for name in _LAUNCHERS)
             if not is_launched or time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
@@ -120,19 +131,36 @@ class _Handling:
                 os.write(2, f"\n{signal.Signals(number).name}: {self.notice}\n".encode())  # `print` may be at work
 
     def heard_in_child(self, number: int) -> None:
-        """In a forked child. Its parent is told too, and ends it, so the child goes on: the parent may need a data
-        loader's worker to finish a step. SIGTERM is also how a parent ends a child. Then, and wherever the parent needs
-        nothing more, the child ends without a word."""
+        """In a forked child. Its parent is told too, and ends it. So the child goes on: the parent may need a data
+        loader's worker to finish a step, or a worker of a pool to let go of a lock. But SIGTERM is also how a parent
+        ends a child: one that is still there a little later, or gets another, ends without a word, unless the parent
+        waits."""
         if number != signal.SIGTERM:
             return
-        deadline = time.monotonic() + WORKER_SECONDS
-        while self.waits and self._shared[self._PHASE] != self._ENDING and os.getppid() == self.process:
-            if self._shared[self._PHASE] == self._ASKED:
-                return
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        _default_action(number)
+        if self._child == os.getpid() and not (self.waits and self._shared[self._PHASE] != self._ENDING):
+            _default_action(number)
+        self._child, self._num_looks = os.getpid(), 0
+        signal.signal(signal.SIGALRM, self._look_again)
+        signal.setitimer(signal.ITIMER_REAL, WORKER_SECONDS)
+
+    def _look_again(self, number: int, frame: Any) -> None:
+        phase, self._num_looks = self._shared[self._PHASE], self._num_looks + 1
+        may_be_asked = phase == self._RUNNING and self._num_looks < MOST_LOOKS  # the parent may be in a long call
+        if self.waits and (phase == self._ASKED or may_be_asked) and os.getppid() == self.process:
+            signal.setitimer(signal.ITIMER_REAL, WORKER_SECONDS)
+        else:
+            _default_action(signal.SIGTERM)
+
+    def found_unraisable(self, unraisable: Any) -> None:
+        """`sys.unraisablehook`: what was raised where Python cannot raise, as in `__del__`, is raised again a little
+        later."""
+        if isinstance(unraisable.exc_value, Interrupted) and os.getpid() == self.process:
+            self._is_lost = True
+            main, number = threading.main_thread().ident, unraisable.exc_value.number
+            assert main is not None
+            threading.Timer(0.02, signal.pthread_kill, (main, number)).start()
+        else:
+            self._unraisablehook(unraisable)
 
     def ask(self, number: int) -> None:
         """Notes the request to end."""

@@ -48,10 +48,10 @@ class InterruptionCallback(TrainerCallback):
     def run(self, checkpoint: Path | None, trial: Any) -> Iterator[None]:
         """A context for one run, resumed from `checkpoint` if there is one. An `Interrupted` that leaves it says what
         was done; the checkpoint is written that was still missing."""
-        interruption.at_once()
         self._first_step = self._saved_step = self._agreed = None
         self.is_evaluation_due = checkpoint is not None and bool(read_manifest(checkpoint).get("evaluation_due"))
         try:
+            interruption.at_once()
             yield
             interruption.check()
             return
@@ -62,6 +62,7 @@ class InterruptionCallback(TrainerCallback):
             is_between_steps = interrupted is error
         if is_between_steps and self._is_unsaved():  # an error of this save is no part of the interruption
             self._trainer._save_checkpoint(self._trainer.model_wrapped, trial)
+            self._saved_step = self._trainer.state.global_step
         self._close_progress()
         self._describe(interrupted, checkpoint, Path(self._trainer._get_output_dir(trial)))
         raise interrupted
