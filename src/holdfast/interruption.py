@@ -79,6 +79,8 @@ class _Handling:
         self.process = os.getpid()
         self.asked: int | None = None
         self.notice = ""
+        self.is_finished = False
+        self.is_raised = False
         self._asked_at = 0.0
         self._shared = mmap.mmap(-1, 2)
         self._previous: dict[int, Any] = {}
@@ -127,7 +129,7 @@ class _Handling:
             self.ask(number)
             if not self.waits:
                 self.end()
-            elif self.notice and os.environ.get("RANK", "0") == "0":
+            elif self.notice and not self.is_finished and os.environ.get("RANK", "0") == "0":
                 os.write(2, f"\n{signal.Signals(number).name}: {self.notice}\n".encode())  # `print` may be at work
 
     def heard_in_child(self, number: int) -> None:
@@ -172,6 +174,7 @@ class _Handling:
         assert self.asked is not None
         self._asked_at = time.monotonic()
         self._shared[self._PHASE] = self._ENDING
+        self.is_raised = True
         raise Interrupted(self.asked)
 
 
@@ -202,7 +205,9 @@ def handled() -> Iterator[None]:
     handling.install()
     try:
         yield
-        if handling.asked is not None:  # by a signal that waited, or whose exception got lost in a library
+        if (
+            handling.asked is not None and not handling.is_finished
+        ):  # by a signal that waited, or whose exception got lost in a library
             handling.end()
     finally:
         handling.restore()
@@ -213,28 +218,44 @@ def handled() -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """`handled` for the Python interface; also a decorator. Signals leave the outermost one as Python's own would:
     SIGINT as `Interrupted`, SIGTERM and SIGUSR1 as `Stopped`, with a warning that says what was done."""
-    is_outermost = _current() is None
-    try:
-        with handled():
+    if _current() is not None:
+        yield
+        return
+    interrupted: Interrupted | None = None
+    with handled():
+        try:
             yield
-    except BaseException as error:
-        interrupted = interruption_behind(error)
-        if interrupted is None or not is_outermost:
-            raise
+            check()
+        except BaseException as error:
+            interrupted = interruption_behind(error)
+            if interrupted is None:
+                raise
+        else:
+            return
+        caught()
         if interrupted.number == signal.SIGINT:
-            raise interrupted from None
+            raise interrupted
         logger.warning("%s", interrupted)
         raise Stopped(interrupted.exit_code) from interrupted
 
 
 def interruption_behind(error: BaseException | None) -> Interrupted | None:
-    """The `Interrupted` that `error` is, or in whose place it was raised, as by a library's clean-up; None where there
-    is none, or where it has become an exit already."""
-    while error is not None and not isinstance(error, SystemExit):
-        if isinstance(error, Interrupted):
-            return error
-        error = error.__context__
-    return None
+    """The `Interrupted` that `error` is, or in whose place it was raised: by a library's clean-up, or by C code that
+    makes another error of whatever it meets. None where there is none, or where it has become an exit already."""
+    handling, behind = _current(), error
+    if isinstance(error, SystemExit):
+        return None
+    while behind is not None:
+        if isinstance(behind, Interrupted):
+            return behind
+        behind = behind.__context__
+    return Interrupted(handling.asked) if handling is not None and handling.is_raised and handling.asked else None
+
+
+def caught() -> None:
+    """The `Interrupted` was caught, so what is raised from now on is an error of its own."""
+    if (handling := _current()) is not None:
+        handling.is_raised = False
 
 
 def wait(notice: str = "") -> None:
@@ -274,9 +295,9 @@ def check() -> None:
 
 
 def finished() -> None:
-    """All that was to be done is done: a request that has waited is void, and signals go on waiting."""
+    """All that was to be done is done: a request to end that has waited is void, and so is one that comes."""
     if (handling := _current()) is not None:
-        handling.asked, handling.waits = None, True
+        handling.asked, handling.waits, handling.is_finished = None, True, True
 
 
 @contextmanager

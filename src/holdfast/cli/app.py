@@ -142,7 +142,6 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
         trainer.push_to_hub()
-    interruption.finished()
     return metrics
 
 

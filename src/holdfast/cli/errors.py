@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from holdfast.cli.yaml_document import RunFileError
-from holdfast.interruption import Interrupted, handled, interruption_behind
+from holdfast.interruption import Interrupted, at_once, finished, handled, interruption_behind
 
 RANK = int(os.environ.get("RANK", "0"))
 """The number of this process among those that a launcher started."""
@@ -40,18 +40,20 @@ def messages(
     `of_libraries`: a library's `ValueError` is the user's as well. That is so where a command does nothing but read a
     user's files. `going_on` says with which command a stopped one goes on; by default with itself.
     """
-    try:
-        with handled():
+    with handled():
+        try:
+            at_once()
             yield
-    except BaseException as error:
-        if (interrupted := interruption_behind(error)) is not None:
-            _print_interruption(interrupted, going_on)
-            raise typer.Exit(interrupted.exit_code) from None
-        if debug or not isinstance(error, Exception) or not _is_for_user(error, of_libraries=of_libraries):
-            raise
-        prefix = f"[rank {RANK}] " if RANK else ""
-        _console.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+            finished()
+        except BaseException as error:
+            if (interrupted := interruption_behind(error)) is not None:
+                _print_interruption(interrupted, going_on)
+                raise typer.Exit(interrupted.exit_code) from None
+            if debug or not isinstance(error, Exception) or not _is_for_user(error, of_libraries=of_libraries):
+                raise
+            prefix = f"[rank {RANK}] " if RANK else ""
+            _console.print(f"[bold red]error:[/] {escape(prefix + str(error))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
 
 
 def _print_interruption(interrupted: Interrupted, going_on: Callable[[Interrupted], str] | None) -> None:

@@ -39,7 +39,7 @@ class InterruptionCallback(TrainerCallback):
         self._agreed: int | None = None
         self._votes: Tensor | None = None
         self._num_predictions = 0
-        self._is_at_epoch_end = False
+        self._is_at_epoch_end = self._was_at_epoch_end = False
         self._is_evaluating = False
         self.is_evaluation_due = False
         """Whether the evaluation of the last step is left to the resumed run."""
@@ -49,7 +49,9 @@ class InterruptionCallback(TrainerCallback):
         """A context for one run, resumed from `checkpoint` if there is one. An `Interrupted` that leaves it says what
         was done; the checkpoint is written that was still missing."""
         self._first_step = self._saved_step = self._agreed = None
-        self.is_evaluation_due = checkpoint is not None and bool(read_manifest(checkpoint).get("evaluation_due"))
+        record = {} if checkpoint is None else read_manifest(checkpoint)
+        self.is_evaluation_due = bool(record.get("evaluation_due"))
+        self._is_at_epoch_end, self._was_at_epoch_end = False, bool(record.get("epoch_end"))
         try:
             interruption.at_once()
             yield
@@ -60,6 +62,7 @@ class InterruptionCallback(TrainerCallback):
             if interrupted is None:
                 raise
             is_between_steps = interrupted is error
+        interruption.caught()
         if is_between_steps and self._is_unsaved():  # an error of this save is no part of the interruption
             self._trainer._save_checkpoint(self._trainer.model_wrapped, trial)
             self._saved_step = self._trainer.state.global_step
@@ -76,6 +79,11 @@ class InterruptionCallback(TrainerCallback):
         finally:
             self._is_evaluating = False
 
+    def record(self) -> dict[str, bool]:
+        """What a checkpoint's manifest says: whether its step's evaluation is left to the resumed run, and whether what
+        happens at the end of an epoch was done."""
+        return {"evaluation_due": self.is_evaluation_due, "epoch_end": self._is_at_epoch_end}
+
     @property
     def is_ending(self) -> bool:
         """Whether the run ends after this step."""
@@ -91,7 +99,7 @@ class InterruptionCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on signals wait for the end of a step."""
-        self._is_at_epoch_end = False
+        self._is_at_epoch_end = self._was_at_epoch_end = False
         interruption.wait(NOTICE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -109,6 +117,8 @@ class InterruptionCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As `on_step_end`, where an epoch has logs, evaluations or checkpoints of its own."""
         self._is_at_epoch_end = True
+        if self._was_at_epoch_end:  # resumed after its last step
+            control.should_log = control.should_evaluate = control.should_save = False
         if self.is_ending:
             if self._saved_step == state.global_step and not (control.should_log or control.should_evaluate):
                 self._raise()
@@ -206,6 +216,6 @@ class InterruptionCallback(TrainerCallback):
 
 
 def _ends_epoch(args: Any, state: Any) -> bool:
-    """Whether the last step was an epoch's last, and something is logged, evaluated or saved at its end."""
-    is_last = state.epoch is not None and float(state.epoch).is_integer()
+    """Whether the last step was an epoch's or the run's last, and something is logged, evaluated or saved at its end."""
+    is_last = state.global_step >= state.max_steps or (state.epoch is not None and float(state.epoch).is_integer())
     return is_last and "epoch" in (args.logging_strategy, args.eval_strategy, args.save_strategy)

@@ -83,7 +83,7 @@ class ResumableTrainer(PairTrainer):
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
-            "evaluation_due": self._interruption.is_evaluation_due,
+            **self._interruption.record(),
         }
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
