@@ -5,8 +5,8 @@ tensor operations and of file events, so it is the same instant each time, whate
 
 Asked: `{"argv", "folder", "at"}`: the command's arguments, where it runs, and `[[event, signal], ...]`. `python` as the
 first argument trains by the Python interface instead; then `true` as the second one resumes.
-Answered: `{"code", "text", "events"}`: the exit code (negative: the signal that ended it), what it printed, and how many
-events there were (null where it was ended by a signal's default action).
+Answered: `{"code", "text", "events"}`: the exit code (negative: the signal that ended it), what it printed, and how
+many events there were (null where it was ended by a signal's default action).
 """
 
 import contextlib
@@ -25,9 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import holdfast.cli.assembly  # noqa: F401  # everything is imported once, before the forks
 from holdfast import interruption
 from holdfast.cli.__main__ import main as command_line
-from policies import POLICIES, config, rows, trainer
-
-FORKED = interruption.SIGNALS
+from policies import POLICIES, config, trainer
 
 
 class Instants(TorchDispatchMode):
@@ -69,7 +67,7 @@ def live(asked: dict[str, Any], answers: int) -> int:
     """The exit code of what was asked for; the fork ends with it."""
     os.chdir(asked["folder"])
     os.environ["HOLDFAST_HOME"] = str(Path(asked["folder"]) / "home")
-    for number in FORKED:
+    for number in interruption.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = ["holdfast", *asked["argv"]]
     code: Any = 0

@@ -259,7 +259,7 @@ def caught() -> None:
 
 
 def wait(notice: str = "") -> None:
-    """From now on, signals wait for `check()` or `at_once()`. `notice` is printed when one comes: what is waited for."""
+    """From now on, signals wait for `check()` or `at_once()`. `notice` says what they wait for, when one comes."""
     if (handling := _current()) is not None:
         handling.waits, handling.notice = True, notice
 

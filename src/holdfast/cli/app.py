@@ -4,8 +4,11 @@
 `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
 """
 
+import os
 import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,8 +27,10 @@ from holdfast.interruption import Interrupted
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
+    from holdfast.trainer import DPOTrainer
 
 _output = Console(quiet=RANK != 0)
+_TRAINED = "The model is trained, and complete"
 
 app = typer.Typer(
     name="holdfast",
@@ -132,21 +137,38 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
     trainer.save_metrics("train", result.metrics)
     metrics = dict(result.metrics)
     if run["data.eval"] is not None:
-        with interruption.saying(f"The model is trained, and complete in {folder}. Its evaluation is missing."):
-            interruption.at_once()
+        with _after_training(trainer, folder, "evaluated"):
             evaluation = trainer.evaluate()
-        interruption.wait()
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
         (folder / "run.yaml").write_text(to_yaml(run.document.values), encoding="utf-8")
     if arguments.push_to_hub:
-        trainer.push_to_hub()
+        with _after_training(trainer, folder, "pushed to the hub"):
+            trainer.push_to_hub()
     return metrics
 
 
+@contextmanager
+def _after_training(trainer: "DPOTrainer", folder: Path, what: str) -> Iterator[None]:
+    """A context for a step that follows the final save, and may be given up."""
+    from holdfast.checkpoint.folder import complete_checkpoints
+
+    try:
+        interruption.at_once()
+        yield
+        interruption.wait()
+    except Interrupted as interrupted:
+        interrupted.done = f"{_TRAINED} in {folder}. It was not {what}."
+        last = f"checkpoint-{trainer.state.global_step}"
+        interrupted.checkpoint = next((path for path in complete_checkpoints(folder) if path.name == last), None)
+        raise
+
+
 def _command(name: str, run_file: Path, overrides: list[str], interrupted: Interrupted) -> str:
-    """The command line with which a stopped run goes on."""
+    """The command line with which a stopped run goes on; empty where it would only train once more."""
+    if interrupted.checkpoint is None and interrupted.done.startswith(_TRAINED):
+        return ""
     key = "training.resume_from_checkpoint"
     if interrupted.checkpoint is not None:
         from holdfast.checkpoint.folder import complete_checkpoints
@@ -155,7 +177,10 @@ def _command(name: str, run_file: Path, overrides: list[str], interrupted: Inter
         overrides = [override for override in overrides if not override.startswith(f"{key}=")]
         overrides = [*overrides, f"{key}={'true' if is_newest else interrupted.checkpoint}"]
     options = [word for override in overrides for word in ("--set", override)]
-    return shlex.join(["holdfast", name, str(run_file), *options])
+    words = shlex.join([name, str(run_file), *options])
+    return (
+        f"holdfast {words}" if os.environ.get("WORLD_SIZE", "1") == "1" else f"launch `-m holdfast.cli {words}` again"
+    )
 
 
 def _check_writable(folder: Path) -> None:

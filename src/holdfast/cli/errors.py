@@ -57,12 +57,13 @@ def messages(
 
 
 def _print_interruption(interrupted: Interrupted, going_on: Callable[[Interrupted], str] | None) -> None:
-    """Two lines, of the first process among those that a launcher started."""
+    """What is kept, and how to go on: printed by the first process among those that a launcher started."""
     if RANK == 0:
         done = f"stopped by {interrupted.number.name}. {interrupted.done}".rstrip()
         _console.print(escape(done), soft_wrap=True, highlight=False)
         command = shlex.join(["holdfast", *sys.argv[1:]]) if going_on is None else going_on(interrupted)
-        _console.print(escape(f"To go on: {command}"), soft_wrap=True, highlight=False)
+        if command:
+            _console.print(escape(f"To go on: {command}"), soft_wrap=True, highlight=False)
 
 
 def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:

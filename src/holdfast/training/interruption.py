@@ -216,6 +216,6 @@ class InterruptionCallback(TrainerCallback):
 
 
 def _ends_epoch(args: Any, state: Any) -> bool:
-    """Whether the last step was an epoch's or the run's last, and something is logged, evaluated or saved at its end."""
+    """Whether the last step was an epoch's or the run's last, at whose end something is logged, evaluated or saved."""
     is_last = state.global_step >= state.max_steps or (state.epoch is not None and float(state.epoch).is_integer())
     return is_last and "epoch" in (args.logging_strategy, args.eval_strategy, args.save_strategy)
