@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import cached_file
@@ -85,6 +86,19 @@ def _is_called(name: str) -> bool:
 
 def _reads(code: Any, name: str) -> bool:
     return name in code.co_names or any(_reads(inner, name) for inner in code.co_consts if hasattr(inner, "co_names"))
+
+
+def unlogged_loss(trainer: Trainer) -> tuple[float, int]:
+    """This process's training loss since the last log, summed over its batches, and the step of that log."""
+    loss = looked_up("transformers", trainer, "_tr_loss")
+    return float(loss), int(looked_up("transformers", trainer, "_globalstep_last_logged"))
+
+
+def set_unlogged_loss(trainer: Trainer, loss: float, step: int) -> None:
+    """Makes these what `unlogged_loss` returns. To be called once training has begun."""
+    unlogged_loss(trainer)
+    trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
+    trainer._globalstep_last_logged = step
 
 
 def dict_fields() -> list[str]:

@@ -39,6 +39,7 @@ class InterruptionCallback(TrainerCallback):
         self._agreed: int | None = None
         self._votes: Tensor | None = None
         self._num_predictions = 0
+        self._record: dict[str, Any] = {}
         self._is_at_epoch_end = self._was_at_epoch_end = False
         self._is_evaluating = False
         self.is_evaluation_due = False
@@ -49,9 +50,9 @@ class InterruptionCallback(TrainerCallback):
         """A context for one run, resumed from `checkpoint` if there is one. An `Interrupted` that leaves it says what
         was done; the checkpoint is written that was still missing."""
         self._first_step = self._saved_step = self._agreed = None
-        record = {} if checkpoint is None else read_manifest(checkpoint)
-        self.is_evaluation_due = bool(record.get("evaluation_due"))
-        self._is_at_epoch_end, self._was_at_epoch_end = False, bool(record.get("epoch_end"))
+        self._record = {} if checkpoint is None else read_manifest(checkpoint)
+        self.is_evaluation_due = bool(self._record.get("evaluation_due"))
+        self._is_at_epoch_end, self._was_at_epoch_end = False, bool(self._record.get("epoch_end"))
         try:
             interruption.at_once()
             yield
@@ -94,6 +95,7 @@ class InterruptionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes where the run begins. See `transformers.TrainerCallback` for this and the other events."""
         self._first_step = self._saved_step = state.global_step
+        self._trainer._restore_unlogged(self._record.get("unlogged", []))
         if state.global_step >= state.max_steps:  # no step follows that an evaluation could precede
             self.evaluate_if_due()
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import nn
 
 from holdfast.card import write_card
@@ -25,6 +26,7 @@ from holdfast.checkpoint.policy_state import (
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.template_date import date_to_print
+from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.training.interruption import InterruptionCallback
@@ -39,6 +41,7 @@ class ResumableTrainer(PairTrainer):
     _provenance: Provenance | None = None
     _uploading: Sequence[str] = ()
     _interruption: InterruptionCallback
+    _unlogged: Sequence[dict[str, Any]] = ()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
@@ -56,6 +59,9 @@ class ResumableTrainer(PairTrainer):
         self._check_finite(self._tallies["train"].total("loss", self._sum_over_processes), folder)
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        loss, step = unlogged_loss(self)
+        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record()}
+        self._unlogged = gather_object([unlogged])
         push = getattr(self, "push_in_progress", None)
         self._uploading = () if push is None or push.is_done() else self._uploading
         save_complete(
@@ -83,8 +89,24 @@ class ResumableTrainer(PairTrainer):
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
+            "unlogged": self._unlogged,
             **self._interruption.record(),
         }
+
+    def _restore_unlogged(self, of_processes: list[dict[str, Any]]) -> None:
+        """What was computed since the last log goes into the next one, as in a run that was not resumed. `of_processes`
+        is what a checkpoint records, of each process of the run that wrote it."""
+        if not of_processes:
+            return
+        index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        own = of_processes[index if len(of_processes) == num_processes else 0]
+        loss, metrics = own["loss"], own["metrics"]
+        if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
+            loss = sum(part["loss"] for part in of_processes) / len(of_processes)
+            parts = of_processes if index == 0 else []
+            metrics = {name: [sum(part["metrics"][name][i] for part in parts) for i in (0, 1)] for name in metrics}
+        set_unlogged_loss(self, loss, own["step"])
+        self._tallies["train"].restore(metrics, self.accelerator.device)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self._interruption.evaluating():
