@@ -17,7 +17,7 @@ from holdfast.interruption import SIGNALS, Interrupted, Stopped, handled, interr
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
 @pytest.fixture(autouse=True)
