@@ -33,7 +33,7 @@ class Instants(TorchDispatchMode):
 
     def __init__(self, at: list[list[int]]) -> None:
         super().__init__()
-        self.at = {event: number for event, number in at}
+        self.at: dict[int, int] = {pair[0]: pair[1] for pair in at}
         self.num_events = 0
         self.is_on = True
         sys.addaudithook(self._heard)

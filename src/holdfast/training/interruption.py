@@ -146,11 +146,9 @@ class InterruptionCallback(TrainerCallback):
 
     def evaluate_if_due(self) -> None:
         """Makes the evaluation that the interrupted run has left, as that run would have."""
-        if not self.is_evaluation_due:
-            return
-        trainer, self.is_evaluation_due = self._trainer, False
-        trainer.control.should_log, trainer.control.should_evaluate, trainer.control.should_save = False, True, False
-        trainer._maybe_log_save_evaluate(None, None, trainer.model_wrapped, None, trainer.state.epoch, None, 0.0)
+        if self.is_evaluation_due:
+            self.is_evaluation_due = False
+            self._trainer._evaluate_after_step()
 
     # --- agreeing, ending and telling ---------------------------------------------------------------------------------
 

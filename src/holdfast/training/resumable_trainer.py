@@ -104,13 +104,21 @@ class ResumableTrainer(PairTrainer):
         if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
             loss = sum(part["loss"] for part in of_processes) / len(of_processes)
             parts = of_processes if index == 0 else []
-            metrics = {name: [sum(part["metrics"][name][i] for part in parts) for i in (0, 1)] for name in metrics}
+            metrics = {
+                name: [sum((part["metrics"][name][i] for part in parts), 0.0) for i in (0, 1)] for name in metrics
+            }
         set_unlogged_loss(self, loss, own["step"])
         self._tallies["train"].restore(metrics, self.accelerator.device)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self._interruption.evaluating():
             return super()._evaluate(*args, **kwargs)
+
+    def _evaluate_after_step(self) -> None:
+        """Evaluates, and saves a checkpoint if it is the best, as at the end of a step where that is due."""
+        self.control.should_log, self.control.should_evaluate, self.control.should_save = False, True, False
+        untyped: Any = self
+        untyped._maybe_log_save_evaluate(None, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         super()._load_rng_state(checkpoint)
