@@ -2,13 +2,14 @@
 signal it was, one message says how to go on, nothing half-written is left, nothing scored is lost, and what comes of it
 is what comes of a run that nothing interrupted, bit for bit.
 
-`make test` has one instant for each command and for each way to end it, `make nightly` twenty for every two.
+`make test` has one instant for a few commands and for each way to end them, `make nightly` twenty for all.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -183,26 +184,27 @@ def check_interrupted(command: str, end: str, draw: random.Random, life: Life, c
     instant = draw.randint(1, num_events)
     answer = life(argv, folder, [(instant, number), *([(instant + 1, number)] if "twice" in end else [])])
     where = f"{command}, {end} at event {instant} of {num_events}: {answer['code']}\n{answer['text'][-3000:]}"
-    assert answer["code"] in (0, code, *([-code] if "twice" in end else [])) or "twice" in end, where
+    is_over = command == "python" and "train_runtime" in answer["text"]  # the script goes on by itself
+    allowed = {0, code} | ({128 + number} if "twice" in end else set()) | ({-number} if is_over else set())
+    assert answer["code"] in allowed, where
     if answer["code"] > 0:
         check_left(command, folder, answer)
-    num_kept = sum(facts.num_completions for facts in stores(folder / "home/store"))
     if answer["code"] != 0:
+        resumed: list[str] = []
         if command.startswith(("train", "python")) and any(folder.glob("out/checkpoint-*/reference/manifest.json")):
             resumed = ["true"] if command == "python" else ["--set", "training.resume_from_checkpoint=true"]
-        else:
-            resumed = []
         again = life([*argv, *resumed], folder)
         assert again["code"] == 0, f"{where}\nagain: {again['text'][-3000:]}"
-        if command == "precompute" and answer["code"] > 0 and num_kept:
-            assert f"{num_kept} of 32 completions (train) are kept" in answer["text"], where
-            assert f"{num_kept} of 32 completions found in the store, {32 - num_kept} scored" in again["text"]
+        if kept := re.search(r"(\d+) of (\d+) completions \(train\) are kept", answer["text"]):
+            num_kept, num_all = map(int, kept.groups())
+            found_again = f"{num_kept} of {num_all} completions found in the store, {num_all - num_kept} scored"
+            assert command != "precompute" or found_again in again["text"], f"{where}\nagain: {again['text'][-3000:]}"
     assert result(command, folder) == expected, where
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("end", [*ENDS])
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
+@pytest.mark.parametrize("command", ["train", "precompute", "python", "store import"])
 def test_ended_at_an_instant(command: str, end: str, life: Life, control: Any, tmp_path: Path) -> None:
     check_interrupted(command, end, random.Random(f"{command} {end}"), life, control, tmp_path / "ended")
 
