@@ -94,9 +94,11 @@ def unlogged_loss(trainer: Trainer) -> tuple[float, int]:
     return float(loss), int(looked_up("transformers", trainer, "_globalstep_last_logged"))
 
 
-def set_unlogged_loss(trainer: Trainer, loss: float, step: int) -> None:
-    """Makes these what `unlogged_loss` returns. To be called once training has begun."""
+def set_unlogged_loss(trainer: Trainer, loss: float, step: int, mean: float) -> None:
+    """Makes these what `unlogged_loss` returns. To be called once training has begun. `mean` is the mean of the
+    processes' losses: it is taken off `train_loss`, which is about the steps of one run."""
     unlogged_loss(trainer)
+    trainer._total_loss_scalar = looked_up("transformers", trainer, "_total_loss_scalar") - mean
     trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
     trainer._globalstep_last_logged = step
 

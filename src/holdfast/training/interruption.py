@@ -67,6 +67,7 @@ class InterruptionCallback(TrainerCallback):
         if is_between_steps and self._is_unsaved():  # an error of this save is no part of the interruption
             self._trainer._save_checkpoint(self._trainer.model_wrapped, trial)
             self._saved_step = self._trainer.state.global_step
+            self._accelerator.wait_for_everyone()
         self._close_progress()
         self._describe(interrupted, checkpoint, Path(self._trainer._get_output_dir(trial)))
         raise interrupted

@@ -100,14 +100,14 @@ class ResumableTrainer(PairTrainer):
             return
         index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         own = of_processes[index if len(of_processes) == num_processes else 0]
+        mean = sum(part["loss"] for part in of_processes) / len(of_processes)
         loss, metrics = own["loss"], own["metrics"]
         if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
-            loss = sum(part["loss"] for part in of_processes) / len(of_processes)
-            parts = of_processes if index == 0 else []
+            loss, parts = mean, of_processes if index == 0 else []
             metrics = {
                 name: [sum((part["metrics"][name][i] for part in parts), 0.0) for i in (0, 1)] for name in metrics
             }
-        set_unlogged_loss(self, loss, own["step"])
+        set_unlogged_loss(self, loss, own["step"], mean)
         self._tallies["train"].restore(metrics, self.accelerator.device)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
