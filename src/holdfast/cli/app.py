@@ -176,7 +176,9 @@ def _command(name: str, run_file: Path, overrides: list[str], interrupted: Inter
         is_newest = interrupted.checkpoint == complete_checkpoints(interrupted.checkpoint.parent)[-1]
         overrides = [override for override in overrides if not override.startswith(f"{key}=")]
         overrides = [*overrides, f"{key}={'true' if is_newest else interrupted.checkpoint}"]
-    options = [word for override in overrides for word in ("--set", override)]
+    parts = [override.partition("=") for override in overrides]
+    shown = [f"{key}=..." if "token" in key else f"{key}{sign}{value}" for key, sign, value in parts]  # no secrets
+    options = [word for override in shown for word in ("--set", override)]
     words = shlex.join([name, str(run_file), *options])
     return (
         f"holdfast {words}" if os.environ.get("WORLD_SIZE", "1") == "1" else f"launch `-m holdfast.cli {words}` again"
