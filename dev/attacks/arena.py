@@ -96,11 +96,11 @@ def _live(argv: Sequence[str], folder: Path, said: Path, file_bytes: int | None,
 
 def _exit_code(argv: Sequence[str]) -> int:
     """The code with which the command `holdfast` would end."""
-    from holdfast.cli.app import app
+    from holdfast.cli.__main__ import main
 
     sys.argv = ["holdfast", *argv]
     try:
-        app()
+        main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else (0 if end.code is None else 1)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The trainer's arguments, checked against each other before anything is loaded."""
 
+import copy
 import difflib
 import os
 import tempfile
@@ -69,6 +70,9 @@ def checked_arguments(
             "`ref_model` out: by default the reference is the policy as it starts to train."
         )
     _check_writable(str(args.output_dir))
+    if getattr(args, "enable_jit_checkpoint", False):  # every run does it; a second handler would end it as finished
+        args = copy.copy(args)
+        args.enable_jit_checkpoint = False
     return args
 
 

@@ -139,6 +139,15 @@ class Tally:
         self._totals = {}
         return reduced
 
+    def record(self) -> dict[str, list[float]]:
+        """[sum, count] of each metric on this process. Waits for the device."""
+        totals = torch.stack(list(self._totals.values())).tolist() if self._totals else []
+        return dict(zip(self._totals, totals, strict=True))
+
+    def restore(self, record: Mapping[str, list[float]], device: torch.device) -> None:
+        """Makes `record` what is tallied."""
+        self._totals = {name: torch.tensor(pair, device=device) for name, pair in record.items()}
+
     def total(self, name: str, reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """The sum of one metric since the last log, over all processes; 0 where there is none. Nothing is removed."""
         return float(reduce_sum(self._totals.get(name, torch.zeros(2)))[0])

@@ -39,6 +39,7 @@ from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
+from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics
 from holdfast.options.combinations import check_length
@@ -55,6 +56,7 @@ from holdfast.reference.run_folder import running
 from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
+from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.resumable_trainer import ResumableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training_arguments import check_optimizers
@@ -75,6 +77,7 @@ class DPOTrainer(ResumableTrainer):
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
 
+    @interruptible()
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -125,6 +128,8 @@ class DPOTrainer(ResumableTrainer):
         self._make_reference(load_ref_models(ref_model, args))
         if hasattr(unwrap(policy), "add_model_tags"):
             unwrap(policy).add_model_tags(list(TAGS))
+        self._interruption = InterruptionCallback(self)
+        self.add_callback(self._interruption)  # the last one: it ends a step
 
     def _place_policy(self, policy: nn.Module) -> None:
         prepare_device(self.args)
@@ -206,8 +211,7 @@ class DPOTrainer(ResumableTrainer):
         self._begin_numbers()
         if checkpoint is not None:
             self._print_date_of(checkpoint)
-        is_recorded = checkpoint is not None or self.args.save_strategy != "no"
-        if self.reference is not None and self._provenance is None and is_recorded:
+        if self.reference is not None and self._provenance is None:
             self._provenance = Provenance.of_run(
                 args=self.args,
                 policy=self.model,
@@ -226,9 +230,17 @@ class DPOTrainer(ResumableTrainer):
 
     # --- a run --------------------------------------------------------------------------------------------------------
 
+    @interruptible()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Audit the reference, then train; see `transformers.Trainer.train`."""
+        """Audit the reference, then train; see `transformers.Trainer.train`.
+
+        SIGTERM, SIGINT and SIGUSR1 end it after a step, with a complete checkpoint: see `holdfast.interruption`.
+        """
         self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
+        with self._interruption.run(checkpoint, kwargs.get("trial", next(iter(args), None))):
+            return self._train(checkpoint, *args, **kwargs)
+
+    def _train(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
         self._settle(checkpoint)
         if checkpoint is not None:
             self._say_what_starts_afresh(checkpoint)

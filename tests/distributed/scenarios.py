@@ -7,6 +7,7 @@ What differs between processes by nature is under names that end in `each_proces
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,11 +21,14 @@ from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast import DataCollatorForPreference, DPOTrainer, Reference
+from holdfast import DataCollatorForPreference, DPOTrainer, Reference, interruption
+from holdfast.checkpoint.folder import complete_checkpoints
 from holdfast.reference.identity.digests import digest
 from holdfast.store.store import LogpStore
+from holdfast.training import interruption as interruption_of_training
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -173,6 +177,52 @@ def resumed(folder: Path, train_dataset: Dataset | None = None, **reference: Any
     again = make(folder / "parts", POLICIES["lora_sft"](), **options)
     parts = trained(again, folder / "again", resume_from_checkpoint=True)
     return whole | {"resumed": parts}
+
+
+def asked_to_end(folder: Path) -> Any:
+    """The last process gets SIGTERM within a step, and in another run within an evaluation; a new trainer goes on, and
+    begins with the evaluation. The checkpoint is between two logs."""
+    interruption_of_training.PREDICTIONS_BETWEEN = 1
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4, "logging_steps": 3, "eval_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_dataset": held_out_rows(8), "train_dataset": rows(10)}
+    whole = trained(make(folder / "whole", POLICIES["lora_sft"](), **options), folder)
+    found: dict[str, Any] = {}
+    for event in ("on_step_begin", "on_evaluate_batch"):
+        ours = make(folder / event, POLICIES["lora_sft"](), **options)
+        ours.add_callback(_Signal(event))
+        code = None
+        try:
+            ours.train()
+        except SystemExit as end:
+            code = end.code
+        complete = [path.name for path in complete_checkpoints(folder / event)]
+        ended = gather_object([[code, ours.state.global_step, complete]])
+        (folder / f"{event} again").mkdir(exist_ok=True)
+        again = make(folder / event, POLICIES["lora_sft"](), **options)
+        again = trained(again, folder / f"{event} again", resume_from_checkpoint=True)
+        found[event] = {"ended_each_process": ended, "resumed": again}
+    return whole | found
+
+
+class _Signal(TrainerCallback):
+    """Sends the last process SIGTERM in its second step, or in the evaluation after that."""
+
+    def __init__(self, event: str) -> None:
+        self.event = event
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if self.event == "on_step_begin" and state.global_step == 1:
+            self._send()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `transformers.TrainerCallback`."""
+        if self.event == "on_evaluate_batch" and state.global_step == 2:
+            self._send()
+
+    def _send(self) -> None:
+        if RANK == WORLD - 1 and not interruption.is_asked():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def resumed_given(folder: Path) -> Any:
@@ -409,6 +459,7 @@ SCENARIOS: dict[str, Scenario] = (
             unlike_beginnings_captured,
             unlike_adapters,
             resumed,
+            asked_to_end,
             resumed_given,
             checkpoint_order,
             train_stream,

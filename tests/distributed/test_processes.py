@@ -141,6 +141,21 @@ def test_resumed_is_uninterrupted(name: str, num_processes: int, runs: Runs) -> 
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate_batch"])
+def test_all_processes_end_after_the_same_step(event: str, num_processes: int, runs: Runs) -> None:
+    """With the code of the signal that one of them got, and one checkpoint; the run that goes on is the whole one."""
+    whole = of(runs, "asked_to_end", num_processes)
+    ended = whole[event]
+    assert ended["ended_each_process"] == [[143, 2, ["checkpoint-2"]]] * num_processes
+    logs = [
+        [{k: v for k, v in entry.items() if k != "train_loss"} for entry in run["logs"]]
+        for run in (whole, ended["resumed"])
+    ]
+    assert logs[0] == logs[1]
+    assert whole["weights_of_each_process"] == ended["resumed"]["weights_of_each_process"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_sums_that_came_with_the_data_are_used_on_every_process(num_processes: int, runs: Runs) -> None:
     """And train as a reference that is asked; at the first step, rounding decides which reward is the higher."""
     given, live = (of(runs, name, num_processes) for name in ("resumed_given", "resumed"))

@@ -1,5 +1,16 @@
-"""`python -m holdfast.cli`, as `accelerate launch -m` and `torchrun -m` start it."""
+"""The command `holdfast`, also as `python -m holdfast.cli`, which `accelerate launch -m` and `torchrun -m` start."""
 
-from holdfast.cli.app import app
+from holdfast.interruption import handled, wait
 
-app()
+
+def main() -> None:
+    """Runs the command line. A signal that comes while modules are imported waits for the command to begin."""
+    with handled():
+        wait()
+        from holdfast.cli.app import app
+
+        app()
+
+
+if __name__ == "__main__":
+    main()

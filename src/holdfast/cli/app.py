@@ -4,9 +4,12 @@
 `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
 """
 
+import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,18 +19,22 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from holdfast import interruption
 from holdfast.cli import store as store_cli
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
+from holdfast.interruption import Interrupted
 from holdfast.secrets import masked
 
 if TYPE_CHECKING:
     from holdfast.config import DPOConfig
+    from holdfast.trainer import DPOTrainer
 
 _output = Console(quiet=RANK != 0)
+_TRAINED = "The model is trained, and complete"
 
 _UsageError = typer.BadParameter.__mro__[1]
 """Of click, or of the copy of it that typer may bring."""
@@ -97,7 +104,7 @@ def train(
     debug: _Debug = False,
 ) -> None:
     """Train a model on preference pairs, as a run file says."""
-    with messages(debug):
+    with messages(debug, going_on=partial(_command, "train", run_file, overrides or [])):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         assert arguments.output_dir is not None  # it has a default
@@ -118,7 +125,7 @@ def precompute(
 
     Under `accelerate launch` the processes share the work; a job that was killed goes on where it was.
     """
-    with messages(debug):
+    with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run = read_run_file(run_file, overrides or [])
         arguments = run.training_arguments()
         arguments.precompute_ref_log_probs = True
@@ -157,7 +164,8 @@ def demo(
         _check_writable(output)
         from holdfast.demo import run_demo
 
-        result = run_demo(output, seed=seed)
+        with interruption.saying(f"The experiment has to begin anew; nothing is in {output} yet."):
+            result = run_demo(output, seed=seed)
     raise typer.Exit(result.exit_code)
 
 
@@ -171,22 +179,60 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, folder)
     if checkpoint is not None:
         check_sound(checkpoint, resuming(checkpoint), reads_all=False)  # before anything is loaded
-    trainer = trainer_of(run, arguments)
+    with interruption.saying("Nothing is trained yet."):
+        trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    interruption.wait("the trained model is saved first. A second signal ends it at once.")
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     metrics = dict(result.metrics)
     if run["data.eval"] is not None:
-        evaluation = trainer.evaluate()
+        with _after_training(trainer, folder, "evaluated"):
+            evaluation = trainer.evaluate()
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     if trainer.is_world_process_zero():
         text = to_yaml(masked(run.document.values))
         write_text(folder / "run.yaml", text, lambda: last_complete(folder, none="train again"))
     if arguments.push_to_hub:
-        trainer.push_to_hub()
+        with _after_training(trainer, folder, "pushed to the hub"):
+            trainer.push_to_hub()
     return metrics
+
+
+@contextmanager
+def _after_training(trainer: "DPOTrainer", folder: Path, what: str) -> Iterator[None]:
+    """A context for a step that follows the final save, and may be given up."""
+    from holdfast.checkpoint.folder import complete_checkpoints
+
+    try:
+        interruption.at_once()
+        yield
+        interruption.wait()
+    except Interrupted as interrupted:
+        interrupted.done = f"{_TRAINED} in {folder}. It was not {what}."
+        last = f"checkpoint-{trainer.state.global_step}"
+        interrupted.checkpoint = next((path for path in complete_checkpoints(folder) if path.name == last), None)
+        raise
+
+
+def _command(name: str, run_file: Path, overrides: list[str], interrupted: Interrupted) -> str:
+    """The command line with which a stopped run goes on; empty where it would only train once more."""
+    if interrupted.checkpoint is None and interrupted.done.startswith(_TRAINED):
+        return ""
+    key = "training.resume_from_checkpoint"
+    if interrupted.checkpoint is not None:
+        from holdfast.checkpoint.folder import complete_checkpoints
+
+        is_newest = interrupted.checkpoint == complete_checkpoints(interrupted.checkpoint.parent)[-1]
+        overrides = [override for override in overrides if not override.startswith(f"{key}=")]
+        overrides = [*overrides, f"{key}={'true' if is_newest else interrupted.checkpoint}"]
+    options = [word for override in overrides for word in ("--set", override)]
+    words = shlex.join([name, str(run_file), *options])
+    return (
+        f"holdfast {words}" if os.environ.get("WORLD_SIZE", "1") == "1" else f"launch `-m holdfast.cli {words}` again"
+    )
 
 
 def _check_writable(folder: Path) -> None:

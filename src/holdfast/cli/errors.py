@@ -6,11 +6,15 @@ this package. Every other exception is a defect and keeps its traceback. Given u
 user's value keeps its traceback too, since it may as well be a defect. What can be foreseen is checked in this package
 first.
 
+SIGTERM, SIGINT and SIGUSR1 end a command in a message too: what is kept, and how to go on (`holdfast.interruption`).
+
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """
 
 import os
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -20,6 +24,7 @@ from rich.markup import escape
 
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
+from holdfast.interruption import Interrupted, at_once, finished, handled, interruption_behind
 
 RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
@@ -28,22 +33,40 @@ _console = Console(stderr=True)
 
 
 @contextmanager
-def messages(debug: bool, *, of_libraries: bool = False) -> Iterator[None]:
+def messages(
+    debug: bool, *, of_libraries: bool = False, going_on: Callable[[Interrupted], str] | None = None
+) -> Iterator[None]:
     """Ends the command with a message where a user can mend the error. The exit code is 2 for an error in the run file,
     else 1. With `debug`, every error keeps its traceback.
 
     `of_libraries`: a library's `ValueError` is the user's as well. That is so where a command does nothing but read a
-    user's files.
+    user's files. `going_on` says with which command a stopped one goes on; by default with itself.
     """
-    try:
-        yield
-    except Exception as error:
-        if debug or not _is_for_user(error, of_libraries=of_libraries):
-            raise
-        prefix = f"[rank {RANK}] " if RANK else ""
-        text = printable(prefix + _message(error), keeps_lines=True)
-        _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+    with handled():
+        try:
+            at_once()
+            yield
+            finished()
+        except BaseException as error:
+            if (interrupted := interruption_behind(error)) is not None:
+                _print_interruption(interrupted, going_on)
+                raise typer.Exit(interrupted.exit_code) from None
+            if debug or not isinstance(error, Exception) or not _is_for_user(error, of_libraries=of_libraries):
+                raise
+            prefix = f"[rank {RANK}] " if RANK else ""
+            text = printable(prefix + _message(error), keeps_lines=True)
+            _console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True, highlight=False)
+            raise typer.Exit(2 if isinstance(error, RunFileError) else 1) from error
+
+
+def _print_interruption(interrupted: Interrupted, going_on: Callable[[Interrupted], str] | None) -> None:
+    """What is kept, and how to go on: printed by the first process among those that a launcher started."""
+    if RANK == 0:
+        done = f"stopped by {interrupted.number.name}. {interrupted.done}".rstrip()
+        _console.print(escape(printable(done)), soft_wrap=True, highlight=False)
+        command = shlex.join(["holdfast", *sys.argv[1:]]) if going_on is None else going_on(interrupted)
+        if command:
+            _console.print(escape(printable(f"To go on: {command}")), soft_wrap=True, highlight=False)
 
 
 _OUT_OF_MEMORY = (

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from holdfast import interruption
 from holdfast.config import DPOConfig
 from holdfast.demo.checks import check_all
 from holdfast.demo.frontier import Frontier, Optimum, frontier, optimal_policy
@@ -159,9 +160,11 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
         seconds=time.perf_counter() - started,
         output_dir=output_dir,
     )
-    result.write_json(output_dir / "results.json")
-    plot_frontier(result, output_dir / "frontier.png")
-    print_result(result, console, output_dir / "table.txt")
+    with interruption.waiting():
+        result.write_json(output_dir / "results.json")
+        plot_frontier(result, output_dir / "frontier.png")
+        print_result(result, console, output_dir / "table.txt")
+        interruption.finished()
     return result
 
 
@@ -202,6 +205,7 @@ def train_arm(
     trainer.remove_callback(PrinterCallback)
     num_reference_bytes = num_bytes(trainer.reference) if trainer.reference is not None else 0
     trainer.train()
+    interruption.at_once()
     seconds = time.perf_counter() - started - observer.seconds
 
     generator = torch.Generator().manual_seed(seed + 1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -40,6 +41,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "save_state": (),
     "train": ("resume_from_checkpoint",),
     "training_step": ("model", "inputs"),
+    "_evaluate": (),
     "_finalize_training": (),
     "_get_eval_sampler": ("eval_dataset",),
     "_get_dataloader": ("dataset", "description", "batch_size"),
@@ -60,6 +62,15 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
+    "_maybe_log_save_evaluate": (
+        "tr_loss",
+        "grad_norm",
+        "model",
+        "trial",
+        "epoch",
+        "ignore_keys_for_eval",
+        "start_time",
+    ),
     "_move_model_to_device": ("model", "device"),
     "_prepare_inputs": ("inputs",),
 }
@@ -92,6 +103,21 @@ def _is_called(name: str) -> bool:
 
 def _reads(code: Any, name: str) -> bool:
     return name in code.co_names or any(_reads(inner, name) for inner in code.co_consts if hasattr(inner, "co_names"))
+
+
+def unlogged_loss(trainer: Trainer) -> tuple[float, int]:
+    """This process's training loss since the last log, summed over its batches, and the step of that log."""
+    loss = looked_up("transformers", trainer, "_tr_loss")
+    return float(loss), int(looked_up("transformers", trainer, "_globalstep_last_logged"))
+
+
+def set_unlogged_loss(trainer: Trainer, loss: float, step: int, mean: float) -> None:
+    """Makes these what `unlogged_loss` returns. To be called once training has begun. `mean` is the mean of the
+    processes' losses: it is taken off `train_loss`, which is about the steps of one run."""
+    unlogged_loss(trainer)
+    trainer._total_loss_scalar = looked_up("transformers", trainer, "_total_loss_scalar") - mean
+    trainer._tr_loss = torch.full_like(trainer._tr_loss, loss)
+    trainer._globalstep_last_logged = step
 
 
 def dict_fields() -> list[str]:

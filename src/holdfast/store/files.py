@@ -122,7 +122,7 @@ def newer_format(path: Path, format_number: Any) -> str:
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Writes a file that has its name only once it is complete and on the disk. OSError leaves nothing behind.
+    """Writes a file that has its name only once it is complete and on the disk. An error leaves nothing behind.
 
     By default nobody but its owner may change it, so its owner is its author.
     """
@@ -137,7 +137,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
         finally:
             os.close(descriptor)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # also where the process is asked to end
         remove(partial)
         raise
     flush_folder(path.parent)

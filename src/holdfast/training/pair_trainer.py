@@ -43,6 +43,7 @@ from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs,
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
+from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
 from holdfast.policy.full_eval import FullEval
@@ -193,6 +194,7 @@ class PairTrainer(Trainer):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
+    @interruptible()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -213,6 +215,7 @@ class PairTrainer(Trainer):
         self._check_numbers(metrics, "The evaluation")  # callbacks may have changed some
         return metrics
 
+    @interruptible()
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
         test_dataset = self._preparation.of(test_dataset, "test")

@@ -7,7 +7,7 @@ checkpoint counts only from then on: older ones are deleted, and this one is pus
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,11 @@ from holdfast.checkpoint.training_state import (
     saved_names,
     starting_afresh,
 )
+from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
+from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.pair_trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class ResumableTrainer(PairTrainer):
 
     _provenance: Provenance | None = None
     _uploading: Sequence[str] = ()
+    _interruption: InterruptionCallback
+    _unlogged: Sequence[dict[str, Any]] = ()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
@@ -78,12 +82,15 @@ class ResumableTrainer(PairTrainer):
         check_state(self.state, folder=folder)
         self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        loss, step = unlogged_loss(self)
+        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record()}
+        self._unlogged = gather_object([unlogged])
         push = getattr(self, "push_in_progress", None)
         self._uploading = () if push is None or push.is_done() else self._uploading
         save_complete(
             self,
             checkpoint,
-            partial(super()._save_checkpoint, model, trial),
+            partial(self._save_as_library, partial(super()._save_checkpoint, model, trial)),
             reference=self.reference,
             provenance=self._provenance,
             run_record=self._run_record,
@@ -112,14 +119,22 @@ class ResumableTrainer(PairTrainer):
         with without_secrets_on_disk(self.args):
             super()._save(output_dir, state_dict)
 
+    def _save_as_library(self, save: Callable[[], None]) -> None:
+        """What transformers saves of a checkpoint. `self.args` is a copy meanwhile."""
+        self.args.save_only_model = self.args.save_only_model and not self._interruption.is_ending
+        save()
+
     def _run_record(self) -> dict[str, Any]:
         """What a checkpoint's manifest says besides the reference: where in the data the run is, the policy's digest,
         and the date that chat templates print."""
+        has_optimizer = self._interruption.is_ending or not self.args.save_only_model
         return {
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
-            "optimizer": None if self._is_sharded or self.args.save_only_model else optimizer_record(self.optimizer),
+            "optimizer": None if self._is_sharded or not has_optimizer else optimizer_record(self.optimizer),
+            "unlogged": self._unlogged,
+            **self._interruption.record(),
         }
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +150,16 @@ class ResumableTrainer(PairTrainer):
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             leave_only(Path(best))
         return output
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._interruption.evaluating():
+            return super()._evaluate(*args, **kwargs)
+
+    def _evaluate_after_step(self) -> None:
+        """Evaluates, and saves a checkpoint if it is the best, as at the end of a step where that is due."""
+        self.control.should_log, self.control.should_evaluate, self.control.should_save = False, True, False
+        untyped: Any = self
+        untyped._maybe_log_save_evaluate(None, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
 
     # --- what is written into the output folder -----------------------------------------------------------------------
 
@@ -200,6 +225,23 @@ class ResumableTrainer(PairTrainer):
 
     # --- what is read again -------------------------------------------------------------------------------------------
 
+    def _restore_unlogged(self, of_processes: list[dict[str, Any]]) -> None:
+        """What was computed since the last log goes into the next one, as in a run that was not resumed. `of_processes`
+        is what a checkpoint records, of each process of the run that wrote it."""
+        if not of_processes:
+            return
+        index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        own = of_processes[index if len(of_processes) == num_processes else 0]
+        mean = sum(part["loss"] for part in of_processes) / len(of_processes)
+        loss, metrics = own["loss"], own["metrics"]
+        if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
+            loss, parts = mean, of_processes if index == 0 else []
+            metrics = {
+                name: [sum((part["metrics"][name][i] for part in parts), 0.0) for i in (0, 1)] for name in metrics
+            }
+        set_unlogged_loss(self, loss, own["step"], mean)
+        self._tallies["train"].restore(metrics, self.accelerator.device)
+
     def _print_date_of(self, checkpoint: Path) -> None:
         """Chat templates print the date that they printed in the run that wrote `checkpoint`."""
         date = date_to_print(checkpoint, self._preparation.template_date, self.args.template_date)
@@ -253,6 +295,7 @@ class ResumableTrainer(PairTrainer):
         if checkpoint is not None:
             with loading(Path(checkpoint), "the random state", "rng_state*.pth"):
                 super()._load_rng_state(checkpoint)
+        self._interruption.evaluate_if_due()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.data.completions import CompletionsToScore
+from holdfast.data.completions import Completions, CompletionsToScore
+from holdfast.interruption import Interrupted, is_asked, waiting
 from holdfast.reference.identity.identity import Identity
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
@@ -123,8 +124,12 @@ class PrecomputedReference:
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
         description, unit = f"Reference log-probs ({name})", "completions"
-        with store, tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar:
-            blocks = partial(claimed_blocks, store, on_wait=partial(_show_waiting, bar))
+        with (
+            store,
+            _kept_when_interrupted(store, name, data) as check,
+            tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
+        ):
+            blocks = partial(claimed_blocks, store, on_wait=partial(_show_waiting, bar, check))
             for batch in data.batches(blocks, store.missing):
                 logps = by_content(batch, score(batch), scorer)
                 store.add(logps)
@@ -133,6 +138,7 @@ class PrecomputedReference:
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(logps))
+                check()
             bar.update(bar.total - bar.n)
         self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
@@ -175,8 +181,31 @@ def _of_batch(batch: PairBatch, logps: Mapping[ContentId, Tensor]) -> SequenceLo
     )
 
 
-def _show_waiting(bar: Any, num_blocks: int) -> None:
+@contextlib.contextmanager
+def _kept_when_interrupted(store: LogpStore, name: str, data: CompletionsToScore) -> Iterator[Callable[[], None]]:
+    """A context in which a signal waits for the batch that is being scored. It gives what is to be called after each
+    batch: where a signal has come, all that was scored is written, then `Interrupted` is raised, and says so."""
+    try:
+        with waiting("the batch is finished, then what was scored is written. A second signal ends it at once.") as end:
+
+            def check() -> None:
+                if is_asked():
+                    store.flush()  # before the claim is released, so that nobody scores it again
+                end()
+
+            yield check
+    except Interrupted as interrupted:
+        num_kept, total = store.num_completions, data.num_completions()
+        if isinstance(data, Completions):
+            num_kept = total - len(store.missing(data.ids()))
+        interrupted.done = f"{num_kept} of {total} completions ({name}) are kept in {store.folder}."
+        interrupted.advice = "Run it again to go on."
+        raise
+
+
+def _show_waiting(bar: Any, check: Callable[[], None], num_blocks: int) -> None:
     """Says in the progress bar that other processes still score."""
+    check()
     bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
