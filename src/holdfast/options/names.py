@@ -16,6 +16,7 @@ import numpy as np
 from accelerate.utils import DynamoBackend
 from transformers.debug_utils import DebugOption
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -50,7 +51,8 @@ def check_names(args: Any) -> None:
         value = getattr(args, name, None)
         value = value.value if isinstance(value, Enum) else value
         if value is not None and not (name == "include_num_input_tokens_seen" and isinstance(value, bool)):
-            require_known(name, str(value).lower() if name == "torch_compile_backend" else str(value), names)
+            text = value if isinstance(value, str) else shown(value)
+            require_known(name, text.lower() if name == "torch_compile_backend" else text, names)
     for name in _never_none(type(args)):
         if getattr(args, name) is None:
             raise ValueError(f"{name}=None was asked for; it has no such value. Leave it out for its default.")
@@ -76,18 +78,22 @@ def _kinds(options: type) -> dict[str, set[Any]]:
     }
 
 
-_OF_OTHER_KINDS = ("accelerator_config", "deepspeed", "fsdp", "resume_from_checkpoint")
-"""Options that may be more than their annotation says."""
+_OF_OTHER_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {"accelerator_config": (AcceleratorConfig,), "fsdp": (bool, list), "resume_from_checkpoint": (bool,)}
+)
+"""Kinds that an option may be of beside those of its annotation. A number is a path to none of them: `transformers`
+would read and close the open file of that number, 1 being the output of the command."""
 
 
 def _check_kinds(args: Any) -> None:
     """ValueError where an option that is a text, a mapping or a list is of another kind."""
     for name, kinds in _kinds(type(args)).items():
         plain = {get_origin(kind) or kind for kind in kinds} - {NoneType}
-        if name in _OF_OTHER_KINDS or not plain or not plain <= {str, dict, list}:
+        if not plain or not plain <= {str, dict, list}:
             continue
         texts = (str, os.PathLike, Enum) if str in plain else ()
         allowed = (*texts, *((Mapping,) if dict in plain else ()), *((list, tuple) if list in plain else ()))
+        allowed += _OF_OTHER_KINDS.get(name, ())
         value = getattr(args, name)
         if value is not None and not isinstance(value, allowed):
             found = {str: "a text", dict: "a mapping", list: "a list"}
@@ -103,8 +109,8 @@ def _truth_values(options: type) -> list[str]:
 
 @functools.cache
 def _never_none(options: type) -> list[str]:
-    """The options that have a value always."""
-    return [name for name, kinds in _kinds(options).items() if NoneType not in kinds and Any not in kinds]
+    """The options that have a value always. `debug` has none where a parser of command lines was not given it."""
+    return [name for name, kinds in _kinds(options).items() if not {NoneType, Any} & kinds and name != "debug"]
 
 
 def check_debug(value: Any) -> None:
@@ -112,7 +118,8 @@ def check_debug(value: Any) -> None:
     if not isinstance(value, str | list | None):
         raise ValueError(f"debug={shown(value)} was asked for; it is a text of names. Use {_values(DebugOption)[0]!r}.")
     for name in value.split() if isinstance(value, str) else value or []:
-        require_known("debug", str(name.value if isinstance(name, Enum) else name), _values(DebugOption))
+        known = name.value if isinstance(name, Enum) else name
+        require_known("debug", known if isinstance(known, str) else shown(known), _values(DebugOption))
 
 
 def check_report_to(value: Any) -> None:
