@@ -65,7 +65,7 @@ def jsonl(rows: list[dict[str, Any]]) -> str:
 def make_place(folder: Path) -> Path:
     """The folder that attacks copy. In `out` lies a finished run with two checkpoints, in `home/store` a store that
     `precompute` filled."""
-    from holdfast.cli.yaml_document import to_yaml
+    from holdfast.cli.yaml_text import to_yaml
 
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "model")

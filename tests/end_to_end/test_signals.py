@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import holdfast
 import interruptions
 import tiny
-from holdfast.cli.yaml_document import to_yaml
+from holdfast.cli.yaml_text import to_yaml
 from holdfast.store.files import DROPPED, PARTIAL
 from holdfast.store.maintenance import stores, verify
 from holdfast.store.work_sharing import CLAIM
