@@ -28,8 +28,10 @@ from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
 from holdfast.data.encoder import from_bytes
+from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import Preference, check_columns, read_preference
 from holdfast.data.progress import bars
+from holdfast.data.row_error import RowError, naming_places
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
     AS_TEXT,
@@ -88,8 +90,9 @@ def prepare_dataset(
             f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
             'Choose a split (`dataset["train"]`), or make one with `Dataset.from_list(rows)`.'
         )
+    places = places_of(dataset)
     dataset = _unformatted(dataset)
-    is_conversational = _check_first_row(dataset, processing_class, name)
+    is_conversational = _check_first_row(dataset, processing_class, name, places)
     is_dated = is_conversational and prints_date(processing_class)
     add_ids = _AddIds(
         processing_class=processing_class,
@@ -98,8 +101,8 @@ def prepare_dataset(
     )
     judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, add_ids, judge)
-    with main_process_first or nullcontext(), bars(are_shown=not disable_tqdm):
+        return _prepare_stream(dataset, add_ids, judge, places)
+    with main_process_first or nullcontext(), bars(are_shown=not disable_tqdm), naming_places(places):
         dataset = _with_ids(dataset, add_ids, num_proc)
         return _usable(dataset, judge)
 
@@ -184,7 +187,9 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
     return dataset
 
 
-def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str) -> bool:
+def _check_first_row(
+    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: Places | None
+) -> bool:
     """Whether the completions of the first row are messages. Raises what would be wrong with every row, before a
     progress bar is shown."""
     first = next(iter(dataset), None)
@@ -195,7 +200,8 @@ def _check_first_row(dataset: Dataset | IterableDataset, processing_class: PreTr
     try:
         kind = check_columns(first)
     except ValueError as error:
-        raise ValueError(f"{name} dataset: {error}") from error
+        place = places.of(0) if places is not None else None
+        raise ValueError(f"{name} dataset{f' ({place})' if place else ''}: {error}") from error
     if isinstance(dataset, IterableDataset) and REFERENCE_COLUMNS[0] in first:
         raise ValueError(
             f"the {name} dataset is a stream and brings reference log-probs along, in the columns "
@@ -235,7 +241,7 @@ class _AddIds:
         try:
             kind = check_columns(row)
         except ValueError as error:
-            raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
+            raise RowError(self.name, index, str(error)) from error
         if kind == "tokenized":
             ids = {column: row[column] for column in TOKENIZED_COLUMNS}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None}
@@ -270,7 +276,7 @@ class _AddIds:
                 preferences.append(read_preference(row))
                 pairs.append(tokenizer.one(preferences[-1]))
             except ValueError as error:
-                raise ValueError(f"{self.name} dataset, row {index}: {error}") from error
+                raise RowError(self.name, index, str(error)) from error
         return preferences, pairs
 
     def decode(self, ids: list[int]) -> str:
@@ -349,9 +355,9 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     return dataset.select([row for row in range(len(dataset)) if row not in left_out])
 
 
-def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge) -> IterableDataset:
+def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge, places: Places | None) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
-    row_function = _AddIdsAndVerdict(add_ids=add_ids, judge=judge)
+    row_function = _AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
     counts: Counter[str] = Counter()
     for index, row in enumerate(dataset):
         reason = row_function(row, index)[REASON]
@@ -372,10 +378,12 @@ class _AddIdsAndVerdict:
 
     add_ids: _AddIds
     judge: Judge
+    places: Places | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        ids = self.add_ids(row, index)
-        return {**ids, REASON: self.judge.reason(ids, index)}
+        with naming_places(self.places):
+            ids = self.add_ids(row, index)
+            return {**ids, REASON: self.judge.reason(ids, index)}
 
 
 def _warn(message: str) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, TOKENIZED_COLUMNS
+from holdfast.data.row_error import RowError
 from holdfast.data.tokenize import TokenizedPair, TruncationMode
 from holdfast.data.usability import (
     EMPTY_COMPLETION,
@@ -61,20 +62,22 @@ class Judge:
         return not ids.size or (ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size))
 
     def _checked_ids(self, value: Any, column: str, index: int) -> Any:
-        ids = np.asarray([] if value is None else value)
+        try:
+            ids = np.asarray([] if value is None else value)
+        except ValueError:  # lists of unlike lengths inside of it
+            ids = np.empty((0, 0))
         if value is None or ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             found = "None" if value is None else f"{type(value).__name__} {str(value)[:60]}"
-            raise ValueError(
-                f"{self.name} dataset, row {index}: the column {column!r} must hold a list of token ids; found "
-                f"{found}. Correct the row or drop it."
-            )
+            problem = f"the column {column!r} must hold a list of token ids; found {found}. Correct the row or drop it."
+            raise RowError(self.name, index, problem)
         if ids.size > 0 and (ids.min() < 0 or (self.vocab_size is not None and ids.max() >= self.vocab_size)):
             wrong = ids.min() if ids.min() < 0 else ids.max()
             limit = "at least 0" if self.vocab_size is None else f"in 0..{self.vocab_size - 1}, the model's vocabulary"
-            raise ValueError(
-                f"{self.name} dataset, row {index}: the token ids in the column {column!r} must be {limit}; found "
-                f"{wrong}. Tokenize with the tokenizer of the model, or call "
-                "`model.resize_token_embeddings(len(tokenizer))`."
+            raise RowError(
+                self.name,
+                index,
+                f"the token ids in the column {column!r} must be {limit}; found {wrong}. Tokenize with the tokenizer "
+                "of the model, or call `model.resize_token_embeddings(len(tokenizer))`.",
             )
         return ids
 
