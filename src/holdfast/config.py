@@ -177,6 +177,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.check()
+        self._check_losses_compare()
 
     def _post_init_of_transformers(self) -> None:
         """What `TrainingArguments` makes of its options. ValueError where it refuses one, by whatever error."""
@@ -203,7 +204,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     def check(self) -> None:
         """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have
-        set some after they were made."""
+        set some after they were made; whether log-probs are computed ahead is then for the reference to say."""
         normalise_numbers(self)
         check_names(self)
         check_heeded(self)
@@ -323,7 +324,6 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         if self.ref_model_weights is not None:
             check_shares(self.ref_model_weights)
         self._check_ref_adapter()
-        self._check_losses_compare()
 
     def _check_way(self) -> None:
         if self.reference not in WAY_NAMES:

@@ -230,6 +230,15 @@ def test_an_option_that_was_set_later_is_checked_by_the_trainer(name: str, value
         trainer("nowhere", args)
 
 
+def test_names_that_were_set_later_are_read_as_names(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.optim, args.lr_scheduler_type, args.eval_strategy = "adamw_torch", "linear", "epoch"
+    with pytest.raises(ValueError, match=r"eval_strategy='epoch' was asked for, but there are no data"):
+        trainer(tiny_model(), args)
+    args.eval_strategy, args.save_strategy = "no", "no"
+    trainer(tiny_model(), args)
+
+
 OF_THE_TRAINER: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"eval_strategy": "steps"}, {}, r"eval_strategy='steps' was asked for, but there are no data to evaluate on"),
     ({"eval_on_start": True}, {}, r"eval_on_start=True was asked for, but there are no data"),

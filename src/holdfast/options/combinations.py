@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import ParallelismConfig
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.checkpoint import checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
 from holdfast.losses.options import shown
@@ -113,7 +114,9 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
 
 def check_evaluation(args: Any, *, has_eval_data: bool) -> None:
     """ValueError where the options ask for evaluations and there are no data to evaluate on."""
-    asked = "eval_on_start=True" if args.eval_on_start else f"eval_strategy={args.eval_strategy.value!r}"
+    asked = (
+        "eval_on_start=True" if args.eval_on_start else f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r}"
+    )
     if not has_eval_data and (args.eval_on_start or args.eval_strategy != "no"):
         raise ValueError(
             f"{asked} was asked for, but there are no data to evaluate on. Give some (`eval_dataset`; in a run file "

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 _NEED_THE_MODEL = ("galore", "apollo", "lomo")
 _FILL_NOTHING_IN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -60,7 +62,7 @@ def rehearse(args: Any, *, num_steps: int | None = None) -> None:
 
 def _schedule(args: Any) -> str:
     kwargs = f" with lr_scheduler_kwargs={args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
-    return f"lr_scheduler_type={args.lr_scheduler_type.value!r}{kwargs}"
+    return f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value!r}{kwargs}"
 
 
 def _factors(schedule: Any, num_steps: int) -> list[float]:
@@ -75,7 +77,7 @@ def _factors(schedule: Any, num_steps: int) -> list[float]:
 
 def _optimizer(args: Any) -> torch.optim.Optimizer | None:
     """The optimizer of `args` for one number; None where the model itself is needed to make it."""
-    name = args.optim.value
+    name = OptimizerNames(args.optim).value
     if args.deepspeed is not None or any(kind in name for kind in _NEED_THE_MODEL):
         return None
     try:
@@ -106,7 +108,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
 def _unread(args: Any, kwargs: dict[str, Any]) -> list[str]:
     """The parts of `optim_args` without which the optimizer would be made of the same `kwargs`. None are known of an
     optimizer that fills in defaults."""
-    if not args.optim_args or args.optim.value not in _FILL_NOTHING_IN:
+    if not args.optim_args or OptimizerNames(args.optim).value not in _FILL_NOTHING_IN:
         return []
     parts, other, unread = args.optim_args.split(","), copy(args), []
     for part in parts:
