@@ -132,7 +132,7 @@ def test_a_collator_sees_all_columns_that_are_kept(way: str, tmp_path: Path) -> 
     plain = trainer(tiny_model(), config(tmp_path, reference=way, layout="padded"))
     plain.train()
     assert logged(ours) == logged(plain)
-    assert len(seen) == 3 + 12 + (12 if way == "precomputed" else 0)  # audited, trained, scored ahead
+    assert len(seen) == 1 + 3 + 12 + (12 if way == "precomputed" else 0)  # recorded, audited, trained, scored ahead
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -100,8 +100,8 @@ class Copies(TorchFunctionMode):
 
 def waits_between_logs(policy: str, folder: Path, filters: bool = False, **options: Any) -> Counter[str]:
     args = config(folder, max_steps=5, logging_steps=5, **options)
-    args.logging_nan_inf_filter = filters  # refused when options are made
     ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
+    ours.args.logging_nan_inf_filter = filters  # refused where options are checked
     with Waits(ours) as waits, Copies(waits):
         ours.train()
     assert ours.state.global_step == 5

@@ -209,9 +209,9 @@ def test_in_a_run_file_it_is_an_error_of_the_run_file(tmp_path: Path) -> None:
     for override, message in (
         ("learning_rate=.nan", "learning_rate=nan was asked for"),
         ("gradient_accumulation_steps=-3", "gradient_accumulation_steps=-3 was asked for; it counts from 1"),
-        ("accelerator_config=nowhere.json", "FileNotFoundError"),
-        ("eval_strategy=steps", "no data to evaluate on. Give some .*`data.eval`"),
-        ("eval_on_start=true", "eval_on_start=True was asked for"),
+        ("accelerator_config=nowhere.json", "names the file nowhere.json: there is no such file"),
+        ("eval_strategy=steps", "needs an evaluation, and there is no `data.eval`"),
+        ("eval_on_start=true", "`training.eval_on_start` is True, which needs an evaluation"),
     ):
         with pytest.raises(RunFileError, match=message):
             read_run_file(run, [f"training.{override}"]).training_arguments()
