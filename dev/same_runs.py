@@ -39,7 +39,7 @@ from recorded_runs import FORMS, RUNS, Run, pairs, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = re.compile(r"runtime$|_per_second$|preparation_time$|^created$|^checksum$")
-LEFT_OUT = ("files", "optimizer")
+LEFT_OUT = ("files", "optimizer", "unlogged", "evaluation_due", "epoch_end")
 MOST_SHOWN, WIDEST = 12, 400
 
 # --- what is recorded -------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "precompute_ref_batch_size": _OPTIONAL,
         "ref_model_sync_steps": count(),
         "ref_model_mixup_alpha": Range(
-            demand="is alpha, and alpha lies in (0, 1]: at 0 the reference would never move",
+            demand="is out of range: alpha lies in (0, 1], and at 0 the reference would never move",
             remedy="Use sync_ref_model=False for a fixed one.",
             lowest=SMALLEST,
             highest=1.0,
