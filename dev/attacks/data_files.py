@@ -89,7 +89,7 @@ def _attack(name: str, file: str, text: bytes | str, is_refused: bool, *, stream
         kind="data file",
         name=f"{name}{', streamed' if streams else ''}",
         prepare=lambda folder: (folder / file).write_bytes(data) and None,
-        argv=("train", "run.yaml", "--set", f"data.train={source}"),
+        argv=("train", "run.yaml", "--set", f"data.train={source}", "--set", "training.max_steps=8"),  # every row
         codes=REFUSED if is_refused else frozenset({0, 1, 2}),
         judge=lambda folder, outcome: has_trained(folder, outcome) or _names(file, outcome),
     )
