@@ -42,7 +42,7 @@ def fault(attack: Attack, folder: Path, outcome: Outcome) -> str | None:
         return "traceback: " + outcome.text.strip().splitlines()[-1][:200]
     if outcome.code not in attack.codes:
         return f"exit code {outcome.code}"
-    if outcome.code and not re.search(r"\w", outcome.text):
+    if outcome.code > 0 and not re.search(r"\w", outcome.text):
         return "no message"
     if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", outcome.text.replace("\x1b[", "[")) and "\x1b]" in outcome.text:
         return "a terminal escape"

@@ -13,7 +13,7 @@ from attacks.arena import Outcome, run
 from attacks.attack import Attack, same_weights
 from attacks.place import jsonl, tiny
 
-SLOW = ("--set", "training.max_steps=40", "--set", "training.save_steps=7")
+SLOW = ("--set", "training.max_steps=80", "--set", "training.save_steps=7")
 COMMANDS: tuple[tuple[str, ...], ...] = (
     ("train", "run.yaml", *SLOW),
     ("train", "run.yaml", *SLOW, "--set", "reference=precomputed"),
@@ -36,7 +36,7 @@ def signals(place: Path, draw: random.Random, control: Any) -> Iterator[Attack]:
     controls: dict[tuple[str, ...], Any] = {}
     while True:
         argv, number = draw.choice(COMMANDS), draw.choice(list(CODES))
-        seconds = draw.uniform(0.02, 2.2)
+        seconds = draw.uniform(0.02, 1.5)
         is_sent: list[bool] = []
 
         def meanwhile(
