@@ -1,11 +1,13 @@
 """`disable_tqdm: true` leaves no progress bar on the screen, of whichever library and at whichever stage."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers
 
 import tiny
 from holdfast.cli.app import app
@@ -49,6 +51,9 @@ def test_progress_bars(
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, tiny.preference_rows(8))))
     Path("run.yaml").write_text(RUN.format(quiet=str(quiet).lower()))
     capfd.readouterr()
+    with warnings.catch_warnings():  # of an environment variable that keeps the hub's off
+        warnings.simplefilter("ignore")
+        transformers.enable_progress_bar()  # something may have switched it off
     app([command, "run.yaml"], standalone_mode=False)
     out, err = capfd.readouterr()
     shown = [line for line in (out + err).replace("\r", "\n").splitlines() if "%|" in line or "it/s" in line]

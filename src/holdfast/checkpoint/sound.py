@@ -82,8 +82,8 @@ def refused(checkpoint: Path, request: str, problem: object) -> ValueError:
         break
     else:
         way_on = (
-            f"{checkpoint.parent} holds no other complete checkpoint that is as it was saved. Put the file back from a "
-            "copy, or start again without resume_from_checkpoint."
+            f"{checkpoint.parent.absolute()} holds no other complete checkpoint that is as it was saved. Put the file "
+            "back from a copy, or start again without resume_from_checkpoint."
         )
     return ValueError(f"{request}, but {problem}. {way_on}")
 

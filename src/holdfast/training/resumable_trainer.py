@@ -46,6 +46,7 @@ from holdfast.checkpoint.training_state import (
     saved_names,
     starting_afresh,
 )
+from holdfast.data.progress import bars
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
@@ -116,7 +117,7 @@ class ResumableTrainer(PairTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model and `training_args.bin`, the latter without secrets."""
-        with without_secrets_on_disk(self.args):
+        with without_secrets_on_disk(self.args), bars(are_shown=not self.args.disable_tqdm):
             super()._save(output_dir, state_dict)
 
     def _save_as_library(self, save: Callable[[], None]) -> None:
