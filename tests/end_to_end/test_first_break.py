@@ -371,7 +371,10 @@ def test_a_run_that_does_not_move_says_so_once(
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["linear", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("constant", "cosine"))],
+)
 def test_a_lower_learning_rate_is_heeded_when_resuming(schedule: str, tmp_path: Path) -> None:
     """What the message advises: from the checkpoint on, each step's rate is the one of a run at the lower rate."""
     options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": schedule, "optim": "adamw_torch"}
