@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 _caches = tempfile.mkdtemp(prefix="holdfast-tests-")
 os.environ |= {
@@ -50,6 +51,15 @@ settings.load_profile("holdfast")
 def _own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has stored."""
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """`datasets` leaves a copy in the place of `os.environ` when it has mapped with several processes, and whoever has
+    kept the one before no longer sees what is set."""
+    before = os.environ
+    yield
+    os.environ = before  # noqa: B003  # the very object
 
 
 @pytest.hookimpl(tryfirst=True)
