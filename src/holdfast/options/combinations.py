@@ -74,7 +74,8 @@ def _check_mappings(args: Any) -> None:
         for key, number in _numbers(getattr(args, name), name):
             if abs(number) >= 2**63 if isinstance(number, int) else not math.isfinite(number):
                 raise ValueError(f"{key}={shown(number)} was asked for; it is a finite number. Use one.")
-    recomputation = args.activation_checkpointing_kwargs if args.activation_checkpointing else None
+    option = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    recomputation = getattr(args, f"{option}_kwargs") if getattr(args, option) else None  # named by the version
     known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
     if unknown := sorted(map(str, set(recomputation or {}) - known)):
         raise ValueError(
