@@ -33,7 +33,7 @@ TABLES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPTBigCode of older versions
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of older GPTBigCode
 @pytest.mark.parametrize("family", TABLES)
 def test_a_table_ends_where_the_model_fails(family: str) -> None:
     model = tf.AutoModelForCausalLM.from_config(TABLES[family]).eval()
