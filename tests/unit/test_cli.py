@@ -238,6 +238,17 @@ def test_demo_passes_on_its_options_and_fails_if_its_checks_do(monkeypatch, tmp_
     assert calls == [((tmp_path / "demo",), {"seed": 7})]
 
 
+def test_every_default_of_a_command_can_be_used(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(holdfast.demo, "run_demo", lambda *args, **kwargs: calls.append(args) or Result(0))
+    assert invoke("demo").exit_code == 0
+    assert calls == [(Path("holdfast-demo"),)]
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path))
+    for command in ("list", "verify", "gc"):
+        assert invoke("store", command).exit_code == 0
+
+
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0

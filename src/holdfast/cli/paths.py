@@ -51,8 +51,11 @@ def _value_of_variable(match: re.Match[str]) -> str:
     return value
 
 
-def path_option(text: str) -> Path:
-    """The path that an option or argument of a command names. A usage error where it cannot be one."""
+def path_option(text: str | Path) -> Path:
+    """The path that an option or argument of a command names. A usage error where it cannot be one. A default is a path
+    already."""
+    if isinstance(text, Path):
+        return text
     try:
         return Path(expanded(text))
     except ValueError as error:
