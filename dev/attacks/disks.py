@@ -26,7 +26,7 @@ def full_disks(place: Path, draw: random.Random, control: Any) -> Iterator[Attac
     while True:
         argv = tuple(part.replace("{key}", key) for part in draw.choice(COMMANDS))
         is_limit = draw.random() < 0.5 or not IS_ROOT
-        size = draw.randrange(500, 60_000) if is_limit else draw.randrange(8, 900) * 1024
+        size = draw.randrange(6_000, 60_000) if is_limit else draw.randrange(8, 900) * 1024
         keeps_store = argv[0] == "store"
 
         def prepare(folder: Path, size: int = size, is_limit: bool = is_limit, keeps_store: bool = keeps_store) -> None:

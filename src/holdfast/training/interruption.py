@@ -41,7 +41,7 @@ class InterruptionCallback(TrainerCallback):
         self._num_predictions = 0
         self._record: dict[str, Any] = {}
         self._is_at_epoch_end = self._was_at_epoch_end = False
-        self._is_evaluating = False
+        self._is_evaluating = self._is_within_step = False
         self.is_evaluation_due = False
         """Whether the evaluation of the last step is left to the resumed run."""
 
@@ -103,6 +103,7 @@ class InterruptionCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From now on signals wait for the end of a step."""
         self._is_at_epoch_end = self._was_at_epoch_end = False
+        self._is_within_step = True
         interruption.wait(NOTICE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -113,16 +114,17 @@ class InterruptionCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for the checkpoint, which is written once the step is logged."""
         self._count(self._votes)
-        self._votes = None
+        self._votes, self._is_within_step = None, False
         if self.is_ending and not _ends_epoch(args, state):
             self._end_with_checkpoint(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As `on_step_end`, where an epoch has logs, evaluations or checkpoints of its own."""
+        """As `on_step_end`, where an epoch has logs, evaluations or checkpoints of its own. A stream's pass may end
+        within a step, whose gradients no checkpoint holds: then the run goes on to the end of that step."""
         self._is_at_epoch_end = True
         if self._was_at_epoch_end:  # resumed after its last step
             control.should_log = control.should_evaluate = control.should_save = False
-        if self.is_ending:
+        if self.is_ending and not self._is_within_step:
             if self._saved_step == state.global_step and not (control.should_log or control.should_evaluate):
                 self._raise()
             self._end_with_checkpoint(control)
