@@ -16,7 +16,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import typer
 from rich.console import Console
@@ -25,6 +24,7 @@ from rich.markup import escape
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 from holdfast.interruption import Interrupted, at_once, finished, handled, interruption_behind
+from holdfast.own_error import is_own
 
 RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
@@ -93,13 +93,4 @@ def _first_line(error: Exception) -> str:
 def _is_for_user(error: Exception, *, of_libraries: bool) -> bool:
     if isinstance(error, OSError) or _is_memory(error) or (of_libraries and isinstance(error, ValueError)):
         return True
-    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
-
-
-def _raised_in(traceback: TracebackType | None) -> str:
-    """The name of the module whose code raised the error."""
-    name = ""
-    while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return name
+    return is_own(error)

@@ -9,11 +9,11 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator
-from types import TracebackType
 
 import torch
 
 from holdfast.internals.moved import MovedError
+from holdfast.own_error import is_own
 from holdfast.policy.faults import OF_A_MODEL, OF_A_TOKENIZER, check_folder, fault_of
 
 
@@ -43,7 +43,7 @@ def reading(
         raise
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # tokenizers and safetensors, where they did not foresee it
-        if not (isinstance(error, Exception) or is_panic) or _is_own(error):
+        if not (isinstance(error, Exception) or is_panic) or is_own(error):
             raise
         if os.path.isdir(path):
             found = _why_of_folder(folder if os.path.isdir(folder) else path, error, noun)
@@ -80,16 +80,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError) and first_line:
         return first_line
     return f"{type(error).__name__}: {first_line}".rstrip(": ")
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether this package raised the error as a message to the user."""
-    return isinstance(error, ValueError | TypeError) and _raised_in(error.__traceback__).startswith("holdfast.")
-
-
-def _raised_in(traceback: TracebackType | None) -> str:
-    name = ""
-    while traceback is not None:
-        name = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return name
