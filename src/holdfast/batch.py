@@ -22,6 +22,9 @@ ContentId = tuple[int, int]
 HOST_SEQUENCES = "host_sequences"
 """The key under which a layout puts a batch's `HostSequences`."""
 
+COMPLETION_MASK = "completion_mask"
+"""The key under which padded rows say which tokens are scored, for scripts; no input of a model."""
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,8 @@ class PairBatch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
-        """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs."""
+        """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs, but for
+        `completion_mask`, which `source` and `target` stand for."""
         names = {field.name for field in fields(cls)} - {"inputs"}
         optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs"}
         missing = sorted(names - tensors.keys() - optional)
@@ -119,7 +123,7 @@ class PairBatch:
                 f"{missing} are missing from {sorted(tensors)}. Use `holdfast.data.layouts.PaddedLayout` as the data "
                 "collator, or return the keys of `DataCollatorForPreference`."
             )
-        inputs = {name: tensor for name, tensor in tensors.items() if name not in names}
+        inputs = {name: tensor for name, tensor in tensors.items() if name not in {*names, COMPLETION_MASK}}
         return cls(inputs=inputs, **{name: tensors[name] for name in names & tensors.keys()})
 
 

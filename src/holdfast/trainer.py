@@ -33,7 +33,6 @@ from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.completions import Batching, all_to_score
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
-from holdfast.data.layouts.choose import make_layout
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.stream_position import StreamPosition
@@ -56,15 +55,16 @@ from holdfast.reference.run_folder import running
 from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
+from holdfast.training.handed_batches import batch_hooks
+from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
-from holdfast.training.resumable_trainer import ResumableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training_arguments import check_optimizers
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(ResumableTrainer):
+class DPOTrainer(HookedTrainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
@@ -92,10 +92,12 @@ class DPOTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
+        hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
         policy = make_policy(model, args, quantization_config, peft_config)
         check_optimizers(optimizers, policy)
@@ -112,17 +114,19 @@ class DPOTrainer(ResumableTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or make_layout(args, self._pad_token_id),
+            data_collator=data_collator or self._make_collator(args, hooks),
             train_dataset=prepared,
             eval_dataset=prepared_eval,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._place_policy(policy)
-        self._tallies = {"train": Tally(), "eval": Tally()}
+        self._tallies = {"train": Tally(), "eval": Tally(), "handed": Tally()}
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, args))
@@ -208,6 +212,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _settle(self, checkpoint: Path | None) -> None:
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
+        self._heed_hooks()
         self._begin_numbers()
         if checkpoint is not None:
             self._print_date_of(checkpoint)
@@ -275,6 +280,8 @@ class DPOTrainer(ResumableTrainer):
         return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
+        if self._handed is not None:
+            tensors = self._handed.taken_back(tensors)
         tensors = complete_batch(without_user_columns(tensors, self.reference), self.data_collator, unwrap(self.model))
         return PairBatch.from_tensors(self._prepare_inputs(tensors))
 
@@ -317,3 +324,6 @@ class DPOTrainer(ResumableTrainer):
             return None
         with self._full_eval.as_trained():
             return pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
+
+
+HookedTrainer._own_type, HookedTrainer._own_hooks = DPOTrainer, batch_hooks(DPOTrainer)

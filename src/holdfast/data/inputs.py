@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import HOST_SEQUENCES
+from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import SEGMENTS
@@ -26,18 +26,20 @@ from holdfast.scoring.segments import SEGMENTS
 UNIDENTIFIED = "unidentified_inputs"
 """The key under which a batch names the inputs that no content id covers."""
 
-_COVERED = frozenset({"input_ids", "attention_mask", "reference_logps", HOST_SEQUENCES, *POSITION_KEYS})
+_COVERED = frozenset(
+    {"input_ids", "attention_mask", COMPLETION_MASK, "reference_logps", HOST_SEQUENCES, *POSITION_KEYS}
+)
 _PLAIN = (str, int, float, bool, type(None))
 
 
 def complete_batch(tensors: Mapping[str, Any], collator: Any, causal_lm: Any) -> dict[str, Any]:
     """All tensors that `PairBatch.from_tensors` takes, from what the data collator of a run returned.
 
-    The batch of a layout is complete already. Any other batch gets the positions of its completion tokens and its
-    content ids here, and `position_ids` where `causal_lm` takes them.
+    A batch that a layout made is complete already. Any other batch, such as one of a user's data loader, gets the
+    positions of its completion tokens and its content ids here, and `position_ids` where `causal_lm` takes them.
     """
     batch = with_positions(tensors)
-    if layout_of(collator) is not None:
+    if layout_of(collator) is not None and tensors.keys() >= set(POSITION_KEYS):
         return batch
     return with_inputs_identified(batch, takes_positions=takes_positions(causal_lm))
 

@@ -49,6 +49,7 @@ from holdfast.options.rehearsal import rehearse
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
+from holdfast.training.handed_batches import HandedBatch
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
 
@@ -80,6 +81,8 @@ class PairTrainer(Trainer):
     """Whether the optimizer is made here, not handed over by the user."""
     _infinite_masks: Masks | None = None
     _is_real_row: Tensor | None = None
+    _handed: HandedBatch | None = None
+    """What a subclass's `compute_loss` has; None where the loss is that of `DPOTrainer`."""
 
     @abstractmethod
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
@@ -88,6 +91,14 @@ class PairTrainer(Trainer):
     @abstractmethod
     def _announce(self, datasets: Mapping[str, Any]) -> None:
         """Tells the reference of datasets that it will be asked about."""
+
+    @abstractmethod
+    def _heed_hooks(self) -> None:
+        """Sees to it that methods which a script has assigned to the trainer get rows that they can read."""
+
+    @abstractmethod
+    def _handed_out(self, inputs: Any) -> Any:
+        """The batch that `compute_loss` gets."""
 
     def _datasets(self) -> dict[str, Any]:
         return {"train": self.train_dataset} | datasets_by_name(self.eval_dataset)
@@ -104,6 +115,7 @@ class PairTrainer(Trainer):
         self._signature_columns = list(TOKENIZED_COLUMNS)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
+        self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
         return super()._get_dataloader(filled, description, batch_size, **kwargs)
 
@@ -178,13 +190,13 @@ class PairTrainer(Trainer):
                 before,
             )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
         if self.reference is not None:
             self.reference.before_policy_changes()
         offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
         with offload if self.args.activation_offloading else contextlib.nullcontext():
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, self._handed_out(inputs), *args, **kwargs)
         self._step_record.add_loss(loss, self.state.global_step + 1)
         return loss
 
@@ -224,12 +236,13 @@ class PairTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
-        self._tallies["eval"] = Tally()
+        self._tallies["eval"], self._tallies["handed"] = Tally(), Tally()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._look_ahead.of_evaluation(dataloader)
         with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
+        metrics |= means(self._tallies["handed"].reset(self._sum_over_processes))
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -240,14 +253,23 @@ class PairTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """(loss, logits, input ids); the latter two only where `compute_metrics` asks for them."""
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
+            inputs = self._handed_out(inputs)
+            result: Any = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+            loss = result if prediction_loss_only else result[0]
+            if self._handed is not None:
+                self._tally_loss(loss, inputs)
             if prediction_loss_only:
-                return self.compute_loss(model, inputs), None, None
-            outputs: Any
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                return loss, None, None
             batch, _ = self._real_pairs(self._pair_batch(row_per_completion(inputs, self._pad_token_id)))
             self._is_real_row = rows_of_pairs(batch)
-            return loss, outputs.logits, batch.inputs["input_ids"]
+            return loss, result[1].logits, batch.inputs["input_ids"]
+
+    def _tally_loss(self, loss: Tensor, inputs: Any) -> None:
+        """Counts the loss that a subclass returned once for each pair of the batch."""
+        batch, _ = self._real_pairs(self._pair_batch(inputs))
+        num_pairs = loss.new_full((), batch.num_pairs)
+        self._tallies["handed"].add({"loss": (loss.detach() * num_pairs, num_pairs)})
 
     def _gathered(self, values: Any) -> Any:
         return gather_rows(values, self._is_real_row, self.accelerator)

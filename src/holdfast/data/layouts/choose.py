@@ -50,6 +50,13 @@ def layout_of(collator: Any) -> Layout | None:
     return collator if isinstance(collator, Layout) else None
 
 
+def preference_collator(layout: Layout) -> DataCollatorForPreference:
+    """The collator of padded rows with the keys that scripts know, which cuts and pads as `layout` does."""
+    return DataCollatorForPreference(
+        layout.pad_token_id, layout.max_length, layout.truncation_mode, layout.pad_to_multiple_of
+    )
+
+
 def choose_layout(collator: Any, options: ChoiceOptions, trial: LayoutTrial) -> Any:
     """`collator`, where all models compute its layout right or it is a user's own.
 

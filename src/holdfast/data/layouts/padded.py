@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.batch import COMPLETION_MASK
 from holdfast.data.layouts.base import Layout, LayoutOptions
 from holdfast.data.layouts.sequences import (
     TokenSequence,
@@ -28,7 +29,8 @@ from holdfast.data.layouts.sequences import (
 @dataclass(frozen=True, slots=True)
 class PaddedLayout(Layout):
     """`input_ids` and `attention_mask` [2P T], the P chosen rows first, padded on the right to the longest row of the
-    batch (and up to a multiple of `pad_to_multiple_of`). The rest of a batch is that of every `Layout`."""
+    batch (and up to a multiple of `pad_to_multiple_of`). The rest of a batch is that of every `Layout`, and
+    `completion_mask` [2P T] for scripts that read batches: 1 at the tokens of completions."""
 
     name: ClassVar[str] = "padded"
     summary: ClassVar[str] = "a row each"
@@ -71,9 +73,13 @@ class PaddedLayout(Layout):
         row = np.repeat(np.arange(len(sequences)), counts)
         rank = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
         position = row * num_tokens + first[row] + rank
+        completion_mask = attention_mask.copy()
+        for mask, sequence in zip(completion_mask, sequences, strict=True):
+            mask[: sequence.num_prompt] = 0
         tensors = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            COMPLETION_MASK: completion_mask,
             "source": position - 1,
             "target": input_ids.reshape(-1)[position],
             "sequence": row,

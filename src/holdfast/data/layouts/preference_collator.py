@@ -100,8 +100,7 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "content": torch.tensor(content, dtype=torch.int64),
         **pairs_of_halves(num_rows),
     }
-    inputs = {name: tensor for name, tensor in tensors.items() if name != "completion_mask"}
-    return inputs | {name: tensor.to(ids.device) for name, tensor in positions.items()}
+    return dict(tensors) | {name: tensor.to(ids.device) for name, tensor in positions.items()}
 
 
 def _masked_content_id(ids: np.ndarray, attended: np.ndarray, completion: np.ndarray) -> tuple[int, int]:

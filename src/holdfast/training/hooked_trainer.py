@@ -1,0 +1,81 @@
+"""`HookedTrainer`: what a subclass that overrides a method which gets batches is given instead of the run's own rows.
+
+Such a method reads padded rows (see `handed_batches`). So the data collator is another one for it, the loss that it
+returns is the one that an evaluation reports, and a method that cannot be called as it is called is refused at once.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from holdfast.config import DPOConfig
+from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.choose import make_layout, preference_collator
+from holdfast.losses import PairLogps
+from holdfast.training.handed_batches import LOSS_HOOK, HandedBatch, check_layout, overridden, padded_line
+from holdfast.training.resumable_trainer import ResumableTrainer
+from holdfast.training.signatures import check_signatures
+
+logger = logging.getLogger(__name__)
+
+
+class HookedTrainer(ResumableTrainer):
+    """Gives overridden methods batches that they can read."""
+
+    reads_any_layout: ClassVar[bool] = False
+    """Whether a subclass that overrides a method which gets batches hands them on unread, or reads every layout."""
+
+    _own_type: ClassVar[type]
+    """`DPOTrainer`, and its methods that get batches as they are there."""
+    _own_hooks: ClassVar[Mapping[str, Any]]
+
+    def _overridden_hooks(self, args: DPOConfig) -> list[str]:
+        """The methods that get batches and are none of `DPOTrainer`'s. ValueError for one that cannot be called, or
+        that cannot read the rows which `args` ask for."""
+        check_signatures(self, self._own_type)
+        hooks = [] if self.reads_any_layout else overridden(self, self._own_hooks)
+        check_layout(hooks, type(self).__name__, args)
+        return hooks
+
+    def _make_collator(self, args: DPOConfig, hooks: list[str]) -> Any:
+        """The run's data collator where the user has none; for `hooks`, one with the common trainer's keys."""
+        layout = make_layout(args, self._pad_token_id)
+        if not hooks:
+            return layout
+        if args.layout == "auto" and args.process_index == 0:
+            logger.warning(padded_line(hooks, type(self).__name__))
+        return preference_collator(layout)
+
+    def _begin_handing_out(self, hooks: list[str]) -> None:
+        self._handed = HandedBatch() if LOSS_HOOK in hooks else None
+
+    def _heed_hooks(self) -> None:
+        """See `PairTrainer._heed_hooks`. ValueError where log-probs were scored ahead in rows of another layout."""
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` was set, which gets the logits and labels of single rows and would not be called: "
+                "the loss is of pairs. Choose `loss_type`, or override `compute_loss` in a subclass of DPOTrainer."
+            )
+        hooks = [name for name in self._overridden_hooks(self.args) if name in vars(self)]
+        if not hooks or not isinstance(self.data_collator, Layout):
+            return
+        if self.args.computes_ahead and self.data_collator.fills_rows:
+            raise ValueError(
+                f"{', '.join(hooks)} of the trainer was assigned after log-probs were computed ahead in rows of layout "
+                f"{self.data_collator.name!r}, which it may not read. Set layout='padded', or override it in a "
+                "subclass of DPOTrainer."
+            )
+        self.data_collator = self._make_collator(self.args, hooks)
+        self._begin_handing_out(hooks)
+
+    def _handed_out(self, inputs: Any) -> Any:
+        if self._handed is None:
+            return inputs
+        self._handed, inputs = HandedBatch(), self._prepare_inputs(inputs)
+        sums = None
+        if self.reference is not None and self.reference.is_precomputed:
+            sums = self._reference_logps(self._pair_batch(inputs))
+        return self._handed.handed_out(inputs, sums)
+
+    def _reference_logps(self, batch: Any) -> PairLogps | None:
+        raise NotImplementedError
