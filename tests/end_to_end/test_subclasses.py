@@ -109,7 +109,11 @@ def without_last_token(policy: nn.Module, reference: nn.Module, batch: list[Row]
 class Mixin:
     """Any class before `DPOTrainer` may override it."""
 
-    compute_loss = WithCrossEntropy.compute_loss
+    keys: set[str]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.keys = set(args[1])
+        return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
 
 
 def scaled(policy: nn.Module, reference: nn.Module, batch: list[Row]) -> Tensor:
@@ -161,32 +165,42 @@ def test_a_loss_of_its_own_follows_a_naive_loop(name: str, tmp_path: Path, caplo
 def test_a_mixin_is_seen(tmp_path: Path) -> None:
     kind = type("Mixed", (Mixin, DPOTrainer), {})
 
-    def compute_loss(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.keys = set(args[1])
-        return DPOTrainer.compute_loss(self, *args, **kwargs)
-
-    Mixin.compute_loss = compute_loss  # type: ignore[assignment]
     ours = made(kind, tmp_path, max_steps=1)
     ours.train()
     assert ours.keys == COMMON_KEYS
 
 
-def test_a_method_that_is_assigned_is_seen(tmp_path: Path) -> None:
-    """On the trainer after it was made, and on the class itself."""
-    ours = made(DPOTrainer, tmp_path)
-    assert ours.data_collator.name == "prefix_shared"
-    ours.compute_loss = WithCrossEntropy.compute_loss.__get__(ours)  # type: ignore[method-assign]
-    with pytest.raises(TypeError, match="super"):  # which looks for the class of the method
+def test_a_method_that_is_assigned_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """On the trainer after it was made: it gets the run's own rows; with layout='padded' these have the common keys."""
+    seen: list[set[str]] = []
+    for layout in ("auto", "padded"):
+        ours = made(DPOTrainer, tmp_path, layout=layout, max_steps=1)
+        plain = ours.compute_loss
+
+        def recorded(model: Any, inputs: dict[str, Tensor], plain: Any = plain, **kwargs: Any) -> Any:
+            seen.append(set(inputs))
+            return plain(model, inputs, **kwargs)
+
+        ours.compute_loss = recorded
         ours.train()
+        ours.compute_loss = plain
+        ours.train()
+    assert not seen[0] >= COMMON_KEYS
+    assert seen[1] >= COMMON_KEYS
+    said = [record.message for record in caplog.records if "was assigned to the trainer" in record.message]
+    assert [line.partition("layout ")[2].partition(",")[0] for line in said] == ["'prefix_shared'", "'padded'"]
+
+
+def test_a_class_that_is_patched_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, seen = DPOTrainer.compute_loss, []
 
-    def recorded(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
+    def patched(self: Any, model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
         seen.append(set(inputs))
-        return plain(ours, model, inputs, **kwargs)
+        return plain(self, model, inputs, **kwargs)
 
-    ours.compute_loss = recorded  # type: ignore[method-assign]
-    ours.train()
-    assert seen == [COMMON_KEYS] * 4
+    monkeypatch.setattr(DPOTrainer, "compute_loss", patched)
+    made(DPOTrainer, tmp_path, max_steps=1).train()
+    assert seen == [COMMON_KEYS]
 
 
 def test_an_evaluation_reports_the_loss_that_a_subclass_returned(tmp_path: Path) -> None:
@@ -347,13 +361,6 @@ def test_functions_about_metrics_get_padded_rows(tmp_path: Path) -> None:
 def test_rows_that_a_subclass_could_not_read(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         made(Halved, tmp_path, **options)
-
-
-def test_a_method_assigned_after_scoring_ahead(tmp_path: Path) -> None:
-    ours = made(DPOTrainer, tmp_path, precompute_ref_log_probs=True)
-    ours.compute_loss = lambda *args, **kwargs: DPOTrainer.compute_loss(ours, *args, **kwargs)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"compute_loss of the trainer was assigned .* Set layout='padded'"):
-        ours.train()
 
 
 def test_log_probs_of_the_reference_are_not_replaced(tmp_path: Path) -> None:

@@ -36,10 +36,15 @@ def batch_hooks(kind: type) -> dict[str, Any]:
     return {name: getattr(kind, name) for name in BATCH_HOOKS}
 
 
-def overridden(trainer: Any, own: Mapping[str, Any]) -> list[str]:
-    """Which of the methods `own` are others in the trainer's class, or were assigned to the trainer itself."""
-    kind = type(trainer)
-    return [name for name, method in own.items() if name in vars(trainer) or getattr(kind, name) is not method]
+def overridden(kind: type, own: Mapping[str, Any]) -> list[str]:
+    """Which of the methods `own` are others in the class `kind`."""
+    return [name for name, method in own.items() if getattr(kind, name) is not method]
+
+
+def assigned_hooks(trainer: Any, own: Mapping[str, Any]) -> list[str]:
+    """In place of which of the methods `own` a script has assigned another function to the trainer itself."""
+    values = {name: vars(trainer)[name] for name in own if name in vars(trainer)}
+    return [name for name, value in values.items() if getattr(value, "__func__", value) is not own[name]]
 
 
 def check_layout(names: list[str], kind: str, options: LayoutChoice) -> None:

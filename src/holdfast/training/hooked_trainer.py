@@ -9,10 +9,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from holdfast.config import DPOConfig
-from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import make_layout, preference_collator
 from holdfast.losses import PairLogps
-from holdfast.training.handed_batches import LOSS_HOOK, HandedBatch, check_layout, overridden, padded_line
+from holdfast.training.handed_batches import (
+    LOSS_HOOK,
+    HandedBatch,
+    assigned_hooks,
+    check_layout,
+    overridden,
+    padded_line,
+)
 from holdfast.training.resumable_trainer import ResumableTrainer
 from holdfast.training.signatures import check_signatures
 
@@ -29,11 +35,13 @@ class HookedTrainer(ResumableTrainer):
     """`DPOTrainer`, and its methods that get batches as they are there."""
     _own_hooks: ClassVar[Mapping[str, Any]]
 
+    _has_said_assigned: bool = False
+
     def _overridden_hooks(self, args: DPOConfig) -> list[str]:
         """The methods that get batches and are none of `DPOTrainer`'s. ValueError for one that cannot be called, or
         that cannot read the rows which `args` ask for."""
         check_signatures(self, self._own_type)
-        hooks = [] if self.reads_any_layout else overridden(self, self._own_hooks)
+        hooks = [] if self.reads_any_layout else overridden(type(self), self._own_hooks)
         check_layout(hooks, type(self).__name__, args)
         return hooks
 
@@ -50,23 +58,20 @@ class HookedTrainer(ResumableTrainer):
         self._handed = HandedBatch() if LOSS_HOOK in hooks else None
 
     def _heed_hooks(self) -> None:
-        """See `PairTrainer._heed_hooks`. ValueError where log-probs were scored ahead in rows of another layout."""
+        """See `PairTrainer._heed_hooks`. ValueError for a `compute_loss_func`, which would not be called."""
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` was set, which gets the logits and labels of single rows and would not be called: "
                 "the loss is of pairs. Choose `loss_type`, or override `compute_loss` in a subclass of DPOTrainer."
             )
-        hooks = [name for name in self._overridden_hooks(self.args) if name in vars(self)]
-        if not hooks or not isinstance(self.data_collator, Layout):
-            return
-        if self.args.computes_ahead and self.data_collator.fills_rows:
-            raise ValueError(
-                f"{', '.join(hooks)} of the trainer was assigned after log-probs were computed ahead in rows of layout "
-                f"{self.data_collator.name!r}, which it may not read. Set layout='padded', or override it in a "
-                "subclass of DPOTrainer."
-            )
-        self.data_collator = self._make_collator(self.args, hooks)
-        self._begin_handing_out(hooks)
+        assigned = LOSS_HOOK in assigned_hooks(self, self._own_hooks)
+        if assigned and not self.reads_any_layout and not self._has_said_assigned and self.is_world_process_zero():
+            self._has_said_assigned = True
+            logger.warning(
+                "`compute_loss` was assigned to the trainer: its batches have rows of layout %r, and an evaluation "
+                "reports the loss of DPOTrainer. Override it in a subclass to read padded rows with the keys "
+                "input_ids, attention_mask and completion_mask.", self._layout_name(),
+            )  # fmt: skip
 
     def _handed_out(self, inputs: Any) -> Any:
         if self._handed is None:
@@ -76,6 +81,9 @@ class HookedTrainer(ResumableTrainer):
         if self.reference is not None and self.reference.is_precomputed:
             sums = self._reference_logps(self._pair_batch(inputs))
         return self._handed.handed_out(inputs, sums)
+
+    def _layout_name(self) -> str:
+        raise NotImplementedError
 
     def _reference_logps(self, batch: Any) -> PairLogps | None:
         raise NotImplementedError

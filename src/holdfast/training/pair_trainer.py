@@ -94,7 +94,7 @@ class PairTrainer(Trainer):
 
     @abstractmethod
     def _heed_hooks(self) -> None:
-        """Sees to it that methods which a script has assigned to the trainer get rows that they can read."""
+        """Refuses or says what a script has assigned to the trainer that would not get what it reads."""
 
     @abstractmethod
     def _handed_out(self, inputs: Any) -> Any:
