@@ -26,7 +26,7 @@ _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 def checked_arguments(
     args: DPOConfig | None,
-    model: str | nn.Module,
+    model: str | nn.Module | None,
     ref_model: RefModel | Sequence[RefModel],
     train_dataset: Any,
     eval_dataset: Any = None,
@@ -64,7 +64,7 @@ def checked_arguments(
     check_metrics(args, compute_metrics)
     check_stream(args, train_dataset)
     check_ref_models(ref_model, args)
-    if not isinstance(model, str) and any(entry is model for entry in ref_model_entries(ref_model)):
+    if isinstance(model, nn.Module) and any(entry is model for entry in ref_model_entries(ref_model)):
         raise ValueError(
             "`ref_model` is the same object as `model`, so the reference would train along with the policy. Leave "
             "`ref_model` out: by default the reference is the policy as it starts to train."
@@ -93,9 +93,9 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
         )
 
 
-def default_output_dir(model: str | nn.Module) -> str:
+def default_output_dir(model: str | nn.Module | None) -> str:
     """`<model name>-DPO`, for a run without a config."""
-    path = model if isinstance(model, str) else loaded_from(model.config)
+    path = loaded_from(model.config) if isinstance(model, nn.Module) else model or ""
     return f"{os.path.basename(path.rstrip('/')) or 'model'}-DPO"
 
 

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
@@ -45,7 +45,6 @@ from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
-from holdfast.policy.prepare import make_policy
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import checksums
@@ -58,13 +57,15 @@ from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
+from holdfast.training.makings import Makings, ModelInit, check_model
+from holdfast.training.renewable_trainer import RenewableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training_arguments import check_optimizers
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(HookedTrainer):
+class DPOTrainer(RenewableTrainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
@@ -72,7 +73,8 @@ class DPOTrainer(HookedTrainer):
     `ref_model_weights`. `args`: `DPOConfig`. `train_dataset`, `eval_dataset`: `datasets` of rows with `prompt`,
     `chosen` and `rejected` (text or messages), with `chosen` and `rejected` that both begin with the prompt, or with
     token ids; for evaluation also a dict of them. `processing_class`: the tokenizer (or a processor with one).
-    `peft_config`: trains a fresh adapter. The other arguments are those of `transformers.Trainer`.
+    `peft_config`: trains a fresh adapter. `model_init`, in place of `model`, returns a fresh model for each run, such
+    as a trial of a hyperparameter search; its reference is made anew. The others are those of `transformers.Trainer`.
 
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
@@ -80,7 +82,7 @@ class DPOTrainer(HookedTrainer):
     @interruptible()
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel | nn.Module | None = None,
         ref_model: RefModel | Sequence[RefModel] = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None,
@@ -92,14 +94,18 @@ class DPOTrainer(HookedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        model_init: ModelInit | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
+        check_model(model, model_init, optimizers)
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
         hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
-        policy = make_policy(model, args, quantization_config, peft_config)
+        self.model_init = model_init
+        self._makings = Makings.of(ref_model, quantization_config, peft_config, data_collator, model_init)
+        policy = self._makings.policy(model if model is not None else Trainer.call_model_init(self), args)
         check_optimizers(optimizers, policy)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         num_ids = vocabulary_size(unwrap(policy))
@@ -123,13 +129,18 @@ class DPOTrainer(HookedTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        self.model_init, self._is_fresh = model_init, model_init is not None  # transformers has None: it got a model
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
-        self._place_policy(policy)
         self._tallies = {"train": Tally(), "eval": Tally(), "handed": Tally()}
-        self._router_coef = router_aux_loss_coef(unwrap(policy), args)
-        self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
-        self._make_reference(load_ref_models(ref_model, args))
+        self._begin_with(policy, ref_model)
+
+    def _begin_with(self, policy: nn.Module, ref_model: RefModel | Sequence[RefModel]) -> None:
+        """Makes all that a run of this policy needs: its reference, and what callbacks do with it."""
+        self._place_policy(policy)
+        self._router_coef = router_aux_loss_coef(unwrap(policy), self.args)
+        self._is_reference_chosen = ref_model_entries(ref_model) != [None] or self.args.ref_adapter_name is not None
+        self._make_reference(load_ref_models(ref_model, self.args))
         if hasattr(unwrap(policy), "add_model_tags"):
             unwrap(policy).add_model_tags(list(TAGS))
         self._interruption = InterruptionCallback(self)
@@ -242,7 +253,9 @@ class DPOTrainer(HookedTrainer):
         SIGTERM, SIGINT and SIGUSR1 end it after a step, with a complete checkpoint: see `holdfast.interruption`.
         """
         self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
-        with self._interruption.run(checkpoint, kwargs.get("trial", next(iter(args), None))):
+        trial = kwargs.get("trial", next(iter(args), None))
+        self._make_fresh(trial)
+        with self._interruption.run(checkpoint, trial):
             return self._train(checkpoint, *args, **kwargs)
 
     def _train(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:

@@ -204,7 +204,7 @@ def test_an_optimizer_of_a_part_trains_that_part(tmp_path: Path) -> None:
 
 
 def test_arguments_of_other_trainers_are_no_arguments_here(tmp_path: Path) -> None:
-    for name in ("model_init", "compute_loss_func", "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics"):
+    for name in ("compute_loss_func", "optimizer_cls_and_kwargs"):
         with pytest.raises(TypeError, match=name):
             trainer(untouchable(), config(tmp_path), **{name: None})
 

@@ -27,6 +27,7 @@ from transformers.utils import cached_file, chat_template_utils
 from holdfast.internals.moved import MovedError, looked_up
 
 OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
+    "call_model_init": ("trial",),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_model_card": ("model_name", "tags"),
     "create_optimizer": ("model",),
@@ -62,6 +63,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
 
 CALLED: Mapping[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
+    "_hp_search_setup": ("trial",),
     "_maybe_log_save_evaluate": (
         "tr_loss",
         "grad_norm",

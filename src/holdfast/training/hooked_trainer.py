@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from holdfast.config import DPOConfig
 from holdfast.data.layouts.choose import make_layout, preference_collator
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.losses import PairLogps
 from holdfast.training.handed_batches import (
     LOSS_HOOK,
@@ -48,14 +49,13 @@ class HookedTrainer(ResumableTrainer):
     def _make_collator(self, args: DPOConfig, hooks: list[str]) -> Any:
         """The run's data collator where the user has none; for `hooks`, one with the common trainer's keys."""
         layout = make_layout(args, self._pad_token_id)
-        if not hooks:
-            return layout
-        if args.layout == "auto" and args.process_index == 0:
-            logger.warning(padded_line(hooks, type(self).__name__))
-        return preference_collator(layout)
+        return preference_collator(layout) if hooks else layout
 
     def _begin_handing_out(self, hooks: list[str]) -> None:
         self._handed = HandedBatch() if LOSS_HOOK in hooks else None
+        is_chosen_here = type(self.data_collator) is DataCollatorForPreference and self.args.layout == "auto"
+        if hooks and is_chosen_here and self.is_world_process_zero():
+            logger.warning(padded_line(hooks, type(self).__name__))
 
     def _heed_hooks(self) -> None:
         """See `PairTrainer._heed_hooks`. ValueError for a `compute_loss_func`, which would not be called."""
