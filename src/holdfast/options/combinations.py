@@ -17,6 +17,7 @@ from transformers.training_args import ParallelMode
 
 from holdfast.losses.options import shown
 from holdfast.options.ranges import count
+from holdfast.policy.init_names import present_names
 
 
 def check_combinations(args: Any) -> None:
@@ -74,6 +75,9 @@ def _check_mappings(args: Any) -> None:
         for key, number in _numbers(getattr(args, name), name):
             if abs(number) >= 2**63 if isinstance(number, int) else not math.isfinite(number):
                 raise ValueError(f"{key}={shown(number)} was asked for; it is a finite number. Use one.")
+    for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+        if isinstance(kwargs := getattr(args, name), Mapping):
+            present_names(kwargs, name)
     option = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     recomputation = getattr(args, f"{option}_kwargs") if getattr(args, option) else None  # named by the version
     known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}

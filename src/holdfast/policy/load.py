@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.data.progress import bars
 from holdfast.internals.transformers import has_file
+from holdfast.policy.init_names import present_names
 from holdfast.policy.reading import reading
 
 logger = logging.getLogger(__name__)
@@ -127,12 +128,13 @@ def _load_adapter(option: str, path: str, kwargs: Mapping[str, Any], *, is_train
 
 
 def init_mapping(init_kwargs: Mapping[str, Any] | str | None, path: str) -> Mapping[str, Any]:
-    """The keyword arguments of `from_pretrained`; none for None. ValueError where they are a string."""
+    """The keyword arguments of `from_pretrained`, under their present names; none for None. ValueError where they are
+    a string, or have a name that would not be heeded."""
     if isinstance(init_kwargs, str):
         raise ValueError(
             f"Keyword arguments for loading {path!r} were given as the string {init_kwargs!r}. Pass a mapping, or JSON."
         )
-    return init_kwargs or {}
+    return present_names(init_kwargs or {}, f"what {path!r} is to be loaded with")
 
 
 def _is_adapter(path: str, kwargs: Mapping[str, Any]) -> bool:
