@@ -21,6 +21,7 @@ from holdfast.options.combinations import check_combinations
 from holdfast.options.names import check_names
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
+from holdfast.options.resuming import ResumeOptions
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -36,9 +37,10 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
-    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses. All
-    others that are not listed here come from `transformers.TrainingArguments`.
+class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments):
+    """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
+    `ResumeOptions` (in `options`) one about checkpoints. All others that are not listed here come from
+    `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the

@@ -241,6 +241,7 @@ class DPOTrainer(RenewableTrainer):
         if not self._startup.is_introduced and not self._is_sharded:
             self._introduce(self._collated(self._first_rows()))
         if checkpoint is not None:
+            self._adopt(checkpoint)
             self._startup.check_resumable(self.train_dataset)
             load_reference(checkpoint, self.reference, self._provenance)
 

@@ -20,7 +20,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from holdfast.checkpoint.disk_error import writing
-from holdfast.checkpoint.manifest import complete_checkpoints, mark_incomplete
+from holdfast.checkpoint.foreign import OWN, foreign_checkpoints
+from holdfast.checkpoint.manifest import complete_checkpoints, mark_incomplete, step_of
 from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import save_reference
 from holdfast.checkpoint.sound import last_complete
@@ -31,19 +32,22 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | os.PathLike[str] | bool | None, output_dir: Any) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names, or the last complete one where it is True; None where nothing
-    is to be resumed. Whether it is sound is not looked at. ValueError where there is none."""
+    """The checkpoint that `resume_from_checkpoint` names, or the last one where it is True; None where nothing is to be
+    resumed. The last one is complete, unless another trainer has written a later one, or nothing else is there. Whether
+    it is sound is not looked at. ValueError where there is none."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is not True:
         return Path(resume_from_checkpoint)
     complete = complete_checkpoints(Path(output_dir))
-    if not complete:
+    foreign = {path: by for path, by in foreign_checkpoints(Path(output_dir)).items() if path not in complete}
+    candidates = complete + [path for path, by in foreign.items() if by != OWN] or list(foreign)
+    if not candidates:
         raise ValueError(
             f"Resuming was asked for, but {output_dir} holds no complete checkpoint. Start without "
             "resume_from_checkpoint, or name the checkpoint's folder."
         )
-    return complete[-1]
+    return max(candidates, key=lambda path: step_of(path) or 0)
 
 
 def best_checkpoint(state: Any, folder: Path, resumed: Path | None = None) -> Path | None:

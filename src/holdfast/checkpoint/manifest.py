@@ -2,7 +2,7 @@
 
 It is written last, so a kill inside a save leaves a folder that no resume chooses. It records the size and the digest
 of every other file, and a checksum of itself. Manifests of earlier versions have neither and are read unchecked. Given
-up: resuming from checkpoints without a manifest, since their reference is not recorded.
+up: resuming from checkpoints without a manifest, since their reference is not recorded; see `adoption` for those.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from holdfast.checkpoint.files import FOLDER, DamagedError, read_regular
+from holdfast.checkpoint.foreign import writer_of
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -48,10 +49,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     ValueError for one of a newer format."""
     path = checkpoint / FOLDER / MANIFEST
     if not os.path.lexists(path):
+        by = writer_of(checkpoint)
+        how = f"it was written by {by}" if by else "it was never finished, or written by something else"
         raise DamagedError(
-            f"it has no {_FILE}: it was never finished, or written by something else, so which reference it trained "
-            "against is not recorded" if checkpoint.is_dir() else "there is no such folder"
-        )  # fmt: skip
+            f"it has no {_FILE}: {how}, so which reference it trained against is not recorded"
+            if checkpoint.is_dir()
+            else "there is no such folder"
+        )
     try:
         manifest = json.loads(read_regular(path, _FILE))
     except DamagedError:
@@ -91,6 +95,12 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def recorded(checkpoint: Path | None) -> dict[str, Any]:
+    """The manifest of a checkpoint that is complete; empty for any other, which is about to be adopted, and for none.
+    The errors of `read_manifest`."""
+    return read_manifest(checkpoint) if checkpoint is not None and is_complete(checkpoint) else {}
+
+
 def step_of(checkpoint: Path) -> int | None:
     """The step that a checkpoint's name says; None for another name."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -98,8 +108,8 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def _check_content(manifest: dict[str, Any]) -> None:
-    recorded = manifest.get("checksum")
-    if (recorded is not None or "files" in manifest) and recorded != _checksum(manifest):
+    checksum = manifest.get("checksum")
+    if (checksum is not None or "files" in manifest) and checksum != _checksum(manifest):
         raise DamagedError(f"its file {_FILE} does not have the checksum that it records: it was changed")
     required = _REQUIRED if manifest.get("kind") == "none" else (*_REQUIRED, *_REQUIRED_OF_A_REFERENCE)
     for name in required:

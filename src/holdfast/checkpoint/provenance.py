@@ -95,9 +95,15 @@ class Provenance:
             raise ValueError(
                 f"{checkpoint} was written by an earlier version of holdfast, which did not record {missing} of its "
                 "reference, so nobody can tell whether this run's is the same. Resume it with that version, or start a "
-                "new run from its weights with the reference named by `ref_model`."
+                "new run from its weights with the reference named by `ref_model`. With `model` and `ref_model` as "
+                "that run began, adopt_checkpoint=True takes it over, unless its reference had moved."
             )
         return cls(**{name: manifest[name] for name in cls.__slots__})
+
+    @classmethod
+    def is_in(cls, manifest: Mapping[str, Any]) -> bool:
+        """Whether a manifest records all of a provenance."""
+        return all(name in manifest for name in cls.__slots__)
 
     def differing_from(self, other: Self) -> dict[str, tuple[Any, Any]]:
         """What differs, as (ours, theirs) by its meaning. A setting of the model's config goes by its own name."""

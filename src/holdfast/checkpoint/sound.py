@@ -17,7 +17,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from holdfast.checkpoint.files import DamagedError, check_files, check_kinds, read_regular
-from holdfast.checkpoint.manifest import complete_checkpoints, read_manifest, step_of
+from holdfast.checkpoint.foreign import writer_of
+from holdfast.checkpoint.manifest import complete_checkpoints, is_complete, read_manifest, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ _STATE_TYPES: Mapping[str, tuple[type, ...]] = {
 """Fields of `trainer_state.json` that are read again."""
 
 
-def check_together(checkpoint: Path, request: str, *, reads_all: bool) -> None:
+def check_together(checkpoint: Path, request: str, *, reads_all: bool, adopts: bool = False) -> None:
     """`check_sound` on all processes: where one of them finds damage, all raise its error. Those with `reads_all` read
     the files, which one process a machine is enough for. They also say where there are no digests to compare."""
     message: str | None = None
     try:
-        manifest = check_sound(checkpoint, request, reads_all=reads_all)
-        if reads_all and "files" not in manifest:
+        manifest = check_sound(checkpoint, request, reads_all=reads_all, adopts=adopts)
+        if reads_all and manifest and "files" not in manifest:
             logger.warning(
                 "%s was written by an earlier version of holdfast, which recorded no digests of its files: they are "
                 "read as they are.", checkpoint,
@@ -57,10 +58,15 @@ def check_together(checkpoint: Path, request: str, *, reads_all: bool) -> None:
         raise ValueError(message)
 
 
-def check_sound(checkpoint: Path, request: str, *, reads_all: bool = True) -> dict[str, Any]:
+def check_sound(checkpoint: Path, request: str, *, reads_all: bool = True, adopts: bool = False) -> dict[str, Any]:
     """The manifest of a checkpoint that is as it was saved. ValueError where it is not; the message begins with
-    `request`, a sentence without its end. Without `reads_all`, only sizes are compared, not contents."""
+    `request`, a sentence without its end. Without `reads_all`, only sizes are compared, not contents. With `adopts`,
+    a checkpoint of another trainer may have none: then it is empty."""
     try:
+        if adopts and not is_complete(checkpoint) and writer_of(checkpoint) is not None:
+            check_kinds(checkpoint)
+            _check_trainer_state(checkpoint)
+            return {}
         return _checked(checkpoint, reads_all=reads_all)
     except DamagedError as damage:
         raise refused(checkpoint, request, damage) from damage
@@ -85,7 +91,15 @@ def refused(checkpoint: Path, request: str, problem: object) -> ValueError:
             f"{checkpoint.parent.absolute()} holds no other complete checkpoint that is as it was saved. Put the file "
             "back from a copy, or start again without resume_from_checkpoint."
         )
+    if not is_complete(checkpoint) and writer_of(checkpoint) is not None:
+        way_on = f"{HOW_TO_ADOPT} {way_on}"
     return ValueError(f"{request}, but {problem}. {way_on}")
+
+
+HOW_TO_ADOPT = (
+    "To go on from it, pass as `model` (and `ref_model`) what its run began with, and set adopt_checkpoint=True: "
+    "policy, optimizer, schedule and random state are taken from it, and the reference is captured from `model`."
+)
 
 
 def resuming(checkpoint: Path) -> str:

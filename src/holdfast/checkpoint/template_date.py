@@ -6,7 +6,7 @@ is in `data.dates`.
 
 from pathlib import Path
 
-from holdfast.checkpoint.manifest import complete_checkpoints, is_complete, read_manifest
+from holdfast.checkpoint.manifest import complete_checkpoints, is_complete, recorded
 from holdfast.checkpoint.sound import check_sound, resuming
 from holdfast.config import DPOConfig
 
@@ -29,12 +29,12 @@ def recorded_date(args: DPOConfig) -> str | None:
 def date_to_print(checkpoint: Path, current: str | None, template_date: str | None) -> str | None:
     """The date that chat templates print in a run that resumes `checkpoint` and has printed `current` so far.
     ValueError where the option `template_date` is another one."""
-    recorded = read_manifest(checkpoint).get("template_date")
-    if recorded is None or current is None:
+    date = recorded(checkpoint).get("template_date")
+    if date is None or current is None:
         return current
-    if template_date is not None and template_date != recorded:
+    if template_date is not None and template_date != date:
         raise ValueError(
-            f"template_date={template_date!r} was asked for, but chat templates printed {recorded} in the run that "
-            f"wrote {checkpoint}, so its rows have other token ids. Drop template_date, or set it to {recorded!r}."
+            f"template_date={template_date!r} was asked for, but chat templates printed {date} in the run that wrote "
+            f"{checkpoint}, so its rows have other token ids. Drop template_date, or set it to {date!r}."
         )
-    return recorded
+    return date

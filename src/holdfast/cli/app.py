@@ -178,7 +178,8 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
 
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, folder)
     if checkpoint is not None:
-        check_sound(checkpoint, resuming(checkpoint), reads_all=False)  # before anything is loaded
+        adopts = arguments.adopt_checkpoint
+        check_sound(checkpoint, resuming(checkpoint), reads_all=False, adopts=adopts)  # before anything is loaded
     with interruption.saying("Nothing is trained yet."):
         trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from holdfast import interruption
-from holdfast.checkpoint.folder import complete_checkpoints
-from holdfast.checkpoint.reference_state import read_manifest
+from holdfast.checkpoint.manifest import complete_checkpoints, recorded
 from holdfast.interruption import SIGNALS, Interrupted, interruption_behind
 
 NOTICE = "the step is finished and a checkpoint is written, then the run ends. A second signal ends it at once."
@@ -50,7 +49,7 @@ class InterruptionCallback(TrainerCallback):
         """A context for one run, resumed from `checkpoint` if there is one. An `Interrupted` that leaves it says what
         was done; the checkpoint is written that was still missing."""
         self._first_step = self._saved_step = self._agreed = None
-        self._record = {} if checkpoint is None else read_manifest(checkpoint)
+        self._record = recorded(checkpoint)
         self.is_evaluation_due = bool(self._record.get("evaluation_due"))
         self._is_at_epoch_end, self._was_at_epoch_end = False, bool(self._record.get("epoch_end"))
         try:

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from holdfast.card import write_card
+from holdfast.checkpoint.adoption import adopt, is_to_be_adopted
 from holdfast.checkpoint.disk_error import writing
 from holdfast.checkpoint.finite import check_state
 from holdfast.checkpoint.folder import (
@@ -258,9 +259,36 @@ class ResumableTrainer(PairTrainer):
     def _to_resume(self, resume_from_checkpoint: Any) -> Path | None:
         """The checkpoint to resume or to restore, or None. ValueError where it is not as it was saved."""
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        adopts = self.args.adopt_checkpoint
         if checkpoint is not None:
-            check_together(checkpoint, resuming(checkpoint), reads_all=self.is_local_process_zero())
+            check_together(checkpoint, resuming(checkpoint), reads_all=self.is_local_process_zero(), adopts=adopts)
+        elif adopts:
+            raise ValueError(
+                "adopt_checkpoint=True was asked for, but no checkpoint is resumed. Name one in "
+                "`train(resume_from_checkpoint=...)`, or drop it."
+            )
         return checkpoint
+
+    def _adopt(self, checkpoint: Path) -> None:
+        """Records this run's reference in a checkpoint that has no record of its own, where that is asked for. All
+        processes raise the ValueError of the one that writes it."""
+        if not self.args.adopt_checkpoint or not is_to_be_adopted(checkpoint):
+            return
+        if self._is_sharded:
+            raise ValueError(
+                f"{resuming(checkpoint)} with adopt_checkpoint=True, but the weights are sharded, so they cannot be "
+                "compared with those in it. Adopt it in a single process."
+            )
+        message: str | None = None
+        steps = self.args.gradient_accumulation_steps
+        if self.is_world_process_zero():
+            try:
+                logger.warning(adopt(checkpoint, self.model, self.reference, self._provenance, batches_per_step=steps))
+            except ValueError as error:
+                message = str(error)
+        message = next(filter(None, gather_object([message])), None)
+        if message is not None:
+            raise ValueError(message)
 
     def _say_what_starts_afresh(self, checkpoint: Path) -> None:
         """Warns of what the checkpoint lacks for the resumed run to be the uninterrupted one."""
