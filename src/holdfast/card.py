@@ -1,5 +1,6 @@
 """The model card of a trained model: its base model, how it was trained, and which reference it had."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import peft
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 import holdfast
@@ -19,6 +22,9 @@ from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
 
 TAGS = ("holdfast", "dpo")
+
+_OF_THE_BASE = "base_model:"
+"""What a tag begins with that peft makes of the base model's name."""
 
 TEMPLATE = """---
 {{ card_data }}
@@ -57,26 +63,34 @@ def write_card(
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
 ) -> None:
-    """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...).
-    The header names the base model only where that can be a hub id. ValueError where the file cannot be written."""
+    """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...),
+    what `transformers` calls `finetuned_from`, `dataset_tags` and `tasks` under the names that headers have for it. A
+    base model or dataset is named only where that can be a hub id: a path is nobody else's. ValueError where the file
+    cannot be written."""
     folder = Path(str(args.output_dir))
-    base_model = loaded_from(unwrap(model).config) or None
-    dataset = metadata.pop("dataset", None) or dataset
-    on_hub = base_model is not None and base_model.count("/") <= 1 and not base_model.startswith((".", "/"))
+    metadata = dict(metadata)
+    names = _listed(metadata.pop("dataset", None)) or _listed(dataset)
+    on_hub = [name for name in _listed(metadata.pop("dataset_tags", None)) or names if is_hub_id(name)]
+    shown = [name for name in names if not is_path(name)] or on_hub
+    details = _listed(metadata.pop("dataset_args", None))
+    tasks = _listed(metadata.pop("tasks", None))
+    base_model = metadata.pop("finetuned_from", None) or loaded_from(unwrap(model).config)
+    if tasks:
+        metadata.setdefault("pipeline_tag", tasks[0])
     data = ModelCardData(
-        base_model=base_model if on_hub else None,
+        base_model=base_model if is_hub_id(base_model) else None,
         library_name="transformers",
         model_name=title or folder.name,
-        datasets=[dataset] if isinstance(dataset, str) else list(dataset or []) or None,
-        tags=sorted({*TAGS, *([tags] if isinstance(tags, str) else tags or [])}),
+        datasets=on_hub or None,
+        tags=sorted({*TAGS, *_listed(tags), *tasks[1:]}),
         **metadata,
     )
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=title or folder.name,
-        base_model=base_model or "a model",
-        dataset=dataset or "not named",
+        base_model=base_model if is_hub_id(base_model) else "a model",
+        dataset=", ".join([*shown, *(f"({detail})" for detail in details)]) or "not named",
         loss=", ".join(args.loss_types),
         beta=args.beta,
         reference="none" if reference is None else reference.describe(),
@@ -87,3 +101,41 @@ def write_card(
     none = f"start again: there is no complete checkpoint in {folder}"
     with placed(folder, "the model card README.md", lambda: last_complete(folder, none=none)) as staged:
         card.save(staged / "README.md")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a path on this machine, or could be one on another."""
+    return (
+        name.startswith((".", "/", "~")) or "\\" in name or ":" in name or name.count("/") > 1 or os.path.exists(name)
+    )
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a model or dataset of this name may be found on the hub: `name` or `owner/name`, and nothing here."""
+    if not name or is_path(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def hide_paths(folder: Path) -> None:
+    """Takes out of the header of a folder's `README.md`, which peft writes, the path that its base was loaded from."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return
+    card = ModelCard.load(file)
+    base_model, tags = card.data.get("base_model"), card.data.tags or []
+    kept = [tag for tag in tags if not (tag.startswith(_OF_THE_BASE) and is_path(tag.split(":", 2)[-1]))]
+    if isinstance(base_model, str) and is_path(base_model):
+        card.data.base_model = None
+    elif kept == tags:
+        return
+    card.data.tags = kept or None
+    card.save(file)
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from holdfast.card import write_card
+from holdfast.card import hide_paths, write_card
 from holdfast.checkpoint.adoption import adopt, is_to_be_adopted
 from holdfast.checkpoint.disk_error import writing
 from holdfast.checkpoint.finite import check_state
@@ -70,7 +70,8 @@ class ResumableTrainer(PairTrainer):
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
         tags: str | list[str] | None = None, **metadata: Any,
     ) -> None:  # fmt: skip
-        """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, ...)."""
+        """Writes `README.md` into the output folder; `metadata` goes into its header (`language`, `license`, `tasks`,
+        `finetuned_from`, `dataset_tags`, ...). See `holdfast.card.write_card`."""
         if self.is_world_process_zero():
             write_card(
                 self.args, self.model, self.reference, title=model_name, dataset=dataset_name, tags=tags,
@@ -120,6 +121,7 @@ class ResumableTrainer(PairTrainer):
         """Writes the model and `training_args.bin`, the latter without secrets."""
         with without_secrets_on_disk(self.args), bars(are_shown=not self.args.disable_tqdm):
             super()._save(output_dir, state_dict)
+        hide_paths(Path(str(output_dir or self.args.output_dir)))
 
     def _save_as_library(self, save: Callable[[], None]) -> None:
         """What transformers saves of a checkpoint. `self.args` is a copy meanwhile."""
