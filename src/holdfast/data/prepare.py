@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.dates import prints_date
 from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places, places_of
@@ -73,10 +73,10 @@ def prepare_dataset(
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
     (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
     stream, a warning comes with the 1st, 10th, 100th, ... row of each reason. Rows that already have the three columns
-    are checked and stay as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
-    `template_date` is the date that chat templates print. With None it is today's, and a later run has other ids.
-    `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
-    cache. `disable_tqdm` hides the progress bars.
+    are checked and stay as they are, masks of their completions (`MASK_COLUMNS`) too. `vocab_size` is the number of the
+    model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
+    is today's, and a later run has other ids. `num_proc` is for map-style datasets and `main_process_first` a context
+    in which the other processes wait for the cache. `disable_tqdm` hides the progress bars.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
     assistant's, see `holdfast.data.control_text`.
@@ -243,7 +243,7 @@ class _AddIds:
         except ValueError as error:
             raise RowError(self.name, index, str(error)) from error
         if kind == "tokenized":
-            ids = {column: row[column] for column in TOKENIZED_COLUMNS}
+            ids = {column: row[column] for column in columns_of_pairs(row)}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None}
         (preference,), (pair,) = self.tokenized([row], [index])
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
@@ -339,7 +339,7 @@ def _report(dataset: Dataset, add_ids: _AddIds) -> None:
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
-    ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    ids = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
     verdicts = []
     for first in range(0, len(ids), _JUDGED_ROWS):
         rows: Any = ids[first : first + _JUDGED_ROWS]
