@@ -44,6 +44,8 @@ class Ragged:
         """
         if column is None or pa.types.is_null(column.type):
             return None
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.list_(column.type.value_type))
         if not _is_lists(column.type):
             raise ValueError("no lists")
         masks: Any = pa.concat_arrays(column.chunks)
