@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.control_text import ControlText
 from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
+from holdfast.data.notes import Note
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -35,7 +36,8 @@ class TokenizedPair:
     `cut_ids` is the end of the tokenized prompt, where a full text has other tokens. It is left out of the prompt. It
     is empty where the tokenized prompt is a prefix of both full texts, as it should be. `as_text` is a special token
     that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token. A mask has
-    a 1 for each completion token that is scored and a 0 for each that is only seen; None where all are scored.
+    a 1 for each completion token that is scored and a 0 for each that is only seen; None where all are scored. `notes`
+    are further things to be said of the row.
     """
 
     prompt_ids: list[int]
@@ -46,6 +48,7 @@ class TokenizedPair:
     as_token: str | None = None
     chosen_mask: Sequence[int] | np.ndarray | None = None
     rejected_mask: Sequence[int] | np.ndarray | None = None
+    notes: tuple[Note, ...] = ()
 
     @property
     def prompt_is_prefix(self) -> bool:
