@@ -1,5 +1,6 @@
 """What is pushed to the hub is complete when the upload begins, and options are written as the user gave them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import transformers.trainer
 
 from families import tiny_model
-from policies import POLICIES, config, trainer
+from policies import POLICIES, config, logged, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # the environment switches them off
 
@@ -73,6 +74,30 @@ def test_a_pushed_checkpoint_is_complete(kind: str, strategy: str, names: list[s
         assert {"reference/manifest.json", "reference/state.safetensors", "trainer_state.json"} <= files
         assert files == {str(p.relative_to(tmp_path / folder)) for p in (tmp_path / folder).rglob("*") if p.is_file()}
     assert len(hub.uploads) - len(pushed) == (0 if strategy == "end" else 3)  # the model itself
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_pushed_checkpoint_can_be_resumed(
+    strategy: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a download of it, with a reference that has moved: the run that follows is the uninterrupted one."""
+
+    def upload_folder(*, folder_path: str, path_in_repo: str | None = None, **options: Any) -> Any:
+        if path_in_repo is not None:
+            shutil.copytree(folder_path, tmp_path / "hub" / path_in_repo, dirs_exist_ok=True)
+        return Done()
+
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    options = OPTIONS | MOVING | {"optim": "adamw_torch", "learning_rate": 0.01}
+    pushing = config(tmp_path / "run", **options | {"hub_strategy": strategy, "max_steps": 2})
+    trainer(tiny_model(), pushing).train()
+    without = options | {"push_to_hub": False, "hub_model_id": None, "hub_always_push": False}
+    whole, resumed = (trainer(tiny_model(), config(tmp_path / name, **without)) for name in ("whole", "resumed"))
+    whole.train()
+    name = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-2"
+    resumed.train(resume_from_checkpoint=str(tmp_path / "hub" / name))
+    assert logged(resumed) == logged(whole)
+    assert logged(resumed, "reference/drift") == logged(whole, "reference/drift")
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "every_save"])

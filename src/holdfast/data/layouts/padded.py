@@ -18,6 +18,7 @@ from holdfast.data.layouts.sequences import (
     TokenSequence,
     check_counts,
     check_row_options,
+    completion_masks,
     content_id_of,
     no_pairs,
     padded_rows,
@@ -30,7 +31,7 @@ from holdfast.data.layouts.sequences import (
 class PaddedLayout(Layout):
     """`input_ids` and `attention_mask` [2P T], the P chosen rows first, padded on the right to the longest row of the
     batch (and up to a multiple of `pad_to_multiple_of`). The rest of a batch is that of every `Layout`, and
-    `completion_mask` [2P T] for scripts that read batches: 1 at the tokens of completions."""
+    `completion_mask` [2P T] for scripts that read batches: 1 at the tokens that count."""
 
     name: ClassVar[str] = "padded"
     summary: ClassVar[str] = "a row each"
@@ -69,17 +70,19 @@ class PaddedLayout(Layout):
         num_tokens = input_ids.shape[1]
         first = np.array([max(sequence.num_prompt, 1) for sequence in sequences])
         counts = np.array([len(sequence.ids) for sequence in sequences]) - first
-        check_counts(counts)
         row = np.repeat(np.arange(len(sequences)), counts)
         rank = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
         position = row * num_tokens + first[row] + rank
-        completion_mask = attention_mask.copy()
-        for mask, sequence in zip(completion_mask, sequences, strict=True):
-            mask[: sequence.num_prompt] = 0
+        if any(sequence.scored is not None for sequence in sequences):
+            of_each = zip(sequences, np.split(position, counts.cumsum()[:-1]), strict=True)
+            scored = [sequence.of_targets(positions) for sequence, positions in of_each]
+            counts = np.array([*map(len, scored)])
+            position, row = np.concatenate(scored), np.repeat(np.arange(len(sequences)), counts)
+        check_counts(counts)
         tensors = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            COMPLETION_MASK: completion_mask,
+            COMPLETION_MASK: completion_masks(sequences, attention_mask),
             "source": position - 1,
             "target": input_ids.reshape(-1)[position],
             "sequence": row,

@@ -17,6 +17,7 @@ from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.layouts.sequences import (
     check_counts,
     check_row_options,
+    completion_masks,
     padded_rows,
     pairs_of_halves,
     truncated_sequences,
@@ -30,7 +31,7 @@ POSITION_KEYS = ("source", "target", "sequence", "chosen", "rejected", "content"
 @dataclass(frozen=True)
 class DataCollatorForPreference:  # not final: scripts subclass it and override `torch_call`
     """A data collator: rows with `prompt_ids`, `chosen_ids` and `rejected_ids` -> `input_ids`, `attention_mask` and
-    `completion_mask` [2P T], chosen rows first.
+    `completion_mask` [2P T], chosen rows first. `completion_mask` is 1 for the completion tokens that are scored.
 
     `ref_chosen_logps` and `ref_rejected_logps` [P] are passed on when the rows have them. It is for scripts that name
     this collator; `PaddedLayout` makes the same rows as a complete batch.
@@ -59,13 +60,10 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
         """The batch of `features`."""
         sequences = truncated_sequences(features, self.max_length, self.truncation_mode)
         input_ids, attention_mask = padded_rows(sequences, self.pad_token_id, self.pad_to_multiple_of)
-        completion_mask = attention_mask.copy()
-        for mask, sequence in zip(completion_mask, sequences, strict=True):
-            mask[: sequence.num_prompt] = 0
         tensors = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
-            "completion_mask": torch.from_numpy(completion_mask),
+            "completion_mask": torch.from_numpy(completion_masks(sequences, attention_mask)),
         }
         logps = [column for column in REFERENCE_COLUMNS if column in features[0]]
         return tensors | {column: torch.tensor([row[column] for row in features]) for column in logps}
