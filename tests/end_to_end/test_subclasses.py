@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -160,6 +161,30 @@ def test_a_loss_of_its_own_follows_a_naive_loop(name: str, tmp_path: Path, caplo
     assert logged(ours) == pytest.approx(naive_losses(loss_of), rel=2e-5, abs=2e-6)
     said = [record.message for record in caplog.records if record.message.startswith("layout: padded")]
     assert len(said) == (0 if "layout" in options else 1)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_tokens_that_masks_leave_out_are_not_in_the_completion_mask(ahead: bool, tmp_path: Path) -> None:
+    """The script's own loss from `completion_mask` is that of `DPOTrainer` on the same rows."""
+    table = rows().to_list()
+    for number, row in enumerate(table):
+        for side in ("chosen", "rejected"):
+            mask = [int((place + number) % 3 > 0) for place in range(len(row[f"{side}_ids"]))]
+            row[f"{side}_mask"] = mask if any(mask) else [1] * len(mask)
+    masked = Dataset.from_list(table)
+    own, plain = (
+        kind(
+            tiny_model(), args=config(tmp_path, **IN_ORDER, precompute_ref_log_probs=ahead), train_dataset=masked,
+            processing_class=tiny_tokenizer(),
+        )
+        for kind in (OwnLossAhead if ahead else OwnLoss, DPOTrainer)
+    )  # fmt: skip
+    own.train()
+    plain.train()
+    assert logged(own) == pytest.approx(logged(plain), rel=2e-5, abs=2e-6)
+    with_all = made(OwnLoss, tmp_path)
+    with_all.train()
+    assert logged(own)[-1] != pytest.approx(logged(with_all)[-1], rel=1e-3)
 
 
 def test_a_mixin_is_seen(tmp_path: Path) -> None:
