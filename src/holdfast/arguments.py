@@ -39,12 +39,10 @@ def checked_arguments(
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """
     check_trainer()
+    check_model(model)
+    check_kind(args)
     if args is None:
         args = DPOConfig(output_dir=default_output_dir(model))
-    if not isinstance(args, DPOConfig):
-        raise TypeError(
-            f"`args` is a {type(args).__name__}; pass a `holdfast.DPOConfig`, which takes the same arguments and more."
-        )
     args.check()
     if train_dataset is None:
         raise ValueError("No `train_dataset` was given. Pass a `datasets.Dataset` of preference pairs.")
@@ -74,6 +72,38 @@ def checked_arguments(
         args = copy.copy(args)
         args.enable_jit_checkpoint = False
     return args
+
+
+def check_model(model: Any) -> None:
+    """ValueError where there is no model."""
+    if model is None:
+        raise ValueError(
+            "`model` is None; there is nothing to train. Pass a causal language model, a PEFT model, or the path or hub "
+            "id of one."
+        )
+
+
+def check_kind(args: Any) -> None:
+    """TypeError where `args` is neither a `holdfast.DPOConfig` nor None; it says whose config it is."""
+    if args is None or isinstance(args, DPOConfig):
+        return
+    kind = type(args)
+    peers = [each for each in kind.__mro__ if each.__name__ == "DPOConfig" and each.__module__.startswith("trl.")]
+    if kind in peers:
+        found = "`trl.DPOConfig`; import DPOConfig from holdfast as well (`from holdfast import DPOConfig, DPOTrainer`)"
+    elif peers:
+        found = (
+            f"`{kind.__module__}.{kind.__name__}`, a subclass of `trl.DPOConfig`; make `holdfast.DPOConfig` its base "
+            "class (`from holdfast import DPOConfig`)"
+        )
+    elif isinstance(args, int | float | str):
+        found = (
+            f"{type(args).__name__} ({args!r}); name the arguments after `ref_model` (args=..., train_dataset=...), "
+            "and pass a `holdfast.DPOConfig`"
+        )
+    else:
+        found = f"{kind.__name__}; pass a `holdfast.DPOConfig`"
+    raise TypeError(f"`args` is a {found}, which takes the same arguments and more.")
 
 
 def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:

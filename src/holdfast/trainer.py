@@ -59,6 +59,7 @@ from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.resumable_trainer import ResumableTrainer
 from holdfast.training.startup import Startup
+from holdfast.training.unknown_arguments import refusing_unknown_arguments
 from holdfast.training_arguments import check_optimizers
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class DPOTrainer(ResumableTrainer):
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
 
+    @refusing_unknown_arguments
     @interruptible()
     def __init__(
         self,
