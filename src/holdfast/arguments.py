@@ -78,8 +78,8 @@ def check_model(model: Any) -> None:
     """ValueError where there is no model."""
     if model is None:
         raise ValueError(
-            "`model` is None; there is nothing to train. Pass a causal language model, a PEFT model, or the path or hub "
-            "id of one."
+            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, or the path or "
+            "hub id of one."
         )
 
 

@@ -25,11 +25,12 @@ def unread_words() -> list[str]:
     words: list[str] = []
     for frame in callers():
         name, variables = frame.f_code.co_name, frame.f_locals
-        if name == "parse_args_into_dataclasses" and not variables.get("return_remaining_strings"):
+        if variables.get("return_remaining_strings"):
+            continue
+        if name == "parse_args_into_dataclasses":
             words += variables.get("remaining_args") or []
         elif name == "parse_args_and_config" and variables.get("fail_with_unknown_args", True):
-            if not variables.get("return_remaining_strings"):
-                words = [*(variables.get("config_remaining_strings") or []), *words]
+            words = [*(variables.get("config_remaining_strings") or []), *words]
     return words
 
 

@@ -1,8 +1,8 @@
 """How a config is made: names that it does not have are refused all at once, each with what to write.
 
-`dataclass` writes `__init__`, of `DPOConfig` and of every subclass with fields of its own. The metaclass puts a function
-around each as it is written, which has the same signature, so that parsers, `replace`, pickling and documentation see
-nothing of it. Given up: a plain constructor, since a subclass's is not made from its base class's.
+`dataclass` writes `__init__`, of `DPOConfig` and of every subclass with fields of its own. The metaclass puts a
+function around each as it is written, which has the same signature, so that parsers, `replace`, pickling and
+documentation see nothing of it. Given up: a plain constructor, since a subclass's is not made from its base class's.
 """
 
 import functools
@@ -13,8 +13,8 @@ from dataclasses import fields
 from typing import Any
 
 from holdfast.internals.command_line import unread_keys, unread_words
-from holdfast.options.script import lines_of_trainer_calls
 from holdfast.options.renamed import RENAMED
+from holdfast.options.script import lines_of_trainer_calls
 from holdfast.options.unknown import UnknownNameError, asked_options, of_command_line, option_lines, unknown_names
 
 
@@ -57,7 +57,7 @@ def _refusal(
     """The error about the `unknown` names, with what is wrong of the others, and of the script's trainer."""
     others: list[str] = []
     try:
-        init(kind.__new__(kind), *args, **known)
+        init(object.__new__(kind), *args, **known)
     except (ValueError, TypeError, ImportError) as error:
         others = [f"- {error}"]
     noun = "a name that is" if len(unknown) == 1 else f"{len(unknown)} names that are"

@@ -114,7 +114,7 @@ def _warmup(value: Any, others: Options) -> Options:
 
 
 _LENGTHS = _drop(
-    "max_length bounds prompt and completion together, and truncation_mode=\"keep_end\" keeps a longer row's end", -1
+    'max_length bounds prompt and completion together, and truncation_mode="keep_end" keeps a longer row\'s end', -1
 )
 _QUANTISED = "BitsAndBytesConfig({}=True)"
 _ADAPTER = _of_trainer("peft_config", "LoraConfig(...)")

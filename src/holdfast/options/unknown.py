@@ -14,8 +14,8 @@ from holdfast.secrets import is_secret
 
 
 class UnknownNameError(TypeError, ValueError):
-    """Names that are none of a config's options or of a trainer's arguments. Python raises `TypeError` for them, parsers
-    of command lines `ValueError`."""
+    """Names that are none of a config's options or of a trainer's arguments. Python raises `TypeError` for them,
+    parsers of command lines `ValueError`."""
 
 
 def asked_options(unknown: Options) -> dict[str, Any]:
@@ -27,9 +27,7 @@ def asked_arguments(unknown: Options) -> dict[str, Any]:
     """Those of the `unknown` arguments of a trainer whose value asks for anything."""
     tables = (RENAMED_ARGUMENTS, RENAMED)
     found = {name: next((table[name] for table in tables if name in table), None) for name in unknown}
-    return {
-        name: value for name, value in unknown.items() if (entry := found[name]) is None or entry.is_asked(value)
-    }
+    return {name: value for name, value in unknown.items() if (entry := found[name]) is None or entry.is_asked(value)}
 
 
 def option_advice(name: str, value: Any, others: Options, names: Collection[str]) -> str:
