@@ -263,13 +263,16 @@ RENAMED_ARGUMENTS: Mapping[str, Renamed] = MappingProxyType(
                 "reference_model": "ref_model", "collator": "data_collator", "collate_fn": "data_collator",
             }.items()
         },
-        "preprocess_logits_for_metrics": _drop(
-            "set `trainer.preprocess_logits_for_metrics = ...` once the trainer is made"
-        ),
-        "model_init": _drop("set `trainer.model_init = ...` before `hyperparameter_search`"),
-        "optimizer_cls_and_kwargs": _drop("pass optimizers=(optimizer, schedule), or set optim and optim_args"),
-        "compute_loss_func": _drop("override `compute_loss` in a subclass"),
-        "formatting_func": _drop("make the columns prompt, chosen and rejected with `dataset.map`"),
+        **{
+            name: Renamed(reason=reason, asks_nothing=())
+            for name, reason in {
+                "preprocess_logits_for_metrics": "set `trainer.preprocess_logits_for_metrics = ...` on the trainer",
+                "model_init": "set `trainer.model_init = ...` before `hyperparameter_search`",
+                "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, schedule), or set optim and optim_args",
+                "compute_loss_func": "override `compute_loss` in a subclass",
+                "formatting_func": "make the columns prompt, chosen and rejected with `dataset.map`",
+            }.items()
+        },
     }
 )  # fmt: skip
 """Arguments of a trainer that are none of `DPOTrainer`."""

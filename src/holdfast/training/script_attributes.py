@@ -164,8 +164,8 @@ class ScriptableTrainer(ResumableTrainer):
             if value is not self.ref_model:
                 found = "None" if value is None else f"a {type(value).__name__}"
                 raise ValueError(
-                    f"`trainer.ref_model` was set to {found} once the trainer was made, when its reference was captured "
-                    "and its data may have been scored. Pass the model as `ref_model` to DPOTrainer."
+                    f"`trainer.ref_model` was set to {found} once the trainer was made, when its reference was "
+                    "captured and its data may have been scored. Pass the model as `ref_model` to DPOTrainer."
                 )
         elif "accelerator" in self.__dict__:
             raise TypeError(_not_made(type(self).__name__, "and sets `ref_model`"))
