@@ -1,7 +1,6 @@
 """The trainer's arguments, checked against each other before anything is loaded."""
 
 import copy
-import difflib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import check_trainer, loaded_from
+from holdfast.losses.options import nearest
 from holdfast.metrics import EVAL_METRICS
 from holdfast.options.combinations import check_evaluation
 from holdfast.policy.independence import Dependence
@@ -115,10 +115,11 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     parts = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
     names = [f"{part}_{metric}" for part in parts for metric in EVAL_METRICS] or list(EVAL_METRICS)
     if name.removeprefix("eval_") not in names:
-        near = difflib.get_close_matches(name.removeprefix("eval_"), names, n=1, cutoff=0)[0]
+        near = nearest(name.removeprefix("eval_"), names)
+        hint = f" Did you mean {near!r}?" if near is not None else ""
         raise ValueError(
-            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric. Did you mean "
-            f"{near!r}? Without `compute_metrics` there are {', '.join(EVAL_METRICS)}"
+            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric.{hint} Without "
+            f"`compute_metrics` there are {', '.join(EVAL_METRICS)}"
             f"{f', each after the name of its data ({parts[0]}_loss)' if parts else ''}."
         )
 

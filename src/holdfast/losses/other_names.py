@@ -7,7 +7,7 @@ from holdfast.losses.options import require_known
 
 _SMOOTHED = 'loss_type="sigmoid" with label_smoothing, the probability that a label is flipped'
 _WITH_LIKELIHOOD = 'loss_type=["sigmoid", "sft"] with loss_weights=[1.0, alpha]'
-_UNPAIRED = 'its pairs are unpaired examples, for which "bco_pair" and "apo_zero" are the nearest'
+_UNPAIRED = 'it compares no pairs; the nearest that do are "bco_pair" and "apo_zero"'
 
 INSTEAD: Mapping[str, str] = MappingProxyType(
     {
