@@ -29,7 +29,7 @@ LAYERS = (
     {"policy"},
     {"reference"},
     {"options"},
-    {"config", "testing", "training_arguments"},
+    {"config", "passed_through", "testing", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},

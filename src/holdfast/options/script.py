@@ -15,7 +15,10 @@ from holdfast.internals.command_line import callers
 from holdfast.options.renamed import ARGUMENTS, RENAMED, RENAMED_ARGUMENTS, Expression
 from holdfast.options.unknown import argument_lines, asked_arguments, asked_options, option_lines
 
-_LIBRARIES = ("holdfast", "transformers", "trl", "dataclasses", "contextlib", "functools", "abc", "unittest", "_pytest")
+_LIBRARIES = (
+    "holdfast", "transformers", "trl", "dataclasses", "contextlib", "functools", "abc", "importlib", "unittest",
+    "_pytest",
+)  # fmt: skip
 _MOST_CHARACTERS = 1_000_000
 
 
@@ -44,9 +47,27 @@ def _lines(kind: str, names: Collection[str], option_names: Collection[str]) -> 
     return lines
 
 
+def names_of_import(package: str, name: str) -> list[str]:
+    """The names that the script's import statement of `name` from the package imports; that name alone where the
+    statement cannot be read."""
+    frame, tree = _frame(), _source()
+    if frame is None or tree is None:
+        return [name]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == package and node.end_lineno is not None:
+            names = [alias.name for alias in node.names]
+            if name in names and node.lineno <= frame.f_lineno <= node.end_lineno:
+                return names
+    return [name]
+
+
+def _frame() -> FrameType | None:
+    return next((frame for frame in callers() if _is_of_script(frame)), None)
+
+
 def _source() -> ast.Module | None:
     """The script's syntax; None where its source cannot be had."""
-    frame = next((frame for frame in callers() if _is_of_script(frame)), None)
+    frame = _frame()
     if frame is None:
         return None
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
@@ -71,8 +92,9 @@ def _calls(tree: ast.Module | None, kind: str) -> Iterator[tuple[int, dict[str, 
             names |= {alias.asname for alias in node.names if alias.name == kind and alias.asname}
         elif isinstance(node, ast.ClassDef) and {_name(base) for base in node.bases} & names and _is_plain(node):
             names.add(node.name)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _name(node.func) in names:
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node.func) in names]
+    for node in sorted(calls, key=lambda node: node.lineno):
+        if node.keywords:
             yield node.lineno, {word.arg: _value(word.value) for word in node.keywords if word.arg is not None}
 
 
