@@ -260,7 +260,7 @@ def test_the_cache_is_used_again_and_survives_another_max_length(
     def never(*_: object) -> None:
         raise AssertionError("the rows were tokenized again")
 
-    monkeypatch.setattr("holdfast.data.prepare.tokenize", never)
+    monkeypatch.setattr("holdfast.data.add_ids.tokenize", never)
     called_before = tiny.tokenizer()
     called_before(["a", "b c"], padding=True, truncation=True, max_length=3)
     lengths = sorted(len(row["prompt_ids"]) for row in first)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.control_text import NOTHING, ControlText
 from holdfast.data.encoder import NUM_ID_BYTES, Encoder, as_bytes, from_bytes
 from holdfast.data.formats import Message, Preference
+from holdfast.data.notes import Note
 from holdfast.data.tokenize import TokenizedPair, conversations, rendered_text, template_of, texts_with_eos, tokenize
 from holdfast.internals.transformers import compiled_template, has_own_templates
 
@@ -39,6 +40,7 @@ class EncodedPair:
     cut_ids: bytes
     as_text: str | None = None
     as_token: str | None = None
+    notes: tuple[Note, ...] = ()
 
     @classmethod
     def of(cls, pair: TokenizedPair) -> "EncodedPair":
@@ -50,6 +52,7 @@ class EncodedPair:
             cut_ids=as_bytes(pair.cut_ids),
             as_text=pair.as_text,
             as_token=pair.as_token,
+            notes=pair.notes,
         )
 
 

@@ -14,43 +14,32 @@ Given up: batches of a stream, which would read ahead of what is asked for.
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, Self, final
 
-import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
+from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.dates import prints_date
-from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places, places_of
-from holdfast.data.formats import Preference, check_columns, read_preference
+from holdfast.data.formats import check_columns
 from holdfast.data.progress import bars
-from holdfast.data.row_error import RowError, naming_places
+from holdfast.data.row_error import naming_places
+from holdfast.data.row_report import report_rows
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
-    AS_TEXT,
-    AS_TOKEN,
-    CUT,
     REPORT_COLUMNS,
     features_with_ids,
-    python_rows,
-    rows_with,
-    with_ids,
 )
-from holdfast.data.tokenize import TruncationMode, check_tokenizer, check_truncation, tokenize
-from holdfast.data.usability import nothing_usable, prompt_is_cut, share, some_unusable, spells_special_tokens
+from holdfast.data.tokenize import TruncationMode, check_tokenizer, check_truncation
+from holdfast.data.usability import nothing_usable, some_unusable
 from holdfast.data.verdicts import Judge, reasons_by_row
 
 logger = logging.getLogger(__name__)
-
-TOKENIZATION_RULES = 3
-"""Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
@@ -94,7 +83,7 @@ def prepare_dataset(
     dataset = _unformatted(dataset)
     is_conversational = _check_first_row(dataset, processing_class, name, places)
     is_dated = is_conversational and prints_date(processing_class)
-    add_ids = _AddIds(
+    add_ids = AddIds(
         processing_class=processing_class,
         name=name,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
@@ -214,92 +203,7 @@ def _check_first_row(
     return is_conversational
 
 
-@final
-class _AddIds:
-    """The function that adds token ids to rows. What it is made of is the cache key of `datasets`, beside the rows."""
-
-    def __init__(
-        self,
-        *,
-        processing_class: PreTrainedTokenizerBase,
-        name: str,
-        template_date: str | None,
-        rules: int = TOKENIZATION_RULES,
-    ) -> None:
-        self.name = name
-        self._key = {"processing_class": processing_class, "name": name, "template_date": template_date, "rules": rules}
-        self._tokenizer = processing_class
-        self._date = template_date
-        self._together: BatchTokenizer | None = None  # made where it is used: in each process
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(_AddIds, **self._key), ()
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """The token ids of a row, which a tokenized row has already, and what is reported of it. An implicit prompt
-        becomes a column, which callbacks that generate look for."""
-        try:
-            kind = check_columns(row)
-        except ValueError as error:
-            raise RowError(self.name, index, str(error)) from error
-        if kind == "tokenized":
-            ids = {column: row[column] for column in TOKENIZED_COLUMNS}
-            return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None}
-        (preference,), (pair,) = self.tokenized([row], [index])
-        ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
-        split: dict[str, Any] = {}
-        if kind == "implicit":
-            length = len(preference.prompt)
-            split = {"prompt": row["chosen"][:length], **{side: row[side][length:] for side in ("chosen", "rejected")}}
-        report = {CUT: from_bytes(pair.cut_ids).tolist(), AS_TEXT: pair.as_text, AS_TOKEN: pair.as_token}
-        return {**split, **ids, **report}
-
-    def tokenized(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]
-    ) -> tuple[list[Preference], list[EncodedPair]]:
-        """The preferences in the rows, and their token ids. Raises `ValueError` for the first row of which there are
-        none, with its number."""
-        if self._together is None:
-            self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
-        with suppress(Exception):  # a row is at fault, and perhaps not the first that is
-            preferences = [read_preference(row) for row in rows]
-            return preferences, self._together(preferences)
-        return self._row_by_row(rows, indices, self._together)
-
-    def _row_by_row(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], tokenizer: BatchTokenizer
-    ) -> tuple[list[Preference], list[EncodedPair]]:
-        preferences: list[Preference] = []
-        pairs: list[EncodedPair] = []
-        for row, index in zip(rows, indices, strict=True):
-            try:
-                preferences.append(read_preference(row))
-                pairs.append(tokenizer.one(preferences[-1]))
-            except ValueError as error:
-                raise RowError(self.name, index, str(error)) from error
-        return preferences, pairs
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of token ids."""
-        return str(self._tokenizer.decode(ids))
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _AddIdsToTable:
-    """The same for a table of rows, of a dataset with these features."""
-
-    add_ids: _AddIds
-    features: Features
-
-    def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
-        """The table with token ids, and what is reported of each row."""
-        rows = python_rows(table, self.features)
-        preferences, pairs = self.add_ids.tokenized(rows, indices)
-        return with_ids(table, self.features, rows, preferences, pairs)
-
-
-def _with_ids(dataset: Dataset, add_ids: _AddIds, num_proc: int | None) -> Dataset:
+def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
     """The dataset with token ids. Warns once, with numbers, where a prompt is not a prefix of the full texts, and where
     rows spell out special tokens."""
     is_plain = dataset.format["type"] is None
@@ -308,7 +212,7 @@ def _with_ids(dataset: Dataset, add_ids: _AddIds, num_proc: int | None) -> Datas
     description = f"Tokenizing {add_ids.name} dataset"
     if is_plain:
         dataset = dataset.with_format("arrow").map(
-            _AddIdsToTable(add_ids=add_ids, features=dataset.features),
+            AddIdsToTable(add_ids=add_ids, features=dataset.features),
             with_indices=True,
             batched=True,
             batch_size=_BATCH_ROWS,
@@ -318,23 +222,8 @@ def _with_ids(dataset: Dataset, add_ids: _AddIds, num_proc: int | None) -> Datas
         )
     else:  # under a user's own transform the columns are known row by row
         dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=description)
-    _report(dataset.with_format("arrow"), add_ids)
+    report_rows(dataset.with_format("arrow"), add_ids, _warn)
     return dataset.with_format(None).remove_columns(list(REPORT_COLUMNS))
-
-
-def _report(dataset: Dataset, add_ids: _AddIds) -> None:
-    """Warns of what the tokenized rows, in Arrow format, say about themselves."""
-    report: Any = dataset.select_columns(list(REPORT_COLUMNS))[:]
-    if cut := rows_with(report[CUT]):
-        where = f"in {share(len(cut), len(dataset))} of the {add_ids.name} dataset"
-        _warn(prompt_is_cut(where, add_ids.decode(report[CUT][cut[0]].as_py()), f"row {cut[0]}"))
-    spelled_out: dict[str, tuple[str, str, str]] = {}
-    for column in (AS_TEXT, AS_TOKEN):
-        if rows := rows_with(report[column]):
-            where = f"in {share(len(rows), len(dataset))}"
-            spelled_out[column] = where, report[column][rows[0]].as_py(), f"row {rows[0]}"
-    if spelled_out:
-        _warn(spells_special_tokens(add_ids.name, spelled_out.get(AS_TEXT), spelled_out.get(AS_TOKEN)))
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
@@ -355,9 +244,9 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     return dataset.select([row for row in range(len(dataset)) if row not in left_out])
 
 
-def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge, places: Places | None) -> IterableDataset:
+def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
-    row_function = _AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
+    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
     counts: Counter[str] = Counter()
     for index, row in enumerate(dataset):
         reason = row_function(row, index)[REASON]
@@ -369,21 +258,6 @@ def _prepare_stream(dataset: IterableDataset, add_ids: _AddIds, judge: Judge, pl
     report = StreamReport(judge, add_ids.decode, _warn)
     dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
     return dataset.remove_columns([*REPORT_COLUMNS, REASON])
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _AddIdsAndVerdict:
-    """The function of a stream: token ids of a row, and the verdict on it."""
-
-    add_ids: _AddIds
-    judge: Judge
-    places: Places | None
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        with naming_places(self.places):
-            ids = self.add_ids(row, index)
-            return {**ids, REASON: self.judge.reason(ids, index)}
 
 
 def _warn(message: str) -> None:

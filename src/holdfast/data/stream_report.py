@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT
+from holdfast.data.notes import TOPICS, Occurrence, Topic, rows_by_kind
+from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, NOTES
 from holdfast.data.usability import prompt_is_cut, remedy, spells_special_tokens
 from holdfast.data.verdicts import Judge
 
@@ -27,6 +28,7 @@ class StreamReport:
         self._counts: Counter[str] = Counter()
         self._has_warned_of_cut = False
         self._has_warned_of_special_tokens = False
+        self._said: set[Topic] = set()
 
     def __call__(self, row: Mapping[str, Any], index: int) -> bool:
         name = self._judge.name
@@ -41,6 +43,8 @@ class StreamReport:
                 for column in (AS_TEXT, AS_TOKEN)
             )
             self._warn(spells_special_tokens(name, as_text, as_token))
+        if row[NOTES]:
+            self._say_notes(rows_by_kind([(index, row[NOTES])]))
         reason = row[REASON]
         if reason is None:
             return True
@@ -54,3 +58,16 @@ class StreamReport:
                 f"{remedy({reason: count}, self._judge.max_length)}"
             )
         return False
+
+    def _say_notes(self, found: Mapping[str, tuple[list[int], str]]) -> None:
+        """Warns of each topic at the first row that has a note of it."""
+        for topic in TOPICS:
+            kinds = [kind for kind in topic.kinds if kind in found]
+            if not kinds or topic in self._said:
+                continue
+            self._said.add(topic)
+            occurrences = {
+                kind: Occurrence(where="in at least one row", detail=found[kind][1], row=f"row {found[kind][0][0]}")
+                for kind in kinds
+            }
+            self._warn(topic.message(self._judge.name, occurrences))

@@ -15,13 +15,16 @@ from holdfast.data.batch_tokenizer import EncodedPair
 from holdfast.data.columns import TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.encoder import NUM_ID_BYTES, from_bytes
 from holdfast.data.formats import Preference
+from holdfast.data.notes import as_values
 
-CUT, AS_TEXT, AS_TOKEN = "holdfast_cut", "holdfast_as_text", "holdfast_as_token"
-REPORT_COLUMNS = (CUT, AS_TEXT, AS_TOKEN)
+CUT, AS_TEXT, AS_TOKEN, NOTES = "holdfast_cut", "holdfast_as_text", "holdfast_as_token", "holdfast_notes"
+REPORT_COLUMNS = (CUT, AS_TEXT, AS_TOKEN, NOTES)
 """What is said about the rows once all are tokenized: the prompt ids that were cut, and special tokens that a row
-spells out (see `TokenizedPair`). These columns are then removed."""
+spells out (see `TokenizedPair`), and notes on the row. These columns are then removed."""
 
 _IDS, _TEXT = List(Value("int32")), Value("string")
+_NOTES = List({"kind": _TEXT, "detail": _TEXT})
+_NOTES_IN_ARROW = Features({NOTES: _NOTES}).arrow_schema.field(NOTES).type
 
 
 def features_with_ids(features: Features) -> Features:
@@ -29,7 +32,7 @@ def features_with_ids(features: Features) -> Features:
     `datasets` would infer no type from a first batch of empty prompts."""
     prompt = {"prompt": features["chosen"]} if "prompt" not in features and "chosen" in features else {}
     ids = dict.fromkeys((*TOKENIZED_COLUMNS, CUT), _IDS)
-    return Features({**features, **prompt, **ids, AS_TEXT: _TEXT, AS_TOKEN: _TEXT})
+    return Features({**features, **prompt, **ids, AS_TEXT: _TEXT, AS_TOKEN: _TEXT, NOTES: _NOTES})
 
 
 def python_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
@@ -59,7 +62,8 @@ def with_ids(
         table = table.append_column(column, _lists([getattr(pair, column) for pair in pairs]))
     table = table.append_column(CUT, _lists([pair.cut_ids for pair in pairs]))
     table = table.append_column(AS_TEXT, pa.array([pair.as_text for pair in pairs], pa.string()))
-    return table.append_column(AS_TOKEN, pa.array([pair.as_token for pair in pairs], pa.string()))
+    table = table.append_column(AS_TOKEN, pa.array([pair.as_token for pair in pairs], pa.string()))
+    return table.append_column(NOTES, pa.array([as_values(pair.notes) for pair in pairs], _NOTES_IN_ARROW))
 
 
 def rows_with(column: pa.ChunkedArray) -> list[int]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.control_text import ControlText
 from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
+from holdfast.data.notes import Note
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -34,7 +35,8 @@ class TokenizedPair:
 
     `cut_ids` is the end of the tokenized prompt, where a full text has other tokens. It is left out of the prompt. It
     is empty where the tokenized prompt is a prefix of both full texts, as it should be. `as_text` is a special token
-    that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token.
+    that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token. `notes` are
+    further things to be said of the row.
     """
 
     prompt_ids: list[int]
@@ -43,6 +45,7 @@ class TokenizedPair:
     cut_ids: list[int]
     as_text: str | None = None
     as_token: str | None = None
+    notes: tuple[Note, ...] = ()
 
     @property
     def prompt_is_prefix(self) -> bool:
