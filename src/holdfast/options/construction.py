@@ -35,7 +35,7 @@ def _refusing_unknown_names(init: Callable[..., None]) -> Callable[..., None]:
         unknown = {} if takes_any else {name: value for name, value in kwargs.items() if name not in names}
         known = {name: value for name, value in kwargs.items() if name not in unknown}
         unknown = asked_options(unknown)
-        words = of_parsers()
+        words = _of_parsers()
         if unknown or words:
             raise _refusal(type(self), init, args, known, unknown | words, names)
         init(self, *args, **known)
@@ -43,11 +43,11 @@ def _refusing_unknown_names(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def of_parsers() -> dict[str, Any]:
-    """The options that a parser of command lines or of files is about to refuse; none where no old name is among them,
-    so that its own error says the rest."""
+def _of_parsers() -> dict[str, Any]:
+    """The options that a parser of command lines or of files is about to refuse, whatever they ask for; none where no
+    old name is among them, so that its own error says the rest."""
     unread = of_command_line(unread_words()) | unread_keys()
-    return unread if asked_options({name: value for name, value in unread.items() if name in RENAMED}) else {}
+    return unread if RENAMED.keys() & unread else {}
 
 
 def _refusal(

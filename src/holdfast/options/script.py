@@ -7,6 +7,7 @@ file is not run. Given up: arguments in `**mapping`, and calls in other files.
 
 import ast
 import linecache
+import sys
 from collections.abc import Collection, Iterator
 from types import FrameType
 from typing import Any
@@ -15,10 +16,7 @@ from holdfast.internals.command_line import callers
 from holdfast.options.renamed import ARGUMENTS, RENAMED, RENAMED_ARGUMENTS, Expression
 from holdfast.options.unknown import argument_lines, asked_arguments, asked_options, option_lines
 
-_LIBRARIES = (
-    "holdfast", "transformers", "trl", "dataclasses", "contextlib", "functools", "abc", "importlib", "unittest",
-    "_pytest",
-)  # fmt: skip
+_LIBRARIES = ("holdfast", "transformers", "trl")
 _MOST_CHARACTERS = 1_000_000
 
 
@@ -34,7 +32,7 @@ def lines_of_trainer_calls(option_names: Collection[str]) -> list[str]:
 
 def _lines(kind: str, names: Collection[str], option_names: Collection[str]) -> list[str]:
     lines: list[str] = []
-    for number, written in _calls(_source(), kind):
+    for number, written in (call for frame in _frames() for call in _calls(_syntax(frame), kind)):
         if kind == "DPOConfig":
             moved = {name: value for name, value in written.items() if name in {*RENAMED, *ARGUMENTS} - {*names}}
             found = option_lines(asked_options(moved), written, names)
@@ -50,42 +48,38 @@ def _lines(kind: str, names: Collection[str], option_names: Collection[str]) -> 
 def names_of_import(package: str, name: str) -> list[str]:
     """The names that the script's import statement of `name` from the package imports; that name alone where the
     statement cannot be read."""
-    frame, tree = _frame(), _source()
-    if frame is None or tree is None:
-        return [name]
-    for node in ast.walk(tree):
+    frame = next(iter(_frames()), None)
+    for node in ast.walk(_syntax(frame)) if frame is not None else ():
         if isinstance(node, ast.ImportFrom) and node.module == package and node.end_lineno is not None:
             names = [alias.name for alias in node.names]
-            if name in names and node.lineno <= frame.f_lineno <= node.end_lineno:
+            is_running = frame is not None and node.lineno <= frame.f_lineno <= node.end_lineno
+            if name in names and is_running:
                 return names
     return [name]
 
 
-def _frame() -> FrameType | None:
-    return next((frame for frame in callers() if _is_of_script(frame)), None)
+def _frames() -> list[FrameType]:
+    """The frames of the script and of its own modules, the nearest first, one per file."""
+    by_file: dict[str, FrameType] = {}
+    for frame in callers():
+        file, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if package not in _LIBRARIES and package not in sys.stdlib_module_names - {"__main__"}:
+            by_file.setdefault(file, frame)
+    return [frame for file, frame in by_file.items() if "site-packages" not in file]
 
 
-def _source() -> ast.Module | None:
-    """The script's syntax; None where its source cannot be had."""
-    frame = _frame()
-    if frame is None:
-        return None
+def _syntax(frame: FrameType) -> ast.Module:
+    """The syntax of a frame's file; empty where its source cannot be had."""
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
     try:
-        return ast.parse(text) if len(text) <= _MOST_CHARACTERS else None
+        return ast.parse(text if len(text) <= _MOST_CHARACTERS else "")
     except (SyntaxError, ValueError, RecursionError):
-        return None
+        return ast.parse("")
 
 
-def _is_of_script(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).split(".")[0] not in _LIBRARIES
-
-
-def _calls(tree: ast.Module | None, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _calls(tree: ast.Module, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The line and the named arguments of each call of the class `kind`, of its other names and of its subclasses that
     have no constructor of their own."""
-    if tree is None:
-        return
     names = {kind}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

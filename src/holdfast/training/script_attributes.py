@@ -12,7 +12,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, ClassVar, final
 
@@ -145,9 +145,9 @@ class ScriptableTrainer(ResumableTrainer):
         raise AttributeError(f"{kind!r} object has no attribute {name!r}")
 
     @cached_property
-    def _metrics(self) -> dict[str, defaultdict[str, list[Any]]]:
+    def _metrics(self) -> defaultdict[str, defaultdict[str, list[Any]]]:
         """Numbers of a subclass, to be logged as their means: `train` at the next log, `eval` after an evaluation."""
-        return {"train": defaultdict(list), "eval": defaultdict(list)}
+        return defaultdict(partial(defaultdict, list))
 
     # --- set before the constructor ran -------------------------------------------------------------------------------
 
