@@ -228,11 +228,6 @@ _OF_OTHERS: Mapping[str, Renamed] = {
     "gradient_accumulation": _to("gradient_accumulation_steps"),
     "scheduler": _to("lr_scheduler_type"),
     "optimizer": _to("optim"),
-    "mixed_precision": Renamed(
-        instead=lambda value, others: {str(value): True} if value in ("bf16", "fp16") else {},
-        reason="bf16=True or fp16=True says it",
-        asks_nothing=(None, "no"),
-    ),
     "pref_beta": _to("beta"),
     "dpo_beta": _to("beta"),
     "rl_beta": _to("beta"),
