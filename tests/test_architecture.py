@@ -23,13 +23,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"internals"},
-    {"batch", "interruption", "own_error"},
+    {"batch", "interruption", "own_error", "secrets"},
     {"scoring", "losses", "store"},
     {"data"},
     {"policy"},
     {"reference"},
     {"options"},
-    {"config", "secrets", "testing", "training_arguments"},
+    {"config", "passed_through", "testing", "training_arguments"},
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},

@@ -16,14 +16,18 @@ from typer.testing import CliRunner
 
 import holdfast
 import tiny
+from holdfast import passed_through
 from holdfast.cli.app import app
 from holdfast.cli.runfile import SECTIONS, read_run_file
 from holdfast.config import DPOConfig
 from holdfast.data.columns import TOKENIZED_COLUMNS
 from holdfast.data.usability import UNUSABLE_REASONS
-from holdfast.losses import LOSSES, LossOptions, ModifierOptions
+from holdfast.losses import LOSSES, LossOptions, ModifierOptions, other_names
 from holdfast.losses.options import Options, option_names, rules
+from holdfast.options.renamed import RENAMED, RENAMED_ARGUMENTS, Expression, spelled
 from holdfast.reference.build import WAY_NAMES
+from holdfast.training.never_called import NEVER_CALLED
+from holdfast.training.script_attributes import READABLE, OfOption, ScriptableTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +78,44 @@ def declared_options() -> Iterator[tuple[str, ...]]:
 def test_the_modifiers_are_those_in_the_code():
     modifiers = {names(row[0])[0] for row in table("losses.md", "modifier")}
     assert modifiers == {"f_divergence_type", *option_names(ModifierOptions)}
+
+
+def plain(text: str) -> str:
+    return text.replace("\\|", "|")
+
+
+@pytest.mark.parametrize(("heading", "entries"), [("option", RENAMED), ("argument", RENAMED_ARGUMENTS)])
+def test_the_options_of_other_trainers_are_those_in_the_code(heading, entries):
+    written = [
+        (*names(name), plain(advice), names(silent)) for name, advice, silent in table("howto/script.md", heading)
+    ]
+    assert written == [
+        (name, entry.advice(Expression("x"), {}), [spelled(value) for value in entry.asks_nothing])
+        for name, entry in entries.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heading", "entries"),
+    [("loss_type", other_names.INSTEAD), ("method", NEVER_CALLED), ("name", passed_through.INSTEAD)],
+)
+def test_the_names_of_other_trainers_are_those_in_the_code(heading, entries):
+    assert [(*names(name), plain(advice)) for name, advice in table("howto/script.md", heading)] == [*entries.items()]
+
+
+def test_the_attributes_of_a_trainer_are_those_in_the_code():
+    of_options = {name: f"the option `{value.option}`" for name, value in vars(ScriptableTrainer).items()
+                  if isinstance(value, OfOption)}  # fmt: skip
+    written = [(*names(name), what) for name, what in table("howto/script.md", "attribute")]
+    assert written == [*of_options.items(), *((name, "read only") for name in READABLE)]
+
+
+def test_the_error_of_the_page_is_the_one_that_a_script_gets():
+    page = (ROOT / "docs" / "howto" / "script.md").read_text(encoding="utf-8")
+    example = re.findall(r"```\n(DPOConfig was given.*?)And in the call", page, re.DOTALL)[0]
+    with pytest.raises(TypeError) as error:
+        DPOConfig(output_dir="o", use_cpu=True, max_prompt_length=128, rpo_alpha=0.5, evaluation_strategy="steps")
+    assert str(error.value) + "\n" == example
 
 
 def test_the_ways_to_hold_a_reference():

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        other_names = import_module("holdfast.passed_through")
+        if name in other_names.NAMES:
+            return other_names.from_other_package(name, __all__)
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}; it has {sorted(_HOMES)}")
     return getattr(import_module(_HOMES[name]), name)
 

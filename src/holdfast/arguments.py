@@ -1,7 +1,6 @@
 """The trainer's arguments, checked against each other before anything is loaded."""
 
 import copy
-import difflib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
 from holdfast.internals.transformers import check_trainer, loaded_from
+from holdfast.losses.options import nearest
 from holdfast.metrics import EVAL_METRICS
 from holdfast.options.combinations import check_evaluation
 from holdfast.policy.independence import Dependence
@@ -39,12 +39,10 @@ def checked_arguments(
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """
     check_trainer()
+    check_model(model)
+    check_kind(args)
     if args is None:
         args = DPOConfig(output_dir=default_output_dir(model))
-    if not isinstance(args, DPOConfig):
-        raise TypeError(
-            f"`args` is a {type(args).__name__}; pass a `holdfast.DPOConfig`, which takes the same arguments and more."
-        )
     args.check()
     if train_dataset is None:
         raise ValueError("No `train_dataset` was given. Pass a `datasets.Dataset` of preference pairs.")
@@ -76,6 +74,38 @@ def checked_arguments(
     return args
 
 
+def check_model(model: Any) -> None:
+    """ValueError where there is no model."""
+    if model is None:
+        raise ValueError(
+            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, or the path or "
+            "hub id of one."
+        )
+
+
+def check_kind(args: Any) -> None:
+    """TypeError where `args` is neither a `holdfast.DPOConfig` nor None; it says whose config it is."""
+    if args is None or isinstance(args, DPOConfig):
+        return
+    kind = type(args)
+    peers = [each for each in kind.__mro__ if each.__name__ == "DPOConfig" and each.__module__.startswith("trl.")]
+    if kind in peers:
+        found = "`trl.DPOConfig`; import DPOConfig from holdfast as well (`from holdfast import DPOConfig, DPOTrainer`)"
+    elif peers:
+        found = (
+            f"`{kind.__module__}.{kind.__name__}`, a subclass of `trl.DPOConfig`; make `holdfast.DPOConfig` its base "
+            "class (`from holdfast import DPOConfig`)"
+        )
+    elif isinstance(args, int | float | str):
+        found = (
+            f"{type(args).__name__} ({args!r}); name the arguments after `ref_model` (args=..., train_dataset=...), "
+            "and pass a `holdfast.DPOConfig`"
+        )
+    else:
+        found = f"{kind.__name__}; pass a `holdfast.DPOConfig`"
+    raise TypeError(f"`args` is a {found}, which takes the same arguments and more.")
+
+
 def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     """ValueError where the metric that the run goes by is none of those that an evaluation gives."""
     name = args.metric_for_best_model
@@ -85,10 +115,11 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     parts = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
     names = [f"{part}_{metric}" for part in parts for metric in EVAL_METRICS] or list(EVAL_METRICS)
     if name.removeprefix("eval_") not in names:
-        near = difflib.get_close_matches(name.removeprefix("eval_"), names, n=1, cutoff=0)[0]
+        near = nearest(name.removeprefix("eval_"), names)
+        hint = f" Did you mean {near!r}?" if near is not None else ""
         raise ValueError(
-            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric. Did you mean "
-            f"{near!r}? Without `compute_metrics` there are {', '.join(EVAL_METRICS)}"
+            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric.{hint} Without "
+            f"`compute_metrics` there are {', '.join(EVAL_METRICS)}"
             f"{f', each after the name of its data ({parts[0]}_loss)' if parts else ''}."
         )
 

@@ -18,6 +18,7 @@ from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.options.combinations import check_combinations
+from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.names import check_names
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
@@ -37,7 +38,7 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments):
+class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, metaclass=ConfigClass):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
     `ResumeOptions` (in `options`) one about checkpoints. All others that are not listed here come from
     `transformers.TrainingArguments`.
@@ -207,6 +208,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments):
     def check(self) -> None:
         """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have
         set some after they were made; whether log-probs are computed ahead is then for the reference to say."""
+        refuse_unknown_attributes(self)
         normalise_numbers(self)
         check_names(self)
         check_heeded(self)

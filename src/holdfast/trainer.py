@@ -1,8 +1,8 @@
 """`DPOTrainer`: the glue between `transformers.Trainer` and the rooms of this house.
 
 A batch's way is `compute_loss`, from top to bottom. What a script may read is the attributes of `transformers.Trainer`
-plus `reference`, `ref_model`, `beta` and `null_ref_context`. The hooks of transformers that are not about the loss or
-the reference are in `training`.
+plus `reference`, `null_ref_context` and what `training.script_attributes` lists. The hooks of transformers that are not
+about the loss or the reference are in `training`.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
-from holdfast.card import TAGS
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
@@ -61,6 +60,7 @@ from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
 from holdfast.training.renewable_trainer import RenewableTrainer
 from holdfast.training.startup import Startup
+from holdfast.training.unknown_arguments import refusing_unknown_arguments
 from holdfast.training_arguments import check_optimizers
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class DPOTrainer(RenewableTrainer):
     Raises ValueError or TypeError, before the first forward pass, on whatever of this cannot be right.
     """
 
+    @refusing_unknown_arguments
     @interruptible()
     def __init__(
         self,
@@ -99,9 +100,11 @@ class DPOTrainer(RenewableTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         check_model(model, model_init, optimizers)
+        ref_model = self._early_ref_model(ref_model)
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
+        args = self._early_options(args)
         hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
         self.model_init = model_init
@@ -143,7 +146,7 @@ class DPOTrainer(RenewableTrainer):
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or self.args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, self.args))
         if hasattr(unwrap(policy), "add_model_tags"):
-            unwrap(policy).add_model_tags(list(TAGS))
+            unwrap(policy).add_model_tags(list(self._tag_names))
         self._interruption = InterruptionCallback(self)
         self.add_callback(self._interruption)  # the last one: it ends a step
 
@@ -183,20 +186,6 @@ class DPOTrainer(RenewableTrainer):
             self.add_callback(SyncCallback(self.reference, alpha, steps))
 
     # --- the reference ------------------------------------------------------------------------------------------------
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference's own module where one is held, else None."""
-        return self.reference.module if self.reference is not None else None
-
-    @property
-    def beta(self) -> float:
-        """The strength of the pull to the reference; callbacks that schedule it set it."""
-        return self.args.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self.args.beta = value
 
     def null_ref_context(self) -> AbstractContextManager[None]:
         """A context in which an implicit reference's policy computes as that reference."""

@@ -1,6 +1,11 @@
-"""Scripts as people have them for the common DPO trainer: command lines, callbacks, collators, the hub."""
+"""Scripts as people have them for the common DPO trainer: whole ones, command lines, callbacks, collators, the hub."""
 
 import math
+import runpy
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,14 +13,123 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import PrefixTuningConfig
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
+from changed_script import changed
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from policies import config, logged, rows, trainer
+from public_scripts import HEAD, SHAPES, Shape
 from recomputation import NAME
 from tiny import preference_rows, tokenizer
+
+# --- whole scripts ----------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "output_dir": "out", "use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 3, "logging_steps": 1,
+    "learning_rate": 0.01, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+}  # fmt: skip
+LORA: dict[str, Any] = {
+    "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the scripts read: a model, an adapter for it and pairs."""
+    folder, tiny = tmp_path_factory.mktemp("scripts"), tokenizer()
+    model = tiny_model(vocab_size=len(tiny), max_position_embeddings=256)
+    model.save_pretrained(folder / "model")
+    tiny.save_pretrained(folder / "model")
+    adapted = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    Dataset.from_list(preference_rows(9)).to_json(folder / "pairs.jsonl")
+    return folder
+
+
+def other_package() -> types.ModuleType:
+    """A stand-in for the package of the common trainer, with what the scripts import from it."""
+
+    @dataclass
+    class ModelConfig:
+        use_peft: bool = False
+
+    @dataclass
+    class ScriptArguments:
+        dataset_name: str = "pairs"
+
+    class TrlParser(HfArgumentParser):
+        def parse_args_and_config(self) -> Any:
+            return self.parse_args_into_dataclasses()
+
+    package: Any = types.ModuleType("trl")
+    package.ModelConfig, package.ScriptArguments, package.TrlParser = ModelConfig, ScriptArguments, TrlParser
+    package.DPOScriptArguments = ScriptArguments
+    package.get_peft_config = lambda config: LoraConfig(**LORA) if config.use_peft else None
+    return package
+
+
+@pytest.fixture
+def run_script(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DPOTrainer]:
+    """Runs a script with a command line, in the folder with the model; returns its trainer."""
+    monkeypatch.setitem(sys.modules, "trl", other_package())
+    monkeypatch.chdir(folder)
+
+    def run(source: str, words: list[str], name: str) -> DPOTrainer:
+        path = tmp_path / name
+        path.write_text(source)
+        options = [word for option, value in SMALL.items() for word in (f"--{option}", str(value))]
+        monkeypatch.setattr(sys, "argv", [str(path), *options, *words])
+        set_seed(42)
+        found = runpy.run_path(str(path), init_globals={"SMALL": SMALL | {"output_dir": str(tmp_path / "out")}})
+        return next(value for value in found.values() if isinstance(value, DPOTrainer))
+
+    return run
+
+
+def plain_losses(shape: Shape) -> list[float]:
+    """The losses of the run that a script means, without the script."""
+    ref_model: Any = None
+    if shape.ref_adapter:
+        base = AutoModelForCausalLM.from_pretrained("model")
+        ref_model = PeftModel.from_pretrained(base, "adapter").merge_and_unload()
+    ours = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained("model"),
+        ref_model,
+        args=DPOConfig(**SMALL | shape.options),
+        train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
+        eval_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
+        processing_class=AutoTokenizer.from_pretrained("model"),
+        peft_config=LoraConfig(**LORA) if shape.lora else None,
+    )
+    ours.train()
+    return logged(ours)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_public_script_runs_or_says_all_that_is_to_be_changed(
+    name: str, run_script: Callable[..., DPOTrainer], tmp_path: Path
+) -> None:
+    """With its import changed. The changes of the one error, made by a program that reads it, are enough: the script
+    then trains to the losses of the run that it means."""
+    shape = SHAPES[name]
+    source, words = HEAD.format(imports=shape.imports) + shape.source, [*shape.words]
+    if shape.changes:
+        with pytest.raises((TypeError, ValueError, AttributeError)) as error:
+            run_script(source, words, "as_it_is.py")
+        message = str(error.value)
+        lines = [line for line in message.splitlines() if line.startswith("-")] or [f"- {message}"]
+        assert len(lines) == len(shape.changes), message
+        for line, change in zip(lines, shape.changes, strict=True):
+            assert line.startswith(f"- {change}"), message
+        source, words = changed(source, words, message)
+    ours = run_script(source, words, "changed.py")
+    assert logged(ours) == pytest.approx(plain_losses(shape), abs=1e-6)
+    if "oumi" in name:
+        assert logged(ours, "own/number") == [3.0, 3.0]
+        assert "own" in ours.model.model_tags
+
 
 # --- command lines ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from holdfast.cli.adapter_ranges import check_adapter
 from holdfast.cli.agreement import check_agreement, check_json_options
+from holdfast.cli.other_keys import without_unknown
 from holdfast.cli.paths import with_paths_expanded
 from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
 from holdfast.cli.text import never_print
@@ -143,7 +144,7 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
     hints["model_init_kwargs"] = dict | None
     for name in sorted(_ELSEWHERE.keys() & section if isinstance(section, dict) else ()):
         raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
-    values = run.document.check("training", section, hints)
+    values = run.document.check("training", without_unknown(run.document, "training", section, hints), hints)
     check_json_options(run.document, values, DPOConfig._VALID_DICT_FIELDS)
     of_model, more = fields["model_init_kwargs"], values.get("model_init_kwargs") or {}
     for name in sorted(more.keys() & of_model):
@@ -295,9 +296,7 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     """
     document = read_document(Path(path), overrides, sections_with=_sections_with)
     never_print(secrets_in(document.values))
-    for name in document.values:
-        if name not in SECTIONS:
-            raise document.unknown("", name, SECTIONS)
+    without_unknown(document, "", document.values, SECTIONS)
     _check_secrets(document, document.values)
     by_key = _values_by_key(document, with_paths_expanded(document, _DATASET))
     values: dict[str, Any] = {}

@@ -58,8 +58,11 @@ class Document:
         named = (f"{section}.{word}" for word in re.findall(r"\w+", reason) if word in keys)
         return self.error(next(named, section), f"{what}: {reason}")
 
-    def unknown(self, section: str, name: str | int, names: Collection[str]) -> RunFileError:
-        """The error for a key that a section ("" for the file itself) does not have, with the nearest that exists."""
+    def unknown(
+        self, section: str, name: str | int, names: Collection[str], instead: str | None = None
+    ) -> RunFileError:
+        """The error for a key that a section ("" for the file itself) does not have, with what to write `instead` where
+        that is known, else with the nearest that exists."""
         owner = f"section `{section}`" if section else "run file"
         text = str(name)
         first, _, rest = text.partition(".")
@@ -69,12 +72,18 @@ class Document:
             advice = f"Write it as a mapping: `{first}: {{{rest}: ...}}`."
         elif homes:
             advice = f"Did you mean `{f'{homes[0]}.{text}'.lstrip('.')}`?"
+        elif instead is not None:
+            advice = instead
         elif near:
             advice = f"Did you mean `{near[0]}`?"
         else:
             advice = f"The valid keys are {_first_names(sorted(names))}."
         key = f"{section}.{text}".lstrip(".")
         return self.error(key, f"`{shortened(key)}` is not a key of the {owner}. {advice}")
+
+    def unknown_keys(self, errors: Sequence[RunFileError]) -> RunFileError:
+        """One error that says all of these, each on its line."""
+        return RunFileError("\n".join(map(str, errors)))
 
     def check(self, where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the mapping at `where`, converted to their hints. RunFileError for an unknown key or a wrong

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from holdfast.losses.modifiers import ModifierOptions
 from holdfast.losses.objective import LossOptions
-from holdfast.losses.options import check_values, is_finite_number, option_names, require_known, rules
+from holdfast.losses.options import check_values, is_finite_number, option_names, rules
+from holdfast.losses.other_names import require_loss
 from holdfast.losses.table import LOSSES
 
 
@@ -25,7 +26,7 @@ def check_losses(
     if not names:
         raise ValueError(f"loss_type must name at least one loss, got none. Choose from {', '.join(LOSSES)}.")
     for name in names:
-        require_known("loss_type", name, LOSSES)
+        require_loss(name, LOSSES)
     if len(loss_weights) != len(names) or not all(map(is_finite_number, loss_weights)):
         raise ValueError(f"loss_weights must be finite, one per loss, got {list(loss_weights)}. Weigh each of {names}.")
     if not any(loss_weights):
@@ -69,7 +70,7 @@ def _check_read_under(options: LossOptions) -> None:
     defaults = LossOptions()
     for option, rule in rules(LossOptions).items():
         value = getattr(options, option)
-        if rule.read_under is not None and value != getattr(defaults, option):
+        if rule.read_under is not None and value not in (getattr(defaults, option), *rule.other_defaults):
             other, needed = rule.read_under
             if (setting := getattr(options, other)) != needed:
                 raise ValueError(f"{option}={value} is not read by {setting}. Drop it or use {needed}.")

@@ -37,6 +37,7 @@ class DivergenceOptions(BetaOptions):
             lambda value: True,
             "Choose one between 0 (forward_kl) and 1 (reverse_kl).",
             read_under=("f_divergence_type", "alpha_divergence"),
+            other_defaults=(1.0,),
         ),
     ] = option(0.5, "alpha of the alpha-divergence.")
 

@@ -41,6 +41,8 @@ class Rule:
     """Whether every loss of a run must read the option, rather than at least one."""
     read_under: tuple[str, str] | None = None
     """Another option and the value that it must have for this option to be read."""
+    other_defaults: tuple[Any, ...] = ()
+    """Defaults of other trainers, which their scripts spell out where nothing reads the option."""
 
     def check(self, name: str, value: Any) -> None:
         """ValueError where the option `name` may not have this value."""
@@ -68,7 +70,12 @@ def shown(value: Any) -> str:
 
 
 def number(
-    words: str, allows: Callable[[float], bool], remedy: str, *, read_under: tuple[str, str] | None = None
+    words: str,
+    allows: Callable[[float], bool],
+    remedy: str,
+    *,
+    read_under: tuple[str, str] | None = None,
+    other_defaults: tuple[float, ...] = (),
 ) -> Rule:
     """The rule of a finite number; `words` names the numbers that `allows` accepts, as in `above 0`."""
     return Rule(
@@ -76,6 +83,7 @@ def number(
         demand=f"must be a finite number {words}".rstrip(),
         remedy=remedy,
         read_under=read_under,
+        other_defaults=other_defaults,
     )
 
 
@@ -139,7 +147,20 @@ def check_values(options: Options) -> None:
 
 
 def require_known(option: str, name: str, choices: Iterable[str]) -> None:
-    """ValueError where `name` is none of the `choices` of an option; the message names the nearest."""
+    """ValueError where `name` is none of the `choices` of an option; the message names the nearest, if one is near."""
     if name not in (names := list(choices)):
-        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
-        raise ValueError(f"{option} '{name}' is unknown. Did you mean '{nearest}'? There are {', '.join(names)}.")
+        hint = f" Did you mean '{near}'?" if (near := nearest(str(name), names)) is not None else ""
+        raise ValueError(f"{option} '{name}' is unknown.{hint} There are {', '.join(names)}.")
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that is spelled most like `name`, or that has all its letters in their order; None where there
+    is no such one."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
+    longer = [each for each in names if len(name) > 1 and _is_within(name, each)]
+    return next(iter(near or difflib.get_close_matches(name, longer, n=1, cutoff=0)), None)
+
+
+def _is_within(name: str, longer: str) -> bool:
+    letters = iter(longer)
+    return all(letter in letters for letter in name)

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from holdfast.losses.options import Options, option_names, require_known, rules
+from holdfast.losses.options import Options, option_names, rules
+from holdfast.losses.other_names import require_loss
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 OptionsT_co = TypeVar("OptionsT_co", bound=Options, covariant=True)
@@ -112,7 +113,7 @@ def loss(
 def require_reference(loss_types: Sequence[str], reference: PairLogps | None) -> None:
     """ValueError where one of the losses is unknown, or needs a reference that is None."""
     for name in loss_types:
-        require_known("loss_type", name, LOSSES)
+        require_loss(name, LOSSES)
         if LOSSES[name].needs_reference and reference is None:
             free = ", ".join(name for name, loss in LOSSES.items() if not loss.needs_reference)
             raise ValueError(f"{name} compares with a reference, but got None. Pass its log-probs, or use {free}.")

@@ -20,13 +20,13 @@ from holdfast.training.handed_batches import (
     overridden,
     padded_line,
 )
-from holdfast.training.resumable_trainer import ResumableTrainer
+from holdfast.training.script_attributes import ScriptableTrainer
 from holdfast.training.signatures import check_signatures
 
 logger = logging.getLogger(__name__)
 
 
-class HookedTrainer(ResumableTrainer):
+class HookedTrainer(ScriptableTrainer):
     """Gives overridden methods batches that they can read."""
 
     reads_any_layout: ClassVar[bool] = False
