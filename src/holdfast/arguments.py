@@ -39,13 +39,14 @@ def checked_arguments(
     Raises ValueError or TypeError on missing or contradicting arguments and on an output folder that cannot be written.
     """
     check_trainer()
-    check_model(model)
     check_kind(args)
     if args is None:
         args = DPOConfig(output_dir=default_output_dir(model))
     args.check()
     if train_dataset is None:
-        raise ValueError("No `train_dataset` was given. Pass a `datasets.Dataset` of preference pairs.")
+        raise ValueError(
+            "`train_dataset` is required, and none was given. Pass a `datasets.Dataset` of preference pairs."
+        )
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise TypeError(
             f"`train_dataset` is a {type(train_dataset).__name__}; pass a `datasets.Dataset` or `IterableDataset`: "
@@ -72,15 +73,6 @@ def checked_arguments(
         args = copy.copy(args)
         args.enable_jit_checkpoint = False
     return args
-
-
-def check_model(model: Any) -> None:
-    """ValueError where there is no model."""
-    if model is None:
-        raise ValueError(
-            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, or the path or "
-            "hub id of one."
-        )
 
 
 def check_kind(args: Any) -> None:

@@ -335,4 +335,4 @@ class DPOTrainer(RenewableTrainer):
             return pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
 
 
-HookedTrainer._own_type, HookedTrainer._own_hooks = DPOTrainer, batch_hooks(DPOTrainer)
+HookedTrainer._own_hooks = batch_hooks(DPOTrainer)

@@ -160,7 +160,7 @@ SAME = tiny_model()
     ("arguments", "message"),
     [
         ({"model": tiny_model()}, "`model` and `model_init` were both given"),
-        ({"model_init": None}, "No `model` was given. Pass a model, .* or a `model_init`"),
+        ({"model_init": None}, "`model` is None, so there is nothing to train. Pass a .* or a `model_init`"),
         ({"optimizers": (torch.optim.SGD(SAME.parameters(), 0.1), None)}, "`optimizers` were given together"),
     ],
 )

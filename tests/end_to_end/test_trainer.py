@@ -420,7 +420,7 @@ def test_no_padding_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_dataset": None}, "No `train_dataset` was given"),
+        ({"train_dataset": None}, "`train_dataset` is required"),
         ({"train_dataset": DatasetDict({"train": rows(4)})}, r"`train_dataset` is a DatasetDict.*one split"),
         ({"train_dataset": Dataset.from_list([])}, "train dataset has no rows"),
         (

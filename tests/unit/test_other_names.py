@@ -474,7 +474,7 @@ def test_a_reference_that_was_set_before_the_constructor_is_the_run_s(tmp_path: 
     for each in (ours, plain):
         each.train()
     assert ours.ref_model is reference
-    assert logged(ours) == logged(plain)
+    assert logged(ours) == pytest.approx(logged(plain), abs=1e-5)  # of rows that are laid out otherwise
     with pytest.raises(ValueError, match=r"was given another `ref_model`"):
         early(config(tmp_path), {"ref_model": reference}, ref_model=tiny_model())
 

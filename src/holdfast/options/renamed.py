@@ -261,8 +261,6 @@ RENAMED_ARGUMENTS: Mapping[str, Renamed] = MappingProxyType(
         **{
             name: Renamed(reason=reason, asks_nothing=())
             for name, reason in {
-                "preprocess_logits_for_metrics": "set `trainer.preprocess_logits_for_metrics = ...` on the trainer",
-                "model_init": "set `trainer.model_init = ...` before `hyperparameter_search`",
                 "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, schedule), or set optim and optim_args",
                 "compute_loss_func": "override `compute_loss` in a subclass",
                 "formatting_func": "make the columns prompt, chosen and rejected with `dataset.map`",
@@ -274,6 +272,7 @@ RENAMED_ARGUMENTS: Mapping[str, Renamed] = MappingProxyType(
 
 ARGUMENTS = (
     "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class",
-    "compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config",
+    "compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config", "model_init",
+    "preprocess_logits_for_metrics",
 )  # fmt: skip
 """The arguments of `DPOTrainer`, which a config has no options for."""

@@ -21,7 +21,6 @@ from holdfast.training.handed_batches import (
     padded_line,
 )
 from holdfast.training.script_attributes import ScriptableTrainer
-from holdfast.training.signatures import check_signatures
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +31,14 @@ class HookedTrainer(ScriptableTrainer):
     reads_any_layout: ClassVar[bool] = False
     """Whether a subclass that overrides a method which gets batches hands them on unread, or reads every layout."""
 
-    _own_type: ClassVar[type]
-    """`DPOTrainer`, and its methods that get batches as they are there."""
     _own_hooks: ClassVar[Mapping[str, Any]]
+    """The methods of `DPOTrainer` that get batches."""
 
     _has_said_assigned: bool = False
 
     def _overridden_hooks(self, args: DPOConfig) -> list[str]:
         """The methods that get batches and are none of `DPOTrainer`'s. ValueError for one that cannot be called, or
         that cannot read the rows which `args` ask for."""
-        check_signatures(self, self._own_type)
         hooks = [] if self.reads_any_layout else overridden(type(self), self._own_hooks)
         check_layout(hooks, type(self).__name__, args)
         return hooks

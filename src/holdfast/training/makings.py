@@ -75,10 +75,13 @@ class Makings:
         return held
 
 
-def check_model(model: Any, model_init: ModelInit | None, optimizers: tuple[Any, Any]) -> None:
+def check_model(model: Any, model_init: ModelInit | None, optimizers: tuple[Any, Any] = (None, None)) -> None:
     """ValueError where a trainer has no model, or two sources of one, or an optimizer of tensors that it replaces."""
     if model is None and model_init is None:
-        raise ValueError("No `model` was given. Pass a model, its path or hub id, or a `model_init` that returns one.")
+        raise ValueError(
+            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, the path or hub "
+            "id of one, or a `model_init` that returns one."
+        )
     if model is not None and model_init is not None:
         raise ValueError(
             "`model` and `model_init` were both given, and each run would train what `model_init` returns. Pass one "

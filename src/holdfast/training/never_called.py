@@ -7,12 +7,13 @@ own (`getattr`), and hooks of other packages.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 from holdfast.options.script import lines_of_config_calls, lines_of_trainer_calls
 from holdfast.options.unknown import unknown_names
+from holdfast.training.signatures import wrong_signatures
 from holdfast.training.unknown_arguments import OPTION_NAMES
 
 _LOSS = "override `compute_loss`"
@@ -52,18 +53,6 @@ NEVER_CALLED: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 """What to do instead of overriding a hook."""
 
-_CALLS: Mapping[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = MappingProxyType(
-    {
-        "compute_loss": ((("model", "inputs"), ("num_items_in_batch",)), (("model", "inputs"), ("return_outputs",))),
-        "training_step": ((("model", "inputs", "num_items_in_batch"), ()),),
-        "log": ((("logs", "start_time"), ()),),
-        "get_batch_samples": ((("epoch_iterator", "num_batches", "device"), ()),),
-    }
-)
-"""How methods are called that used to have other parameters: arguments by place, and arguments by name."""
-_TAKE = "give it these parameters"
-_INSTEAD: Mapping[str, str] = {"get_batch_samples": f"to generate completions, {_GENERATE}"}
-
 
 def check_hooks(kind: type, base: type) -> None:
     """`UnknownNameError` where the subclass `kind` of `base`, or a class that it mixes in, overrides a hook that is
@@ -78,10 +67,7 @@ def check_hooks(kind: type, base: type) -> None:
         for name, advice in NEVER_CALLED.items()
         if name in functions and name not in called
     ]
-    for name, calls in _CALLS.items():
-        if name in functions and not all(_takes(functions[name], *call) for call in calls):
-            words = ", ".join(dict.fromkeys(word for call in calls for part in call for word in part))
-            lines.append(f"- {name}: it is called with ({words}), which it does not take; {_INSTEAD.get(name, _TAKE)}.")
+    lines += wrong_signatures(functions)
     if lines:
         raise unknown_names(
             f"{kind.__name__} overrides methods that would not work here:",
@@ -114,12 +100,3 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-def _takes(function: FunctionType, by_place: Sequence[str], by_name: Sequence[str]) -> bool:
-    """Whether the method can be called with arguments like these."""
-    try:
-        inspect.signature(function).bind("self", *by_place, **dict.fromkeys(by_name))
-    except TypeError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Methods of a subclass that transformers calls in another way than they can be called: all named before a run.
+"""Methods of a subclass that transformers calls in another way than they can be called.
 
 Scripts override methods of `Trainer` with the parameters that an older version had. Python's own error comes at the
 first step, from inside of transformers. Given up: methods that are called from one place with nothing.
@@ -7,7 +7,8 @@ first step, from inside of transformers. Given up: methods that are called from 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from types import FunctionType
+from typing import final
 
 
 @final
@@ -22,7 +23,7 @@ class _Call:
 _LOOP = ("description", "prediction_loss_only", "ignore_keys", "metric_key_prefix")
 
 CALLS: Mapping[str, _Call] = {
-    "compute_loss": _Call(by_position=("model", "inputs"), by_name=("return_outputs", "num_items_in_batch")),
+    "compute_loss": _Call(by_position=("model", "inputs"), by_name=("num_items_in_batch", "return_outputs")),
     "training_step": _Call(by_position=("model", "inputs", "num_items_in_batch")),
     "prediction_step": _Call(by_position=("model", "inputs", "prediction_loss_only"), by_name=("ignore_keys",)),
     "evaluation_loop": _Call(by_position=("dataloader",), by_name=_LOOP),
@@ -39,28 +40,23 @@ CALLS: Mapping[str, _Call] = {
 }
 """Methods that scripts override, with what they are called with. Each is tried with all of it at once."""
 
-
-def check_signatures(trainer: Any, own: type) -> None:
-    """ValueError where the class of `trainer` overrides methods of `own` so that they cannot be called as they are
-    called; all of them are named, each with what it lacks."""
-    wrong = [line for name, call in CALLS.items() if (line := _mismatch(trainer, own, name, call)) is not None]
-    if wrong:
-        raise ValueError(
-            f"{type(trainer).__name__} overrides methods that cannot be called as transformers calls them: "
-            f"{'; '.join(wrong)}. Take these parameters (or `*args, **kwargs`) and hand them on to `super()`."
-        )
+_INSTEAD: Mapping[str, str] = {"get_batch_samples": "to generate completions, use a callback's `on_evaluate`"}
 
 
-def _mismatch(trainer: Any, own: type, name: str, call: _Call) -> str | None:
-    if getattr(type(trainer), name, None) is getattr(own, name, None) and name not in vars(trainer):
-        return None
+def wrong_signatures(functions: Mapping[str, FunctionType]) -> list[str]:
+    """A line for each method that cannot be called as it is called, of a subclass's own methods by name."""
+    return [
+        f"- {name}: it is called with ({', '.join((*call.by_position, *call.by_name))}), which it does not take "
+        f"({error}); {_INSTEAD.get(name, 'give it these parameters, or *args and **kwargs')}."
+        for name, call in CALLS.items()
+        if name in functions and (error := _mismatch(functions[name], call)) is not None
+    ]
+
+
+def _mismatch(function: FunctionType, call: _Call) -> str | None:
+    """What Python says of such a call; None where it can be made."""
     try:
-        signature = inspect.signature(getattr(trainer, name))
-    except (TypeError, ValueError):  # a callable that has none
-        return None
-    try:
-        signature.bind(*call.by_position, **dict.fromkeys(call.by_name))
+        inspect.signature(function).bind("self", *call.by_position, **dict.fromkeys(call.by_name))
     except TypeError as error:
-        asked = ", ".join((*call.by_position, *(f"{name}=" for name in call.by_name)))
-        return f"{name}{signature} is called with ({asked}): {error}"
+        return str(error)
     return None

@@ -12,10 +12,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from holdfast.arguments import check_kind, check_model
+from holdfast.arguments import check_kind
 from holdfast.config import DPOConfig
 from holdfast.options.script import lines_of_config_calls
 from holdfast.options.unknown import UnknownNameError, argument_lines, asked_arguments, unknown_names
+from holdfast.training.makings import check_model
 
 OPTION_NAMES = tuple(field.name for field in fields(DPOConfig) if field.init)
 
@@ -40,7 +41,7 @@ def _refusal(known: dict[str, Any], unknown: dict[str, Any], names: list[str]) -
     config = known.get("args")
     others = {name: getattr(config, name, None) for name in OPTION_NAMES} if config is not None else {}
     mistakes: list[str] = []
-    checks = [lambda: check_model(known.get("model")), lambda: check_kind(config)]
+    checks = [lambda: check_model(known.get("model"), known.get("model_init")), lambda: check_kind(config)]
     if isinstance(config, DPOConfig):
         checks.append(config.check)
     for check in checks:
