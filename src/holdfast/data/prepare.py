@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
-from holdfast.data.dates import prints_date
-from holdfast.data.files.places import Places, places_of
+from holdfast.data.dates import has_messages, prints_date
+from holdfast.data.files.places import RowPlaces, places_of
 from holdfast.data.formats import check_columns
+from holdfast.data.mixture import keep_mixture
 from holdfast.data.progress import bars
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
@@ -81,8 +82,8 @@ def prepare_dataset(
         )
     places = places_of(dataset)
     dataset = _unformatted(dataset)
-    is_conversational = _check_first_row(dataset, processing_class, name, places)
-    is_dated = is_conversational and prints_date(processing_class)
+    _check_first_row(dataset, processing_class, name, places)
+    is_dated = prints_date(processing_class) and has_messages(dataset)
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
@@ -177,10 +178,9 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
 
 
 def _check_first_row(
-    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: Places | None
-) -> bool:
-    """Whether the completions of the first row are messages. Raises what would be wrong with every row, before a
-    progress bar is shown."""
+    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: RowPlaces | None
+) -> None:
+    """Raises what would be wrong with every row, before a progress bar is shown."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(
@@ -189,7 +189,7 @@ def _check_first_row(
     try:
         kind = check_columns(first)
     except ValueError as error:
-        place = places.of(0) if places is not None else None
+        place = places.of(0, first) if places is not None else None
         raise ValueError(f"{name} dataset{f' ({place})' if place else ''}: {error}") from error
     if isinstance(dataset, IterableDataset) and REFERENCE_COLUMNS[0] in first:
         raise ValueError(
@@ -197,10 +197,8 @@ def _check_first_row(
             f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
             "columns, or load it whole."
         )
-    is_conversational = kind != "tokenized" and isinstance(first["chosen"], list)
     if kind != "tokenized":
-        check_tokenizer(processing_class, is_conversational=is_conversational)
-    return is_conversational
+        check_tokenizer(processing_class, is_conversational=isinstance(first["chosen"], list))
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
@@ -244,7 +242,9 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     return dataset.select([row for row in range(len(dataset)) if row not in left_out])
 
 
-def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
+def _prepare_stream(
+    dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: RowPlaces | None
+) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
     row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
     counts: Counter[str] = Counter()
@@ -256,8 +256,10 @@ def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, pla
     else:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     report = StreamReport(judge, add_ids.decode, _warn)
-    dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
-    return dataset.remove_columns([*REPORT_COLUMNS, REASON])
+    prepared = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
+    prepared = prepared.remove_columns([*REPORT_COLUMNS, REASON])
+    keep_mixture(prepared, dataset)
+    return prepared
 
 
 def _warn(message: str) -> None:
