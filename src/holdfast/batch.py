@@ -8,8 +8,8 @@ Code indexes by `chosen` and `rejected` instead.
 Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N completion tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self, final
 
 import torch
@@ -21,6 +21,9 @@ ContentId = tuple[int, int]
 
 HOST_SEQUENCES = "host_sequences"
 """The key under which a layout puts a batch's `HostSequences`."""
+
+SOURCE_NAMES, PAIR_SOURCES = "source_names", "pair_sources"
+"""The keys of a batch under which it says which source of the data each pair comes from."""
 
 
 @final
@@ -47,10 +50,11 @@ class PairBatch:
     of a sequence stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is
     the 128-bit content id of sequence s (see `data.tokenize.content_id`).
 
-    Three fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
+    Five fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
     the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the
     sequences. `unidentified_inputs` names the inputs that the content ids do not cover, so that log-probs of this batch
-    must not be stored.
+    must not be stored. In an evaluation by source, `source_names` are the names of the sources of the data in this
+    batch, and `pair_sources[p]` is the place of pair p's source among them.
     """
 
     inputs: dict[str, Any]
@@ -63,6 +67,13 @@ class PairBatch:
     reference_logps: Float[Tensor, "N"] | None = None
     host_sequences: HostSequences | None = None
     unidentified_inputs: tuple[str, ...] = ()
+    source_names: Sequence[str] = ()
+    pair_sources: Int[Tensor, "P"] | None = None
+
+    def of_pairs(self, keep: Any) -> Self:
+        """The batch with only some of its pairs, chosen by a slice or a mask over P. Rows and sequences stay."""
+        sources = None if self.pair_sources is None else self.pair_sources[keep]
+        return replace(self, chosen=self.chosen[keep], rejected=self.rejected[keep], pair_sources=sources)
 
     @property
     def num_pairs(self) -> int:
@@ -111,7 +122,7 @@ class PairBatch:
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs"}
+        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs", SOURCE_NAMES, PAIR_SOURCES}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(

@@ -40,8 +40,8 @@ from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.interruption import interruptible
-from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics
+from holdfast.losses import LOSSES, PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.metrics import SourceTally, Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
@@ -123,6 +123,7 @@ class DPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._place_policy(policy)
         self._tallies = {"train": Tally(), "eval": Tally()}
+        self._source_tally = SourceTally()
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, args))
@@ -303,8 +304,12 @@ class DPOTrainer(ResumableTrainer):
         if scores.aux_loss is not None:
             losses = losses + self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
-        metrics = batch_metrics(batch, losses, chosen, rejected, policy, reference, scores, is_training=is_training)
-        self._tallies["train" if is_training else "eval"].add(metrics)
+        values = losses, chosen, rejected, policy, reference, scores
+        self._tallies["train" if is_training else "eval"].add(batch_metrics(batch, *values, is_training=is_training))
+        if batch.pair_sources is not None and not is_training:
+            is_of_pairs = not any(LOSSES[name].sorts_batch for name in self.args.loss_types)
+            by_source = metrics_by_source(batch, *values, is_loss_of_pairs=is_of_pairs)
+            self._source_tally.add(batch.source_names, by_source)
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss

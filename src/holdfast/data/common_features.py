@@ -1,8 +1,8 @@
 """Datasets of unlike columns -> datasets that can be put together, in which each row still is what it was.
 
-A column that holds messages here and text there, or objects of other keys, becomes a column of `Json`, as in a file that
-mixes them. A column that is missing is None. One thing is not the same with None as without the column: the prompt. So
-where only some datasets have the column `prompt`, the others' prompts are taken out of both completions.
+A column that holds messages here and text there, or objects of other keys, becomes a column of `Json`, as in a file
+that mixes them. A column that is missing is None. One thing is not the same with None as without the column: the
+prompt. So where only some datasets have the column `prompt`, the others' prompts are taken out of both completions.
 
 Given up: widening objects by the keys of others, since a template may ask whether a key is there.
 """

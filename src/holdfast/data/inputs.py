@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import HOST_SEQUENCES
+from holdfast.batch import HOST_SEQUENCES, PAIR_SOURCES, SOURCE_NAMES
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import SEGMENTS
@@ -26,7 +26,9 @@ from holdfast.scoring.segments import SEGMENTS
 UNIDENTIFIED = "unidentified_inputs"
 """The key under which a batch names the inputs that no content id covers."""
 
-_COVERED = frozenset({"input_ids", "attention_mask", "reference_logps", HOST_SEQUENCES, *POSITION_KEYS})
+_COVERED = frozenset(
+    {"input_ids", "attention_mask", "reference_logps", HOST_SEQUENCES, SOURCE_NAMES, PAIR_SOURCES, *POSITION_KEYS}
+)
 _PLAIN = (str, int, float, bool, type(None))
 
 
