@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from holdfast.config import DPOConfig
 from holdfast.data.source_column import sources_with_metrics
 from holdfast.internals.transformers import check_trainer, loaded_from
-from holdfast.losses import LOSSES
 from holdfast.options.combinations import check_evaluation
 from holdfast.options.metric_names import EVAL_METRICS, METRICS_BY_SOURCE, metric_of_source
 from holdfast.policy.independence import Dependence
@@ -85,7 +84,7 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     if name is None or not goes_by_it:
         return
     parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    names = [f"{part}_{name}" if part else name for part, data in parts.items() for name in _metrics_of(data, args)]
+    names = [f"{part}_{name}" if part else name for part, data in parts.items() for name in _metrics_of(data)]
     asked = name.removeprefix("eval_")
     of_source = metric_of_source(asked)
     if asked in names or (of_source is not None and isinstance(parts.get(of_source.part), IterableDataset)):
@@ -100,12 +99,10 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     )
 
 
-def _metrics_of(dataset: Any, args: DPOConfig) -> list[str]:
+def _metrics_of(dataset: Any) -> list[str]:
     """The metrics that an evaluation on the dataset gives, those of its sources too."""
     sources = sources_with_metrics(dataset)
-    sorts = any(LOSSES[loss].sorts_batch for loss in args.loss_types)
-    of_sources = [metric for metric in METRICS_BY_SOURCE if metric != "loss" or not sorts]
-    return [*EVAL_METRICS, *(f"{metric}/{source}" for source in sources for metric in of_sources)]
+    return [*EVAL_METRICS, *(f"{metric}/{source}" for source in sources for metric in METRICS_BY_SOURCE)]
 
 
 def _by_source(datasets: Iterable[Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from holdfast.batch import PairBatch
@@ -55,31 +55,32 @@ def batch_metrics(
 
 def metrics_by_source(
     batch: PairBatch,
-    losses: Float[Tensor, "P"],
+    losses_of: Callable[[Int[Tensor, "Q"]], Float[Tensor, "Q"]],
     chosen_rewards: Float[Tensor, "P"],
     rejected_rewards: Float[Tensor, "P"],
     policy: PairLogps,
     reference: PairLogps | None,
     scores: Scores,
-    *,
-    is_loss_of_pairs: bool,
 ) -> dict[str, SumAndCount]:
     """The metrics of one batch, as `batch_metrics` has them in evaluation, each as (sums, counts) [K] over the pairs of
-    each of the batch's K sources, or over their tokens. `batch` must have `pair_sources`.
+    each of the batch's K sources, or over their tokens. `batch` must have sources.
 
-    Without `is_loss_of_pairs` the loss is left out: one that sorts the batch is none of single pairs.
+    `losses_of` gives the losses of some of its pairs. Losses that compare pairs with each other, or average over the
+    tokens of several, are computed for each source alone.
     """
+    assert batch.host_sources is not None
     assert batch.pair_sources is not None
-    sources, num_sources = batch.pair_sources, len(batch.source_names)
+    sources, num_sources = batch.pair_sources, len(batch.host_sources.names)
+    order = sources.argsort(stable=True)
+    each = torch.cat([losses_of(pairs) for pairs in order.split(batch.host_sources.counts()) if len(pairs)])
+    losses = torch.empty_like(each).index_copy(0, order, each)
 
     def summed(values: Float[Tensor, "P"]) -> Float[Tensor, "K"]:
         return values.detach().new_zeros(num_sources).index_add(0, sources, values.detach())
 
     num_pairs = summed(torch.ones_like(losses))
     values = _values_of_pairs(losses, chosen_rewards, rejected_rewards, policy, reference, scores)
-    if not is_loss_of_pairs:
-        values.pop("loss")
-    metrics = {name: (summed(each), num_pairs) for name, each in values.items()}
+    metrics = {name: (summed(of_pairs), num_pairs) for name, of_pairs in values.items()}
     if (statistics := scores.statistics) is None:
         return metrics
     lengths = scores.logps.lengths().to(losses.dtype)

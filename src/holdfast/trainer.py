@@ -40,8 +40,8 @@ from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.interruption import interruptible
-from holdfast.losses import LOSSES, PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import SourceTally, Tally, batch_metrics, metrics_by_source
+from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
@@ -56,6 +56,7 @@ from holdfast.reference.run_folder import running
 from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
+from holdfast.training.by_source import BySource
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.resumable_trainer import ResumableTrainer
 from holdfast.training.startup import Startup
@@ -123,7 +124,7 @@ class DPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._place_policy(policy)
         self._tallies = {"train": Tally(), "eval": Tally()}
-        self._source_tally = SourceTally()
+        self._by_source = BySource(is_main=self.is_world_process_zero())
         self._router_coef = router_aux_loss_coef(unwrap(policy), args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, args))
@@ -293,23 +294,26 @@ class DPOTrainer(ResumableTrainer):
         batch, is_filled = self._real_pairs(batch)
         policy, reference = pair_logps(scores.logps, batch, self.args.ld_alpha), self._reference_logps(batch)
         is_weighted = self.args.use_weighting
-        losses = preference_loss(
-            policy,
-            reference,
-            loss_types=self.args.loss_types,
-            loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            options=self.args.loss_options,
-            pair_weights=wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None,
-        )
-        if scores.aux_loss is not None:
-            losses = losses + self._router_coef * scores.aux_loss
+        weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
+
+        def losses_of(pairs: Tensor | None = None) -> Tensor:
+            losses = preference_loss(
+                policy if pairs is None else policy.of_pairs(pairs),
+                reference if pairs is None or reference is None else reference.of_pairs(pairs),
+                loss_types=self.args.loss_types,
+                loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
+                options=self.args.loss_options,
+                pair_weights=weights if pairs is None or weights is None else weights[pairs],
+            )
+            return losses if scores.aux_loss is None else losses + self._router_coef * scores.aux_loss
+
+        losses = losses_of()
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
-        values = losses, chosen, rejected, policy, reference, scores
-        self._tallies["train" if is_training else "eval"].add(batch_metrics(batch, *values, is_training=is_training))
-        if batch.pair_sources is not None and not is_training:
-            is_of_pairs = not any(LOSSES[name].sorts_batch for name in self.args.loss_types)
-            by_source = metrics_by_source(batch, *values, is_loss_of_pairs=is_of_pairs)
-            self._source_tally.add(batch.source_names, by_source)
+        values = chosen, rejected, policy, reference, scores
+        metrics = batch_metrics(batch, losses, *values, is_training=is_training)
+        self._tallies["train" if is_training else "eval"].add(metrics)
+        if batch.host_sources is not None and not is_training:
+            self._by_source.add(batch.host_sources.names, metrics_by_source(batch, losses_of, *values))
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss

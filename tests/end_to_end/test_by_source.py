@@ -70,20 +70,21 @@ OPTIONS: list[dict[str, Any]] = [
     {"layout": "packed"},
     {"layout": "prefix_shared", "tokens_per_batch": 24},
     {"train_sampling_strategy": "group_by_length"},
-    {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+    {"loss_type": ["sigmoid", "hinge"], "ld_alpha": 0.5, "loss_weights": [1.0, 0.5]},
+    {"use_weighting": True},
     {"loss_type": "simpo"},
     {"precompute_ref_log_probs": True},
     {"reference_window": 2},
     {"dataloader_num_workers": 1, "layout": "padded"},
     {"remove_unused_columns": False},
-    {"full_determinism": False, "bf16_full_eval": False, "prediction_loss_only": True},
+    {"prediction_loss_only": True},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(map(str, options)) or "defaults")
 def test_each_source_has_the_metrics_of_its_rows_alone(options: dict[str, Any], tmp_path: Path) -> None:
     dataset = sourced()
-    made = moved(config(tmp_path, per_device_eval_batch_size=3, **options))
+    made = moved(config(tmp_path, per_device_eval_batch_size=3, **options), eval_dataset=dataset)
     assert_those_of_the_rows_alone(made, dataset, by_source(made.evaluate(dataset)))
 
 
@@ -152,7 +153,7 @@ def test_of_a_stream_and_of_a_mixture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "expected"),
     [
-        (["a", None, "", "a", None], {"a": 2, NO_SOURCE: 3}),
+        (["a", None, "", "a", None, None, None], {"a": 2, NO_SOURCE: 5}),
         (["a"] * 4, {"a": 4}),
         ([None] * 4, None),
         (["", ""], None),
@@ -167,6 +168,8 @@ def test_which_sources_there_are(sources: list[Any], expected: dict[str, int] | 
     made = moved(config(tmp_path, per_device_eval_batch_size=2))
     found = by_source(made.evaluate(dataset))
     assert set(found) == set(expected or ())
+    if expected and len(expected) < 5:
+        assert_those_of_the_rows_alone(made, dataset, found)
     of_stream = by_source(made.evaluate(dataset.to_iterable_dataset()))
     assert {name: pytest.approx(values, abs=2e-5) for name, values in found.items()} == of_stream
 
@@ -197,16 +200,18 @@ def test_a_column_that_is_not_used_is_said_once(
 def test_nothing_is_gathered_without_the_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = moved(config(tmp_path))
     monkeypatch.setattr("holdfast.metrics.gather_object", None)
-    monkeypatch.setattr("holdfast.training.pair_trainer.WithSources", type("WithSources", (), {}))
+    monkeypatch.setattr("holdfast.training.by_source.WithSources", None)
     made.evaluate(rows(5))
 
 
 class Collator(DataCollatorForPreference):
-    """A user's own, which takes all columns of its rows."""
+    """A user's own, which takes all columns of its rows, and may leave the last out."""
+
+    num_left_out = 0
 
     def torch_call(self, features: Any) -> dict[str, Any]:
         assert {"prompt_ids", "chosen_ids", "rejected_ids"} == set(features[0])
-        return {**super().torch_call(features), "token_type_ids": None}
+        return super().torch_call(features[: len(features) - self.num_left_out])
 
 
 def test_a_collator_of_ones_own(tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_the_source_is_in_no_content_id_and_no_input(tmp_path: Path) -> None:
         made = moved(config(tmp_path))
         loader = made.get_eval_dataloader(made._preparation.of(dataset if has_source else rows(11, 1), "eval"))
         batches = [made._pair_batch(tensors) for tensors in loader]
-        assert all(bool(batch.source_names) == has_source for batch in batches)
+        assert all((batch.host_sources is not None) == has_source for batch in batches)
         seen[has_source] = [(batch.content_ids(), sorted(batch.inputs)) for batch in batches]
     assert seen[True] == seen[False]
 
@@ -243,13 +248,12 @@ def test_with_compute_metrics(tmp_path: Path) -> None:
     assert_those_of_the_rows_alone(made, dataset, found)
 
 
-def test_a_loss_that_sorts_the_batch_is_none_of_single_pairs(tmp_path: Path) -> None:
-    made = moved(config(tmp_path, loss_type=["aot", "sft"]))
-    for of_source in by_source(made.evaluate(sourced())).values():
-        assert "loss" not in of_source
-        assert "rewards/margins" in of_source
-    with pytest.raises(ValueError, match=r"'loss/maths' was asked for.*Did you mean"):
-        trainer(tiny_model(), best(tmp_path, "loss/maths", loss_type=["aot"]), eval_dataset=sourced())
+@pytest.mark.parametrize("loss_type", [["sigmoid", "sft"], "orpo", "cpo", "aot", "aot_unpaired"])
+def test_losses_of_a_batch_are_those_of_the_source_alone(loss_type: Any, tmp_path: Path) -> None:
+    """They sort the batch or average over its tokens, so here all rows are one batch."""
+    dataset = sourced()
+    made = moved(config(tmp_path, per_device_eval_batch_size=len(dataset), loss_type=loss_type))
+    assert_those_of_the_rows_alone(made, dataset, by_source(made.evaluate(dataset)))
 
 
 # The best model -----------------------------------------------------------------------------------------------------
@@ -298,7 +302,7 @@ def test_early_stopping_by_a_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "eval_dataset", "message"),
     [
-        ("loss/math", sourced(), r"'loss/math' was asked for.*Did you mean 'loss/maths'.*each source, after a slash: ma"),
+        ("loss/math", sourced(), r"'loss/math' was asked for.*Did you mean 'loss/maths'.*each source, after a"),
         ("loss/maths", rows(3), r"'loss/maths' was asked for, but an evaluation here gives no such metric"),
         ("num_tokens/maths", sourced(), r"gives no such metric"),
         ("loss/maths", {"easy": sourced()}, r"Did you mean 'easy_loss/maths'"),

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from datasets import Dataset, IterableDataset, Value
 
-from holdfast.batch import PAIR_SOURCES, SOURCE_NAMES
+from holdfast.batch import HOST_SOURCES, PAIR_SOURCES, HostSources
 from holdfast.data.columns import SOURCE
 
 NO_SOURCE = "(none)"
@@ -33,24 +33,25 @@ _READ_ROWS = 10_000
 @final
 @dataclass(frozen=True, slots=True)
 class WithSources:
-    """A data collator: what `collator` makes of the rows, and the sources of the pairs, if any row has one. A column
-    `source` of something else than text is the one source `NOT_TEXT`. `keeps_column` leaves the column to `collator`.
+    """A data collator: what `collator` makes of the rows, and the sources of the pairs, if the rows have the column. A
+    column `source` of something else than text is the one source `NOT_TEXT`. `keeps_column` leaves the column to
+    `collator`.
     """
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     keeps_column: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        found = [row.get(SOURCE) for row in rows]
+        found = [row.get(SOURCE) for row in rows] if any(SOURCE in row for row in rows) else []
         bare = rows if self.keeps_column else [_without_source(row) for row in rows]
         batch = self.collator([*bare])  # type: ignore[arg-type]
-        if all(value is None for value in found):
+        if not found:
             return batch
         is_text = all(value is None or isinstance(value, str) for value in found)
         sources = [(value or NO_SOURCE) if is_text else NOT_TEXT for value in found]
         names = tuple(dict.fromkeys(sources))
-        places = torch.tensor([names.index(source) for source in sources])
-        return {**batch, SOURCE_NAMES: names, PAIR_SOURCES: places}
+        places = tuple(names.index(source) for source in sources)
+        return {**batch, HOST_SOURCES: HostSources(names=names, places=places), PAIR_SOURCES: torch.tensor(places)}
 
 
 def _without_source(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,12 @@ def pairs_by_source(dataset: Any) -> dict[str, int] | None:
     for table in rows.iter(_READ_ROWS):
         for entry in table[SOURCE].combine_chunks().value_counts():
             counts[entry["values"].as_py() or NO_SOURCE] += entry["counts"].as_py()
-    return None if set(counts) <= {NO_SOURCE} else dict(sorted(counts.items()))
+    return dict(sorted(counts.items())) if are_sources(counts) else None
+
+
+def are_sources(names: Collection[str]) -> bool:
+    """Whether any row has a source."""
+    return not set(names) <= {NO_SOURCE}
 
 
 def sources_with_metrics(dataset: Any) -> list[str]:

@@ -11,7 +11,7 @@ METRICS_BY_SOURCE = (
     "logps/rejected", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "reference/kl_chosen",
     "reference/kl_rejected", "aux_loss",
 )  # fmt: skip
-"""What it gives for each source; `loss` not where a loss sorts the batch, and so is none of single pairs."""
+"""What it gives for each source."""
 
 EVAL_METRICS = (*METRICS_BY_SOURCE, "num_tokens", "runtime", "samples_per_second", "steps_per_second")
 """What an evaluation gives, after the prefix `eval_`. `aux_loss` is a router's; `reference/*` need a reference."""

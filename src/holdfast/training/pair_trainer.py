@@ -43,13 +43,14 @@ from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs,
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
-from holdfast.data.source_column import WithSources, may_have_sources, why_not_by_source, why_not_these
+from holdfast.data.source_column import WithSources
 from holdfast.interruption import interruptible
-from holdfast.metrics import SourceTally, Tally, means, motion, tokens_logged
+from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
+from holdfast.training.by_source import BySource
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
 
@@ -69,8 +70,7 @@ class PairTrainer(Trainer):
     _preparation: Preparation
     _pad_token_id: int
     _tallies: dict[str, Tally]
-    _source_tally: SourceTally
-    _said_of_sources: frozenset[str] = frozenset()
+    _by_source: BySource
     _full_eval: FullEval
     _look_ahead: LookAhead
     _stream_position: StreamPosition
@@ -110,27 +110,13 @@ class PairTrainer(Trainer):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         filled = with_fillers(dataset, batch_size, self.accelerator)
         collator = self.data_collator
-        if not kwargs.get("is_training") and self._has_sources(dataset, description):
-            self.data_collator = WithSources(collator, keeps_column=not self.args.remove_unused_columns)
+        if not kwargs.get("is_training"):
+            keeps = not self.args.remove_unused_columns
+            self.data_collator = self._by_source.collator(collator, dataset, description, keeps_column=keeps)
         try:
             return super()._get_dataloader(filled, description, batch_size, **kwargs)
         finally:
             self.data_collator = collator
-
-    def _has_sources(self, dataset: Any, description: str) -> bool:
-        """Whether metrics of the dataset are given by source. It is said, once, why a column `source` is not used."""
-        if not may_have_sources(dataset):
-            return False
-        reason = why_not_by_source(dataset)
-        if reason is not None:
-            self._say_of_sources(description, reason)
-        return reason is None
-
-    def _say_of_sources(self, description: str, reason: str) -> None:
-        message = f"The column {SOURCE!r} of the data of the {description.lower()} {reason}: no metrics by source."
-        if message not in self._said_of_sources and self.is_world_process_zero():
-            logger.warning(message)
-        self._said_of_sources |= {message}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "group_by_length":
@@ -249,33 +235,19 @@ class PairTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
-        self._tallies["eval"], self._source_tally = Tally(), SourceTally()
+        self._tallies["eval"] = Tally()
+        self._by_source.begin()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._look_ahead.of_evaluation(dataloader)
         with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
-        metrics |= self._metrics_by_source(dataloader)
+        metrics |= self._by_source.metrics(dataloader.dataset, self._sum_over_processes)
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._check_numbers(output.metrics, "The evaluation")
         return output
-
-    def _metrics_by_source(self, dataloader: Any) -> dict[str, float]:
-        """`rewards/margins/maths`, ...: the metrics of an evaluation's pairs of each source."""
-        if not may_have_sources(dataloader.dataset):
-            return {}
-        totals = self._source_tally.over_processes(self._sum_over_processes)
-        reason = why_not_these(totals)
-        if reason is not None:
-            self._say_of_sources("evaluation", reason)
-            return {}
-        return {
-            f"{name}/{source}": value
-            for source, of_source in totals.items()
-            for name, value in means(of_source).items()
-        }
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
