@@ -14,6 +14,7 @@ import holdfast
 from holdfast.checkpoint.placed import placed
 from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
+from holdfast.data.source_column import sources_with_metrics
 from holdfast.internals.transformers import loaded_from
 from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
@@ -35,7 +36,8 @@ A fine-tuned version of {{ base_model }}, trained on preference pairs with Direc
 | beta | {{ beta }} |
 | reference | {{ reference }} |
 | dataset | {{ dataset }} |
-
+{% for source, pairs in sources.items() %}| pairs of {{ source }} | {{ pairs }} |
+{% endfor %}
 ```python
 from transformers import pipeline
 
@@ -52,13 +54,15 @@ def write_card(
     model: nn.Module,
     reference: Reference | None,
     *,
+    train_dataset: Any,
     title: str | None,
     dataset: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
 ) -> None:
     """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...).
-    The header names the base model only where that can be a hub id. ValueError where the file cannot be written."""
+    The header names the base model only where that can be a hub id. The sources of `train_dataset` are counted.
+    ValueError where the file cannot be written."""
     folder = Path(str(args.output_dir))
     base_model = loaded_from(unwrap(model).config) or None
     dataset = metadata.pop("dataset", None) or dataset
@@ -77,6 +81,7 @@ def write_card(
         title=title or folder.name,
         base_model=base_model or "a model",
         dataset=dataset or "not named",
+        sources={name.replace("|", "\\|"): pairs for name, pairs in sources_with_metrics(train_dataset).items()},
         loss=", ".join(args.loss_types),
         beta=args.beta,
         reference="none" if reference is None else reference.describe(),

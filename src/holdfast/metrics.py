@@ -72,8 +72,10 @@ def metrics_by_source(
     assert batch.pair_sources is not None
     sources, num_sources = batch.pair_sources, len(batch.host_sources.names)
     order = sources.argsort(stable=True)
-    each = torch.cat([losses_of(pairs) for pairs in order.split(batch.host_sources.counts()) if len(pairs)])
-    losses = torch.empty_like(each).index_copy(0, order, each)
+    losses = torch.zeros_like(policy.chosen)
+    for pairs in order.split(batch.host_sources.counts()):
+        if len(pairs) > 0:
+            losses = losses.index_copy(0, pairs, losses_of(pairs).detach())
 
     def summed(values: Float[Tensor, "P"]) -> Float[Tensor, "K"]:
         return values.detach().new_zeros(num_sources).index_add(0, sources, values.detach())

@@ -22,6 +22,7 @@ TRAININGS = [
     "train_with_checkpointing",
     "train_stream",
     "train_stream_in_shards",
+    "train_mixture",
     "reference_model",
     "reference_model_of_lora",
     "reference_adapter_fresh",
@@ -73,7 +74,7 @@ def differences(one: Any, two: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {one!r} with one process, {two!r} with two"
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams"])
+@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams", "evaluation_by_source"])
 def test_two_processes_log_what_one_does(name: str, runs: Runs) -> None:
     """Every number of every log: losses, gradient norms, metrics of training and evaluation, tokens."""
     assert list(differences(of(runs, name, 1), of(runs, name, 2))) == []

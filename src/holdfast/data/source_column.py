@@ -83,10 +83,11 @@ def are_sources(names: Collection[str]) -> bool:
     return not set(names) <= {NO_SOURCE}
 
 
-def sources_with_metrics(dataset: Any) -> list[str]:
-    """The sources of a dataset that an evaluation gives metrics of; none for a stream, which is not read."""
+def sources_with_metrics(dataset: Any) -> dict[str, int]:
+    """The sources of a dataset that an evaluation gives metrics of, with their numbers of rows; none for a stream,
+    which is not read."""
     sources = pairs_by_source(dataset) or {}
-    return [*sources] if len(sources) <= MAX_SOURCES else []
+    return sources if len(sources) <= MAX_SOURCES else {}
 
 
 def why_not_by_source(dataset: Any) -> str | None:
