@@ -139,6 +139,8 @@ def _training_data(document: Document, name: str, value: Any) -> Source | Mixtur
                 "name the datasets: `train: {first: {path: ..., weight: ...}, second: ...}`.",
             )
         return _dataset(document, name, value)
+    if value and all(difflib.get_close_matches(str(part), _DATASET) for part in value):  # one dataset, misspelled
+        raise document.unknown(name, next(iter(value)), _DATASET)
     return read_mixture(document, name, value, _WITH_WEIGHT)
 
 
