@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback
 
 from families import tiny_model
@@ -202,6 +203,34 @@ def test_nothing_is_gathered_without_the_column(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("holdfast.metrics.gather_object", None)
     monkeypatch.setattr("holdfast.training.by_source.WithSources", None)
     made.evaluate(rows(5))
+
+
+READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "repeat_interleave", "bincount"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that a GPU would be waited for."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [i for i in (args[1] if func._schema.name == "aten::index" else []) if i is not None]
+        self.num += func._schema.name.removeprefix("aten::") in READS or any(mask.dtype == torch.bool for mask in masks)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_waits_for_nothing(tmp_path: Path) -> None:
+    """What is read for the sources does not grow with the batches."""
+    made = moved(config(tmp_path, per_device_eval_batch_size=2))
+    extra = []
+    for num_pairs in (4, 16):
+        counts = []
+        for dataset in (sourced(num_pairs), rows(num_pairs, 1)):
+            with Reads() as reads:
+                made.evaluate(dataset)
+            counts.append(reads.num)
+        extra.append(counts[0] - counts[1])
+    assert extra[0] == extra[1]
 
 
 class Collator(DataCollatorForPreference):
