@@ -23,6 +23,7 @@ TRAININGS = [
     "train_stream",
     "train_stream_in_shards",
     "train_mixture",
+    "train_masked_stream",
     "reference_model",
     "reference_model_of_lora",
     "reference_adapter_fresh",

@@ -36,7 +36,7 @@ from holdfast.checkpoint.finite import (
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
-from holdfast.data.columns import SOURCE, TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, SOURCE, TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs, with_fillers
@@ -105,7 +105,7 @@ class PairTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         is_by_source = isinstance(self.data_collator, WithSources)
-        self._signature_columns = [*TOKENIZED_COLUMNS, *([SOURCE] if is_by_source else [])]
+        self._signature_columns = [*TOKENIZED_COLUMNS, *MASK_COLUMNS, *([SOURCE] if is_by_source else [])]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         filled = with_fillers(dataset, batch_size, self.accelerator)
