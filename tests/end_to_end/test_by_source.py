@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback
 
@@ -87,6 +87,21 @@ def test_each_source_has_the_metrics_of_its_rows_alone(options: dict[str, Any], 
     dataset = sourced()
     made = moved(config(tmp_path, per_device_eval_batch_size=3, **options), eval_dataset=dataset)
     assert_those_of_the_rows_alone(made, dataset, by_source(made.evaluate(dataset)))
+
+
+@pytest.mark.parametrize("layout", ["prefix_shared", "padded"])
+def test_tokens_that_are_only_seen_do_not_count(layout: str, tmp_path: Path) -> None:
+    def masked(row: dict[str, Any], index: int) -> dict[str, Any]:
+        length = len(row["chosen_ids"])
+        return {"chosen_mask": [0] * (length // 2) + [1] * (length - length // 2) if index % 3 else None}
+
+    dataset = sourced().map(masked, with_indices=True, features=Features({
+        **sourced().features, "chosen_mask": List(Value("int8"))
+    }))  # fmt: skip
+    made = moved(config(tmp_path, per_device_eval_batch_size=3, layout=layout))
+    found = by_source(made.evaluate(dataset))
+    assert_those_of_the_rows_alone(made, dataset, found)
+    assert found != by_source(made.evaluate(sourced()))
 
 
 def test_the_whole_is_the_mean_of_its_sources_by_their_pairs_and_tokens(tmp_path: Path) -> None:

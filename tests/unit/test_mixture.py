@@ -40,6 +40,8 @@ SHARES: list[tuple[dict[str, int], dict[str, float] | None, str, dict[str, int]]
     ({"a": 10, "b": 10}, {"a": 3, "b": 1}, "first_exhausted", {"a": 10, "b": 3}),
     ({"a": 10, "b": 10}, {"a": 0.75, "b": 0.25}, "first_exhausted", {"a": 10, "b": 3}),
     ({"a": 10, "b": 10}, {"a": 3, "b": 1}, "all_exhausted", {"a": 30, "b": 10}),
+    ({"a": 400, "b": 100}, {"a": 3, "b": 1}, "first_exhausted", {"a": 300, "b": 100}),
+    ({"a": 400, "b": 100}, {"a": 3, "b": 1}, "all_exhausted", {"a": 400, "b": 133}),
     ({"a": 400, "b": 100}, {"a": 1, "b": 1}, "first_exhausted", {"a": 100, "b": 100}),
     ({"a": 400, "b": 100}, {"a": 1, "b": 1}, "all_exhausted", {"a": 400, "b": 400}),
     ({"a": 5, "b": 1000}, {"a": 0.01, "b": 0.99}, "first_exhausted", {"a": 5, "b": 495}),
@@ -167,6 +169,7 @@ def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": "up", "far": True}}}
+OTHER_CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": None, "when": [1, None]}}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 OTHER_TOOL = {"type": "function", "function": {"name": "add", "description": "sum", "parameters": {"a": [1, 2.5]}}}
 ASK, YES, NO = message("user", "Is it?"), message("assistant", "Yes."), message("assistant", "No.")
@@ -177,6 +180,15 @@ UNLIKE: dict[str, list[dict[str, Any]]] = {
     "messages": [{"prompt": [ASK], "chosen": [YES], "rejected": [NO]}],
     "implicit messages": [{"chosen": [ASK, YES], "rejected": [ASK, NO], "score": 0.5, "when": "now"}],
     "names": [{"prompt": [message("user", "Who?", name="Ada")], "chosen": [YES], "rejected": [NO]}],
+    "gaps": [{"prompt": [message("user", "Who?", name="Ada")], "chosen": [YES], "rejected": [NO]},
+             {"prompt": [message("user", "Who?"), YES, message("user", "No?")], "chosen": [YES], "rejected": [NO]}],
+    "gaps in tools": [{"prompt": [ASK], "chosen": [YES], "rejected": [NO], "tools": [tool]}
+                      for tool in (TOOL, OTHER_TOOL)],
+    "gaps in arguments": [{"prompt": [ASK], "chosen": [message("assistant", "", tool_calls=[call])], "rejected": [NO]}
+                          for call in (CALL, OTHER_CALL)],
+    "no content": [{"prompt": [ASK], "chosen": [message("assistant", None, tool_calls=[CALL])], "rejected": [NO]},
+                   {"prompt": [ASK], "chosen": [message("assistant", None, tool_calls=[OTHER_CALL])],
+                    "rejected": [YES]}],
     "tools": [{"prompt": [ASK], "chosen": [message("assistant", "", tool_calls=[CALL])], "rejected": [NO],
                "tools": [TOOL], "chat_template_kwargs": {"style": "terse"}}],
     "other tools": [{"prompt": [ASK], "chosen": [YES], "rejected": [NO], "tools": [OTHER_TOOL], "score": "high"}],
@@ -192,7 +204,7 @@ def ids(rows: Any) -> list[tuple[tuple[int, ...], ...]]:
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("names", [[*UNLIKE], *([name, other] for name in ("text", "tools") for other in UNLIKE)])
 def test_each_row_stays_what_it_is(names: list[str], is_stream: bool) -> None:
-    """It has the token ids that it has in its source alone."""
+    """It has the token ids that it has in its source alone, also where Arrow has added keys to a message or a tool."""
     tokenizer = tiny.tokenizer()
     parts = {name: Dataset.from_list(UNLIKE[name]) for name in dict.fromkeys(names)}
     alone = {name: sorted(ids(prepare_dataset(part, tokenizer))) for name, part in parts.items()}
@@ -224,6 +236,14 @@ def test_each_row_stays_what_it_is(names: list[str], is_stream: bool) -> None:
 )  # fmt: skip
 def test_what_holds_both(one: Any, other: Any, expected: Any) -> None:
     assert common_feature(one, other) == common_feature(other, one) == expected
+
+
+def test_masks_of_some_sources_only() -> None:
+    """A row without a mask is scored whole."""
+    pairs = {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    parts = {"plain": Dataset.from_list([pairs]), "masked": Dataset.from_list([pairs | {"chosen_mask": [0, 1]}])}
+    prepared = prepare_dataset(mix(parts), tiny.tokenizer())
+    assert {row["source"]: row["chosen_mask"] for row in prepared} == {"plain": None, "masked": [0, 1]}
 
 
 def test_columns_of_like_sources_keep_their_types() -> None:
