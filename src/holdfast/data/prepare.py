@@ -31,7 +31,7 @@ from holdfast.data.mixture import keep_mixture
 from holdfast.data.progress import bars
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
-from holdfast.data.source_column import pairs_by_source, sources_with_metrics
+from holdfast.data.source_column import left_out_by_source
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
     REPORT_COLUMNS,
@@ -240,19 +240,8 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     left_out = {row for rows in unusable.values() for row in rows}
     usable = dataset.select([row for row in range(len(dataset)) if row not in left_out])
-    _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + _left_out_by_source(dataset, usable))
+    _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
     return usable
-
-
-def _left_out_by_source(dataset: Dataset, usable: Dataset) -> str:
-    """How many rows of each source were left out, in a sentence; empty for a dataset without sources."""
-    before, after = sources_with_metrics(dataset), pairs_by_source(usable) or {}
-    parts = [
-        f"{f'all {count}' if name not in after else f'{count - after[name]} of {count}'} of {name!r}"
-        for name, count in before.items()
-        if count != after.get(name)
-    ]
-    return f" By source: {', '.join(parts)}." if parts else ""
 
 
 def _prepare_stream(

@@ -90,6 +90,17 @@ def sources_with_metrics(dataset: Any) -> dict[str, int]:
     return sources if len(sources) <= MAX_SOURCES else {}
 
 
+def left_out_by_source(dataset: Dataset, usable: Dataset) -> str:
+    """How many rows of each source were left out, in a sentence; empty for a dataset without sources."""
+    before, after = sources_with_metrics(dataset), pairs_by_source(usable) or {}
+    parts = [
+        f"{f'all {count}' if name not in after else f'{count - after[name]} of {count}'} of {name!r}"
+        for name, count in before.items()
+        if count != after.get(name)
+    ]
+    return f" By source: {', '.join(parts)}." if parts else ""
+
+
 def why_not_by_source(dataset: Any) -> str | None:
     """Why the column `source` of a dataset is not used, in a clause that begins with a verb; None where it is. Of a
     stream nobody knows before it is read."""
