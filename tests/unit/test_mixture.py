@@ -229,6 +229,7 @@ def test_each_row_stays_what_it_is(names: list[str], is_stream: bool) -> None:
         (Value("string"), List(Value("string")), Json()),
         (List(Value("null")), List(Value("string")), List(Value("string"))),
         ({"a": Value("int64")}, {"a": Value("float64")}, {"a": Value("float64")}),
+        ({"a": Value("null")}, {"a": Value("int64")}, Json()),
         ({"a": Value("int64")}, {"a": Value("int64"), "b": Value("int64")}, Json()),
         (List({"a": Value("string")}), List({"b": Value("string")}), List(Json())),
         (Json(), Value("string"), Json()),

@@ -42,7 +42,9 @@ def common_feature(one: Any, other: Any) -> Any:
     if isinstance(one, List | LargeList) and isinstance(other, List | LargeList):
         return List(common_feature(one.feature, other.feature))
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return {key: common_feature(feature, other[key]) for key, feature in one.items()}
+        are_null = [(one[key] == _NULL) != (other[key] == _NULL) for key in one]
+        if not any(are_null):  # a None that all rows of a column have was written; beside values it may have been added
+            return {key: common_feature(feature, other[key]) for key, feature in one.items()}
     return Json()
 
 
