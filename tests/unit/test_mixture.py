@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import tiny
 from holdfast.checkpoint.provenance import dataset_digest
 from holdfast.data.common_features import common_feature
+from holdfast.data.dates import date_of_run
 from holdfast.data.files.places import places_of
 from holdfast.data.load import load_preferences
 from holdfast.data.mixture import first_rows, mix, mixture_of
@@ -237,6 +238,21 @@ def test_each_row_stays_what_it_is(names: list[str], is_stream: bool) -> None:
 )  # fmt: skip
 def test_what_holds_both(one: Any, other: Any, expected: Any) -> None:
     assert common_feature(one, other) == common_feature(other, one) == expected
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_date_is_that_of_the_run_whichever_row_comes_first(is_stream: bool) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }} " + tokenizer.chat_template
+    parts = {"a": text(1), "b": Dataset.from_list(UNLIKE["messages"])}
+    alone = ids(prepare_dataset(parts["b"], tokenizer, template_date="2001-02-03"))
+    given = {name: part.to_iterable_dataset() if is_stream else part for name, part in parts.items()}
+    mixtures = [mix(given, seed=seed) for seed in range(4)]
+    assert {next(iter(mixture))["source"] for mixture in mixtures} >= {"a"}
+    for mixture in mixtures:
+        prepared = prepare_dataset(mixture, tokenizer, template_date="2001-02-03")
+        assert ids(row for row in prepared if row["source"] == "b") == alone
+        assert date_of_run(tokenizer, "2001-02-03", None, [mixture]) == "2001-02-03"
 
 
 def test_masks_of_some_sources_only() -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.columns import TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.encoder import from_bytes
-from holdfast.data.files.places import RowPlaces
+from holdfast.data.files.places import Places
 from holdfast.data.formats import Preference, check_columns, read_preference
 from holdfast.data.notes import as_values
 from holdfast.data.row_error import RowError, naming_places
@@ -122,7 +122,7 @@ class AddIdsAndVerdict:
 
     add_ids: AddIds
     judge: Judge
-    places: RowPlaces | None
+    places: Places | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         with naming_places(self.places, row):

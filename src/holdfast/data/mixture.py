@@ -25,7 +25,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 
 from holdfast.data.columns import ORIGINAL_SOURCE, SOURCE, SOURCE_ROW
 from holdfast.data.common_features import check_kinds, with_common_features
-from holdfast.data.files.places import RowPlaces, places_of, remember
+from holdfast.data.files.places import Places, places_of, remember
 from holdfast.data.row_error import RowError
 from holdfast.data.shares import Stopping, check_stopping, check_weights, counted, rows_of_sources
 
@@ -148,7 +148,7 @@ def _check_sources(sources: Any) -> None:
 
 def _mixed_rows(
     sources: Mapping[str, Any], weights: Mapping[str, float] | None, seed: int, stopping: Stopping
-) -> tuple[Dataset, RowPlaces]:
+) -> tuple[Dataset, Places]:
     places = {name: places_of(dataset) for name, dataset in sources.items()}
     lengths = {name: len(dataset) for name, dataset in sources.items()}
     counts = rows_of_sources(lengths, weights, stopping)
@@ -184,7 +184,7 @@ class _MixedPlaces:
     """Where the rows of a mixture come from: `number` is that of a row's source, `rows` its number in there."""
 
     names: tuple[str, ...]
-    places: tuple[RowPlaces | None, ...]
+    places: tuple[Places | None, ...]
     number: np.ndarray
     rows: np.ndarray
 
@@ -196,7 +196,7 @@ class _MixedPlaces:
         return _place(self.names[source], int(self.rows[row]), self.places[source])
 
 
-def _place(name: str, row: int, places: RowPlaces | None) -> str:
+def _place(name: str, row: int, places: Places | None) -> str:
     place = places.of(row) if places is not None else None
     return f"source {name!r}, {place or f'row {row}'}"
 
@@ -206,7 +206,7 @@ def _place(name: str, row: int, places: RowPlaces | None) -> str:
 
 def _mixed_streams(
     sources: Mapping[str, Any], weights: Mapping[str, float] | None, seed: int, stopping: Stopping
-) -> tuple[IterableDataset, RowPlaces]:
+) -> tuple[IterableDataset, Places]:
     places = {name: places_of(dataset) for name, dataset in sources.items()}
     streams = [_as_text(dataset, name) for name, dataset in sources.items()]
     if weights is None:
@@ -268,7 +268,7 @@ def _row_of_text(row: Mapping[str, Any]) -> dict[str, Any]:
 class _StreamPlaces:
     """Where the rows of a mixture of streams come from, which their columns `source` and `source_row` say."""
 
-    places: Mapping[str, RowPlaces | None]
+    places: Mapping[str, Places | None]
 
     def of(self, row: int, values: Mapping[str, Any] | None = None) -> str | None:
         """As `_MixedPlaces.of`."""

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.dates import has_messages, prints_date
-from holdfast.data.files.places import RowPlaces, places_of
+from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns
 from holdfast.data.mixture import keep_mixture
 from holdfast.data.progress import bars
@@ -83,8 +83,8 @@ def prepare_dataset(
         )
     places = places_of(dataset)
     dataset = _unformatted(dataset)
-    _check_first_row(dataset, processing_class, name, places)
-    is_dated = prints_date(processing_class) and has_messages(dataset)
+    is_conversational = _check_first_row(dataset, processing_class, name, places) or has_messages(dataset)
+    is_dated = is_conversational and prints_date(processing_class)
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
@@ -179,9 +179,10 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
 
 
 def _check_first_row(
-    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: RowPlaces | None
-) -> None:
-    """Raises what would be wrong with every row, before a progress bar is shown."""
+    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: Places | None
+) -> bool:
+    """Whether the completions of the first row are messages. Raises what would be wrong with every row, before a
+    progress bar is shown."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(
@@ -198,8 +199,10 @@ def _check_first_row(
             f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
             "columns, or load it whole."
         )
+    is_conversational = kind != "tokenized" and isinstance(first["chosen"], list)
     if kind != "tokenized":
-        check_tokenizer(processing_class, is_conversational=isinstance(first["chosen"], list))
+        check_tokenizer(processing_class, is_conversational=is_conversational)
+    return is_conversational
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
@@ -244,9 +247,7 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     return usable
 
 
-def _prepare_stream(
-    dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: RowPlaces | None
-) -> IterableDataset:
+def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
     row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
     counts: Counter[str] = Counter()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
-from holdfast.data.files.places import RowPlaces
+from holdfast.data.files.places import Places
 
 
 @final
@@ -21,7 +21,7 @@ class RowError(ValueError):
 
 
 @contextmanager
-def naming_places(places: RowPlaces | None, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+def naming_places(places: Places | None, values: Mapping[str, Any] | None = None) -> Iterator[None]:
     """A context in which a `RowError` gets the file and line of its row, for a dataset whose rows have these places.
     `values` is the only row that it can be about."""
     try:

@@ -19,7 +19,7 @@ from holdfast.data.files.splits import rows_of_split
 AnyRows = Dataset | IterableDataset
 
 
-class RowPlaces(Protocol):
+class Places(Protocol):
     """Where the rows of a dataset come from. It can be sent to another process, as a row function of a stream is."""
 
     def of(self, row: int, values: Mapping[str, Any] | None = None) -> str | None:
@@ -39,7 +39,7 @@ class _Part:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
+class FilePlaces:
     """Where the rows of files come from."""
 
     reading: Reading
@@ -57,10 +57,10 @@ class Places:
         return None
 
 
-_PLACES: WeakKeyDictionary[AnyRows, RowPlaces] = WeakKeyDictionary()
+_PLACES: WeakKeyDictionary[AnyRows, Places] = WeakKeyDictionary()
 
 
-def places_of(dataset: AnyRows) -> RowPlaces | None:
+def places_of(dataset: AnyRows) -> Places | None:
     """Where the rows of the dataset come from; None unless it is one that was loaded from files, as it was loaded, or a
     mixture.
 
@@ -69,7 +69,7 @@ def places_of(dataset: AnyRows) -> RowPlaces | None:
     return _PLACES.get(dataset)
 
 
-def remember(dataset: AnyRows, places: RowPlaces) -> None:
+def remember(dataset: AnyRows, places: Places) -> None:
     """Note where the rows of a dataset come from."""
     _PLACES[dataset] = places
 
@@ -85,7 +85,7 @@ def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path
             if first < last:
                 parts.append(_Part(path=file, first=first, num_rows=last - first))
             before += length
-    remember(dataset, Places(reading=contents.reading, parts=tuple(parts)))
+    remember(dataset, FilePlaces(reading=contents.reading, parts=tuple(parts)))
 
 
 def _place(path: Path, row: int, reading: Reading) -> str:
