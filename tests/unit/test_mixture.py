@@ -194,6 +194,9 @@ UNLIKE: dict[str, list[dict[str, Any]]] = {
                "tools": [TOOL], "chat_template_kwargs": {"style": "terse"}}],
     "other tools": [{"prompt": [ASK], "chosen": [YES], "rejected": [NO], "tools": [OTHER_TOOL], "score": "high"}],
     "tools as text": [{"prompt": [ASK], "chosen": [YES], "rejected": [NO], "tools": json.dumps([TOOL])}],
+    "in JSON": [{"prompt": json.dumps([ASK]), "chosen": json.dumps([YES]), "rejected": json.dumps([NO])}],
+    "repeats": [{"prompt": "How so is it then, tell me?", "chosen": "How so is it then, tell me? Yes",
+                 "rejected": "How so is it then, tell me? No"}] * 3,
     "a source": [{"prompt": "Where from?", "chosen": "a", "rejected": "b", "source": "the web"}],
 }  # fmt: skip
 

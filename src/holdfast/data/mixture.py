@@ -75,7 +75,7 @@ def mix(
         mixture, places = _mixed_rows(sources, weights, seed, until)
     remember(mixture, places)
     _MIXTURES[mixture] = Mixture(
-        sources=tuple(sources.values()),
+        sources=sources,
         digest=_digest({"weights": weights, "sources": [*sources], "seed": seed, "stopping": until}),
     )
     return mixture
@@ -83,9 +83,10 @@ def mix(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What a mixture was made of. `digest` is that of the names and weights of its sources, and of how it was drawn."""
+    """The sources that a mixture was made of, by name. `digest` is that of their names and weights, and of how it was
+    drawn."""
 
-    sources: tuple[AnyRows, ...]
+    sources: Mapping[str, AnyRows]
     digest: str
 
 
@@ -106,7 +107,7 @@ def keep_mixture(dataset: AnyRows, of: AnyRows) -> None:
 def first_rows(dataset: AnyRows) -> Iterator[Mapping[str, Any]]:
     """The first row of a dataset; of a mixture, that of each of its sources."""
     mixture = mixture_of(dataset)
-    for each in [dataset] if mixture is None else mixture.sources:
+    for each in [dataset] if mixture is None else mixture.sources.values():
         yield from [next(iter(each), None) or {}] if mixture is None else first_rows(each)
 
 
