@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
+from holdfast.data.source_column import sources_with_metrics
 from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.losses.options import nearest
-from holdfast.metrics import EVAL_METRICS
 from holdfast.options.combinations import check_evaluation
+from holdfast.options.metric_names import EVAL_METRICS, METRICS_BY_SOURCE, metric_of_source
 from holdfast.policy.independence import Dependence
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
@@ -104,16 +105,32 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     goes_by_it = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in _BY_METRIC
     if name is None or not goes_by_it:
         return
-    parts = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
-    names = [f"{part}_{metric}" for part in parts for metric in EVAL_METRICS] or list(EVAL_METRICS)
-    if name.removeprefix("eval_") not in names:
-        near = nearest(name.removeprefix("eval_"), names)
-        hint = f" Did you mean {near!r}?" if near is not None else ""
-        raise ValueError(
-            f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric.{hint} Without "
-            f"`compute_metrics` there are {', '.join(EVAL_METRICS)}"
-            f"{f', each after the name of its data ({parts[0]}_loss)' if parts else ''}."
-        )
+    parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    names = [f"{part}_{name}" if part else name for part, data in parts.items() for name in _metrics_of(data)]
+    asked = name.removeprefix("eval_")
+    of_source = metric_of_source(asked)
+    if asked in names or (of_source is not None and isinstance(parts.get(of_source.part), IterableDataset)):
+        return  # the sources of a stream are not known
+    near = nearest(asked, names)
+    hint = f" Did you mean {near!r}?" if near is not None else ""
+    first = next(iter(parts))
+    raise ValueError(
+        f"metric_for_best_model={name!r} was asked for, but an evaluation here gives no such metric.{hint} Without "
+        f"`compute_metrics` there are {', '.join(EVAL_METRICS)}"
+        f"{f', each after the name of its data ({first}_loss)' if first else ''}"
+        f"{_by_source(parts.values())}."
+    )
+
+
+def _metrics_of(dataset: Any) -> list[str]:
+    """The metrics that an evaluation on the dataset gives, those of its sources too."""
+    sources = sources_with_metrics(dataset)
+    return [*EVAL_METRICS, *(f"{metric}/{source}" for source in sources for metric in METRICS_BY_SOURCE)]
+
+
+def _by_source(datasets: Iterable[Any]) -> str:
+    sources = sorted({source for dataset in datasets for source in sources_with_metrics(dataset)})
+    return f"; most of them also for each source, after a slash: {', '.join(sources)}" if sources else ""
 
 
 def default_output_dir(model: str | nn.Module | None) -> str:

@@ -9,7 +9,8 @@ Dimensions: P pairs, S sequences (completions), R rows, T tokens per row, N comp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import compress
 from typing import Any, Self, final
 
 import torch
@@ -24,6 +25,8 @@ HOST_SEQUENCES = "host_sequences"
 
 COMPLETION_MASK = "completion_mask"
 """The key under which padded rows say which tokens are scored, for scripts; no input of a model."""
+HOST_SOURCES, PAIR_SOURCES = "host_sources", "pair_sources"
+"""The keys of a batch under which it says which source of the data each pair comes from."""
 
 
 @final
@@ -40,6 +43,20 @@ class HostSequences:
     rows: tuple[int, ...]
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSources:
+    """The names of the sources of the data that a batch has pairs of, and for each of its P pairs the place of its
+    source among them. Like `HostSequences` it stays in host memory."""
+
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+
+    def counts(self) -> list[int]:
+        """The number of pairs of each source."""
+        return [self.places.count(place) for place in range(len(self.names))]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairBatch:
     """A batch of preference pairs, laid out for one forward pass.
@@ -51,10 +68,11 @@ class PairBatch:
     `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s
     (see `data.tokenize.content_id`).
 
-    Three fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
+    Five fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
     the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the
     sequences. `unidentified_inputs` names the inputs that the content ids do not cover, so that log-probs of this batch
-    must not be stored.
+    must not be stored. In an evaluation by source, `host_sources` says which sources of the data the pairs come from,
+    and `pair_sources` repeats their places on the device.
     """
 
     inputs: dict[str, Any]
@@ -67,6 +85,18 @@ class PairBatch:
     reference_logps: Float[Tensor, "N"] | None = None
     host_sequences: HostSequences | None = None
     unidentified_inputs: tuple[str, ...] = ()
+    host_sources: HostSources | None = None
+    pair_sources: Int[Tensor, "P"] | None = None
+
+    def of_pairs(self, keep: Any) -> Self:
+        """The batch with only some of its pairs, chosen by a slice or a mask over P. Rows and sequences stay."""
+        pairs = {"chosen": self.chosen[keep], "rejected": self.rejected[keep]}
+        if self.host_sources is None or self.pair_sources is None:
+            return replace(self, **pairs)
+        places = self.host_sources.places
+        kept = places[keep] if isinstance(keep, slice) else tuple(compress(places, keep.tolist()))
+        sources = replace(self.host_sources, places=kept)
+        return replace(self, **pairs, host_sources=sources, pair_sources=self.pair_sources[keep])
 
     @property
     def num_pairs(self) -> int:
@@ -116,13 +146,20 @@ class PairBatch:
         """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs, but for
         `completion_mask`, which `source` and `target` stand for."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs"}
+        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs", HOST_SOURCES, PAIR_SOURCES}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(
                 f"a batch of preference pairs needs the tensors {sorted(names - optional)}; "
                 f"{missing} are missing from {sorted(tensors)}. Use `holdfast.data.layouts.PaddedLayout` as the data "
                 "collator, or return the keys of `DataCollatorForPreference`."
+            )
+        sources: HostSources | None = tensors.get(HOST_SOURCES)
+        if sources is not None and len(sources.places) != len(tensors["chosen"]):
+            raise ValueError(
+                f"the data collator returned {len(tensors['chosen'])} pairs for {len(sources.places)} rows, so nobody "
+                "can tell which source of the data they come from. Return one for each row, or drop the column "
+                "'source' of the evaluation data."
             )
         inputs = {name: tensor for name, tensor in tensors.items() if name not in {*names, COMPLETION_MASK}}
         return cls(inputs=inputs, **{name: tensors[name] for name in names & tensors.keys()})

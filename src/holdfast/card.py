@@ -17,6 +17,7 @@ import holdfast
 from holdfast.checkpoint.placed import placed
 from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
+from holdfast.data.source_column import sources_with_metrics
 from holdfast.internals.transformers import loaded_from
 from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
@@ -41,7 +42,8 @@ A fine-tuned version of {{ base_model }}, trained on preference pairs with Direc
 | beta | {{ beta }} |
 | reference | {{ reference }} |
 | dataset | {{ dataset }} |
-
+{% for source, pairs in sources.items() %}| pairs of {{ source }} | {{ pairs }} |
+{% endfor %}
 ```python
 from transformers import pipeline
 
@@ -58,6 +60,7 @@ def write_card(
     model: nn.Module,
     reference: Reference | None,
     *,
+    train_dataset: Any,
     title: str | None,
     dataset: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
@@ -65,8 +68,8 @@ def write_card(
 ) -> None:
     """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...),
     what `transformers` calls `finetuned_from`, `dataset_tags` and `tasks` under the names that headers have for it. A
-    base model or dataset is named only where that can be a hub id: a path is nobody else's. ValueError where the file
-    cannot be written."""
+    base model or dataset is named only where that can be a hub id: a path is nobody else's. The sources of
+    `train_dataset` are counted. ValueError where the file cannot be written."""
     folder = Path(str(args.output_dir))
     metadata = dict(metadata)
     names = _listed(metadata.pop("dataset", None)) or _listed(dataset)
@@ -91,6 +94,7 @@ def write_card(
         title=title or folder.name,
         base_model=base_model if is_hub_id(base_model) else "a model",
         dataset=", ".join([*shown, *(f"({detail})" for detail in details)]) or "not named",
+        sources={name.replace("|", "\\|"): pairs for name, pairs in sources_with_metrics(train_dataset).items()},
         loss=", ".join(args.loss_types),
         beta=args.beta,
         reference="none" if reference is None else reference.describe(),

@@ -19,6 +19,7 @@ from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.options.combinations import check_combinations
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
+from holdfast.options.metric_names import heed_direction
 from holdfast.options.names import check_names
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
@@ -171,6 +172,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
         check_names(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        heed_direction(self)
         is_copied_ahead = self.accelerator_config is None
         self._post_init_of_transformers()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"  # nothing to copy to

@@ -6,28 +6,23 @@ Names and meanings are those of the common DPO trainer, plus `reference/*`. Give
 step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from accelerate.utils import gather_object
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from holdfast.batch import PairBatch
 from holdfast.data.loader.fillers import rows_of_pairs
+from holdfast.data.source_column import MAX_SOURCES
 from holdfast.losses import PairLogps
 from holdfast.reference.reference import Reference
 from holdfast.scoring.score import Scores, TokenStatistics
 from holdfast.scoring.segments import SEGMENTS
 
 SumAndCount = tuple[Tensor, Tensor]
-
-EVAL_METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "reference/kl_chosen",
-    "reference/kl_rejected", "aux_loss", "num_tokens", "runtime", "samples_per_second", "steps_per_second",
-)  # fmt: skip
-"""What an evaluation gives, after the prefix `eval_`. `aux_loss` is a router's; `reference/*` need a reference."""
 
 
 def batch_metrics(
@@ -51,22 +46,81 @@ def batch_metrics(
     vocabulary too; `mean_token_accuracy`, the share of chosen tokens that are the most likely ones. A token counts once
     for each pair that has its sequence. In training also `num_tokens`.
     """
-    metrics = {
-        "loss": _over_pairs(losses),
-        "rewards/chosen": _over_pairs(chosen_rewards),
-        "rewards/rejected": _over_pairs(rejected_rewards),
-        "rewards/accuracies": _over_pairs((chosen_rewards > rejected_rewards).to(losses.dtype)),
-        "rewards/margins": _over_pairs(chosen_rewards - rejected_rewards),
-        "logps/chosen": _over_pairs(policy.chosen),
-        "logps/rejected": _over_pairs(policy.rejected),
-    }
-    if scores.aux_loss is not None:
-        metrics["aux_loss"] = _over_pairs(scores.aux_loss.expand_as(losses))
+    values = _values_of_pairs(losses, chosen_rewards, rejected_rewards, policy, reference, scores)
+    metrics = {name: _over_pairs(each) for name, each in values.items()}
     if scores.statistics is not None:
         metrics |= _token_metrics(batch, scores.statistics)
-    if reference is not None:
-        metrics |= _reference_metrics(policy, reference)
     return metrics | _token_count(batch) if is_training else metrics
+
+
+def metrics_by_source(
+    batch: PairBatch,
+    losses_of: Callable[[Int[Tensor, "Q"]], Float[Tensor, "Q"]],
+    chosen_rewards: Float[Tensor, "P"],
+    rejected_rewards: Float[Tensor, "P"],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    scores: Scores,
+) -> dict[str, SumAndCount]:
+    """The metrics of one batch, as `batch_metrics` has them in evaluation, each as (sums, counts) [K] over the pairs of
+    each of the batch's K sources, or over their tokens. `batch` must have sources.
+
+    `losses_of` gives the losses of some of its pairs. Losses that compare pairs with each other, or average over the
+    tokens of several, are computed for each source alone.
+    """
+    assert batch.host_sources is not None
+    assert batch.pair_sources is not None
+    sources, num_sources = batch.pair_sources, len(batch.host_sources.names)
+    order = sources.argsort(stable=True)
+    losses = torch.zeros_like(policy.chosen)
+    for pairs in order.split(batch.host_sources.counts()):
+        if len(pairs) > 0:
+            losses = losses.index_copy(0, pairs, losses_of(pairs).detach())
+
+    def summed(values: Float[Tensor, "P"]) -> Float[Tensor, "K"]:
+        return values.detach().new_zeros(num_sources).index_add(0, sources, values.detach())
+
+    num_pairs = summed(torch.ones_like(losses))
+    values = _values_of_pairs(losses, chosen_rewards, rejected_rewards, policy, reference, scores)
+    metrics = {name: (summed(of_pairs), num_pairs) for name, of_pairs in values.items()}
+    if (statistics := scores.statistics) is None:
+        return metrics
+    lengths = scores.logps.lengths().to(losses.dtype)
+    for name, (of_tokens, sequences) in _statistics_by_name(batch, statistics).items():
+        of_sequences = scores.logps.segment_sum(of_tokens)
+        totals = [(summed(of_sequences[side]), summed(lengths[side])) for side in sequences]
+        metrics[name] = torch.stack([total for total, _ in totals]).sum(0), torch.stack([n for _, n in totals]).sum(0)
+    return metrics
+
+
+def _values_of_pairs(
+    losses: Float[Tensor, "P"],
+    chosen_rewards: Float[Tensor, "P"],
+    rejected_rewards: Float[Tensor, "P"],
+    policy: PairLogps,
+    reference: PairLogps | None,
+    scores: Scores,
+) -> dict[str, Float[Tensor, "P"]]:
+    """The metrics that are means over pairs, with their values.
+
+    `reference/kl_chosen|rejected` are means of log pi_theta(y|x) - log pi_ref(y|x) per sequence, nats. On completions
+    that the policy itself draws, its expectation is KL(pi_theta || pi_ref).
+    """
+    values = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(losses.dtype),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    if scores.aux_loss is not None:
+        values["aux_loss"] = scores.aux_loss.expand_as(losses)
+    if reference is not None:
+        values["reference/kl_chosen"] = policy.chosen - reference.chosen
+        values["reference/kl_rejected"] = policy.rejected - reference.rejected
+    return values
 
 
 def _over_pairs(values: Float[Tensor, "P"]) -> SumAndCount:
@@ -80,21 +134,20 @@ def _token_metrics(batch: PairBatch, statistics: TokenStatistics) -> dict[str, S
         return (values * count).sum(), count.sum()
 
     return {
-        "entropy": over_tokens(statistics.entropy, torch.cat([batch.chosen, batch.rejected])),
-        "logits/chosen": over_tokens(statistics.mean_logit, batch.chosen),
-        "logits/rejected": over_tokens(statistics.mean_logit, batch.rejected),
-        "mean_token_accuracy": over_tokens(statistics.is_top1, batch.chosen),
+        name: over_tokens(values, torch.cat(sequences))
+        for name, (values, sequences) in _statistics_by_name(batch, statistics).items()
     }
 
 
-def _reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, SumAndCount]:
-    """`reference/kl_chosen|rejected`: the mean of log pi_theta(y|x) - log pi_ref(y|x) per sequence, nats.
-
-    On completions that the policy itself draws, its expectation is KL(pi_theta || pi_ref).
-    """
+def _statistics_by_name(
+    batch: PairBatch, statistics: TokenStatistics
+) -> dict[str, tuple[Float[Tensor, "N"], list[Tensor]]]:
+    """The metrics that are means over completion tokens, with the tokens' values and the sequences that are meant."""
     return {
-        "reference/kl_chosen": _over_pairs(policy.chosen - reference.chosen),
-        "reference/kl_rejected": _over_pairs(policy.rejected - reference.rejected),
+        "entropy": (statistics.entropy, [batch.chosen, batch.rejected]),
+        "logits/chosen": (statistics.mean_logit, [batch.chosen]),
+        "logits/rejected": (statistics.mean_logit, [batch.rejected]),
+        "mean_token_accuracy": (statistics.is_top1, [batch.chosen]),
     }
 
 
@@ -152,6 +205,45 @@ class Tally:
     def total(self, name: str, reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """The sum of one metric since the last log, over all processes; 0 where there is none. Nothing is removed."""
         return float(reduce_sum(self._totals.get(name, torch.zeros(2)))[0])
+
+
+@final
+class SourceTally:
+    """Sums and counts of an evaluation, by the name of the source and of the metric."""
+
+    def __init__(self) -> None:
+        self._metrics: tuple[str, ...] = ()
+        self._totals: dict[str, Tensor] = {}  # by source, [M 2]
+
+    def add(self, names: Sequence[str], metrics: Mapping[str, SumAndCount]) -> None:
+        """Adds the metrics of one batch, whose k-th entries are those of the source `names[k]`, on the device."""
+        self._metrics = tuple(metrics)
+        table = torch.stack([torch.stack([total.float(), count.float()]) for total, count in metrics.values()])
+        for name, totals in zip(names, table.unbind(-1), strict=True):
+            if name in self._totals:
+                self._totals[name] = self._totals[name] + totals
+            elif len(self._totals) <= MAX_SOURCES:  # one more than are reported
+                self._totals[name] = totals
+
+    def over_processes(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, dict[str, tuple[float, float]]]:
+        """(sum, count) by source and metric over all processes, all of which must call this. Waits for the device.
+
+        `reduce_sum` adds a tensor up over the processes.
+        """
+        seen: list[Any] = gather_object([(self._metrics, tuple(self._totals))])
+        metrics = next((metrics for metrics, _ in seen if metrics), ())
+        names = sorted({name for _, of_process in seen for name in of_process})
+        if not names:
+            return {}
+        none = torch.zeros(len(metrics), 2)
+        table = torch.stack([self._totals.get(name, none).cpu() for name in names])  # [K M 2]
+        totals = reduce_sum(table).tolist()
+        pairs = metrics.index("logps/chosen")  # a filler's source may have none
+        return {
+            name: {metric: (total, count) for metric, (total, count) in zip(metrics, of_source, strict=True)}
+            for name, of_source in zip(names, totals, strict=True)
+            if of_source[pairs][1]
+        }
 
 
 def means(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:

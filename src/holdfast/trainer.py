@@ -40,7 +40,7 @@ from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
-from holdfast.metrics import Tally, batch_metrics
+from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
@@ -54,6 +54,7 @@ from holdfast.reference.run_folder import running
 from holdfast.reference.user_columns import all_bring_logps, use_user_columns, without_user_columns
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
+from holdfast.training.by_source import BySource
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
@@ -142,6 +143,7 @@ class DPOTrainer(RenewableTrainer):
     def _begin_with(self, policy: nn.Module, ref_model: RefModel | Sequence[RefModel]) -> None:
         """Makes all that a run of this policy needs: its reference, and what callbacks do with it."""
         self._place_policy(policy)
+        self._by_source = BySource(is_main=self.is_world_process_zero())
         self._router_coef = router_aux_loss_coef(unwrap(policy), self.args)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or self.args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, self.args))
@@ -308,19 +310,26 @@ class DPOTrainer(RenewableTrainer):
         batch, is_filled = self._real_pairs(batch)
         policy, reference = pair_logps(scores.logps, batch, self.args.ld_alpha), self._reference_logps(batch)
         is_weighted = self.args.use_weighting
-        losses = preference_loss(
-            policy,
-            reference,
-            loss_types=self.args.loss_types,
-            loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-            options=self.args.loss_options,
-            pair_weights=wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None,
-        )
-        if scores.aux_loss is not None:
-            losses = losses + self._router_coef * scores.aux_loss
+        weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
+
+        def losses_of(pairs: Tensor | None = None) -> Tensor:
+            losses = preference_loss(
+                policy if pairs is None else policy.of_pairs(pairs),
+                reference if pairs is None or reference is None else reference.of_pairs(pairs),
+                loss_types=self.args.loss_types,
+                loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
+                options=self.args.loss_options,
+                pair_weights=weights if pairs is None or weights is None else weights[pairs],
+            )
+            return losses if scores.aux_loss is None else losses + self._router_coef * scores.aux_loss
+
+        losses = losses_of()
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
-        metrics = batch_metrics(batch, losses, chosen, rejected, policy, reference, scores, is_training=is_training)
+        values = chosen, rejected, policy, reference, scores
+        metrics = batch_metrics(batch, losses, *values, is_training=is_training)
         self._tallies["train" if is_training else "eval"].add(metrics)
+        if batch.host_sources is not None and not is_training:
+            self._by_source.add(batch.host_sources.names, metrics_by_source(batch, losses_of, *values))
         loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
         if not return_outputs:
             return loss

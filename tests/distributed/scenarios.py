@@ -26,6 +26,8 @@ from transformers import TrainerCallback
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer, Reference, interruption
 from holdfast.checkpoint.folder import complete_checkpoints
+from holdfast.checkpoint.provenance import dataset_digest
+from holdfast.data.mixture import mix
 from holdfast.reference.identity.digests import digest
 from holdfast.store.store import LogpStore
 from holdfast.training import interruption as interruption_of_training
@@ -353,6 +355,44 @@ def evaluation_of_streams(folder: Path) -> Any:
     return found | {"7 by workers": evaluated(ours.evaluate(stream(7, 3)))}
 
 
+def evaluation_by_source(folder: Path) -> Any:
+    """7 and 5 rows of which a source has only one, so that a process has none of it; as streams, and in a mixture. What
+    the first process says of a column that is not used."""
+    ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
+    found = {}
+    for sources in (["a", None, "a", "b/c", "a", "a", "a"], ["a", "a", "a", "", "d e"]):
+        held_out = held_out_rows(len(sources)).add_column("source", sources)
+        names = list(dict.fromkeys(name or "(none)" for name in sources))
+        for kind, dataset in {"rows": held_out, "stream": held_out.to_iterable_dataset(num_shards=3)}.items():
+            metrics = evaluated(ours.evaluate(dataset))
+            assert {f"eval_reference/kl_chosen/{name}" for name in names} <= metrics.keys()
+            found[f"{len(sources)} {kind}"] = metrics
+        for name in names:
+            of_source = [row for row, other in enumerate(sources) if (other or "(none)") == name]
+            alone = held_out_rows(len(sources)).select(of_source)
+            found[f"{len(sources)} of {name}"] = evaluated(ours.evaluate(alone))
+    mixture = mix({"near": rows(3, seed=1), "far": rows(4, seed=2)}, weights={"near": 1, "far": 1})
+    found["mixture"] = evaluated(ours.evaluate(mixture))
+    with recorded_warnings("holdfast.training.by_source") as said:
+        urls = rows(60, seed=5).add_column("source", [f"https://site.org/{row}" for row in range(60)])
+        found["too many"] = evaluated(ours.evaluate(urls))
+        found["too many of a stream"] = evaluated(ours.evaluate(urls.to_iterable_dataset(num_shards=3)))
+    found["said by each_process"] = gather_object([said])
+    return found
+
+
+def train_mixture(folder: Path) -> Any:
+    """A mixture with weights, and the best model by the metric of a source that the last row alone has."""
+    mixture = mix({"near": rows(9, seed=1), "far": rows(8, seed=2)}, weights={"near": 2, "far": 1}, seed=3)
+    held_out = held_out_rows(5).add_column("source", ["a"] * 4 + ["b"])
+    ours = make(
+        folder, tiny_model(), train_dataset=mixture, eval_dataset=held_out, eval_strategy="steps", eval_steps=1,
+        save_strategy="best", metric_for_best_model="eval_loss/b", learning_rate=0.5,
+    )  # fmt: skip
+    logs = trained(ours, folder)
+    return logs | {"best": ours.state.best_metric, "digest": dataset_digest(ours.train_dataset)}
+
+
 def predictions(folder: Path) -> Any:
     """What `compute_metrics` gets to see of 5 rows: ids, and the logits' largest entries."""
     seen: dict[str, Any] = {}
@@ -478,6 +518,8 @@ SCENARIOS: dict[str, Scenario] = (
             audit_of_a_wrong_reference,
             evaluation,
             evaluation_of_streams,
+            evaluation_by_source,
+            train_mixture,
             predictions,
             unusable_rows,
             preparation,

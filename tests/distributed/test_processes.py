@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from holdfast.options.metric_names import METRICS_BY_SOURCE
 from policies import rows
 
 pytestmark = pytest.mark.slow
@@ -22,6 +23,7 @@ TRAININGS = [
     "train_with_checkpointing",
     "train_stream",
     "train_stream_in_shards",
+    "train_mixture",
     "train_masked_stream",
     "reference_model",
     "reference_model_of_lora",
@@ -74,7 +76,24 @@ def differences(one: Any, two: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {one!r} with one process, {two!r} with two"
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams"])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_metrics_by_source_are_those_of_its_rows_alone(num_processes: int, runs: Runs) -> None:
+    """Also where one process has no row of a source, and where fillers repeat some."""
+    found = of(runs, "evaluation_by_source", num_processes)
+    for num_rows, names in ((7, ["a", "(none)", "b/c"]), (5, ["a", "(none)", "d e"])):
+        for name in names:
+            all_metrics = found[f"{num_rows} of {name}"]
+            alone = {key: all_metrics[key] for key in all_metrics if key.removeprefix("eval_") in METRICS_BY_SOURCE}
+            for kind in ("rows", "stream"):
+                of_source = {key: found[f"{num_rows} {kind}"][f"{key}/{name}"] for key in alone}
+                assert list(differences(of_source, alone)) == [], (num_rows, kind, name)
+    assert not any("/https" in key for kind in ("too many", "too many of a stream") for key in found[kind])
+    said = [line for of_process in found["said by each_process"] for line in of_process]
+    assert [line for line in said if "has more than 50 different texts" in line] == said[:1]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams", "evaluation_by_source"])
 def test_two_processes_log_what_one_does(name: str, runs: Runs) -> None:
     """Every number of every log: losses, gradient norms, metrics of training and evaluation, tokens."""
     assert list(differences(of(runs, name, 1), of(runs, name, 2))) == []

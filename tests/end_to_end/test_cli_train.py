@@ -23,6 +23,9 @@ from holdfast.cli import assembly
 from holdfast.cli.app import app
 from holdfast.cli.runfile import read_run_file
 from holdfast.cli.yaml_document import RunFileError, read_document
+from holdfast.data.load import load_preferences
+from holdfast.data.mixture import mix
+from holdfast.data.source_column import pairs_by_source
 
 LN2 = math.log(2)
 runner = CliRunner()
@@ -102,10 +105,9 @@ def by_python(place: Path, output: Path, way: dict[str, Any], **arguments: Any) 
     return DPOTrainer(
         model=str(place / "policy"),
         args=DPOConfig(output_dir=str(output), **settings),
-        train_dataset=load_dataset("json", data_files=str(place / "train.jsonl"), split="train"),
         processing_class=AutoTokenizer.from_pretrained(place / "policy"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **way["peft"]) if "peft" in way else None,
-        **arguments,
+        **{"train_dataset": load_dataset("json", data_files=str(place / "train.jsonl"), split="train")} | arguments,
     )
 
 
@@ -248,6 +250,55 @@ def test_a_dataset_of_several_splits_asks_which(place, tmp_path):
     result = train(run_file(place, tmp_path / "out", data={"train": str(folder)}), debug=False)
     assert f"`data.train` must be one dataset; found the splits train, test in '{folder}'." in message(result)
     assert result.exit_code == 2
+
+
+MIXTURE = {"easy": {"path": "easy.jsonl", "weight": 1}, "more": {"path": "train.jsonl", "weight": 2}}
+
+
+def mixture_in(place: Path, **weights: float) -> dict[str, Any]:
+    return {name: {**source, "path": str(place / source["path"])} | ({"weight": weights[name]} if weights else {})
+            for name, source in MIXTURE.items()}  # fmt: skip
+
+
+def test_a_mixture_trains_as_by_python(place, tmp_path):
+    """5 and 12 rows with the weights 1 and 2: 5 and 10 are taken."""
+    data = {"train": mixture_in(place), "eval": str(place / "hard.jsonl")}
+    result = train(run_file(place, tmp_path / "cli", data=data, training={"seed": 7}))
+    assert result.exit_code == 0, result.output
+    sources = {name: load_preferences(source["path"]) for name, source in data["train"].items()}
+    mixture = mix(sources, weights={"easy": 1, "more": 2}, seed=7)
+    trainer = by_python(place, tmp_path / "python", {"training": {"seed": 7}}, train_dataset=mixture)
+    assert pairs_by_source(trainer.train_dataset) == {"easy": 5, "more": 10}
+    trainer.train()
+    assert logged(tmp_path / "cli") == [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.create_model_card()
+    card = (tmp_path / "python" / "README.md").read_text(encoding="utf-8")
+    assert "| pairs of easy | 5 |\n| pairs of more | 10 |\n\n```python" in card
+
+
+@pytest.mark.parametrize("streaming", [{}, {"streaming": True}])
+def test_another_mixture_is_not_resumed(place, tmp_path, streaming):
+    def data(**weights: float) -> dict[str, Any]:
+        return {"train": {name: source | streaming for name, source in mixture_in(place, **weights).items()}}
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    path = run_file(place, tmp_path / "out", data=data(easy=1, more=2), training=saving)
+    assert train(path).exit_code == 0
+    whole = logged(tmp_path / "out")
+    resume = {**saving, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
+    result = train(run_file(place, tmp_path / "out", data=data(easy=2, more=2), training=resume), debug=False)
+    assert result.exit_code == 1
+    assert "the training data" in message(result)
+    result = train(run_file(place, tmp_path / "out", data=data(more=2, easy=1), training=resume))
+    assert result.exit_code == 0, result.output
+    assert logged(tmp_path / "out") == whole
+
+
+def test_what_cannot_be_mixed_names_the_file_and_the_key(place, tmp_path):
+    data = {"train": mixture_in(place, easy=1e-9, more=1)}
+    result = train(run_file(place, tmp_path / "out", data=data), debug=False)
+    assert result.exit_code == 2
+    assert re.search(r"out.yaml, line 1: `data.train`: with the weight 1e-09 the source 'easy' gives", message(result))
 
 
 def test_an_unknown_reference_is_refused(place, tmp_path):

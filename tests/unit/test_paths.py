@@ -74,6 +74,8 @@ KEYS = {
     "tokenizer.path": lambda run: run["tokenizer"].path,
     "data.train": lambda run: run["data.train"].path,
     "data.train.path": lambda run: run["data.train"].path,
+    "data.train.easy": lambda run: run["data.train"].sources["easy"].path,
+    "data.train.easy.path": lambda run: run["data.train"].sources["easy"].path,
     "data.eval": lambda run: run["data.eval"].path,
     "data.eval.path": lambda run: run["data.eval"].path,
     "data.eval.easy": lambda run: run["data.eval"]["easy"].path,

@@ -20,7 +20,7 @@ from holdfast.cli.runfile import read_run_file
 from holdfast.cli.yaml_document import RunFileError
 from holdfast.losses import LossOptions
 from holdfast.losses.options import option_names, rules
-from holdfast.metrics import EVAL_METRICS
+from holdfast.options.metric_names import EVAL_METRICS
 from holdfast.options.ranges import LISTS, RANGES
 from policies import config, rows, trainer
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from peft import LoraConfig
 
-from holdfast.cli.runfile import _DATASET, _MODEL, _TOKENIZER, read_run_file
+from holdfast.cli.runfile import _DATASET, _MODEL, _TOKENIZER, _WITH_WEIGHT, read_run_file
 from holdfast.cli.yaml_document import Document, RunFileError, field_hints
 from holdfast.cli.yaml_text import parsed
 from holdfast.config import DPOConfig
@@ -21,6 +21,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "model": _MODEL,
     "tokenizer": _TOKENIZER,
     "data.train": _DATASET,
+    "data.train.a": _WITH_WEIGHT,
     "data.eval": _DATASET,
     "reference.model": _MODEL,
     "training": field_hints(DPOConfig),
@@ -50,8 +51,8 @@ def check(tmp_path: Path):
     def check(key: str, value: str) -> Document:
         section = key.rpartition(".")[0]
         required = {"model": "model=m", "data.train": "data.train=t", "data.eval": "data.eval=e"}
-        overrides = [text for name, text in required.items() if name != section]
-        if section in {"model", "tokenizer", "data.train", "data.eval", "reference.model"}:
+        overrides = [text for name, text in required.items() if name != section and not section.startswith(f"{name}.")]
+        if section in {"model", "tokenizer", "data.train", "data.train.a", "data.eval", "reference.model"}:
             overrides.append(f"{section}.path=p")
         run = read_run_file(path, [*overrides, f"{key}={value}"])
         run.training_arguments()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig
 
 from holdfast.cli.runfile import KEYS, RunFile, read_run_file
-from holdfast.cli.sources import Source
+from holdfast.cli.sources import MixtureOfSources, Source
 from holdfast.cli.yaml_document import RunFileError, read_document
 from holdfast.cli.yaml_text import to_yaml
 from holdfast.config import DPOConfig
@@ -199,6 +199,20 @@ def test_numbers_become_the_type_of_their_field(read):
     assert type(args.beta) is float
     assert type(args.max_steps) is int
     assert args.save_strategy == "no"
+
+
+def test_several_training_sets_are_a_mixture(read):
+    run = read("model: m\ndata: {train: {a: a.jsonl, b: {path: org/b, split: s, streaming: true}}}")
+    sources = {
+        "a": Source(path="a.jsonl", options={}),
+        "b": Source(path="org/b", options={"split": "s", "streaming": True}),
+    }
+    assert run["data.train"] == MixtureOfSources(sources=sources, weights=None)
+    assert run["data.train"].is_stream
+    run = read("model: m\ndata: {train: {a: {path: t, weight: 3}, b: {path: u, weight: 0.5}}}")
+    sources = {"a": Source(path="t", options={}), "b": Source(path="u", options={})}
+    assert run["data.train"] == MixtureOfSources(sources=sources, weights={"a": 3.0, "b": 0.5})
+    assert not run["data.train"].is_stream
 
 
 def test_anchors_and_merge_keys(read):

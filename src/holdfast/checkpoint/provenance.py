@@ -18,6 +18,7 @@ from torch import nn
 from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.mixture import mixture_of
 from holdfast.data.ragged import scored_in
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.identity.identity import Identity, numerics
@@ -34,7 +35,7 @@ class Provenance:
       model's config, by value.
     - `numerics`: how forward passes are rounded (see `reference.identity`).
     - `way`, `adapters`, `mixup_alpha`, `sync_steps`, `max_length`, `truncation_mode`: options of the run.
-    - `data`: the digest of the training set's token ids; None for a stream.
+    - `data`: the digest of the training set's token ids; for a stream that of the mixture it is, or None.
     - `inputs`: the digest of all model inputs of the first pair. It covers what a data collator adds, such as positions
       or pixels.
     """
@@ -148,9 +149,11 @@ def _meaning(name: str) -> str:
 
 def dataset_digest(dataset: Any) -> str | None:
     """The digest of the token ids of all pairs, in order, of which are scored where not all are, and of the reference
-    log-probs that the data may contain. None for a stream, which is not read."""
+    log-probs that the data may contain. A stream is not read: of a mixture it is the digest of how that was made, None
+    of any other."""
     if not isinstance(dataset, Dataset):
-        return None
+        mixture = mixture_of(dataset)
+        return mixture.digest if mixture is not None else None
     state = hashlib.blake2b(digest_size=16)
     id_columns = list(TOKENIZED_COLUMNS)
     logp_columns = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]

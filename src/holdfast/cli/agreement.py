@@ -55,8 +55,14 @@ def check_agreement(run: "RunFile", args: "DPOConfig") -> None:
         _check_no_evaluation(run.document, args)
     else:
         _check_metric(run.document, args, run["data.eval"])
-    if run["data.train"].options.get("streaming"):
+    if run["data.train"].is_stream:
         _check_stream(run.document, args)
+    if run["data.stopping"] is not None and getattr(run["data.train"], "weights", None) is None:
+        raise run.document.error(
+            "data.stopping",
+            f"`data.stopping` is {run['data.stopping']!r}, which says where a mixture with weights ends, and "
+            "`data.train` has no weights. Give each of its datasets a `weight`, or remove the key.",
+        )
     _check_reference(run, args)
 
 

@@ -131,7 +131,7 @@ def precompute(
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
-        is_stream = run["data.train"].options.get("streaming", False)
+        is_stream = run["data.train"].is_stream
         if is_stream or arguments.sync_ref_model or not arguments.needs_reference:
             raise ValueError(_NOT_AHEAD)  # before anything is loaded
         from holdfast.cli.assembly import trainer_of

@@ -71,12 +71,12 @@ def is_path(key: str) -> bool:
 def with_paths_expanded(document: Document, source_options: Mapping[str, Any]) -> dict[str | int, Any]:
     """The values of a run file with every path expanded. RunFileError for a path that cannot be.
 
-    `source_options` tell one evaluation set, which has some of them, from a mapping of names to sets.
+    `source_options` tell one dataset, which has some of them, from a mapping of names to datasets.
     """
 
     def expand(value: Any, key: str, *, is_source: bool = False) -> Any:
         if isinstance(value, dict):
-            are_sources = key == "data.eval" and not value.keys() & source_options
+            are_sources = key in ("data.train", "data.eval") and not value.keys() & source_options
             return {
                 name: expand(item, f"{key}.{name}" if key else str(name), is_source=are_sources)
                 for name, item in value.items()

@@ -14,13 +14,21 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from holdfast.cli.adapter_ranges import check_adapter
 from holdfast.cli.agreement import check_agreement, check_json_options
 from holdfast.cli.other_keys import without_unknown
 from holdfast.cli.paths import with_paths_expanded
-from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
+from holdfast.cli.sources import (
+    MixtureOfSources,
+    Source,
+    load_dataset,
+    load_mixture,
+    load_tokenizer,
+    read_mixture,
+    read_source,
+)
 from holdfast.cli.text import never_print
 from holdfast.cli.yaml_document import REFUSED, Document, field_hints, read_document
 from holdfast.secrets import is_mask, is_secret, secrets_in
@@ -44,6 +52,9 @@ _MODEL: dict[str, Any] = {
 }
 _TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
 _DATASET: dict[str, Any] = {"path": str, "split": str | None, "name": str | None, "streaming": bool}
+
+_WITH_WEIGHT: dict[str, Any] = {**_DATASET, "weight": float}
+"""One of several training sets."""
 
 _WHICH_WEIGHTS = ("revision", "subfolder")
 """Options that say which weights a model has. A reference model does not take these over from the policy's."""
@@ -119,6 +130,21 @@ def _dataset(document: Document, name: str, value: Any) -> Source:
     return read_source(document, name, value, _DATASET)
 
 
+def _training_data(document: Document, name: str, value: Any) -> Source | MixtureOfSources:
+    """One dataset, or several by name that are mixed."""
+    if isinstance(value, str) or value.keys() & _DATASET:
+        if "weight" in value and isinstance(value, dict):
+            raise document.error(
+                f"{name}.weight",
+                f"`{name}.weight` is the share of one of several datasets, and this is the only one. Remove it, or "
+                "name the datasets: `train: {first: {path: ..., weight: ...}, second: ...}`.",
+            )
+        return _dataset(document, name, value)
+    if value and all(difflib.get_close_matches(str(part), _DATASET) for part in value):  # one dataset, misspelled
+        raise document.unknown(name, next(iter(value)), _DATASET)
+    return read_mixture(document, name, value, _WITH_WEIGHT)
+
+
 def _datasets(document: Document, name: str, value: Any) -> Source | dict[str, Source]:
     """One dataset, or several by name."""
     if isinstance(value, str) or value.keys() & _DATASET:
@@ -126,6 +152,14 @@ def _datasets(document: Document, name: str, value: Any) -> Source | dict[str, S
     if not value:
         raise document.error(name, f"`{name}` is a mapping without datasets. Name one, or leave it out.")
     return {part: _dataset(document, f"{name}.{part}", source) for part, source in value.items()}
+
+
+def _loaded_training_data(run: "RunFile", args: "DPOConfig") -> Any:
+    data = run["data.train"]
+    if isinstance(data, Source):
+        return load_dataset(run.document, "data.train", data)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return load_mixture(run.document, "data.train", data, seed=seed, stopping=run["data.stopping"])
 
 
 def _loaded_datasets(run: "RunFile", name: str) -> Any:
@@ -188,9 +222,10 @@ KEYS = (
         name="data.train",
         hint=str | dict,
         example="data: {train: <file or hub name>}",
-        read=_dataset,
-        arguments=lambda run, source, arguments: {"train_dataset": _loaded_datasets(run, "data.train")},
+        read=_training_data,
+        arguments=lambda run, source, arguments: {"train_dataset": _loaded_training_data(run, arguments["args"])},
     ),
+    Key(name="data.stopping", hint=Literal["first_exhausted", "all_exhausted"] | None),
     Key(
         name="data.eval",
         hint=str | dict | None,

@@ -1,4 +1,4 @@
-"""A path or hub name in a run file, and what is loaded from it: a tokenizer or a dataset.
+"""A path or hub name in a run file, and what is loaded from it: a tokenizer, a dataset, a mixture of datasets.
 
 The libraries that load are imported on the first load, since reading a run file must stay fast.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.yaml_document import Document
+from holdfast.data.shares import WeightError, check_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -20,6 +21,24 @@ class Source:
 
     path: str
     options: dict[str, Any]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether a dataset is read as it is trained on."""
+        return bool(self.options.get("streaming"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfSources:
+    """Several datasets that are trained on together. `weights` are their shares; None for every row once."""
+
+    sources: dict[str, Source]
+    weights: dict[str, float] | None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether one of them is a stream, and so the mixture is."""
+        return any(source.is_stream for source in self.sources.values())
 
 
 def read_source(document: Document, name: str, value: Any, hints: Mapping[str, Any]) -> Source:
@@ -35,6 +54,22 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
         if isinstance(text, str) and not text.strip():
             raise document.error(f"{name}.{option}", f"`{name}.{option}` is empty. Write what it is, or leave it out.")
     return Source(path=options.pop("path"), options=options)
+
+
+def read_mixture(document: Document, name: str, value: Mapping[str, Any], hints: Mapping[str, Any]) -> MixtureOfSources:
+    """The mixture written as a mapping of names to sources, each a path or a mapping of `hints` and `weight`.
+    RunFileError for weights that cannot be."""
+    if not value:
+        raise document.error(name, f"`{name}` is a mapping without datasets. Name one.")
+    sources = {part: read_source(document, f"{name}.{part}", source, hints) for part, source in value.items()}
+    weights = {part: source.options.pop("weight") for part, source in sources.items() if "weight" in source.options}
+    try:
+        check_weights(sources, weights or None)
+    except WeightError as error:
+        written = f"{name}.{error.source}" if error.source is not None else name
+        key = f"{written}.weight" if error.source in weights else written
+        raise document.error(key, f"`{key}`: {error}") from error
+    return MixtureOfSources(sources=sources, weights=weights or None)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
@@ -61,3 +96,22 @@ def load_dataset(document: Document, name: str, source: Source) -> "Dataset | It
             f"Choose one of them: {{path: {source.path}, split: {next(iter(dataset))}}}.",
         )
     return dataset
+
+
+def load_mixture(
+    document: Document, name: str, mixture: MixtureOfSources, *, seed: int, stopping: Any
+) -> "Dataset | IterableDataset":
+    """The mixture that the key `name` of the run file describes. RunFileError where its datasets cannot be mixed."""
+    from holdfast.data.mixture import mix
+
+    loaded = {
+        part: load_dataset(document, f"{name}.{part}", source)
+        for part, source in mixture.sources.items()
+        if mixture.weights is None or mixture.weights[part]
+    }
+    weights = None if mixture.weights is None else {part: mixture.weights[part] for part in loaded}
+    try:
+        return mix(loaded, weights=weights, seed=seed, stopping=stopping)
+    except ValueError as error:
+        source = getattr(error, "source", None)
+        raise document.error(f"{name}.{source}" if source in loaded else name, f"`{name}`: {error}") from error

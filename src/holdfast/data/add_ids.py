@@ -125,6 +125,6 @@ class AddIdsAndVerdict:
     places: Places | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        with naming_places(self.places):
+        with naming_places(self.places, row):
             ids = self.add_ids(row, index)
             return {**ids, REASON: self.judge.reason(ids, index)}

@@ -31,6 +31,10 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 IMAGE_COLUMNS = ("image", "images")
 """Columns of pictures, which are refused."""
 
+SOURCE, SOURCE_ROW, ORIGINAL_SOURCE = "source", "source_row", "original_source"
+"""Which source a row comes from, as text, which evaluation gives its metrics by. In a stream that is a mixture,
+`source_row` is the row's number in its source. A source's own column `source` is called `original_source` there."""
+
 
 def columns_of_pairs(names: Container[str]) -> list[str]:
     """The columns among `names` that make a tokenized pair: its token ids, and its masks where there are any."""

@@ -13,10 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Json
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.columns import CHOSEN_IDS
+from holdfast.data.mixture import first_rows
 
 FUNCTION = "strftime_now"
 """What a template calls to print the date."""
@@ -90,7 +91,7 @@ def date_of_run(
     Raises ValueError where `template_date` is set and no date is printed.
     """
     parts = [part for data in datasets for part in (data.values() if isinstance(data, Mapping) else [data])]
-    if prints_date(tokenizer) and any(map(_has_messages, parts)):
+    if prints_date(tokenizer) and any(map(has_messages, parts)):
         date_of_main = [template_date or checkpoint_date or today()]  # midnight may pass between two processes
         return broadcast_object_list(date_of_main)[0]
     if template_date is not None:
@@ -101,9 +102,11 @@ def date_of_run(
     return None
 
 
-def _has_messages(dataset: Any) -> bool:
-    """Whether the first row's completions are messages, which go through the chat template."""
+def has_messages(dataset: Any) -> bool:
+    """Whether the completions of the first row are messages, which go through the chat template; of a mixture, those of
+    the first row of any source. A column that mixes messages with text counts as messages."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
-    row = next(iter(dataset), None) or {}
-    return CHOSEN_IDS not in row and isinstance(row.get("chosen"), list)
+    if isinstance((dataset.features or {}).get("chosen"), Json):
+        return True
+    return any(CHOSEN_IDS not in row and isinstance(row.get("chosen"), list) for row in first_rows(dataset))

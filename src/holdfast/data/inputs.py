@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES
+from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES, HOST_SOURCES, PAIR_SOURCES
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import SEGMENTS
@@ -27,7 +27,16 @@ UNIDENTIFIED = "unidentified_inputs"
 """The key under which a batch names the inputs that no content id covers."""
 
 _COVERED = frozenset(
-    {"input_ids", "attention_mask", COMPLETION_MASK, "reference_logps", HOST_SEQUENCES, *POSITION_KEYS}
+    {
+        "input_ids",
+        "attention_mask",
+        COMPLETION_MASK,
+        "reference_logps",
+        HOST_SEQUENCES,
+        HOST_SOURCES,
+        PAIR_SOURCES,
+        *POSITION_KEYS,
+    }
 )
 _PLAIN = (str, int, float, bool, type(None))
 

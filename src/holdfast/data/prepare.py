@@ -24,12 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
-from holdfast.data.dates import prints_date
+from holdfast.data.dates import has_messages, prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns
+from holdfast.data.mixture import keep_mixture
 from holdfast.data.progress import bars
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
+from holdfast.data.source_column import left_out_by_source
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
     REPORT_COLUMNS,
@@ -81,7 +83,7 @@ def prepare_dataset(
         )
     places = places_of(dataset)
     dataset = _unformatted(dataset)
-    is_conversational = _check_first_row(dataset, processing_class, name, places)
+    is_conversational = _check_first_row(dataset, processing_class, name, places) or has_messages(dataset)
     is_dated = is_conversational and prints_date(processing_class)
     add_ids = AddIds(
         processing_class=processing_class,
@@ -189,7 +191,7 @@ def _check_first_row(
     try:
         kind = check_columns(first)
     except ValueError as error:
-        place = places.of(0) if places is not None else None
+        place = places.of(0, first) if places is not None else None
         raise ValueError(f"{name} dataset{f' ({place})' if place else ''}: {error}") from error
     if isinstance(dataset, IterableDataset) and REFERENCE_COLUMNS[0] in first:
         raise ValueError(
@@ -239,9 +241,10 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     counts = {reason: len(rows) for reason, rows in unusable.items()}
     if sum(counts.values()) == len(dataset):
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
-    _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name))
     left_out = {row for rows in unusable.values() for row in rows}
-    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    usable = dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
+    return usable
 
 
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
@@ -256,8 +259,10 @@ def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, pla
     else:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     report = StreamReport(judge, add_ids.decode, _warn)
-    dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
-    return dataset.remove_columns([*REPORT_COLUMNS, REASON])
+    prepared = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
+    prepared = prepared.remove_columns([*REPORT_COLUMNS, REASON])
+    keep_mixture(prepared, dataset)
+    return prepared
 
 
 def _warn(message: str) -> None:

@@ -1,8 +1,8 @@
 """`RowError`: which row of a dataset is at fault, and in which file and line it stands where that is known."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 from holdfast.data.files.places import Places
 
@@ -21,12 +21,13 @@ class RowError(ValueError):
 
 
 @contextmanager
-def naming_places(places: Places | None) -> Iterator[None]:
-    """A context in which a `RowError` gets the file and line of its row, for a dataset whose rows have these places."""
+def naming_places(places: Places | None, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """A context in which a `RowError` gets the file and line of its row, for a dataset whose rows have these places.
+    `values` is the only row that it can be about."""
     try:
         yield
     except RowError as error:
-        place = places.of(error.row) if places is not None and error.place is None else None
+        place = places.of(error.row, values) if places is not None and error.place is None else None
         if place is None:
             raise
         raise RowError(error.name, error.row, error.problem, place) from error

@@ -41,6 +41,16 @@ class PairLogps:
         """Log-probs per token, nats: chosen, rejected."""
         return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
 
+    def of_pairs(self, pairs: Int[Tensor, "Q"]) -> "PairLogps":
+        """The log-probs of these pairs alone."""
+        return PairLogps(
+            chosen=self.chosen[pairs],
+            rejected=self.rejected[pairs],
+            chosen_lengths=self.chosen_lengths[pairs],
+            rejected_lengths=self.rejected_lengths[pairs],
+            chosen_likelihood=self.chosen_likelihood[pairs],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(Generic[OptionsT_co]):

@@ -98,4 +98,6 @@ def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> 
         rejected=batch.rejected[:0],
         reference_logps=None,
         host_sequences=None,
+        host_sources=None,
+        pair_sources=None,
     )

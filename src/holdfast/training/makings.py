@@ -79,8 +79,8 @@ def check_model(model: Any, model_init: ModelInit | None, optimizers: tuple[Any,
     """ValueError where a trainer has no model, or two sources of one, or an optimizer of tensors that it replaces."""
     if model is None and model_init is None:
         raise ValueError(
-            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, the path or hub "
-            "id of one, or a `model_init` that returns one."
+            "`model` is None, so there is nothing to train. Pass a causal language model, a PEFT model, the path or "
+            "hub id of one, or a `model_init` that returns one."
         )
     if model is not None and model_init is not None:
         raise ValueError(

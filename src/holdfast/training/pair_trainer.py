@@ -36,19 +36,21 @@ from holdfast.checkpoint.finite import (
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
-from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, SOURCE, TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs, with_fillers
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
+from holdfast.data.source_column import WithSources
 from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
+from holdfast.training.by_source import BySource
 from holdfast.training.handed_batches import HandedBatch
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
@@ -69,6 +71,7 @@ class PairTrainer(Trainer):
     _preparation: Preparation
     _pad_token_id: int
     _tallies: dict[str, Tally]
+    _by_source: BySource
     _full_eval: FullEval
     _look_ahead: LookAhead
     _stream_position: StreamPosition
@@ -112,12 +115,20 @@ class PairTrainer(Trainer):
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENIZED_COLUMNS, *MASK_COLUMNS]
+        is_by_source = isinstance(self.data_collator, WithSources)
+        self._signature_columns = [*TOKENIZED_COLUMNS, *MASK_COLUMNS, *([SOURCE] if is_by_source else [])]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
-        return super()._get_dataloader(filled, description, batch_size, **kwargs)
+        collator = self.data_collator
+        if not kwargs.get("is_training"):
+            keeps = not self.args.remove_unused_columns
+            self.data_collator = self._by_source.collator(collator, dataset, description, keeps_column=keeps)
+        try:
+            return super()._get_dataloader(filled, description, batch_size, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "group_by_length":
@@ -237,12 +248,14 @@ class PairTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
         self._tallies["eval"], self._tallies["handed"] = Tally(), Tally()
+        self._by_source.begin()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._look_ahead.of_evaluation(dataloader)
         with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
         metrics |= means(self._tallies["handed"].reset(self._sum_over_processes))
+        metrics |= self._by_source.metrics(dataloader.dataset, self._sum_over_processes)
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
         metrics["num_tokens"] = tokens_logged(self.state.log_history) + since_the_log
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})

@@ -74,8 +74,8 @@ class ResumableTrainer(PairTrainer):
         `finetuned_from`, `dataset_tags`, ...). See `holdfast.card.write_card`."""
         if self.is_world_process_zero():
             write_card(
-                self.args, self.model, self.reference, title=model_name, dataset=dataset_name, tags=tags,
-                metadata=metadata,
+                self.args, self.model, self.reference, train_dataset=self.train_dataset, title=model_name,
+                dataset=dataset_name, tags=tags, metadata=metadata,
             )  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

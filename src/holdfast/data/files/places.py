@@ -3,10 +3,11 @@
 The files are read again up to that row, so that nothing is kept for the rows that have no fault.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import final
+from typing import Any, Protocol, final
 from weakref import WeakKeyDictionary
 
 from datasets import Dataset, IterableDataset
@@ -16,6 +17,15 @@ from holdfast.data.files.faults import show
 from holdfast.data.files.splits import rows_of_split
 
 AnyRows = Dataset | IterableDataset
+
+
+class Places(Protocol):
+    """Where the rows of a dataset come from. It can be sent to another process, as a row function of a stream is."""
+
+    def of(self, row: int, values: Mapping[str, Any] | None = None) -> str | None:
+        """The place of the row of that number, counted from 0, in words; None where it is not known. `values` is the
+        row itself, where it is at hand."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +39,13 @@ class _Part:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where the rows of a dataset come from. It can be sent to another process, as a row function of a stream is."""
+class FilePlaces:
+    """Where the rows of files come from."""
 
     reading: Reading
     parts: tuple[_Part, ...]
 
-    def of(self, row: int) -> str | None:
+    def of(self, row: int, values: Mapping[str, Any] | None = None) -> str | None:
         """`pairs.jsonl, line 7`: the place of the row of that number, counted from 0; None for one that there is not.
 
         A row of a Parquet file is named by its number in the file.
@@ -51,15 +61,21 @@ _PLACES: WeakKeyDictionary[AnyRows, Places] = WeakKeyDictionary()
 
 
 def places_of(dataset: AnyRows) -> Places | None:
-    """Where the rows of the dataset come from; None unless it is one that was loaded from files, as it was loaded.
+    """Where the rows of the dataset come from; None unless it is one that was loaded from files, as it was loaded, or a
+    mixture.
 
     A dataset that was mapped, filtered, selected from, renamed or shuffled is another one, whose rows have no place.
     """
     return _PLACES.get(dataset)
 
 
+def remember(dataset: AnyRows, places: Places) -> None:
+    """Note where the rows of a dataset come from."""
+    _PLACES[dataset] = places
+
+
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:
-    """Note where the rows of a dataset come from, which was loaded as that split of these contents."""
+    """The same for a dataset that was loaded as that split of these contents."""
     parts = []
     for name, start, end in rows_of_split(split, contents.split_lengths, path):
         before = 0
@@ -69,7 +85,7 @@ def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path
             if first < last:
                 parts.append(_Part(path=file, first=first, num_rows=last - first))
             before += length
-    _PLACES[dataset] = Places(reading=contents.reading, parts=tuple(parts))
+    remember(dataset, FilePlaces(reading=contents.reading, parts=tuple(parts)))
 
 
 def _place(path: Path, row: int, reading: Reading) -> str:

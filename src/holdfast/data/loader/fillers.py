@@ -10,7 +10,6 @@ for each other for ever. Instead every process reads the whole stream and takes 
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -85,7 +84,7 @@ def _without_fillers(batch: PairBatch, accelerator: Accelerator) -> PairBatch:
         size = batch.num_pairs * accelerator.num_processes
         num_real = len(_loader(accelerator).dataset) % size or size
         keep = slice(0, max(0, num_real - accelerator.process_index * batch.num_pairs))
-    return replace(batch, chosen=batch.chosen[keep], rejected=batch.rejected[keep])
+    return batch.of_pairs(keep)
 
 
 def rows_of_pairs(batch: PairBatch) -> Bool[Tensor, "R"]:
