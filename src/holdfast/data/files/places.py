@@ -58,6 +58,12 @@ def places_of(dataset: AnyRows) -> Places | None:
     return _PLACES.get(dataset)
 
 
+def carry_places(dataset: AnyRows, converted: AnyRows) -> None:
+    """Note that the rows of a converted dataset are those of `dataset`, in the same order."""
+    if dataset in _PLACES:
+        _PLACES[converted] = _PLACES[dataset]
+
+
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:
     """Note where the rows of a dataset come from, which was loaded as that split of these contents."""
     parts = []
