@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
+from holdfast.data.shapes.mapping import check_mapping
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.options.combinations import check_combinations
@@ -52,6 +53,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         *dict_fields(),
         "model_init_kwargs",
         "ref_model_init_kwargs",
+        "columns",
     ]
 
     learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
@@ -81,6 +83,11 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
     )
 
     # The data
+    columns: dict[str, Any] | str | None = _option(
+        "Which columns of the datasets are what: the name of a public format, or a mapping such as "
+        '`{"prompt": "question"}`. Default: they have holdfast\'s names.',
+        default=None,
+    )
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
     template_date: str | None = _option(
         "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
@@ -276,6 +283,8 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
     def _check_ranges(self) -> None:
         if self.template_date is not None:
             check_date(self.template_date)
+        if self.columns is not None:
+            check_mapping(self.columns)
         if self.layout not in LAYOUT_NAMES:
             raise ValueError(
                 f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUT_NAMES)}. Choose one of them."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 from holdfast.cli.adapter_ranges import check_adapter
 from holdfast.cli.agreement import check_agreement, check_json_options
 from holdfast.cli.paths import with_paths_expanded
-from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_source
+from holdfast.cli.sources import Source, load_dataset, load_tokenizer, read_columns, read_source
 from holdfast.cli.text import never_print
 from holdfast.cli.yaml_document import REFUSED, Document, field_hints, read_document
 from holdfast.secrets import is_mask, is_secret, secrets_in
@@ -42,13 +42,20 @@ _MODEL: dict[str, Any] = {
     "use_safetensors": bool | None,
 }
 _TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
-_DATASET: dict[str, Any] = {"path": str, "split": str | None, "name": str | None, "streaming": bool}
+_DATASET: dict[str, Any] = {
+    "path": str,
+    "split": str | None,
+    "name": str | None,
+    "streaming": bool,
+    "columns": str | dict | None,
+}
 
 _WHICH_WEIGHTS = ("revision", "subfolder")
 """Options that say which weights a model has. A reference model does not take these over from the policy's."""
 
 _ELSEWHERE = {
     "reference": "Write it as the section `reference:`.",
+    "columns": "Write it as `data.columns`, or beside the `path` of one dataset.",
     "ref_model_init_kwargs": "Write it as `reference.model`: {path: ..., revision: ...}.",
     "do_train": "`holdfast train` always trains; remove it.",
     "do_eval": "The run is evaluated when `data.eval` is given; remove it.",
@@ -196,6 +203,7 @@ KEYS = (
         read=_datasets,
         arguments=lambda run, sources, arguments: {"eval_dataset": _loaded_datasets(run, "data.eval")},
     ),
+    Key(name="data.columns", hint=str | dict | None, read=read_columns),  # for each dataset that has none of its own
     Key(name="training", fields=_training_fields),
     Key(
         name="reference.kind",

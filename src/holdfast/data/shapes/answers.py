@@ -37,8 +37,8 @@ def by_scores(answers: Sequence[Any], scores: Sequence[Any], *, less_is_better: 
 
 def by_best(answers: Sequence[Any], names: Sequence[str], best: Any) -> tuple[Any, Any]:
     """The best of two answers and the other one. `best` is its number from 0, the name of its column or the end of that
-    name (`model_a` for `conversation_a`); None or a text that begins with "tie" says that none is. Raises `NoPairError`,
-    and `ValueError` for anything else and for another number of answers than two."""
+    name (`model_a` for `conversation_a`); None or a text that begins with "tie" says that none is. Raises
+    `NoPairError`, and `ValueError` for anything else and for another number of answers than two."""
     if len(answers) != 2:
         raise ValueError(
             f"'best' tells which of two answers is preferred; found {len(answers)}. Give 'scores' or 'ranks' for more."
@@ -56,7 +56,8 @@ def by_best(answers: Sequence[Any], names: Sequence[str], best: Any) -> tuple[An
 
 def by_preference(answers: Sequence[Any], preference: Any) -> tuple[Any, Any]:
     """The preferred of two answers and the other one, by a number that is below 0 for the first and above for the
-    second. Raises `NoPairError` for 0 and None, and `ValueError` for what is no number or for other than two answers."""
+    second. Raises `NoPairError` for 0 and None, and `ValueError` for what is no number and for other than two
+    answers."""
     if len(answers) != 2:
         raise ValueError(f"'preference' is about two answers; found {len(answers)}. Give 'scores' or 'ranks' for more.")
     if _is_none(preference) or _number(preference) == 0:

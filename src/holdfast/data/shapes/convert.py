@@ -63,8 +63,8 @@ def with_columns(
 
 @final
 class ConvertRow:
-    """The function that converts a row. What it is made of is the cache key of `datasets`, beside the rows. For a stream
-    it warns of the first row that has no pair (`says_ties`)."""
+    """The function that converts a row. What it is made of is the cache key of `datasets`, beside the rows. For a
+    stream it warns of the first row that has no pair (`says_ties`)."""
 
     def __init__(self, *, plan: Plan, name: str, says_ties: bool, rules: int = CONVERSION_RULES) -> None:
         self._key = {"plan": plan, "name": name, "says_ties": says_ties, "rules": rules}
@@ -135,6 +135,6 @@ def _replaced(found: Plan) -> set[str]:
 def _warn_of_ties(name: str, where: str, reason: str, row: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         logger.warning(
-            f"There is no pair in {where} of the {name} dataset: {reason} in row {row}. Nothing can be learned from such "
-            "a row; it has the same answer on both sides, and is left out."
+            f"There is no pair in {where} of the {name} dataset: {reason} in row {row}. Nothing can be learned from "
+            "such a row; it has the same answer on both sides, and is left out."
         )

@@ -28,7 +28,5 @@ def messages_of(text: str) -> list[dict[str, Any]]:
         )
     ends = [*(turn.start() for turn in turns[1:]), len(text)]
     contents = [text[turn.end() : end].strip() for turn, end in zip(turns, ends, strict=True)]
-    messages = [
-        {"role": _ROLES[turn[1]], "content": content} for turn, content in zip(turns, contents, strict=True)
-    ]
+    messages = [{"role": _ROLES[turn[1]], "content": content} for turn, content in zip(turns, contents, strict=True)]
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages

@@ -27,7 +27,7 @@ JUDGEMENTS = ("best", "scores", "ranks", "preference")
 is better), or by one number for two answers, below 0 where the first is preferred."""
 
 OPTIONAL, LEFT_OUT = "optional", "left_out"
-"""Keys of a checked mapping beside its own: the keys whose columns may be missing, and those that were written as null."""
+"""Keys of a checked mapping beside its own: the keys whose columns may be missing, and those written as null."""
 
 SIDES = ("prompt", "chosen", "rejected")
 _FLAGS = ("as_messages", "dialogues")
@@ -77,7 +77,9 @@ def check_mapping(columns: Any) -> dict[str, Any]:
     whole = {**(NAMED_FORMATS[name].columns if name is not None else {}), **written}
     mapping = {key: value for key, value in whole.items() if value is not None}
     _check_pair(mapping)
-    mapping[OPTIONAL] = [key for key in (NAMED_FORMATS[name].optional if name is not None else ()) if key not in written]
+    mapping[OPTIONAL] = [
+        key for key in (NAMED_FORMATS[name].optional if name is not None else ()) if key not in written
+    ]
     mapping[LEFT_OUT] = [key for key, value in written.items() if value is None]
     return mapping
 
@@ -115,8 +117,8 @@ def _check_entry(key: Any, value: Any) -> None:
         return
     if key not in _KEYS:
         raise ValueError(
-            f"`columns` has the key {key!r}; its keys are what holdfast reads, and its values the columns of the dataset."
-            f" {_nearest(key, ('format', *_KEYS, *_FLAGS))}"
+            f"`columns` has the key {key!r}; its keys are what holdfast reads, and its values columns of the dataset. "
+            f"{_nearest(key, ('format', *_KEYS, *_FLAGS))}"
         )
     names = [value] if isinstance(value, str) else value
     is_name = isinstance(names, list | tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)

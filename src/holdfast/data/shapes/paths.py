@@ -1,7 +1,7 @@
 """`completions.*.response`: the name of a column, and what inside of its values is meant.
 
-A path is a column, followed by keys, by numbers of items (from 0, or from the end below 0), or by `*` for all items, with
-dots between them. A column whose own name has dots is meant by its whole name. Given up: conditions and arithmetic.
+A path is a column, followed by keys, by numbers of items (from 0, or from the end below 0), or by `*` for all items,
+with dots between them. A column whose own name has dots is meant by its whole name. Given up: conditions and arithmetic.
 """
 
 import difflib
@@ -31,7 +31,7 @@ def steps_of(path: str, columns: Collection[str], target: str) -> Steps:
 
 def value_at(row: Mapping[str, Any], steps: Steps) -> Any:
     """What stands there in a row. ValueError where a key or an item is missing, or what should hold it holds none."""
-    return _inside(row[steps[0]], steps, 1)
+    return _inside(row[str(steps[0])], steps, 1)
 
 
 def _inside(value: Any, steps: Steps, number: int) -> Any:
