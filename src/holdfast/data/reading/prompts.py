@@ -33,8 +33,8 @@ def of_one_kind(sides: Mapping[str, Side], notes: list[Note]) -> dict[str, Side]
         if _first_speaker(chosen) == _first_speaker(rejected) == "user" and _holds(chosen, rejected, prompt):
             notes.append(Note(CONVERSATIONS, reprlib.repr(prompt)))
             return {"chosen": chosen, "rejected": rejected}
-    is_answered = isinstance(prompt, list) and prompt[-1]["role"] != "assistant"
-    if is_answered and isinstance(chosen, str) and isinstance(rejected, str):
+    are_texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if isinstance(prompt, list) and are_texts and prompt[-1]["role"] != "assistant":
         notes.append(Note(AS_ASSISTANT, reprlib.repr(chosen)))
         return {
             "prompt": prompt,

@@ -64,6 +64,16 @@ def rules_of(rows: Iterable[Row], name: str) -> RowRules:
     return RowRules(repeats_prompt=head.all(_follows_repetition) and _repeated_length(head) >= _ENOUGH_TEXT)
 
 
+def unread_columns(first: Row) -> list[str]:
+    """Columns of a row that are not read, though by their names they belong to the conversation, and hold something."""
+    prompt = first.get("prompt")
+    side = first.get("chosen") if prompt is None else prompt
+    begin = side[0] if isinstance(side, list) and side else None
+    has_system = isinstance(begin, Mapping) and "system" in (begin.get("role"), begin.get("from"))
+    names = [] if has_system else ["system", "system_prompt", "system_message"]
+    return [name for name in (*names, "history") if not _is_blank(first.get(name)) and first[name] != []]
+
+
 class _Head:
     """The first rows, of which no more are read than are asked for."""
 

@@ -28,7 +28,8 @@ def messages_in(text: str, where: str) -> list[Any]:
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(
             f"{where} must hold messages, which are written as JSON text in the first rows; found "
-            f"{reprlib.repr(text)}, which is no list of messages in JSON. Correct the row, or how the file was written (`json.dumps`)."
+            f"{reprlib.repr(text)}, which is no list of messages in JSON. Correct the row, or how the file was written "
+            "(`json.dumps`)."
         )
     return messages
 

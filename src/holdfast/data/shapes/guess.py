@@ -17,15 +17,16 @@ PROMPT_NAMES = (
 _CHOSEN_NAMES = (
     "response_chosen", "chosen_response", "chosen_answer", "answer_chosen", "chosen_text", "chosen_completion",
     "preferred", "preferred_output", "preferred_response", "preferred_answer", "preferred_completion", "accepted",
-    "accepted_response", "response_j", "better", "better_response", "good", "good_response", "win", "winner",
-    "positive", "pos", "best", "best_response", "output_chosen", "chosen_output", "correct", "y_w", "response_w", "Chosen",
+    "accepted_response", "response_j", "better", "better_response", "good", "good_response", "win",
+    "winner", "positive", "pos", "best", "best_response", "output_chosen", "chosen_output", "correct", "y_w",
+    "response_w",
 )  # fmt: skip
 _REJECTED_NAMES = (
     "response_rejected", "rejected_response", "rejected_answer", "answer_rejected", "rejected_text",
     "rejected_completion", "dispreferred", "non_preferred_output", "dispreferred_output", "dispreferred_response",
     "non_preferred", "rejected_output", "output_rejected", "reject", "rejects", "response_k", "worse", "worse_response",
     "bad", "bad_response", "lose", "loser", "negative", "neg", "worst", "worst_response", "incorrect", "wrong", "y_l",
-    "response_l", "Rejected",
+    "response_l",
 )  # fmt: skip
 
 OLD_NAMES = {
@@ -35,6 +36,8 @@ OLD_NAMES = {
     "rejected_ref_logps": "ref_rejected_logps",
     "ref_logps_chosen": "ref_chosen_logps",
     "ref_logps_rejected": "ref_rejected_logps",
+    "reference_score_chosen": "ref_chosen_logps",
+    "reference_score_rejected": "ref_rejected_logps",
 }
 """Names that reference log-probs had, or have elsewhere."""
 
@@ -59,9 +62,9 @@ def guess(columns: Collection[str]) -> str | None:
         name = max(formats, key=lambda name: (len(_all(NAMED_FORMATS[name]) & found), -formats.index(name)))
         return f"This looks like {NAMED_FORMATS[name].of}: write `columns: {name}`."
     sides = {
-        "prompt": _first(("prompt", *PROMPT_NAMES), found),
-        "chosen": _first(("chosen", *_CHOSEN_NAMES), found),
-        "rejected": _first(("rejected", *_REJECTED_NAMES), found),
+        "prompt": _first(("prompt", *PROMPT_NAMES), columns),
+        "chosen": _first(("chosen", *_CHOSEN_NAMES), columns),
+        "rejected": _first(("rejected", *_REJECTED_NAMES), columns),
     }
     if sides["chosen"] is None or sides["rejected"] is None:
         return None
@@ -110,5 +113,7 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _first(names: Sequence[str], found: set[str]) -> str | None:
-    return next((name for name in names if name in found), None)
+def _first(names: Sequence[str], columns: Collection[str]) -> str | None:
+    """The column with the first of these names that there is, in whatever case it is written."""
+    by_name = {str(column).lower(): str(column) for column in columns}
+    return next((by_name[name] for name in names if name in by_name), None)

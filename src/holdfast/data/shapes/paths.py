@@ -1,7 +1,7 @@
 """`completions.*.response`: the name of a column, and what inside of its values is meant.
 
 A path is a column, followed by keys, by numbers of items (from 0, or from the end below 0), or by `*` for all items,
-with dots between them. A column whose own name has dots is meant by its whole name. Given up: conditions and arithmetic.
+with dots between them. A column whose own name has dots is meant by its whole name. Given up: conditions, arithmetic.
 """
 
 import difflib

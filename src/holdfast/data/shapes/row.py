@@ -135,6 +135,8 @@ class RowConverter:
         system = self._value(row, "system") if "system" in self.plan.where else None
         if system is None or (isinstance(system, str) and not system.strip()):
             return values
+        if isinstance(system, list) and len(system) == 1 and isinstance(system[0], Mapping):
+            system = system[0].get("content", system[0].get("value"))
         if not isinstance(system, str):
             raise ValueError(f"{self._name('system')!r} must hold text; found {system!r:.200}. Correct the row.")
         begins = ["prompt"] if "prompt" in values else ["chosen", "rejected"]
