@@ -13,6 +13,7 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.data.columns import (
@@ -133,7 +134,7 @@ def read_preference(row: Mapping[str, Any], rules: RowRules = NO_RULES) -> Prefe
 
     Raises `ValueError` naming the column, what was found in it and what to do; the caller adds the row's number.
     """
-    kind = check_columns(row)
+    kind = _kind_of_columns(tuple(row)) if isinstance(row, dict) else check_columns(row)
     assert kind != "tokenized", "token ids are not read as a preference"
     notes: list[Note] = []
     values = _with_messages_read(row, rules, notes)
@@ -162,6 +163,10 @@ def read_preference(row: Mapping[str, Any], rules: RowRules = NO_RULES) -> Prefe
         chat_template_kwargs=template_kwargs,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+_kind_of_columns = lru_cache(maxsize=64)(check_columns)
+"""The same for rows, of which most have the columns of the one before."""
 
 
 def is_any_message(row: Mapping[str, Any], rules: RowRules) -> bool:
@@ -213,8 +218,7 @@ def _note_what_is_empty(sides: Mapping[str, Side], kind: ColumnKind, row: Mappin
         notes.append(Note(EMPTY_PROMPT, reprlib.repr(prompt)))
     for column in ("chosen", "rejected"):
         side = sides[column]
-        is_blank = (not side or side.isspace()) if isinstance(side, str) else all(map(_is_blank, side))
-        if is_blank:
+        if (not side or side.isspace()) if isinstance(side, str) else all(map(_is_blank, side)):
             notes.append(Note(BLANK, f"{column!r} is {reprlib.repr(side)}"))
 
 
@@ -234,7 +238,7 @@ def _read_side(value: Any, column: str, rules: RowRules, notes: list[Note]) -> S
     if not isinstance(value, list):
         raise ValueError(
             f"the column {column!r} must hold text or a list of messages; found {_show(value)}. Correct the row or "
-            "drop it."
+            f"drop it{_path_inside(column, value)}."
         )
     if not value:
         raise ValueError(
@@ -250,6 +254,11 @@ def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) 
         message, found = with_known_role(message, where, rules.words)
         if found is not None:
             notes.append(Note(*found))
+    if isinstance(message, str):
+        raise ValueError(
+            f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row, or name "
+            "the one text that is meant in a list of texts, such as `columns: {chosen: answers.0}`."
+        )
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(
             f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row or drop "
@@ -265,6 +274,12 @@ def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) 
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or []]:
         _check_characters(text, where)
     return _without_none(message)
+
+
+def _path_inside(column: str, value: Any) -> str:
+    """What to write where the messages stand inside of a value."""
+    inside = next((key for key in ("messages", "conversations") if isinstance(value, Mapping) and key in value), None)
+    return f", or write `columns: {{{column}: {column}.{inside}}}`" if inside else ""
 
 
 def _check_characters(text: str, where: str) -> None:

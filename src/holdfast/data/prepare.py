@@ -28,7 +28,7 @@ from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns, is_any_message
 from holdfast.data.progress import bars
-from holdfast.data.reading.rules import NO_RULES, RowRules, rules_of, unread_columns
+from holdfast.data.reading.rules import NO_RULES, RowRules, contradicting_scores, rules_of, unread_columns
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
 from holdfast.data.shapes.convert import with_columns
@@ -218,6 +218,12 @@ def _check_first_rows(
         _warn(
             f"The {name} dataset has the column(s) {unread}, which are not read: what they hold is no part of the "
             f"prompt. Write `columns: {{{unread[0].partition('_')[0]}: {unread[0]}}}` to have them read, or drop them."
+        )
+    if (scores := contradicting_scores(rows)) is not None:
+        chosen, rejected, count, total = scores
+        _warn(
+            f"The scores in {chosen!r} are below those in {rejected!r} in {count} of the first {total} rows of the "
+            f"{name} dataset. If the completions are swapped, write `columns: {{chosen: rejected, rejected: chosen}}`."
         )
     is_conversational = is_any_message(first, row_rules)
     check_tokenizer(processing_class, is_conversational=is_conversational)

@@ -134,13 +134,11 @@ def _apart(messages: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def _same(message: Message, other: Message) -> bool:
-    """Whether two messages are the same but for white space around their text."""
+    """Whether two messages are the same but for white space around their text, which may be in parts."""
     if message == other:
         return True
-    content, found = message.get("content"), other.get("content")
-    if not isinstance(content, str) or not isinstance(found, str):
-        return False
-    return message["role"] == other["role"] and content.strip() == found.strip()
+    is_text = len(message) == len(other) == 2 and message["role"] == other["role"]
+    return is_text and _text(message.get("content")) == _text(other.get("content"))
 
 
 def _first_speaker(messages: list[Message]) -> str | None:

@@ -74,6 +74,26 @@ def unread_columns(first: Row) -> list[str]:
     return [name for name in (*names, "history") if not _is_blank(first.get(name)) and first[name] != []]
 
 
+def contradicting_scores(rows: Iterable[Row]) -> tuple[str, str, int, int] | None:
+    """The columns with the scores of both completions where the chosen one has the lower score in most of the first
+    rows, with the number of these rows and of all that were read. None where there are no such columns."""
+    head = list(islice(rows, NUM_ROWS)) if _score_columns(next(iter(rows), {})) else []
+    names = _score_columns(head[0]) if head else None
+    if names is None:
+        return None
+    pairs = [(row.get(names[0]), row.get(names[1])) for row in head]
+    pairs = [pair for pair in pairs if all(isinstance(score, int | float) for score in pair)]
+    below = sum(chosen < rejected for chosen, rejected in pairs)
+    return (*names, below, len(pairs)) if below > len(pairs) / 2 else None
+
+
+def _score_columns(first: Row) -> tuple[str, str] | None:
+    words = ("score", "rating", "avg_rating", "reward")
+    names = [(f"{word}_chosen", f"{word}_rejected") for word in words]
+    names += [(f"chosen_{word}", f"rejected_{word}") for word in words]
+    return next((pair for pair in names if pair[0] in first and pair[1] in first), None)
+
+
 class _Head:
     """The first rows, of which no more are read than are asked for."""
 

@@ -1,4 +1,4 @@
-"""Messages that are written as text: a list of messages, or one, as JSON or as Python prints it.
+"""Messages that are written as text, as JSON or as Python prints it: a list of them, one, or `{"messages": [...]}`.
 
 Files of CSV have them, and columns that hold messages here and text there. Whether a column is meant so is for its
 first rows to say (`holdfast.data.reading.rules`), since an answer may be about such text.
@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-_BEGINS = re.compile(r"""\s*(?:\[\s*)?\{\s*(['"])(?:role|content|from|value|name|weight|train)\1\s*:""")
+_BEGINS = re.compile(r"""\s*(?:\[\s*)?\{\s*(['"])(?:role|content|from|value|name|weight|train|messages)\1\s*:""")
 _LONGEST = 2_000_000
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 
@@ -24,6 +24,8 @@ def looks_written(text: str) -> bool:
 def messages_in(text: str, where: str) -> list[Any]:
     """The messages that are written in a text. ValueError where it only begins so."""
     value = _value_of(text)
+    if isinstance(value, Mapping) and set(value) == {"messages"}:
+        value = value["messages"]
     messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(

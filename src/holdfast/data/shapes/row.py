@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from holdfast.data.shapes.answers import NoPairError, by_best, by_preference, by_scores
-from holdfast.data.shapes.dialogues import messages_of
+from holdfast.data.shapes.dialogues import is_dialogue, messages_of
 from holdfast.data.shapes.mapping import PASSED_ON, Plan
 from holdfast.data.shapes.paths import name_of, value_at
 
@@ -46,7 +46,7 @@ class RowConverter:
     def __call__(self, row: Mapping[str, Any]) -> ConvertedRow:
         values, no_pair = self._sides(row)
         if self.plan.dialogues:
-            values = {key: messages_of(value) if isinstance(value, str) else value for key, value in values.items()}
+            values = {key: _as_dialogue(key, value, has_prompt="prompt" in values) for key, value in values.items()}
         if self.plan.as_messages:
             values = {key: _as_messages(key, value) for key, value in values.items()}
             values = self._with_system(self._with_history(values, row), row)
@@ -144,6 +144,15 @@ class RowConverter:
 
     def _name(self, key: str) -> str:
         return name_of(self.plan.where[key][0])
+
+
+def _as_dialogue(key: str, value: Any, *, has_prompt: bool) -> Any:
+    """The messages of a dialogue in one text. After a prompt, a text that is no dialogue is the assistant's answer."""
+    if not isinstance(value, str):
+        return value
+    if key != "prompt" and has_prompt and not is_dialogue(value):
+        return [{"role": "assistant", "content": value.strip()}]
+    return messages_of(value)
 
 
 def _as_messages(key: str, value: Any) -> Any:
