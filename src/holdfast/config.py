@@ -15,7 +15,6 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
-from holdfast.data.shapes.mapping import check_mapping
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.options.combinations import check_combinations
@@ -84,8 +83,7 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
 
     # The data
     columns: dict[str, Any] | str | None = _option(
-        "Which columns of the datasets are what: the name of a public format, or a mapping such as "
-        '`{"prompt": "question"}`. Default: they have holdfast\'s names.',
+        "Which columns are what: the name of a public format, or a mapping (prompt, chosen, ...). Default: by name.",
         default=None,
     )
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
@@ -283,8 +281,6 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
     def _check_ranges(self) -> None:
         if self.template_date is not None:
             check_date(self.template_date)
-        if self.columns is not None:
-            check_mapping(self.columns)
         if self.layout not in LAYOUT_NAMES:
             raise ValueError(
                 f"layout={self.layout!r} was asked for; the layouts are {', '.join(LAYOUT_NAMES)}. Choose one of them."
