@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from holdfast.data.columns import (
     IMAGE_COLUMNS,
+    MASK_COLUMNS,
     REFERENCE_COLUMNS,
     TEMPLATE_KWARGS,
     TEXT_COLUMNS,
@@ -84,7 +85,8 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     """Which of the three sets of columns is there: token ids, an explicit prompt, or an implicit prompt.
 
     Raises `ValueError` for images, for reference log-probs of one side only or under an old name, for token ids next to
-    only some of the other token ids or under names of other programs, and when none of the sets is complete.
+    only some of the other token ids or under names of other programs, for masks without token ids, and when none of the
+    sets is complete.
     """
     if not isinstance(columns, Iterable) or isinstance(columns, str):
         raise ValueError(
@@ -119,6 +121,12 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
             f"the dataset has token ids of another program, in the columns {other}, which are not read. Rename them "
             f"({', '.join(f'{name!r} to {OTHER_TOKENS[name]!r}' for name in other)}), where {list(TOKENIZED_COLUMNS)} "
             "hold the prompt alone and each completion without the prompt; or drop them."
+        )
+    if masks := sorted(found & set(MASK_COLUMNS)):
+        raise ValueError(
+            f"the column(s) {masks} say which token ids of a completion are scored, and need the columns "
+            f"{list(TOKENIZED_COLUMNS)}; found {sorted(found)}. Add these, or rename the masks if they are something "
+            "else."
         )
     if {"chosen", "rejected"} <= found:
         return "explicit" if "prompt" in found else "implicit"

@@ -15,11 +15,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.data.columns import REFERENCE_COLUMNS, TEMPLATE_KWARGS, TOKENIZED_COLUMNS, TOOLS
+from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TEMPLATE_KWARGS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.shapes.named import NAMED_FORMATS
 from holdfast.data.shapes.paths import Steps, steps_of
 
-PASSED_ON = (TOOLS, TEMPLATE_KWARGS, *REFERENCE_COLUMNS, *TOKENIZED_COLUMNS, "chosen_mask", "rejected_mask", "source")
+PASSED_ON = (TOOLS, TEMPLATE_KWARGS, *REFERENCE_COLUMNS, *TOKENIZED_COLUMNS, *MASK_COLUMNS, "source")
 """Columns of holdfast whose values are taken as they are."""
 
 JUDGEMENTS = ("best", "scores", "ranks", "preference")
