@@ -104,6 +104,11 @@ def test_a_named_format_is_read(name: str, make: Any) -> None:
         assert {"prompt", "chosen", "rejected"} & set(converted[0]) == set(expected)
 
 
+def test_the_docs_have_every_format() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [name for name, shape in NAMED_FORMATS.items() if f"| `{name}` | {shape.of} |" not in docs] == []
+
+
 @pytest.mark.parametrize("name", [name for name in NAMED_FORMATS if name not in ("hh", "prompt-pairs")])
 def test_a_named_format_is_guessed_by_its_columns(name: str) -> None:
     assert f"write `columns: {name}`" in str(guess(list(ROWS[name][0])))
