@@ -105,7 +105,11 @@ CASES: dict[str, Case] = {
     # a prompt that is called `question` beside `chosen` and `rejected`: trained on empty prompts
     "question beside chosen and rejected": Case(
         rows=[{"question": q, "chosen": g, "rejected": b} for q, g, b in TURNS],
-        refused=r"nothing or next to it.*the column 'question' holds text: 'Who wrote.*`columns: orca`",
+        refused=r"nothing or next to it.*the column 'question' holds text: 'Who wrote.*`columns: \{prompt: question\}`",
+    ),
+    "question with system, beside chosen and rejected": Case(
+        rows=[{"system": "Be brief.", "question": q, "chosen": g, "rejected": b} for q, g, b in TURNS],
+        refused=r"the column 'question' holds text: 'Who wrote.*`columns: orca`",
     ),
     "Orca pairs": Case(
         rows=[{"system": "Be brief.", "question": q, "chosen": g, "rejected": b} for q, g, b in TURNS],
@@ -123,6 +127,10 @@ CASES: dict[str, Case] = {
             {"prompt": [system("Be brief."), user(f"Answer:\n{q}")], "chosen": [answer(g)], "rejected": [answer(b)]}
             for q, g, b in TURNS
         ],
+    ),
+    "instruction and input, not asked for": Case(
+        rows=[{"instruction": "Answer:", "input": q, "chosen": g, "rejected": b} for q, g, b in TURNS],
+        refused=r"the column 'instruction' holds text: 'Answer:'.*LLaMA-Factory.*`columns: alpaca`",
     ),
     # argilla-io/distilabel issue 343, hiyouga/LlamaFactory pull request 3066: UltraFeedback binarized
     "text prompt, whole conversations": Case(
@@ -153,6 +161,11 @@ CASES: dict[str, Case] = {
         + [{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}] * 2,
         said=("repeat the prompt", "In 2 of 5 rows", "do not repeat the prompt, as those of the first rows"),
         more={"head": 3},
+    ),
+    "text that repeats the prompt on one side": Case(
+        rows=[*TEXT_BY_HAND, {"prompt": QUESTIONS[0], "chosen": f"{QUESTIONS[0]} Me.", "rejected": "You."}],
+        by_hand=[*TEXT_BY_HAND, {"prompt": QUESTIONS[0], "chosen": f"{QUESTIONS[0]} Me.", "rejected": "You."}],
+        said=("only one of `chosen` and `rejected` begins with the prompt's text; they are read as they are (row 3",),
     ),
     "one text that begins with its prompt by chance": Case(
         rows=[*TEXT_BY_HAND, {"prompt": "Sing to me", "chosen": "Sing to me, muse", "rejected": "Sing to me no more"}],
@@ -329,7 +342,8 @@ CASES: dict[str, Case] = {
     ),
     "empty prompts beside a column that holds them": Case(
         rows=[{"prompt": "", "chosen": g, "rejected": b, "question": q} for q, g, b in TURNS],
-        refused=r"prompts of the train dataset are empty \(column 'prompt', the first 3 row\(s\)\).*'question'.*orca",
+        refused=r"prompts of the train dataset are empty \(column 'prompt', the first 3 row\(s\)\).*'question'.*"
+        r"`columns: \{prompt: question\}`",
     ),
     # hiyouga/LlamaFactory issue 6509
     "a list of texts": Case(

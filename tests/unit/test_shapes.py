@@ -111,7 +111,7 @@ def test_the_docs_have_every_format() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMED_FORMATS if name not in ("hh", "prompt-pairs")])
 def test_a_named_format_is_guessed_by_its_columns(name: str) -> None:
-    assert f"write `columns: {name}`" in str(guess(list(ROWS[name][0])))
+    assert f"write `columns: {name}`" in str(guess([*ROWS[name][0], *NAMED_FORMATS[name].guessed_with]))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,10 @@ def test_a_named_format_is_guessed_by_its_columns(name: str) -> None:
         (["Prompt", "Chosen", "Rejected"], "`columns: {prompt: Prompt, chosen: Chosen, rejected: Rejected}`"),
         (["query", "good", "bad"], "`columns: {prompt: query, chosen: good, rejected: bad}`"),
         (["winner", "loser"], "`columns: {chosen: winner, rejected: loser}`"),
+        (["question", "chosen", "rejected"], "`columns: {prompt: question}`"),
         (["text", "label"], None),
         (["chosen"], None),
+        (["id", "chosen", "rejected"], None),
     ],
 )
 def test_columns_are_guessed_by_their_names(columns: list[str], advice: str | None) -> None:

@@ -35,7 +35,7 @@ from holdfast.data.reading.prompts import (
     without_repeated_messages,
 )
 from holdfast.data.reading.roles import KNOWN_ROLES, has_from_and_value, with_known_role
-from holdfast.data.reading.rules import NO_RULES, RowRules
+from holdfast.data.reading.rules import ENOUGH_TEXT, NO_RULES, RowRules
 from holdfast.data.reading.sentences import (
     BEGINS_WITH_PROMPT,
     BLANK,
@@ -44,6 +44,7 @@ from holdfast.data.reading.sentences import (
     LOOKS_WRITTEN,
     NO_COMMON_BEGINNING,
     NOT_REPEATED,
+    ONE_SIDE_REPEATS,
     REPEATED,
     SINGLE,
     WRITTEN,
@@ -209,6 +210,8 @@ def _without_repeated_text(
         return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
     if length is not None:
         notes.append(Note(BEGINS_WITH_PROMPT, reprlib.repr(prompt)))
+    elif len(prompt) >= ENOUGH_TEXT and chosen.startswith(prompt) != rejected.startswith(prompt):
+        notes.append(Note(ONE_SIDE_REPEATS, reprlib.repr(prompt)))
     elif rules.repeats_prompt and prompt.strip():
         notes.append(Note(NOT_REPEATED, reprlib.repr(chosen)))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}

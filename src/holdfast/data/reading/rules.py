@@ -20,7 +20,7 @@ from holdfast.data.shapes.guess import PROMPT_NAMES, guess
 
 NUM_ROWS = 100
 
-_ENOUGH_TEXT = 16
+ENOUGH_TEXT = 16
 """Characters of prompts, in all first rows together, that completions repeat by no coincidence."""
 _OWN = {*TEXT_COLUMNS, *TOKENIZED_COLUMNS, *REFERENCE_COLUMNS, TOOLS, TEMPLATE_KWARGS}
 _ALMOST_NOTHING = 3
@@ -61,7 +61,7 @@ def rules_of(rows: Iterable[Row], name: str) -> RowRules:
         return NO_RULES
     if _is_blank(first["prompt"]) and head.all(lambda row: _is_blank(row.get("prompt"))):
         _check_no_prompt_column(head, name)
-    return RowRules(repeats_prompt=head.all(_follows_repetition) and _repeated_length(head) >= _ENOUGH_TEXT)
+    return RowRules(repeats_prompt=head.all(_follows_repetition) and _repeated_length(head) >= ENOUGH_TEXT)
 
 
 def unread_columns(first: Row) -> list[str]:

@@ -25,6 +25,7 @@ READ_AS: Mapping[str, str] = {
 """Kinds of rows that are read as what they are meant to be, which is said."""
 
 NOT_REPEATED, BEGINS_WITH_PROMPT, LOOKS_WRITTEN = "not repeated", "begins with prompt", "looks written"
+ONE_SIDE_REPEATS = "one side repeats"
 EMPTY_PROMPT, NO_COMMON_BEGINNING, BLANK = "empty prompt", "no common beginning", "blank completion"
 DIALOGUE, USER_FIRST = "dialogue in text", "completion begins with the user"
 
@@ -37,6 +38,10 @@ MAY_NOT_BE_MEANT: Mapping[str, tuple[str, str]] = {
         "`chosen` and `rejected` begin with the prompt's text, which they do not in all of the first rows; they are "
         "read as they are, so that the prompt comes twice",
         "Drop the column `prompt` if all rows are like this.",
+    ),
+    ONE_SIDE_REPEATS: (
+        "only one of `chosen` and `rejected` begins with the prompt's text; they are read as they are",
+        "Correct these rows: the prompt comes twice there, on one side only.",
     ),
     LOOKS_WRITTEN: (
         "a text looks like messages that are written as JSON, as not all of the first rows do; it is read as text",

@@ -68,7 +68,9 @@ def guess(columns: Collection[str]) -> str | None:
     }
     if sides["chosen"] is None or sides["rejected"] is None:
         return None
-    mapping = ", ".join(f"{side}: {column}" for side, column in sides.items() if column is not None)
+    mapping = ", ".join(f"{side}: {column}" for side, column in sides.items() if column not in (None, side))
+    if not mapping:
+        return None
     return f"Its columns seem to be these: write `columns: {{{mapping}}}`."
 
 
@@ -77,7 +79,7 @@ def what_is_missing(columns: Collection[str]) -> str:
     found = set(columns)
     if guessed := guess(found):
         return guessed
-    if "label" in found and found & {"completion", "response", "messages", "output", "answer"}:
+    if found & {"label", "is_good", "desirable"} and found & {"completion", "response", "messages", "output", "answer"}:
         return (
             "This is unpaired: each row has one completion and a label that says whether it is good. A pair needs a "
             "chosen and a rejected completion for one prompt; put two rows of a prompt together."
@@ -96,7 +98,7 @@ def what_is_missing(columns: Collection[str]) -> str:
 
 
 def _required(shape: NamedFormat) -> set[str]:
-    return {
+    return set(shape.guessed_with) | {
         name.split(".")[0]
         for key, value in shape.columns.items()
         if key not in shape.optional and not isinstance(value, bool)

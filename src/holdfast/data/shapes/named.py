@@ -5,7 +5,7 @@ Formats of chats make messages of texts (`as_messages`); those of other texts le
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
@@ -16,11 +16,13 @@ _SYSTEM = {"system": "system"}
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedFormat:
-    """A format: a mapping as a user would write it, which of its keys a dataset may lack, and whose format it is."""
+    """A format: a mapping as a user would write it, which of its keys a dataset may lack, and whose format it is. It is
+    guessed where its columns are there, and those that it is `guessed_with`."""
 
     columns: Mapping[str, Any]
     of: str
-    optional: tuple[str, ...] = field(default=("system", "history", "tools"))
+    optional: tuple[str, ...] = ("system", "history", "tools")
+    guessed_with: tuple[str, ...] = ()
 
 
 NAMED_FORMATS: Mapping[str, NamedFormat] = {
@@ -59,10 +61,12 @@ NAMED_FORMATS: Mapping[str, NamedFormat] = {
     "orca": NamedFormat(
         of="Intel's Orca pairs, axolotl's `chatml.intel`: `system`, `question`, `chosen`, `rejected`",
         columns={"prompt": "question", **_PAIR, **_SYSTEM, **_AS_MESSAGES},
+        guessed_with=("system",),
     ),
     "alpaca": NamedFormat(
         of="LLaMA-Factory: `instruction`, `input`, `chosen`, `rejected`, `system`, `history`",
         columns={"prompt": ["instruction", "input"], **_PAIR, **_SYSTEM, "history": "history", **_AS_MESSAGES},
+        guessed_with=("input",),
     ),
     "argilla": NamedFormat(
         of="axolotl's `chatml.argilla`: `instruction`, `chosen_response`, `rejected_response`",
@@ -77,10 +81,12 @@ NAMED_FORMATS: Mapping[str, NamedFormat] = {
     "distilabel": NamedFormat(
         of="axolotl's `chatml.icr`, argilla's Orca pairs: `system`, `input`, `chosen`, `rejected`",
         columns={"prompt": "input", **_PAIR, **_SYSTEM, **_AS_MESSAGES},
+        guessed_with=("system",),
     ),
     "prompt-pairs": NamedFormat(
         of="axolotl's `chatml.prompt_pairs`: `system`, `prompt`, `chosen`, `rejected`",
         columns={"prompt": "prompt", **_PAIR, **_SYSTEM, **_AS_MESSAGES},
+        guessed_with=("system",),
     ),
     "ultrafeedback": NamedFormat(
         of="UltraFeedback: `instruction`, and `completions` with `response` and `overall_score`",
