@@ -16,6 +16,7 @@ from holdfast.cli.yaml_document import RunFileError
 from holdfast.config import DPOConfig
 from holdfast.data.add_ids import AddIds
 from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.dates import date_of_run
 from holdfast.data.load import load_preferences
 from holdfast.data.prepare import Preparation, prepare_dataset
 from holdfast.data.reading.roles import with_known_role
@@ -387,3 +388,22 @@ def test_scores_that_say_the_opposite_are_said(caplog: pytest.LogCaptureFixture)
         prepare_dataset(Dataset.from_list(rows), TOKENIZER)
     assert "The scores in 'score_chosen' are below those in 'score_rejected' in 3 of the first 4 rows" in caplog.text
     assert "`columns: {chosen: rejected, rejected: chosen}`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (AS_MESSAGES, None),
+        ({column: json.dumps(messages) for column, messages in AS_MESSAGES.items()}, None),
+        ({"prompt": "Q", "chosen": GOOD, "rejected": BAD}, None),
+        ({"system": "S", "question": "Q", "chosen": "a", "rejected": "b"}, "orca"),
+    ],
+)
+def test_rows_that_become_messages_have_a_date(row: dict, columns: Any) -> None:
+    """The date that their template prints is the run's, whatever shape they come in."""
+    dated = tiny.tokenizer()
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tiny.CHAT_TEMPLATE
+    dataset = Dataset.from_list([row])
+    assert date_of_run(dated, "2024-02-29", None, [dataset], columns) == "2024-02-29"
+    prepared = prepare_dataset(dataset, dated, columns=columns, template_date="2024-02-29")
+    assert dated.decode(prepared[0]["prompt_ids"]).startswith("2024-02-29")

@@ -180,7 +180,7 @@ _kind_of_columns = lru_cache(maxsize=64)(check_columns)
 
 def is_any_message(row: Mapping[str, Any], rules: RowRules) -> bool:
     """Whether a row is of messages: one of its columns holds some, or text in which they are written."""
-    return any(isinstance(row.get(column), list | Mapping) or column in rules.written for column in TEXT_COLUMNS)
+    return bool(rules.written) or any(isinstance(row.get(column), list | Mapping) for column in TEXT_COLUMNS)
 
 
 def _with_messages_read(row: Mapping[str, Any], rules: RowRules, notes: list[Note]) -> dict[str, Any]:

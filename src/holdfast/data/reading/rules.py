@@ -22,7 +22,7 @@ NUM_ROWS = 100
 
 ENOUGH_TEXT = 16
 """Characters of prompts, in all first rows together, that completions repeat by no coincidence."""
-_OWN = {*TEXT_COLUMNS, *TOKENIZED_COLUMNS, *REFERENCE_COLUMNS, TOOLS, TEMPLATE_KWARGS}
+_OWN = {*TEXT_COLUMNS, *TOKENIZED_COLUMNS, *REFERENCE_COLUMNS, TOOLS, TEMPLATE_KWARGS, "source", "original_source"}
 _ALMOST_NOTHING = 3
 
 Row = Mapping[str, Any]

@@ -11,6 +11,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.data.columns import TEXT_COLUMNS
+
 _BEGINS = re.compile(r"""\s*(?:\[\s*)?\{\s*(['"])(?:role|content|from|value|name|weight|train|messages)\1\s*:""")
 _LONGEST = 2_000_000
 _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
@@ -19,6 +21,12 @@ _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 def looks_written(text: str) -> bool:
     """Whether a text begins as messages are written."""
     return _BEGINS.match(text) is not None
+
+
+def may_hold_messages(row: Mapping[str, Any]) -> bool:
+    """Whether a column of the pair in a row holds messages, or text that begins as messages are written."""
+    values = [row.get(column) for column in TEXT_COLUMNS]
+    return any(looks_written(value) if isinstance(value, str) else bool(value) for value in values)
 
 
 def messages_in(text: str, where: str) -> list[Any]:

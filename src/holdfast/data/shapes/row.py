@@ -10,7 +10,7 @@ from typing import Any, final
 
 from holdfast.data.shapes.answers import NoPairError, by_best, by_preference, by_scores
 from holdfast.data.shapes.dialogues import is_dialogue, messages_of
-from holdfast.data.shapes.mapping import PASSED_ON, Plan
+from holdfast.data.shapes.mapping import PASSED_ON, ColumnMapping, Plan, plan
 from holdfast.data.shapes.paths import name_of, value_at
 
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
@@ -144,6 +144,14 @@ class RowConverter:
 
     def _name(self, key: str) -> str:
         return name_of(self.plan.where[key][0])
+
+
+def converted_row(row: Mapping[str, Any], columns: ColumnMapping) -> Mapping[str, Any]:
+    """A row with holdfast's columns; the row itself where it cannot be converted, which is an error elsewhere."""
+    try:
+        return RowConverter(plan=plan(columns, list(row)))(row).columns
+    except ValueError:
+        return row
 
 
 def _as_dialogue(key: str, value: Any, *, has_prompt: bool) -> Any:
