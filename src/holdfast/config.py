@@ -56,6 +56,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
         *dict_fields(),
         "model_init_kwargs",
         "ref_model_init_kwargs",
+        "columns",
     ]
 
     learning_rate: float = _option("Initial learning rate of AdamW.", default=1e-6)
@@ -85,6 +86,10 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
     )
 
     # The data
+    columns: dict[str, Any] | str | None = _option(
+        "Which columns are what: the name of a public format, or a mapping (prompt, chosen, ...). Default: by name.",
+        default=None,
+    )
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
     template_date: str | None = _option(
         "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "

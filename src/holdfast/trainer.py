@@ -118,7 +118,7 @@ class DPOTrainer(RenewableTrainer):
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
         self._first_checksums = checksums(policy)
         self._rows = train_dataset, eval_dataset
-        date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows)
+        date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows, args.columns)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
         prepared, prepared_eval = self._prepared(args)
         check_length(args, prepared)

@@ -26,6 +26,7 @@ from holdfast.cli.sources import (
     load_dataset,
     load_mixture,
     load_tokenizer,
+    read_columns,
     read_mixture,
     read_source,
 )
@@ -51,7 +52,13 @@ _MODEL: dict[str, Any] = {
     "use_safetensors": bool | None,
 }
 _TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
-_DATASET: dict[str, Any] = {"path": str, "split": str | None, "name": str | None, "streaming": bool}
+_DATASET: dict[str, Any] = {
+    "path": str,
+    "split": str | None,
+    "name": str | None,
+    "streaming": bool,
+    "columns": str | dict | None,
+}
 
 _WITH_WEIGHT: dict[str, Any] = {**_DATASET, "weight": float}
 """One of several training sets."""
@@ -61,6 +68,7 @@ _WHICH_WEIGHTS = ("revision", "subfolder")
 
 _ELSEWHERE = {
     "reference": "Write it as the section `reference:`.",
+    "columns": "Write it as `data.columns`, or beside the `path` of one dataset.",
     "ref_model_init_kwargs": "Write it as `reference.model`: {path: ..., revision: ...}.",
     "do_train": "`holdfast train` always trains; remove it.",
     "do_eval": "The run is evaluated when `data.eval` is given; remove it.",
@@ -232,6 +240,7 @@ KEYS = (
         read=_datasets,
         arguments=lambda run, sources, arguments: {"eval_dataset": _loaded_datasets(run, "data.eval")},
     ),
+    Key(name="data.columns", hint=str | dict | None, read=read_columns),  # for each dataset that has none of its own
     Key(name="training", fields=_training_fields),
     Key(
         name="reference.kind",

@@ -53,7 +53,20 @@ def read_source(document: Document, name: str, value: Any, hints: Mapping[str, A
     for option, text in options.items():
         if isinstance(text, str) and not text.strip():
             raise document.error(f"{name}.{option}", f"`{name}.{option}` is empty. Write what it is, or leave it out.")
+    if options.get("columns") is not None:
+        read_columns(document, f"{name}.columns", options["columns"])
     return Source(path=options.pop("path"), options=options)
+
+
+def read_columns(document: Document, name: str, value: Any) -> Any:
+    """Which columns of a dataset are what, as it was written. RunFileError for what cannot be."""
+    from holdfast.data.shapes.mapping import check_mapping
+
+    try:
+        check_mapping(value)
+    except ValueError as error:
+        raise document.error(name, f"`{name}`: {error}") from error
+    return value
 
 
 def read_mixture(document: Document, name: str, value: Mapping[str, Any], hints: Mapping[str, Any]) -> MixtureOfSources:
@@ -85,10 +98,13 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> "PreTrainedTok
 
 
 def load_dataset(document: Document, name: str, source: Source) -> "Dataset | IterableDataset":
-    """The dataset at `source`, which the key `name` of the run file names. RunFileError where it has several splits."""
+    """The dataset at `source`, which the key `name` of the run file names, with the columns of `data.columns` where the
+    source has none. RunFileError where it has several splits."""
     from holdfast.data.load import load_preferences
 
-    dataset = load_preferences(source.path, **source.options)
+    of_all: Any = document.values.get("data")
+    columns = of_all.get("columns") if isinstance(of_all, dict) else None
+    dataset = load_preferences(source.path, **{"columns": columns, **source.options})
     if isinstance(dataset, dict):
         raise document.error(
             name,

@@ -6,7 +6,7 @@ is made of is the key of that cache, so it holds nothing that does not change wh
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
@@ -20,6 +20,9 @@ from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places
 from holdfast.data.formats import Preference, check_columns, read_preference
 from holdfast.data.notes import as_values
+from holdfast.data.reading.prompts import columns_of
+from holdfast.data.reading.roles import words_of
+from holdfast.data.reading.rules import NO_RULES, RowRules
 from holdfast.data.row_error import RowError, naming_places
 from holdfast.data.stream_report import REASON
 from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, NOTES, python_rows, with_ids
@@ -40,10 +43,18 @@ class AddIds:
         processing_class: PreTrainedTokenizerBase,
         name: str,
         template_date: str | None,
+        row_rules: RowRules = NO_RULES,
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
-        self._key = {"processing_class": processing_class, "name": name, "template_date": template_date, "rules": rules}
+        self._key = {
+            "processing_class": processing_class,
+            "name": name,
+            "template_date": template_date,
+            "row_rules": row_rules,
+            "rules": rules,
+        }
+        self._row_rules = replace(row_rules, words=words_of(processing_class))  # the words follow from the tokenizer
         self._tokenizer = processing_class
         self._date = template_date
         self._together: BatchTokenizer | None = None  # made where it is used: in each process
@@ -65,8 +76,7 @@ class AddIds:
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
         split: dict[str, Any] = {}
         if kind == "implicit":
-            length = len(preference.prompt)
-            split = {"prompt": row["chosen"][:length], **{side: row[side][length:] for side in ("chosen", "rejected")}}
+            split = columns_of(row, preference.prompt)
         report = {CUT: from_bytes(pair.cut_ids).tolist(), AS_TEXT: pair.as_text, AS_TOKEN: pair.as_token}
         return {**split, **ids, **report, NOTES: as_values(pair.notes)}
 
@@ -78,8 +88,9 @@ class AddIds:
         if self._together is None:
             self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
         with suppress(Exception):  # a row is at fault, and perhaps not the first that is
-            preferences = [read_preference(row) for row in rows]
-            return preferences, self._together(preferences)
+            preferences = [read_preference(row, self._row_rules) for row in rows]
+            pairs = self._together(preferences)
+            return preferences, [_noted(pair, read) for pair, read in zip(pairs, preferences, strict=True)]
         return self._row_by_row(rows, indices, self._together)
 
     def _row_by_row(
@@ -89,8 +100,8 @@ class AddIds:
         pairs: list[EncodedPair] = []
         for row, index in zip(rows, indices, strict=True):
             try:
-                preferences.append(read_preference(row))
-                pairs.append(tokenizer.one(preferences[-1]))
+                preferences.append(read_preference(row, self._row_rules))
+                pairs.append(_noted(tokenizer.one(preferences[-1]), preferences[-1]))
             except ValueError as error:
                 raise RowError(self.name, index, str(error)) from error
         return preferences, pairs
@@ -98,6 +109,11 @@ class AddIds:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
         return str(self._tokenizer.decode(ids))
+
+
+def _noted(pair: EncodedPair, preference: Preference) -> EncodedPair:
+    """The pair with what is said of the row that it was read from."""
+    return replace(pair, notes=(*preference.notes, *pair.notes)) if preference.notes else pair
 
 
 @final

@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.columns import CHOSEN_IDS
 from holdfast.data.mixture import first_rows
+from holdfast.data.reading.written import may_hold_messages
+from holdfast.data.shapes.mapping import ColumnMapping
+from holdfast.data.shapes.row import converted_row
 
 FUNCTION = "strftime_now"
 """What a template calls to print the date."""
@@ -84,14 +87,16 @@ def date_of_run(
     template_date: str | None,
     checkpoint_date: str | None,
     datasets: Iterable[Any],
+    columns: ColumnMapping | None = None,
 ) -> str | None:
     """The date that the templates of a run print, the same on all processes; None where none prints a date.
 
     It is the option `template_date`, else the `checkpoint_date` that the checkpoint to resume records, else today's.
-    Raises ValueError where `template_date` is set and no date is printed.
+    `columns` says which columns of the datasets are what. Raises ValueError where `template_date` is set and no date is
+    printed.
     """
     parts = [part for data in datasets for part in (data.values() if isinstance(data, Mapping) else [data])]
-    if prints_date(tokenizer) and any(map(has_messages, parts)):
+    if prints_date(tokenizer) and any(has_messages(part, columns) for part in parts):
         date_of_main = [template_date or checkpoint_date or today()]  # midnight may pass between two processes
         return broadcast_object_list(date_of_main)[0]
     if template_date is not None:
@@ -102,11 +107,12 @@ def date_of_run(
     return None
 
 
-def has_messages(dataset: Any) -> bool:
-    """Whether the completions of the first row are messages, which go through the chat template; of a mixture, those of
-    the first row of any source. A column that mixes messages with text counts as messages."""
+def has_messages(dataset: Any, columns: ColumnMapping | None = None) -> bool:
+    """Whether the first row may hold messages, which go through the chat template; of a mixture, that of any source. A
+    column that mixes messages with text counts as messages."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
     if isinstance((dataset.features or {}).get("chosen"), Json):
         return True
-    return any(CHOSEN_IDS not in row and isinstance(row.get("chosen"), list) for row in first_rows(dataset))
+    rows = [row for row in first_rows(dataset) if row and CHOSEN_IDS not in row]
+    return any(may_hold_messages(row if columns is None else converted_row(row, columns)) for row in rows)

@@ -4,13 +4,16 @@ Each row is read by itself. A dataset that changes its format halfway is read ri
 as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
 dropped here at every depth, because chat templates ask whether a key exists, or print it.
 
+What is written in another way than it is meant is recognised where it cannot be misread, see `holdfast.data.reading`.
+
 Given up: images, and guessing what a row of mixed text and messages might have meant.
 """
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from holdfast.data.columns import (
@@ -22,9 +25,36 @@ from holdfast.data.columns import (
     TOKENIZED_COLUMNS,
     TOOLS,
 )
+from holdfast.data.notes import Note
+from holdfast.data.reading.prompts import (
+    Message,
+    Side,
+    of_one_kind,
+    repeated_text,
+    with_prompt,
+    without_repeated_messages,
+)
+from holdfast.data.reading.roles import KNOWN_ROLES, has_from_and_value, with_known_role
+from holdfast.data.reading.rules import ENOUGH_TEXT, NO_RULES, RowRules
+from holdfast.data.reading.sentences import (
+    BEGINS_WITH_PROMPT,
+    BLANK,
+    DIALOGUE,
+    EMPTY_PROMPT,
+    LOOKS_WRITTEN,
+    NO_COMMON_BEGINNING,
+    NOT_REPEATED,
+    ONE_SIDE_REPEATS,
+    REPEATED,
+    SINGLE,
+    WRITTEN,
+)
+from holdfast.data.reading.written import looks_written, messages_in
+from holdfast.data.shapes.dialogues import is_dialogue
+from holdfast.data.shapes.guess import OLD_NAMES, OTHER_TOKENS, what_is_missing
 
-Message = dict[str, Any]
-Side = str | list[Message]
+__all__ = ["Message", "Preference", "check_columns", "is_any_message", "read_preference"]
+
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
 
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -36,7 +66,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 class Preference:
     """A prompt with a chosen and a rejected completion: three texts, or three lists of messages, never a mix.
 
-    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text.
+    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text. `notes` say what was
+    read as something else than it is at first sight, and what may not be meant.
     """
 
     prompt: Side
@@ -44,6 +75,7 @@ class Preference:
     rejected: Side
     tools: list[dict[str, Any]] | None
     chat_template_kwargs: dict[str, Any]
+    notes: tuple[Note, ...] = ()
 
     @property
     def is_conversational(self) -> bool:
@@ -53,8 +85,9 @@ class Preference:
 def check_columns(columns: Iterable[str]) -> ColumnKind:
     """Which of the three sets of columns is there: token ids, an explicit prompt, or an implicit prompt.
 
-    Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
-    other token ids, for masks without token ids, and when none of the sets is complete.
+    Raises `ValueError` for images, for reference log-probs of one side only or under an old name, for token ids next to
+    only some of the other token ids or under names of other programs, for masks without token ids, and when none of the
+    sets is complete.
     """
     if not isinstance(columns, Iterable) or isinstance(columns, str):
         raise ValueError(
@@ -65,6 +98,11 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
         raise ValueError(
             f"the dataset has the column(s) {images}, but only text is supported. Drop them (and the rows that cannot "
             "be answered without them)."
+        )
+    if old := sorted(found & OLD_NAMES.keys()):
+        raise ValueError(
+            f"the dataset has reference log-probs in {old}, names that are not read. Rename them: "
+            f"{', '.join(f'{name!r} to {OLD_NAMES[name]!r}' for name in old)}; or drop them."
         )
     if len(logps := sorted(found & set(REFERENCE_COLUMNS))) == 1:
         raise ValueError(
@@ -79,6 +117,12 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
             f"a tokenized dataset needs the columns {list(TOKENIZED_COLUMNS)}; found only {sorted(token_ids)}. Add the "
             "others, or rename these if they are something else."
         )
+    if other := sorted(found & OTHER_TOKENS.keys()):
+        raise ValueError(
+            f"the dataset has token ids of another program, in the columns {other}, which are not read. Rename them "
+            f"({', '.join(f'{name!r} to {OTHER_TOKENS[name]!r}' for name in other)}), where {list(TOKENIZED_COLUMNS)} "
+            "hold the prompt alone and each completion without the prompt; or drop them."
+        )
     if masks := sorted(found & set(MASK_COLUMNS)):
         raise ValueError(
             f"the column(s) {masks} say which token ids of a completion are scored, and need the columns "
@@ -89,27 +133,30 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
         return "explicit" if "prompt" in found else "implicit"
     raise ValueError(
         "a preference dataset needs the columns {prompt, chosen, rejected}, {chosen, rejected} (the prompt is what "
-        f"both begin with) or {{prompt_ids, chosen_ids, rejected_ids}}; found {sorted(found)}. Rename or add columns, "
-        "for example with `dataset.rename_column(...)`."
+        f"both begin with) or {{prompt_ids, chosen_ids, rejected_ids}}; found {sorted(found)}. {what_is_missing(found)}"
     )
 
 
-def read_preference(row: Mapping[str, Any]) -> Preference:
+def read_preference(row: Mapping[str, Any], rules: RowRules = NO_RULES) -> Preference:
     """The preference in a row of text or messages. Without a prompt, it is what `chosen` and `rejected` begin with.
+    `rules` say how text is read in the dataset that the row is of.
 
     Raises `ValueError` naming the column, what was found in it and what to do; the caller adds the row's number.
     """
-    kind = check_columns(row)
+    kind = _kind_of_columns(tuple(row)) if isinstance(row, dict) else check_columns(row)
     assert kind != "tokenized", "token ids are not read as a preference"
-    sides = {column: _read_side(row[column], column) for column in TEXT_COLUMNS if column in row}
-    if len({isinstance(side, str) for side in sides.values()}) > 1:
-        found = {column: "text" if isinstance(side, str) else "messages" for column, side in sides.items()}
-        raise ValueError(
-            f"the columns {list(sides)} must be all text or all messages; found {found}. Convert them, or, if `chosen` "
-            "and `rejected` are whole conversations that contain the prompt, drop the column 'prompt'."
-        )
-    if kind == "implicit":
-        sides = _with_prompt(sides["chosen"], sides["rejected"])
+    notes: list[Note] = []
+    values = _with_messages_read(row, rules, notes)
+    read = {column: _read_side(value, column, rules, notes) for column, value in values.items()}
+    sides = of_one_kind(read, notes)
+    prompt, chosen, rejected = sides.get("prompt"), sides["chosen"], sides["rejected"]
+    if prompt is None:
+        sides = with_prompt(chosen, rejected)
+    elif isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        sides = _without_repeated_text(prompt, chosen, rejected, rules, notes)
+    elif isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
+        sides = without_repeated_messages(prompt, chosen, rejected, notes)
+    _note_what_is_empty(sides, kind, row, notes)
     tools, template_kwargs = _read_tools(row.get(TOOLS)), _read_template_kwargs(row.get(TEMPLATE_KWARGS))
     if isinstance(sides["chosen"], str) and (tools or template_kwargs):
         column = TOOLS if tools else TEMPLATE_KWARGS
@@ -123,58 +170,106 @@ def read_preference(row: Mapping[str, Any]) -> Preference:
         rejected=sides["rejected"],
         tools=tools,
         chat_template_kwargs=template_kwargs,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _with_prompt(chosen: Side, rejected: Side) -> dict[str, Side]:
-    """`chosen` and `rejected` split into what they both begin with, and the rest of each."""
-    for column, side in (("chosen", chosen), ("rejected", rejected)):
-        if not side:
-            raise ValueError(
-                f"the column {column!r} is empty, but without a column 'prompt' it must begin with the prompt. Drop "
-                "the row, or add a column 'prompt'."
-            )
-    length = _common_prefix_length(chosen, rejected)
-    if not isinstance(chosen, str) and length == 0:
-        raise ValueError(
-            "the columns 'chosen' and 'rejected' hold no prompt: without a column 'prompt', both must be conversations "
-            f"that begin with the same messages and end differently; found {_show(chosen[0])} and {_show(rejected[0])} "
-            "at their start. Add a column 'prompt', or drop the row."
-        )
-    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+_kind_of_columns = lru_cache(maxsize=64)(check_columns)
+"""The same for rows, of which most have the columns of the one before."""
 
 
-def _common_prefix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """How many characters or messages belong to the prompt: as many as are common, but never the whole of one side.
-
-    In text, a space before the first difference belongs to the completions, since most tokenizers put a space in one
-    token with the word after it. When one side is the beginning of the other, its last element stays a completion.
-    """
-    shorter = min(len(chosen), len(rejected))
-    length = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if length is None:
-        return shorter - 1
-    is_space = length > 0 and chosen[length - 1] == " "
-    return length - 1 if is_space else length
+def is_any_message(row: Mapping[str, Any], rules: RowRules) -> bool:
+    """Whether a row is of messages: one of its columns holds some, or text in which they are written."""
+    return bool(rules.written) or any(isinstance(row.get(column), list | Mapping) for column in TEXT_COLUMNS)
 
 
-def _read_side(value: Any, column: str) -> Side:
+def _with_messages_read(row: Mapping[str, Any], rules: RowRules, notes: list[Note]) -> dict[str, Any]:
+    """The values of the columns of a pair, with messages in place of text in which they are written: in columns that
+    are meant so in all rows, and in rows whose other columns hold messages."""
+    values = {column: row[column] for column in TEXT_COLUMNS if column in row}
+    written = {column: text for column, text in values.items() if isinstance(text, str) and looks_written(text)}
+    if not written:
+        return values
+    is_mixed = any(isinstance(value, list) for value in values.values())
+    for column, text in written.items():
+        if is_mixed or column in rules.written:
+            values[column] = messages_in(text, f"the column {column!r}")
+            notes.append(Note(WRITTEN, f"{column!r} holds {reprlib.repr(text)}"))
+        else:
+            notes.append(Note(LOOKS_WRITTEN, f"{column!r} holds {reprlib.repr(text)}"))
+    return values
+
+
+def _without_repeated_text(
+    prompt: str, chosen: str, rejected: str, rules: RowRules, notes: list[Note]
+) -> dict[str, Side]:
+    """The three texts, with completions that begin after the prompt where those of the dataset repeat it."""
+    length = repeated_text(prompt, chosen, rejected)
+    if length is not None and rules.repeats_prompt:
+        notes.append(Note(REPEATED, reprlib.repr(prompt)))
+        return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+    if length is not None:
+        notes.append(Note(BEGINS_WITH_PROMPT, reprlib.repr(prompt)))
+    elif len(prompt) >= ENOUGH_TEXT and chosen.startswith(prompt) != rejected.startswith(prompt):
+        notes.append(Note(ONE_SIDE_REPEATS, reprlib.repr(prompt)))
+    elif rules.repeats_prompt and prompt.strip():
+        notes.append(Note(NOT_REPEATED, reprlib.repr(chosen)))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _note_what_is_empty(sides: Mapping[str, Side], kind: ColumnKind, row: Mapping[str, Any], notes: list[Note]) -> None:
+    prompt = sides["prompt"]
+    if isinstance(prompt, str):
+        if not prompt or prompt.isspace():
+            implicit = kind == "implicit"
+            notes.append(Note(NO_COMMON_BEGINNING if implicit else EMPTY_PROMPT, reprlib.repr(row["chosen"])))
+        elif kind == "implicit" and is_dialogue(prompt):
+            notes.append(Note(DIALOGUE, reprlib.repr(prompt)))
+    elif all(_is_blank(message) for message in prompt):
+        notes.append(Note(EMPTY_PROMPT, reprlib.repr(prompt)))
+    for column in ("chosen", "rejected"):
+        side = sides[column]
+        if (not side or side.isspace()) if isinstance(side, str) else all(map(_is_blank, side)):
+            notes.append(Note(BLANK, f"{column!r} is {reprlib.repr(side)}"))
+
+
+def _is_blank(message: Message) -> bool:
+    """Whether a message says nothing: no text but white space, no tool calls, nothing in fields of its own."""
+    content = message.get("content")
+    return isinstance(content, str) and (not content or content.isspace()) and len(message) == 2
+
+
+def _read_side(value: Any, column: str, rules: RowRules, notes: list[Note]) -> Side:
     if isinstance(value, str):
         _check_characters(value, f"the column {column!r}")
         return value
+    if isinstance(value, Mapping) and ("content" in value or has_from_and_value(value)):
+        notes.append(Note(SINGLE, f"{column!r} is {reprlib.repr(dict(value))}"))
+        value = [value]
     if not isinstance(value, list):
         raise ValueError(
             f"the column {column!r} must hold text or a list of messages; found {_show(value)}. Correct the row or "
-            "drop it."
+            f"drop it{_path_inside(column, value)}."
         )
     if not value:
         raise ValueError(
             f"the column {column!r} must hold at least one message; found an empty list. Correct the row or drop it."
         )
-    return [_read_message(message, f"message {i} of the column {column!r}") for i, message in enumerate(value)]
+    return [
+        _read_message(message, f"message {i} of the column {column!r}", rules, notes) for i, message in enumerate(value)
+    ]
 
 
-def _read_message(message: Any, where: str) -> Message:
+def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) -> Message:
+    if isinstance(message, Mapping) and message.get("role") not in KNOWN_ROLES:
+        message, found = with_known_role(message, where, rules.words)
+        if found is not None:
+            notes.append(Note(*found))
+    if isinstance(message, str):
+        raise ValueError(
+            f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row, or name "
+            "the one text that is meant in a list of texts, such as `columns: {chosen: answers.0}`."
+        )
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(
             f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row or drop "
@@ -190,6 +285,12 @@ def _read_message(message: Any, where: str) -> Message:
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or []]:
         _check_characters(text, where)
     return _without_none(message)
+
+
+def _path_inside(column: str, value: Any) -> str:
+    """What to write where the messages stand inside of a value."""
+    inside = next((key for key in ("messages", "conversations") if isinstance(value, Mapping) and key in value), None)
+    return f", or write `columns: {{{column}: {column}.{inside}}}`" if inside else ""
 
 
 def _check_characters(text: str, where: str) -> None:

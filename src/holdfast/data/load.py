@@ -23,9 +23,12 @@ from holdfast.data.files.builder import load_contents
 from holdfast.data.files.contents import KINDS, Reading, examine
 from holdfast.data.files.faults import brief, kind_of, show, words_of
 from holdfast.data.files.folder import files_of_folder, kind_of_files
-from holdfast.data.files.places import remember_places
+from holdfast.data.files.places import places_of, remember_places
 from holdfast.data.files.saved import is_saved, load_saved
 from holdfast.data.files.splits import rows_of_split, whole_splits
+from holdfast.data.row_error import naming_places
+from holdfast.data.shapes.convert import with_columns
+from holdfast.data.shapes.mapping import ColumnMapping, check_mapping
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
 
@@ -35,22 +38,45 @@ _OF_SAVED = ("streaming", "keep_in_memory")
 
 
 def load_preferences(
-    path_or_name: str | Path, *, split: str | None = None, name: str | None = None, **kwargs: Any
+    path_or_name: str | Path,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    columns: ColumnMapping | None = None,
+    **kwargs: Any,
 ) -> AnyDataset:
     """The dataset in a local file or folder, or of that name on the hub; a dict of its splits when it has several.
 
     A file is `.json` (one array of objects, or one object a line), `.jsonl`, `.parquet` or `.csv`, and is the split
     "train". A folder holds such files of one kind, or a dataset written by `save_to_disk`. What exists locally is
     taken before the hub is asked. `split` chooses a split, or a part of one (`train[:10%]`), `name` a configuration of
-    a hub dataset or folder.
+    a hub dataset or folder. `columns` is the name of a public format, or a mapping from what holdfast reads to the
+    columns of the dataset (see `holdfast.data.shapes.mapping`).
 
     For files, `kwargs` are `encoding`, `field` (of JSON), `sep` or `delimiter` (of CSV), and of `datasets.load_dataset`
     `streaming`, `cache_dir`, `num_proc`, `keep_in_memory` and `download_mode`. For a name on the hub they go to
     `datasets.load_dataset`.
 
     Raises `ValueError` for a missing or empty file (with near names), an unknown kind of file, for what is malformed
-    (with file and line), for an option that is unknown, and for a split that does not exist or has no rows.
+    (with file and line), for an option that is unknown, for a split that does not exist or has no rows, and for
+    `columns` that cannot be or that the dataset does not have (with the nearest).
     """
+    if columns is not None:
+        check_mapping(columns)
+    loaded = _load(path_or_name, split, name, kwargs)
+    if columns is None:
+        return loaded
+    if not isinstance(loaded, DatasetDict | IterableDatasetDict):
+        return _with_columns(loaded, columns, split or "train")
+    return type(loaded)({part: _with_columns(rows, columns, str(part)) for part, rows in loaded.items()})
+
+
+def _with_columns(rows: Any, columns: ColumnMapping, name: str) -> Any:
+    with naming_places(places_of(rows)):
+        return with_columns(rows, columns, name=name)
+
+
+def _load(path_or_name: str | Path, split: str | None, name: str | None, kwargs: dict[str, Any]) -> AnyDataset:
     path = _path(path_or_name)
     split = None if split is None else str(split)
     try:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
+from holdfast.data.reading.sentences import MAY_NOT_BE_MEANT, READ_AS, may_not_be_meant, read_as
+
 
 class Note(NamedTuple):
     """Something about a row: its kind, one of those in `TOPICS`, and what was found, in a few words."""
@@ -35,7 +37,10 @@ class Topic:
     is_refused: bool = False
 
 
-TOPICS: tuple[Topic, ...] = ()
+TOPICS: tuple[Topic, ...] = (
+    *(Topic(kinds=(kind,), message=read_as(kind)) for kind in READ_AS),
+    *(Topic(kinds=(kind,), message=may_not_be_meant(kind)) for kind in MAY_NOT_BE_MEANT),
+)
 
 
 def as_values(notes: Sequence[Note]) -> list[dict[str, str]]:

@@ -26,11 +26,14 @@ from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.dates import has_messages, prints_date
 from holdfast.data.files.places import Places, places_of
-from holdfast.data.formats import check_columns
+from holdfast.data.formats import check_columns, is_any_message
 from holdfast.data.mixture import keep_mixture
 from holdfast.data.progress import bars
+from holdfast.data.reading.rules import NO_RULES, RowRules, contradicting_scores, rules_of, unread_columns
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
+from holdfast.data.shapes.convert import with_columns
+from holdfast.data.shapes.mapping import ColumnMapping
 from holdfast.data.source_column import left_out_by_source
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
@@ -55,6 +58,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     vocab_size: int | None = None,
     template_date: str | None = None,
+    columns: ColumnMapping | None = None,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
@@ -66,7 +70,8 @@ def prepare_dataset(
     stream, a warning comes with the 1st, 10th, 100th, ... row of each reason. Rows that already have the three columns
     are checked and stay as they are, masks of their completions (`MASK_COLUMNS`) too. `vocab_size` is the number of the
     model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
-    is today's, and a later run has other ids. `num_proc` is for map-style datasets and `main_process_first` a context
+    is today's, and a later run has other ids. `columns` says which columns are what where they do not have holdfast's
+    names (see `holdfast.data.shapes.mapping`). `num_proc` is for map-style datasets and `main_process_first` a context
     in which the other processes wait for the cache. `disable_tqdm` hides the progress bars.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
@@ -83,12 +88,19 @@ def prepare_dataset(
         )
     places = places_of(dataset)
     dataset = _unformatted(dataset)
-    is_conversational = _check_first_row(dataset, processing_class, name, places) or has_messages(dataset)
+    if columns is not None:
+        with bars(are_shown=not disable_tqdm), naming_places(places):
+            converted = with_columns(dataset, columns, name=name, num_proc=num_proc)
+        keep_mixture(converted, dataset)
+        dataset = converted
+    row_rules, is_conversational = _check_first_rows(dataset, processing_class, name, places)
+    is_conversational = is_conversational or has_messages(dataset)
     is_dated = is_conversational and prints_date(processing_class)
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
+        row_rules=row_rules,
     )
     judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
@@ -101,6 +113,7 @@ def prepare_dataset(
 class PreparationOptions(Protocol):
     """The options of a run (`DPOConfig`) that say how its datasets are prepared."""
 
+    columns: Any
     max_length: int | None
     truncation_mode: Any
     dataset_num_proc: int | None
@@ -113,6 +126,7 @@ class Preparation:
     """How all datasets of a run are prepared; see `prepare_dataset` for what each value means."""
 
     processing_class: PreTrainedTokenizerBase
+    columns: ColumnMapping | None = None
     max_length: int | None = None
     truncation_mode: TruncationMode = "keep_start"
     num_proc: int | None = None
@@ -132,6 +146,7 @@ class Preparation:
         """The preparation that a run's options ask for."""
         return cls(
             processing_class=processing_class,
+            columns=options.columns,
             max_length=options.max_length,
             truncation_mode=options.truncation_mode,
             num_proc=options.dataset_num_proc,
@@ -150,6 +165,7 @@ class Preparation:
             num_proc=self.num_proc,
             vocab_size=self.vocab_size,
             template_date=self.template_date,
+            columns=self.columns,
             name=name,
             disable_tqdm=self.disable_tqdm,
         )
@@ -178,12 +194,13 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
     return dataset
 
 
-def _check_first_row(
+def _check_first_rows(
     dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: Places | None
-) -> bool:
-    """Whether the completions of the first row are messages. Raises what would be wrong with every row, before a
-    progress bar is shown."""
-    first = next(iter(dataset), None)
+) -> tuple[RowRules, bool]:
+    """How the rows are read, and whether the first one holds messages. Raises what would be wrong with every row,
+    before a progress bar is shown."""
+    rows: Any = dataset
+    first = next(iter(rows), None)
     if first is None:
         raise ValueError(
             f"the {name} dataset has no rows; at least one pair is needed. Check the file or the split it comes from."
@@ -199,10 +216,23 @@ def _check_first_row(
             f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
             "columns, or load it whole."
         )
-    is_conversational = kind != "tokenized" and isinstance(first["chosen"], list)
-    if kind != "tokenized":
-        check_tokenizer(processing_class, is_conversational=is_conversational)
-    return is_conversational
+    if kind == "tokenized":
+        return NO_RULES, False
+    row_rules = rules_of(rows, name)
+    if unread := unread_columns(first):
+        _warn(
+            f"The {name} dataset has the column(s) {unread}, which are not read: what they hold is no part of the "
+            f"prompt. Write `columns: {{{unread[0].partition('_')[0]}: {unread[0]}}}` to have them read, or drop them."
+        )
+    if (scores := contradicting_scores(rows)) is not None:
+        chosen, rejected, count, total = scores
+        _warn(
+            f"The scores in {chosen!r} are below those in {rejected!r} in {count} of the first {total} rows of the "
+            f"{name} dataset. If the completions are swapped, write `columns: {{chosen: rejected, rejected: chosen}}`."
+        )
+    is_conversational = is_any_message(first, row_rules)
+    check_tokenizer(processing_class, is_conversational=is_conversational)
+    return row_rules, is_conversational
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:

@@ -16,6 +16,7 @@ from holdfast.data.columns import TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUM
 from holdfast.data.encoder import NUM_ID_BYTES, from_bytes
 from holdfast.data.formats import Preference
 from holdfast.data.notes import as_values
+from holdfast.data.reading.prompts import columns_of
 
 CUT, AS_TEXT, AS_TOKEN, NOTES = "holdfast_cut", "holdfast_as_text", "holdfast_as_token", "holdfast_notes"
 REPORT_COLUMNS = (CUT, AS_TEXT, AS_TOKEN, NOTES)
@@ -52,11 +53,11 @@ def with_ids(
     """The table with the columns of `features_with_ids`. An implicit prompt becomes a column, which callbacks that
     generate look for, and is no longer part of the completions."""
     if "prompt" not in table.column_names:
-        lengths = [len(preference.prompt) for preference in preferences]
+        split = [columns_of(row, preference.prompt) for row, preference in zip(rows, preferences, strict=True)]
         for side in ("chosen", "rejected"):
-            rest = [row[side][length:] for row, length in zip(rows, lengths, strict=True)]
+            rest = [columns[side] for columns in split]
             table = table.set_column(table.column_names.index(side), side, _as_arrow(rest, features, side))
-        prompts = [row["chosen"][:length] for row, length in zip(rows, lengths, strict=True)]
+        prompts = [columns["prompt"] for columns in split]
         table = table.append_column("prompt", _as_arrow(prompts, features, "chosen"))
     for column in TOKENIZED_COLUMNS:
         table = table.append_column(column, _lists([getattr(pair, column) for pair in pairs]))

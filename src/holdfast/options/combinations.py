@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import ParallelMode
 
+from holdfast.data.shapes.mapping import check_mapping
 from holdfast.losses.options import shown
 from holdfast.options.ranges import count
 from holdfast.policy.init_names import present_names
@@ -71,6 +72,8 @@ def _check_processes(args: Any) -> None:
 
 
 def _check_mappings(args: Any) -> None:
+    if args.columns is not None:
+        check_mapping(args.columns)
     for name in ("lr_scheduler_kwargs", "accelerator_config", "model_init_kwargs", "ref_model_init_kwargs"):
         for key, number in _numbers(getattr(args, name), name):
             if abs(number) >= 2**63 if isinstance(number, int) else not math.isfinite(number):

@@ -74,6 +74,12 @@ def remember(dataset: AnyRows, places: Places) -> None:
     _PLACES[dataset] = places
 
 
+def carry_places(dataset: AnyRows, converted: AnyRows) -> None:
+    """Note that the rows of a converted dataset are those of `dataset`, in the same order."""
+    if dataset in _PLACES:
+        _PLACES[converted] = _PLACES[dataset]
+
+
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:
     """The same for a dataset that was loaded as that split of these contents."""
     parts = []
