@@ -21,6 +21,8 @@ from holdfast.cli.agreement import check_agreement, check_json_options
 from holdfast.cli.other_keys import without_unknown
 from holdfast.cli.paths import with_paths_expanded
 from holdfast.cli.sources import (
+    DATASET,
+    WITH_WEIGHT,
     MixtureOfSources,
     Source,
     load_dataset,
@@ -52,16 +54,6 @@ _MODEL: dict[str, Any] = {
     "use_safetensors": bool | None,
 }
 _TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
-_DATASET: dict[str, Any] = {
-    "path": str,
-    "split": str | None,
-    "name": str | None,
-    "streaming": bool,
-    "columns": str | dict | None,
-}
-
-_WITH_WEIGHT: dict[str, Any] = {**_DATASET, "weight": float}
-"""One of several training sets."""
 
 _WHICH_WEIGHTS = ("revision", "subfolder")
 """Options that say which weights a model has. A reference model does not take these over from the policy's."""
@@ -135,12 +127,12 @@ def _same_as_model(values: Mapping[str, Any]) -> Source:
 
 
 def _dataset(document: Document, name: str, value: Any) -> Source:
-    return read_source(document, name, value, _DATASET)
+    return read_source(document, name, value, DATASET)
 
 
 def _training_data(document: Document, name: str, value: Any) -> Source | MixtureOfSources:
     """One dataset, or several by name that are mixed."""
-    if isinstance(value, str) or value.keys() & _DATASET:
+    if isinstance(value, str) or value.keys() & DATASET:
         if "weight" in value and isinstance(value, dict):
             raise document.error(
                 f"{name}.weight",
@@ -148,14 +140,14 @@ def _training_data(document: Document, name: str, value: Any) -> Source | Mixtur
                 "name the datasets: `train: {first: {path: ..., weight: ...}, second: ...}`.",
             )
         return _dataset(document, name, value)
-    if value and all(difflib.get_close_matches(str(part), _DATASET) for part in value):  # one dataset, misspelled
-        raise document.unknown(name, next(iter(value)), _DATASET)
-    return read_mixture(document, name, value, _WITH_WEIGHT)
+    if value and all(difflib.get_close_matches(str(part), DATASET) for part in value):  # one dataset, misspelled
+        raise document.unknown(name, next(iter(value)), DATASET)
+    return read_mixture(document, name, value, WITH_WEIGHT)
 
 
 def _datasets(document: Document, name: str, value: Any) -> Source | dict[str, Source]:
     """One dataset, or several by name."""
-    if isinstance(value, str) or value.keys() & _DATASET:
+    if isinstance(value, str) or value.keys() & DATASET:
         return _dataset(document, name, value)
     if not value:
         raise document.error(name, f"`{name}` is a mapping without datasets. Name one, or leave it out.")
@@ -342,7 +334,7 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunFile:
     never_print(secrets_in(document.values))
     without_unknown(document, "", document.values, SECTIONS)
     _check_secrets(document, document.values)
-    by_key = _values_by_key(document, with_paths_expanded(document, _DATASET))
+    by_key = _values_by_key(document, with_paths_expanded(document, DATASET))
     values: dict[str, Any] = {}
     for key in KEYS:
         value = by_key.get(key.name)

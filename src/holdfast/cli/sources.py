@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+DATASET: dict[str, Any] = {
+    "path": str,
+    "split": str | None,
+    "name": str | None,
+    "streaming": bool,
+    "columns": str | dict | None,
+}
+"""What a dataset may be loaded with, beside its path."""
+
+WITH_WEIGHT: dict[str, Any] = {**DATASET, "weight": float}
+"""One of several training sets."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Something to load: a local path or a hub name, and the options to load it with."""

@@ -27,7 +27,7 @@ from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_
 from holdfast.data.dates import has_messages, prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns, is_any_message
-from holdfast.data.mixture import keep_mixture
+from holdfast.data.mixture import keep_mixture, mixture_of
 from holdfast.data.progress import bars
 from holdfast.data.reading.rules import NO_RULES, RowRules, contradicting_scores, rules_of, unread_columns
 from holdfast.data.row_error import naming_places
@@ -94,7 +94,8 @@ def prepare_dataset(
         keep_mixture(converted, dataset)
         dataset = converted
     row_rules, is_conversational = _check_first_rows(dataset, processing_class, name, places)
-    is_conversational = is_conversational or has_messages(dataset)
+    if mixture_of(dataset) is not None:  # the first row may be text, and others messages
+        is_conversational = is_conversational or has_messages(dataset, columns)
     is_dated = is_conversational and prints_date(processing_class)
     add_ids = AddIds(
         processing_class=processing_class,
