@@ -134,7 +134,7 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
     ({"warmup_ratio": 0.1, "warmup_steps": 7}, "- warmup_ratio=0.1: write warmup_steps=7 (a number"),
     (
         {"torch_dtype": "auto", "model_init_kwargs": {"revision": "x"}},
-        '- torch_dtype="auto": write model_init_kwargs={"revision": "x", "dtype": "auto"}.',
+        '- torch_dtype="auto": write model_init_kwargs={"revision": "x", "dtype": "auto"} (dtype in',
     ),
     ({"reference_free": True}, '- reference_free=True: write loss_type="cpo", cpo_alpha=0.0 (the sigmoid loss'),
     (
@@ -281,7 +281,7 @@ def test_all_unknown_arguments_come_in_one_error_with_what_else_is_wrong() -> No
         '- reference_free=True: write loss_type="cpo", cpo_alpha=0.0 (',
         "- train_data=3: did you mean train_dataset?",
         "- sync_ref_model=True: move it into DPOConfig(sync_ref_model=True).",
-        '- torch_dtype="auto": write model_init_kwargs={"dtype": "auto"} in DPOConfig.',
+        '- torch_dtype="auto": write model_init_kwargs={"dtype": "auto"} (dtype in a ModelConfig) in DPOConfig.',
         "- hub_token: move it into DPOConfig(hub_token=...).",
         "- `model` is None, so there is nothing to train.",
         "- DPOConfig was given attributes that are none of its options:",
