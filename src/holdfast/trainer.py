@@ -57,6 +57,7 @@ from holdfast.reference.user_columns import all_bring_logps, use_user_columns, w
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.interruption import InterruptionCallback
+from holdfast.training.never_called import check_patches
 from holdfast.training.script_attributes import ScriptableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
@@ -227,6 +228,7 @@ class DPOTrainer(ScriptableTrainer):
 
         SIGTERM, SIGINT and SIGUSR1 end it after a step, with a complete checkpoint: see `holdfast.interruption`.
         """
+        check_patches(self)
         self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
         with self._interruption.run(checkpoint, kwargs.get("trial", next(iter(args), None))):
             return self._train(checkpoint, *args, **kwargs)

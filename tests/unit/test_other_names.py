@@ -293,6 +293,11 @@ def test_all_unknown_arguments_come_in_one_error_with_what_else_is_wrong() -> No
         assert line.startswith(start)
 
 
+def test_none_at_the_trainer_is_the_config_s(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, beta=0.3), beta=None, loss_type=None, max_length=None, tokenizer=None)
+    assert (ours.args.beta, ours.args.loss_types, ours.args.max_length) == (0.3, ["sigmoid"], 1024)
+
+
 def test_every_argument_of_any_version_is_one_or_is_said_what_became_of_it() -> None:
     of_trainers = {
         "tokenizer", "model_init", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs", "processing_class",
@@ -418,6 +423,17 @@ def test_hooks_that_a_subclass_calls_by_itself_stay() -> None:
             super().log(logs, *args)
 
     assert issubclass(Own, DPOTrainer)
+
+
+def test_a_hook_that_is_put_onto_a_trainer_or_its_class_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = trainer(tiny_model(), config(tmp_path))
+    monkeypatch.setattr(ours, "dpo_loss", lambda *logps: None, raising=False)
+    monkeypatch.setattr(DPOTrainer, "_tokenize", lambda *rows: None, raising=False)
+    message = r"(?s)given methods .*- dpo_loss: nothing calls it; override `compute_loss`\.\n- _tokenize: nothing calls"
+    with pytest.raises(UnknownNameError, match=message):
+        ours.train()
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------
