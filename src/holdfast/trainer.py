@@ -59,6 +59,7 @@ from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
+from holdfast.training.never_called import check_patches
 from holdfast.training.renewable_trainer import RenewableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
@@ -246,6 +247,7 @@ class DPOTrainer(RenewableTrainer):
 
         SIGTERM, SIGINT and SIGUSR1 end it after a step, with a complete checkpoint: see `holdfast.interruption`.
         """
+        check_patches(self)
         self._resumed = checkpoint = self._to_resume(resume_from_checkpoint)
         trial = kwargs.get("trial", next(iter(args), None))
         self._make_fresh(trial)

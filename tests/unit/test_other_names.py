@@ -134,7 +134,7 @@ SENTENCES: list[tuple[dict[str, Any], str]] = [
     ({"warmup_ratio": 0.1, "warmup_steps": 7}, "- warmup_ratio=0.1: write warmup_steps=7 (a number"),
     (
         {"torch_dtype": "auto", "model_init_kwargs": {"revision": "x"}},
-        '- torch_dtype="auto": write model_init_kwargs={"revision": "x", "dtype": "auto"}.',
+        '- torch_dtype="auto": write model_init_kwargs={"revision": "x", "dtype": "auto"} (dtype in',
     ),
     ({"reference_free": True}, '- reference_free=True: write loss_type="cpo", cpo_alpha=0.0 (the sigmoid loss'),
     (
@@ -281,7 +281,7 @@ def test_all_unknown_arguments_come_in_one_error_with_what_else_is_wrong() -> No
         '- reference_free=True: write loss_type="cpo", cpo_alpha=0.0 (',
         "- train_data=3: did you mean train_dataset?",
         "- sync_ref_model=True: move it into DPOConfig(sync_ref_model=True).",
-        '- torch_dtype="auto": write model_init_kwargs={"dtype": "auto"} in DPOConfig.',
+        '- torch_dtype="auto": write model_init_kwargs={"dtype": "auto"} (dtype in a ModelConfig) in DPOConfig.',
         "- hub_token: move it into DPOConfig(hub_token=...).",
         "- `model` is None, so there is nothing to train.",
         "- DPOConfig was given attributes that are none of its options:",
@@ -291,6 +291,11 @@ def test_all_unknown_arguments_come_in_one_error_with_what_else_is_wrong() -> No
     assert len(lines) == 1 + len(expected)
     for line, start in zip(lines[1:], expected, strict=True):
         assert line.startswith(start)
+
+
+def test_none_at_the_trainer_is_the_config_s(tmp_path: Path) -> None:
+    ours = trainer(tiny_model(), config(tmp_path, beta=0.3), beta=None, loss_type=None, max_length=None, tokenizer=None)
+    assert (ours.args.beta, ours.args.loss_types, ours.args.max_length) == (0.3, ["sigmoid"], 1024)
 
 
 def test_every_argument_of_any_version_is_one_or_is_said_what_became_of_it() -> None:
@@ -418,6 +423,17 @@ def test_hooks_that_a_subclass_calls_by_itself_stay() -> None:
             super().log(logs, *args)
 
     assert issubclass(Own, DPOTrainer)
+
+
+def test_a_hook_that_is_put_onto_a_trainer_or_its_class_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = trainer(tiny_model(), config(tmp_path))
+    monkeypatch.setattr(ours, "dpo_loss", lambda *logps: None, raising=False)
+    monkeypatch.setattr(DPOTrainer, "_tokenize", lambda *rows: None, raising=False)
+    message = r"(?s)given methods .*- dpo_loss: nothing calls it; override `compute_loss`\.\n- _tokenize: nothing calls"
+    with pytest.raises(UnknownNameError, match=message):
+        ours.train()
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------

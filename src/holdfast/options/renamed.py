@@ -84,14 +84,14 @@ def _drop(reason: str, *asks_nothing: Any) -> Renamed:
     return Renamed(reason=reason, asks_nothing=(None, *asks_nothing))
 
 
-def _into(option: str, key: str, *asks_nothing: Any) -> Renamed:
+def _into(option: str, key: str, *asks_nothing: Any, reason: str = "") -> Renamed:
     """A key of an option that is a mapping."""
 
     def instead(value: Any, others: Options) -> Options:
         beside = others.get(option)
         return {option: {**(beside if isinstance(beside, Mapping) else {}), key: value}}
 
-    return Renamed(instead=instead, asks_nothing=(None, *asks_nothing))
+    return Renamed(instead=instead, reason=reason, asks_nothing=(None, *asks_nothing))
 
 
 def _with_likelihood(value: Any, others: Options) -> Options:
@@ -153,7 +153,7 @@ _OF_TRL: Mapping[str, Renamed] = {
 }
 
 _OF_MODELS: Mapping[str, Renamed] = {
-    "torch_dtype": _into("model_init_kwargs", "dtype"),
+    "torch_dtype": _into("model_init_kwargs", "dtype", reason="dtype in a ModelConfig"),
     "dtype": _into("model_init_kwargs", "dtype"),
     "attn_implementation": _into("model_init_kwargs", "attn_implementation"),
     "model_revision": _into("model_init_kwargs", "revision"),

@@ -77,6 +77,18 @@ def check_hooks(kind: type, base: type) -> None:
         )
 
 
+def check_patches(trainer: Any) -> None:
+    """`UnknownNameError` where a script has put a hook that is never called onto the trainer, or onto its class."""
+    places = [vars(trainer), *(vars(part) for part in type(trainer).__mro__ if part.__module__.startswith("holdfast."))]
+    lines = [
+        f"- {name}: nothing calls it; {advice}."
+        for name, advice in NEVER_CALLED.items()
+        if any(name in place for place in places)
+    ]
+    if lines:
+        raise unknown_names(f"{type(trainer).__name__} was given methods that would not work here:", lines)
+
+
 def _function(value: Any) -> FunctionType | None:
     value = value.__func__ if isinstance(value, staticmethod | classmethod) else value
     value = inspect.unwrap(value) if callable(value) else value

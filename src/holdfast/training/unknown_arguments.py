@@ -29,12 +29,17 @@ def refusing_unknown_arguments(init: Callable[..., None]) -> Callable[..., None]
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         unknown = {name: value for name, value in kwargs.items() if name not in names}
         known = {name: value for name, value in kwargs.items() if name not in unknown}
-        asked = asked_arguments(unknown)
+        asked = asked_arguments({name: value for name, value in unknown.items() if not _is_default(name, value)})
         if asked:
             raise _refusal(dict(zip(names, args, strict=False)) | known, asked, names)
         init(self, *args, **known)
 
     return __init__
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an option was given to the trainer as None, by which older constructors meant that of the config."""
+    return value is None and name in OPTION_NAMES
 
 
 def _refusal(known: dict[str, Any], unknown: dict[str, Any], names: list[str]) -> UnknownNameError:
