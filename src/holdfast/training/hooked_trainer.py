@@ -43,7 +43,7 @@ class HookedTrainer(ResumableTrainer):
         that cannot read the rows which `args` ask for."""
         check_signatures(self, self._own_type)
         hooks = [] if self.reads_any_layout else overridden(type(self), self._own_hooks)
-        check_layout(hooks, type(self).__name__, args)
+        check_layout(hooks, type(self), args)
         return hooks
 
     def _make_collator(self, args: DPOConfig, hooks: list[str]) -> Any:
@@ -55,7 +55,7 @@ class HookedTrainer(ResumableTrainer):
         self._handed = HandedBatch() if LOSS_HOOK in hooks else None
         is_chosen_here = type(self.data_collator) is DataCollatorForPreference and self.args.layout == "auto"
         if hooks and is_chosen_here and self.is_world_process_zero():
-            logger.warning(padded_line(hooks, type(self).__name__))
+            logger.warning(padded_line(hooks, type(self)))
 
     def _heed_hooks(self) -> None:
         """See `PairTrainer._heed_hooks`. ValueError for a `compute_loss_func`, which would not be called."""
