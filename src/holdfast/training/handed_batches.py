@@ -47,7 +47,7 @@ def assigned_hooks(trainer: Any, own: Mapping[str, Any]) -> list[str]:
     return [name for name, value in values.items() if getattr(value, "__func__", value) is not own[name]]
 
 
-def check_layout(names: list[str], kind: str, options: LayoutChoice) -> None:
+def check_layout(names: list[str], kind: type, options: LayoutChoice) -> None:
     """ValueError where a class `kind` that overrides the methods `names` would get rows that it cannot read."""
     if not names:
         return
@@ -61,16 +61,16 @@ def check_layout(names: list[str], kind: str, options: LayoutChoice) -> None:
         return
     found = "compute a whole batch at once" if asked.startswith("tokens") else "read padded rows, chosen ones first"
     raise ValueError(
-        f"{asked} was asked for, but {kind} overrides {', '.join(names)}, which may {found}. Drop the option (rows are "
+        f"{asked} was asked for, but {kind.__name__} overrides {', '.join(names)}, which may {found}. Drop the option (rows are "
         "then padded, with the keys input_ids, attention_mask and completion_mask), or set the class attribute "
-        f"`reads_any_layout = True` in {kind} if it hands batches on unread."
+        f"`reads_any_layout = True` in {kind.__name__} if it hands batches on unread."
     )
 
 
-def padded_line(names: list[str], kind: str) -> str:
+def padded_line(names: list[str], kind: type) -> str:
     """What is said where rows are padded for such a class."""
     return (
-        f"layout: padded, because {kind} overrides {', '.join(names)}: its batches have the keys input_ids, "
+        f"layout: padded, because {kind.__name__} overrides {', '.join(names)}: its batches have the keys input_ids, "
         "attention_mask and completion_mask, the chosen rows first. (A class that hands batches on unread may set "
         "`reads_any_layout = True`.)"
     )

@@ -40,7 +40,7 @@ class HookedTrainer(ScriptableTrainer):
         """The methods that get batches and are none of `DPOTrainer`'s. ValueError for one that cannot be called, or
         that cannot read the rows which `args` ask for."""
         hooks = [] if self.reads_any_layout else overridden(type(self), self._own_hooks)
-        check_layout(hooks, type(self).__name__, args)
+        check_layout(hooks, type(self), args)
         return hooks
 
     def _make_collator(self, args: DPOConfig, hooks: list[str]) -> Any:
@@ -52,7 +52,7 @@ class HookedTrainer(ScriptableTrainer):
         self._handed = HandedBatch() if LOSS_HOOK in hooks else None
         is_chosen_here = type(self.data_collator) is DataCollatorForPreference and self.args.layout == "auto"
         if hooks and is_chosen_here and self.is_world_process_zero():
-            logger.warning(padded_line(hooks, type(self).__name__))
+            logger.warning(padded_line(hooks, type(self)))
 
     def _heed_hooks(self) -> None:
         """See `PairTrainer._heed_hooks`. ValueError for a `compute_loss_func`, which would not be called."""
