@@ -14,7 +14,7 @@ Given up: batches of a stream, which would read ahead of what is asked for.
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, final
@@ -43,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
+Observer = Callable[[Dataset, Mapping[str, Sequence[int]]], None]
+"""Gets all rows of a map-style dataset with their token ids and `REPORT_COLUMNS`, and those of them that cannot be used,
+by reason: what the rows that are left out were."""
+
 
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
@@ -56,6 +60,7 @@ def prepare_dataset(
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
+    observe: Observer | None = None,
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
@@ -65,7 +70,8 @@ def prepare_dataset(
     are checked and stay as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
     `template_date` is the date that chat templates print. With None it is today's, and a later run has other ids.
     `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
-    cache. `disable_tqdm` hides the progress bars.
+    cache. `disable_tqdm` hides the progress bars. `observe` is called before anything is said or left out, and for no
+    stream.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
     assistant's, see `holdfast.data.control_text`.
@@ -93,7 +99,9 @@ def prepare_dataset(
         return _prepare_stream(dataset, add_ids, judge, places)
     with main_process_first or nullcontext(), bars(are_shown=not disable_tqdm), naming_places(places):
         dataset = _with_ids(dataset, add_ids, num_proc)
-        return _usable(dataset, judge)
+        if observe is not None:
+            observe(dataset, _unusable(dataset, judge))
+        return _usable(_reported(dataset, add_ids), judge)
 
 
 class PreparationOptions(Protocol):
@@ -138,7 +146,9 @@ class Preparation:
             disable_tqdm=bool(options.disable_tqdm),
         )
 
-    def of(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    def of(
+        self, dataset: Dataset | IterableDataset, name: str, observe: Observer | None = None
+    ) -> Dataset | IterableDataset:
         """What `prepare_dataset` returns for a dataset of this name."""
         return prepare_dataset(
             dataset,
@@ -150,6 +160,7 @@ class Preparation:
             template_date=self.template_date,
             name=name,
             disable_tqdm=self.disable_tqdm,
+            observe=observe,
         )
 
     def of_eval(
@@ -204,8 +215,7 @@ def _check_first_row(
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
-    """The dataset with token ids. Warns once, with numbers, where a prompt is not a prefix of the full texts, and where
-    rows spell out special tokens."""
+    """The dataset with token ids, and with `REPORT_COLUMNS` unless it had ids already."""
     is_plain = dataset.format["type"] is None
     if is_plain and set(TOKENIZED_COLUMNS) <= set(dataset.column_names):
         return dataset
@@ -222,18 +232,21 @@ def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Datase
         )
     else:  # under a user's own transform the columns are known row by row
         dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=description)
+    return dataset.with_format(None)
+
+
+def _reported(dataset: Dataset, add_ids: AddIds) -> Dataset:
+    """The dataset without `REPORT_COLUMNS`. Warns once, with numbers, where a prompt is not a prefix of the full texts,
+    where rows spell out special tokens, and of the notes on rows."""
+    if not set(REPORT_COLUMNS) <= set(dataset.column_names):
+        return dataset
     report_rows(dataset.with_format("arrow"), add_ids, _warn)
-    return dataset.with_format(None).remove_columns(list(REPORT_COLUMNS))
+    return dataset.remove_columns(list(REPORT_COLUMNS))
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
-    ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
-    verdicts = []
-    for first in range(0, len(ids), _JUDGED_ROWS):
-        rows: Any = ids[first : first + _JUDGED_ROWS]
-        verdicts.append(judge.verdicts(rows, first))
-    unusable = reasons_by_row(verdicts)
+    unusable = _unusable(dataset, judge)
     if not unusable:
         return dataset
     counts = {reason: len(rows) for reason, rows in unusable.items()}
@@ -242,6 +255,16 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name))
     left_out = {row for rows in unusable.values() for row in rows}
     return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
+
+def _unusable(dataset: Dataset, judge: Judge) -> dict[str, list[int]]:
+    """The rows that cannot be used, by reason."""
+    ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    verdicts = []
+    for first in range(0, len(ids), _JUDGED_ROWS):
+        rows: Any = ids[first : first + _JUDGED_ROWS]
+        verdicts.append(judge.verdicts(rows, first))
+    return reasons_by_row(verdicts)
 
 
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
