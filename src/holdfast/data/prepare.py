@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
 Observer = Callable[[Dataset, Mapping[str, Sequence[int]]], None]
-"""Gets all rows of a map-style dataset with their token ids and `REPORT_COLUMNS`, and those of them that cannot be used,
-by reason: what the rows that are left out were."""
+"""Gets all rows of a map-style dataset, with their token ids and `REPORT_COLUMNS`, and the numbers of those that cannot
+be used, by reason."""
 
 
 def prepare_dataset(

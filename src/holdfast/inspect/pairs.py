@@ -1,0 +1,148 @@
+"""Tokenized rows as training reads them: each completion behind its prompt, cut to `max_length`, and what is scored.
+
+Whatever of a row a batch has, its numbers and its picture are made of the same `Sequence`s here. They are cut by the
+function that cuts the sequences of a batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, final
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, TOKENIZED_COLUMNS
+from holdfast.data.tokenize import TruncationMode, truncate
+
+MASKS = {CHOSEN_IDS: "chosen_mask", REJECTED_IDS: "rejected_mask"}
+"""The column that says which tokens of a completion are scored, by the column of its ids."""
+
+_ROWS_AT_A_TIME = 1_000
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """How sequences are cut; see `holdfast.data.tokenize.truncate`."""
+
+    max_length: int | None
+    truncation_mode: TruncationMode
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """A prompt and one of its completions. The model is shown the ids of `prompt` in `seen_prompt`, then those of
+    `completion` in `seen_completion`. `scored` says of each token of the whole completion whether it is scored."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    seen_prompt: slice
+    seen_completion: slice
+    scored: np.ndarray
+    num_beyond: int
+    """The tokens for which `max_length` has no room."""
+
+    @classmethod
+    def of(cls, prompt: np.ndarray, completion: np.ndarray, mask: np.ndarray | None, cutting: Cutting) -> "Sequence":
+        """The sequence of these ids. Without a mask all tokens are scored. The first token of a sequence has no
+        predecessor that could predict it, and tokens that the model is not shown are not scored."""
+        seen_prompt, seen_completion = _seen(len(prompt), len(completion), mask, cutting)
+        scored = np.zeros(len(completion), dtype=bool)
+        scored[seen_completion] = True if mask is None else mask[seen_completion]
+        if seen_prompt.stop == seen_prompt.start:
+            scored[seen_completion.start : seen_completion.start + 1] = False
+        needed = len(prompt) + (len(completion) if mask is None else _length_scored(mask))
+        most = cutting.max_length
+        return cls(
+            prompt=prompt,
+            completion=completion,
+            seen_prompt=seen_prompt,
+            seen_completion=seen_completion,
+            scored=scored,
+            num_beyond=0 if most is None else max(0, needed - most),
+        )
+
+    @property
+    def num_seen(self) -> int:
+        """The tokens that the model is shown: those of the row in a batch."""
+        prompt, completion = self.seen_prompt, self.seen_completion
+        return prompt.stop - prompt.start + completion.stop - completion.start
+
+
+def _seen(num_prompt: int, num_completion: int, mask: np.ndarray | None, cutting: Cutting) -> tuple[slice, slice]:
+    """Which tokens of prompt and completion the model is shown."""
+    length = num_completion if mask is None else _length_scored(mask)
+    prompt, completion = truncate(np.arange(num_prompt), np.arange(length), cutting.max_length, cutting.truncation_mode)
+    if mask is not None:
+        completion = completion[: _length_scored(mask[completion])]
+    return _as_slice(prompt), _as_slice(completion)
+
+
+def _as_slice(positions: np.ndarray) -> slice:
+    return slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
+
+
+def _length_scored(mask: np.ndarray) -> int:
+    """The number of tokens up to the last scored one: what follows it changes no number, and is left out."""
+    return len(mask) - int(mask[::-1].argmax()) if mask.any() else 0
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A row: its number in the dataset, counted from 0, and its two sequences."""
+
+    index: int
+    chosen: Sequence
+    rejected: Sequence
+
+
+def read_pairs(dataset: Dataset, cutting: Cutting) -> Iterator[list[Pair]]:
+    """The pairs of a dataset with token ids, in order, some at a time."""
+    names = [*TOKENIZED_COLUMNS, *(mask for mask in MASKS.values() if mask in dataset.column_names)]
+    tables: Any = dataset.select_columns(names).with_format("arrow")
+    first = 0
+    for table in tables.iter(_ROWS_AT_A_TIME):
+        yield _pairs_of(table, first, cutting)
+        first += len(table)
+
+
+def pair_at(dataset: Dataset, index: int, cutting: Cutting) -> Pair:
+    """The pair of one row."""
+    names = [*TOKENIZED_COLUMNS, *(mask for mask in MASKS.values() if mask in dataset.column_names)]
+    table: Any = dataset.select_columns(names).with_format("arrow")[index : index + 1]
+    return _pairs_of(table, index, cutting)[0]
+
+
+def _pairs_of(table: pa.Table, first: int, cutting: Cutting) -> list[Pair]:
+    ids = {name: _arrays(table[name]) for name in TOKENIZED_COLUMNS}
+    masks = {name: _masks(table, name, ids[name]) for name in MASKS}
+    pairs = []
+    for row in range(len(table)):
+        prompt = ids[PROMPT_IDS][row]
+        chosen, rejected = (
+            Sequence.of(prompt, ids[name][row], masks[name][row], cutting) for name in (CHOSEN_IDS, REJECTED_IDS)
+        )
+        pairs.append(Pair(index=first + row, chosen=chosen, rejected=rejected))
+    return pairs
+
+
+def _masks(table: pa.Table, name: str, ids: list[np.ndarray]) -> list[np.ndarray | None]:
+    """The mask of each row; None where all of its tokens are scored."""
+    if MASKS[name] not in table.column_names:
+        return [None] * len(ids)
+    masks = [mask.astype(bool) for mask in _arrays(table[MASKS[name]])]
+    return [mask if len(mask) and not mask.all() else None for mask in masks]
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The lists of a column as arrays; empty ones for None."""
+    if pa.types.is_null(column.type):
+        return [np.empty(0, dtype=np.int64)] * len(column)
+    lists: Any = pa.concat_arrays(column.chunks)
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    ends = np.cumsum([0, *np.asarray(lists.value_lengths().fill_null(0))])
+    return [values[start:stop] for start, stop in pairwise(ends)]
