@@ -13,10 +13,19 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS, TOKENIZED_COLUMNS
-from holdfast.data.tokenize import TruncationMode, truncate
+from holdfast.data.columns import (
+    CHOSEN_IDS,
+    CHOSEN_MASK,
+    PROMPT_IDS,
+    REJECTED_IDS,
+    REJECTED_MASK,
+    TOKENIZED_COLUMNS,
+    columns_of_pairs,
+)
+from holdfast.data.completion_mask import cut
+from holdfast.data.tokenize import TruncationMode
 
-MASKS = {CHOSEN_IDS: "chosen_mask", REJECTED_IDS: "rejected_mask"}
+MASKS = {CHOSEN_IDS: CHOSEN_MASK, REJECTED_IDS: REJECTED_MASK}
 """The column that says which tokens of a completion are scored, by the column of its ids."""
 
 _ROWS_AT_A_TIME = 1_000
@@ -25,7 +34,7 @@ _ROWS_AT_A_TIME = 1_000
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cutting:
-    """How sequences are cut; see `holdfast.data.tokenize.truncate`."""
+    """How sequences are cut; see `holdfast.data.completion_mask.cut`."""
 
     max_length: int | None
     truncation_mode: TruncationMode
@@ -49,12 +58,16 @@ class Sequence:
     def of(cls, prompt: np.ndarray, completion: np.ndarray, mask: np.ndarray | None, cutting: Cutting) -> "Sequence":
         """The sequence of these ids. Without a mask all tokens are scored. The first token of a sequence has no
         predecessor that could predict it, and tokens that the model is not shown are not scored."""
-        seen_prompt, seen_completion = _seen(len(prompt), len(completion), mask, cutting)
+        positions = np.arange(len(prompt)), np.arange(len(completion))
+        seen = cut(*positions, mask, cutting.max_length, cutting.truncation_mode)
+        seen_prompt, seen_completion = _as_slice(seen[0]), _as_slice(seen[1])
         scored = np.zeros(len(completion), dtype=bool)
         scored[seen_completion] = True if mask is None else mask[seen_completion]
-        if seen_prompt.stop == seen_prompt.start:
+        if len(seen[0]) == 0:
             scored[seen_completion.start : seen_completion.start + 1] = False
-        needed = len(prompt) + (len(completion) if mask is None else _length_scored(mask))
+        num_needed = len(prompt) + len(completion)
+        if mask is not None:  # tokens after the last scored one need no room
+            num_needed = sum(map(len, cut(*positions, mask, None, cutting.truncation_mode)[:2]))
         most = cutting.max_length
         return cls(
             prompt=prompt,
@@ -62,7 +75,7 @@ class Sequence:
             seen_prompt=seen_prompt,
             seen_completion=seen_completion,
             scored=scored,
-            num_beyond=0 if most is None else max(0, needed - most),
+            num_beyond=0 if most is None else max(0, num_needed - most),
         )
 
     @property
@@ -72,22 +85,8 @@ class Sequence:
         return prompt.stop - prompt.start + completion.stop - completion.start
 
 
-def _seen(num_prompt: int, num_completion: int, mask: np.ndarray | None, cutting: Cutting) -> tuple[slice, slice]:
-    """Which tokens of prompt and completion the model is shown."""
-    length = num_completion if mask is None else _length_scored(mask)
-    prompt, completion = truncate(np.arange(num_prompt), np.arange(length), cutting.max_length, cutting.truncation_mode)
-    if mask is not None:
-        completion = completion[: _length_scored(mask[completion])]
-    return _as_slice(prompt), _as_slice(completion)
-
-
 def _as_slice(positions: np.ndarray) -> slice:
     return slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
-
-
-def _length_scored(mask: np.ndarray) -> int:
-    """The number of tokens up to the last scored one: what follows it changes no number, and is left out."""
-    return len(mask) - int(mask[::-1].argmax()) if mask.any() else 0
 
 
 @final
@@ -102,8 +101,7 @@ class Pair:
 
 def read_pairs(dataset: Dataset, cutting: Cutting) -> Iterator[list[Pair]]:
     """The pairs of a dataset with token ids, in order, some at a time."""
-    names = [*TOKENIZED_COLUMNS, *(mask for mask in MASKS.values() if mask in dataset.column_names)]
-    tables: Any = dataset.select_columns(names).with_format("arrow")
+    tables: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
     first = 0
     for table in tables.iter(_ROWS_AT_A_TIME):
         yield _pairs_of(table, first, cutting)
@@ -112,9 +110,8 @@ def read_pairs(dataset: Dataset, cutting: Cutting) -> Iterator[list[Pair]]:
 
 def pair_at(dataset: Dataset, index: int, cutting: Cutting) -> Pair:
     """The pair of one row."""
-    names = [*TOKENIZED_COLUMNS, *(mask for mask in MASKS.values() if mask in dataset.column_names)]
-    table: Any = dataset.select_columns(names).with_format("arrow")[index : index + 1]
-    return _pairs_of(table, index, cutting)[0]
+    columns: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
+    return _pairs_of(columns[index : index + 1], index, cutting)[0]
 
 
 def _pairs_of(table: pa.Table, first: int, cutting: Cutting) -> list[Pair]:
