@@ -49,7 +49,9 @@ def data(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the rows that are shown.")] = 0,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST, help="Look at the first rows only. [default of a stream: 10,000]"),
+        typer.Option(
+            min=1, max=_MOST, help="Look at so many rows only, the first ones; of a stream 10,000 by default."
+        ),
     ] = None,
     most_tokens: Annotated[
         int, typer.Option("--tokens", min=0, max=_MOST, help="Show so many tokens of a text; 0 shows all.")

@@ -1,6 +1,7 @@
 """The lengths of a dataset as pictures: of prompts and completions, of whole rows, and of chosen minus rejected."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from holdfast.inspect.data import DataInspection, DatasetInspection
 from holdfast.inspect.facts import RowFacts
+from holdfast.inspect.visible import visible
 from holdfast.store.files import write_durably
 
 _CHOSEN, _REJECTED, _PROMPT, _ROW, _LIMIT = "#0072B2", "#D55E00", "#777777", "#56B4E9", "#222222"
@@ -25,14 +27,16 @@ def length_figure(inspections: tuple[DatasetInspection, ...], max_length: int | 
         _draw_sides(line[0], inspection.facts)
         _draw_rows(line[1], inspection.facts, max_length)
         _draw_differences(line[2], inspection.facts)
-        line[0].set_ylabel(f"{_without_mathtext(inspection.name)}\nrows")
+        line[0].set_ylabel(f"{visible(inspection.name)}\nrows", parse_math=False)
     return figure
 
 
 def png(figure: Figure, dots_per_inch: int = 110) -> bytes:
     """The figure as a PNG file's content."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=dots_per_inch, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a dataset's name
+        figure.savefig(picture, dpi=dots_per_inch, format="png")
     return picture.getvalue()
 
 
@@ -86,8 +90,3 @@ def _label(axes: Axes, text: str, bins: list[float]) -> None:
     axes.set_xlim(bins[0], bins[-1])
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _without_mathtext(name: str) -> str:
-    """A name from a run file, in which matplotlib is to read no formula."""
-    return name.replace("$", r"\$")
