@@ -19,7 +19,7 @@ from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.dates import date_of_run
-from holdfast.data.files.places import Places, places_of
+from holdfast.data.files.places import Places, keep_places, places_of
 from holdfast.data.notes import rows_by_kind
 from holdfast.data.prepare import Preparation
 from holdfast.data.token_columns import NOTES, rows_with
@@ -163,7 +163,7 @@ class _Inspector:
         self, name: str, dataset: Dataset | IterableDataset, training: DatasetInspection | None
     ) -> DatasetInspection:
         """The inspection of a dataset. Evaluation data are compared with the `training` data."""
-        rows, is_part, places = _first_rows(dataset, self.request.limit)
+        rows, is_part = _first_rows(dataset, self.request.limit)
         seen: list[tuple[Dataset, Mapping[str, Sequence[int]]]] = []
         refusal = None
         with warnings_collected() as said:
@@ -184,7 +184,7 @@ class _Inspector:
         numbers = numbers_of(facts)
         leak = None if training is None else leaked(facts, training.facts)
         notes = _notes(tokenized)
-        view = _View(tokenized=tokenized, cutting=cutting, facts=facts, sources=sources, places=places,
+        view = _View(tokenized=tokenized, cutting=cutting, facts=facts, sources=sources, places=places_of(rows),
                      writer=Writer(preparation.processing_class))  # fmt: skip
         return DatasetInspection(
             name=name,
@@ -250,19 +250,21 @@ def _examples(numbers: Numbers, notes: Sequence[Note], leak: Found | None) -> li
     return sorted({row for each in found for row in each.examples})
 
 
-def _first_rows(dataset: Any, limit: int | None) -> tuple[Any, bool, Places | None]:
-    """The first rows of a dataset, whether there are more, and where they come from. Anything that is no dataset is
-    returned as it is: preparing it is an error with a message."""
+def _first_rows(dataset: Any, limit: int | None) -> tuple[Any, bool]:
+    """The first rows of a dataset, and whether there are more. Anything that is no dataset, and a stream without rows,
+    is returned as it is: preparing it is an error with a message."""
     if isinstance(dataset, IterableDataset):
-        places, limit = places_of(dataset), limit or ROWS_OF_A_STREAM
-        rows = list(islice(dataset, limit + 1))
-        if not rows:
-            return dataset, False, places
-        return Dataset.from_list(rows[:limit], features=dataset.features), len(rows) > limit, places
-    if not isinstance(dataset, Dataset):
-        return dataset, False, None
-    is_part = limit is not None and limit < len(dataset)
-    return dataset.select(range(limit)) if is_part and limit else dataset, is_part, places_of(dataset)
+        limit = limit or ROWS_OF_A_STREAM
+        found = list(islice(dataset, limit + 1))
+        if not found:
+            return dataset, False
+        rows, is_part = Dataset.from_list(found[:limit], features=dataset.features), len(found) > limit
+    elif isinstance(dataset, Dataset) and limit is not None and limit < len(dataset):
+        rows, is_part = dataset.select(range(limit)), True
+    else:
+        return dataset, False
+    keep_places(rows, of=dataset)
+    return rows, is_part
 
 
 def _notes(tokenized: Dataset) -> tuple[Note, ...]:

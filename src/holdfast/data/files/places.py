@@ -58,6 +58,12 @@ def places_of(dataset: AnyRows) -> Places | None:
     return _PLACES.get(dataset)
 
 
+def keep_places(rows: AnyRows, of: AnyRows) -> None:
+    """Notes that `rows` are the first rows of the dataset `of`, in its order."""
+    if (places := places_of(of)) is not None:
+        _PLACES[rows] = places
+
+
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:
     """Note where the rows of a dataset come from, which was loaded as that split of these contents."""
     parts = []
