@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tiny
@@ -122,10 +123,25 @@ def test_no_weights_are_read_and_nothing_is_made(place):
     assert {path.name for path in place.iterdir()} == before
 
 
+@pytest.mark.parametrize("num_added", [0, 3])
+def test_an_adapter_has_the_embeddings_of_its_loaded_base(place, num_added):
+    """A larger tokenizer beside the adapter makes its base larger, as it does in training."""
+    base = AutoModelForCausalLM.from_pretrained("model")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<added {n}>" for n in range(num_added)])
+    tokenizer.save_pretrained("adapter")
+    found = numbers("--set", "model=adapter")
+    run = read_run_file("run.yaml", ["model=adapter"])
+    trainer = trainer_of(run, run.training_arguments())
+    assert found["num_embeddings"] == trainer.model.get_input_embeddings().weight.shape[0] == 512 + num_added
+    assert found["datasets"]["train"]["num_used"] == len(trainer.train_dataset)
+
+
 def test_what_is_found_in_the_rows(place):
     found = numbers()["datasets"]
     train, near = found["train"], found["eval 'near'"]
-    assert train["left_out"] == {PROMPT_FILLS: {"count": 1, "share": 1 / 24, "examples": [23]}}
+    assert train["left_out"] == {PROMPT_FILLS: {"count": 1, "num_rows": 24, "share": 1 / 24, "examples": [23]}}
     assert train["repeats"]["contradictions"]["examples"] == [20, 21, 22]
     assert train["repeats"]["identical"]["examples"] == [22]
     assert (near["leak"]["count"], near["leak"]["examples"]) == (1, [0])
@@ -139,7 +155,7 @@ def test_what_is_found_in_the_rows(place):
 def test_what_is_printed(place):
     result = invoke("--rows", "0", "--row", "21", "--row", "23")
     text = " ".join(result.output.split())
-    assert "train: 24 rows used: 23 pairs left out, prompt fills max_length: 1 rows (4.2%)" in text
+    assert "train: 24 rows used: 23 pairs left out, prompt fills max_length: 1 of 24 rows (4.2 %)" in text
     assert "row 21, pairs.jsonl, line 22, source short" in text
     assert "row 23, pairs.jsonl, line 24, source long, left out: prompt fills max_length" in text
     assert "train, source short: 3 rows" in text
@@ -182,7 +198,7 @@ def test_data_that_would_end_the_run_are_shown_and_then_refused(place):
     result = invoke("--set", "training.max_length=4", "--set", "data.eval=null")
     assert "the train dataset must have at least one usable row; found none in 24" in " ".join(result.stderr.split())
     assert found["refusal"] in " ".join(result.stderr.split())
-    assert "left out, prompt fills max_length: 24 rows" in result.output
+    assert "left out, prompt fills max_length: 24 of 24 rows (100.0 %)" in result.output
 
 
 def test_rows_beyond_the_positions_of_the_model(place):
@@ -238,4 +254,4 @@ def test_an_empty_completion_is_a_reason(place):
     ]
     write_rows(place / "pairs.jsonl", rows)
     found = numbers("--set", "data.eval=null")["datasets"]["train"]
-    assert found["left_out"] == {EMPTY_COMPLETION: {"count": 1, "share": 0.5, "examples": [0]}}
+    assert found["left_out"] == {EMPTY_COMPLETION: {"count": 1, "num_rows": 2, "share": 0.5, "examples": [0]}}

@@ -26,13 +26,14 @@ from holdfast.data.token_columns import NOTES, rows_with
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.inspect.facts import USABLE, RowFacts, collect
-from holdfast.inspect.model_shape import model_without_weights, num_embeddings
+from holdfast.inspect.model_shape import model_without_weights
 from holdfast.inspect.numbers import Found, Numbers, by_source, leaked, numbers_of
 from holdfast.inspect.pairs import Cutting, pair_at
 from holdfast.inspect.rows import RowView, Writer
 from holdfast.inspect.said import warnings_collected
 from holdfast.policy.positions import check_positions
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
+from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 
 ROWS_OF_A_STREAM = 10_000
 """So many rows of a stream are looked at, unless a limit is given."""
@@ -115,8 +116,7 @@ def inspect_data(
     request = request or Request()
     shape = model_without_weights(model, args) if isinstance(model, str) else model
     _, tokenizer = load_tokenizer(processing_class, shape, args)
-    path = model if isinstance(model, str) else type(model).__name__
-    num_ids = num_embeddings(shape, path, tokenizer)
+    num_ids = vocabulary_size(unwrap(shape))
     check_vocabulary(tokenizer, num_ids)
     padding_id(tokenizer, args.pad_token)
     date = date_of_run(tokenizer, args.template_date, recorded_date(args), (train_dataset, eval_dataset))
@@ -126,7 +126,7 @@ def inspect_data(
     for name, dataset in _asked(train_dataset, eval_dataset, request.only).items():
         inspections[name] = inspector.of(name, dataset, inspections.get("train"))
     return DataInspection(
-        model=path,
+        model=model if isinstance(model, str) else type(model).__name__,
         tokenizer=type(tokenizer).__name__,
         num_embeddings=num_ids,
         max_length=args.max_length,

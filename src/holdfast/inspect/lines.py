@@ -99,8 +99,8 @@ def _numbers_lines(numbers: Numbers, excerpts: Mapping[int, str], max_length: in
         yield from _found_lines(f"left out, {reason}", found, excerpts)
     tokens = numbers.tokens
     yield _line(
-        f"  tokens of an epoch: {tokens.seen:,} seen, {tokens.scored:,} of them scored; {tokens.unscored:,} of "
-        "completions are seen and not scored"
+        f"  tokens of an epoch: {tokens.seen:,} seen, {tokens.scored:,} of them scored; {tokens.unscored:,} "
+        "tokens of completions are not"
     )
     cut = f"cut by max_length {max_length} ({tokens.beyond:,} tokens)" if max_length else "cut (no max_length)"
     yield from _found_lines(cut, numbers.truncated, excerpts)
@@ -134,10 +134,10 @@ def _bias_lines(numbers: Numbers) -> Iterator[Line]:
         return
     yield _line(
         f"  length: chosen has {bias.mean_chosen:,.1f} scored tokens, rejected {bias.mean_rejected:,.1f} "
-        f"({bias.mean_difference:+,.1f}); chosen is longer in {bias.longer:.1%}, equal in {bias.equal:.1%}, shorter in "
-        f"{bias.shorter:.1%}"
+        f"({bias.mean_difference:+,.1f}); chosen is longer in {percent(bias.longer)}, equal in {percent(bias.equal)}, "
+        f"shorter in {percent(bias.shorter)}"
     )
-    yield _line(f'  a rule "longer is better" would be right in {bias.rule_accuracy:.1%} (50 % is chance)')
+    yield _line(f'  a rule "longer is better" would be right in {percent(bias.rule_accuracy)} (50 % is chance)')
 
 
 def _repeat_lines(numbers: Numbers, excerpts: Mapping[int, str]) -> Iterator[Line]:
@@ -153,7 +153,7 @@ def _repeat_lines(numbers: Numbers, excerpts: Mapping[int, str]) -> Iterator[Lin
 
 
 def _found_lines(what: str, found: Found, excerpts: Mapping[int, str]) -> Iterator[Line]:
-    yield _line(f"  {what}: {found.count:,} rows ({found.share:.1%})")
+    yield _line(f"  {what}: {found.count:,} of {found.num_rows:,} rows ({percent(found.share)})")
     for row in found.examples:
         excerpt = visible(excerpts.get(row, ""))
         text = excerpt if len(excerpt) <= _MOST_EXCERPT else f"{excerpt[:_MOST_EXCERPT]}..."
@@ -284,6 +284,11 @@ def _marked(use: Use, spans: Sequence[Span], width: int | None) -> Iterator[Line
                 line, used = [], 0
             line, used = _joined(line, character, span.style), used + cell_len(character)
     yield (mark, *line)
+
+
+def percent(share: float) -> str:
+    """A share in per cent."""
+    return f"{100 * share:.1f} %"
 
 
 def _line(text: str) -> Line:

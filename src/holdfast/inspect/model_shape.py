@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.internals.transformers import has_file
 from holdfast.policy.load import PolicyOptions, init_mapping
@@ -20,38 +21,33 @@ from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 
 _OF_WEIGHTS = ("dtype", "device_map", "attn_implementation", "quantization_config", "use_safetensors")
 _LOCATION = ("revision", "subfolder", "token", "cache_dir")
-_ADAPTER_CONFIG = "adapter_config.json"
 _ADVICE = "Name a folder that `save_pretrained` wrote, or a model on the hub that this machine can reach and read."
 
 
 def model_without_weights(path: str, args: PolicyOptions) -> nn.Module:
-    """The model of the local folder or hub id that a run would train, of an adapter its base. ValueError where there is
-    no config of a causal language model."""
+    """The model of the local folder or hub id that a run would train; of an adapter its base, with as many embeddings
+    as loading the adapter gives it. ValueError where there is no config of a causal language model."""
     kwargs: dict[str, Any] = {**init_mapping(args.model_init_kwargs, path)}
     kwargs = {name: value for name, value in kwargs.items() if name not in _OF_WEIGHTS}
     location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
-    with reading(
-        f"the config of model={path!r} was to be read,",
-        path,
-        noun="model",
-        advice=_ADVICE,
-        subfolder=location.get("subfolder"),
-    ):
-        if has_file(path, _ADAPTER_CONFIG, **location):
-            adapter = PeftConfig.from_pretrained(path, **location)
-            path, kwargs = str(adapter.base_model_name_or_path), {"revision": adapter.revision}
-        return _of_config(path, kwargs, trusts=args.trust_remote_code)
+    request = f"the config of model={path!r} was to be read,"
+    with reading(request, path, noun="model", advice=_ADVICE, subfolder=location.get("subfolder")):
+        if not has_file(path, ADAPTER_CONFIG_NAME, **location):
+            return _of_config(path, kwargs, trusts=args.trust_remote_code)
+        adapter = PeftConfig.from_pretrained(path, **location)
+        base = _of_config(str(adapter.base_model_name_or_path), _revision(adapter), trusts=args.trust_remote_code)
+        if has_file(path, "tokenizer_config.json", **location):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, **location)
+            if len(tokenizer) > vocabulary_size(unwrap(base)):
+                base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return base
 
 
-def _of_config(path: str, kwargs: Mapping[str, Any], *, trusts: bool) -> nn.Module:
+def _revision(adapter: PeftConfig) -> dict[str, Any]:
+    return {} if adapter.revision is None else {"revision": adapter.revision}
+
+
+def _of_config(path: str, kwargs: Mapping[str, Any], *, trusts: bool) -> Any:
     config, _ = AutoConfig.from_pretrained(path, trust_remote_code=trusts, return_unused_kwargs=True, **kwargs)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
-
-
-def num_embeddings(model: nn.Module, path: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many token ids the policy has embeddings for. An adapter's tokenizer may be larger than its base's
-    embeddings, which are then resized."""
-    number = vocabulary_size(unwrap(model))
-    is_adapter = has_file(path, _ADAPTER_CONFIG)
-    return max(number, len(tokenizer)) if is_adapter else number

@@ -22,9 +22,10 @@ NUM_EXAMPLES = 5
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """How many rows something was found in, their share of all rows that were looked at, and the first of them."""
+    """How many rows something was found in, of how many, their share of these, and the first of them."""
 
     count: int
+    num_rows: int
     share: float
     examples: tuple[int, ...]
 
@@ -32,7 +33,8 @@ class Found:
     def of(cls, rows: np.ndarray, num_rows: int) -> "Found":
         """The rows with these numbers, of so many."""
         examples = tuple(int(row) for row in rows[:NUM_EXAMPLES])
-        return cls(count=len(rows), share=len(rows) / num_rows if num_rows else 0.0, examples=examples)
+        share = len(rows) / num_rows if num_rows else 0.0
+        return cls(count=len(rows), num_rows=num_rows, share=share, examples=examples)
 
 
 @final

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.inspect.data import DataInspection, DatasetInspection
 from holdfast.inspect.lengths import QUANTILES, Lengths
-from holdfast.inspect.lines import MEANINGS
+from holdfast.inspect.lines import MEANINGS, percent
 from holdfast.inspect.numbers import NEARLY_EQUAL, Found, Numbers
 from holdfast.inspect.page_style import CSS
 from holdfast.inspect.plots import length_figure, png
@@ -83,15 +83,15 @@ def _numbers(numbers: Numbers, dataset: DatasetInspection, max_length: int | Non
         ["pairs used", f"{numbers.num_used:,} of {numbers.num_rows:,}"],
         ["tokens of an epoch, seen", f"{tokens.seen:,}"],
         ["of these scored", f"{tokens.scored:,}"],
-        ["of completions seen and not scored", f"{tokens.unscored:,}"],
+        ["of completions not scored", f"{tokens.unscored:,}"],
         ["different prompts", f"{repeats.num_prompts:,}"],
         ["prompts of several pairs", f"{repeats.shared_prompts:,} (at most {repeats.most_pairs:,} pairs)"],
     ]
     if bias is not None:
         counts += [
             ["scored tokens, chosen and rejected", f"{bias.mean_chosen:,.1f} and {bias.mean_rejected:,.1f}"],
-            ["chosen is longer / equal / shorter", f"{bias.longer:.1%} / {bias.equal:.1%} / {bias.shorter:.1%}"],
-            ["a rule &quot;longer is better&quot; is right in", f"{bias.rule_accuracy:.1%}"],
+            ["chosen is longer / equal / shorter", " / ".join(map(percent, (bias.longer, bias.equal, bias.shorter)))],
+            ["a rule &quot;longer is better&quot; is right in", percent(bias.rule_accuracy)],
         ]
     return f"{_table([], counts)}{_found(numbers, dataset, max_length)}{_lengths(numbers.lengths)}"
 
@@ -109,7 +109,7 @@ def _found(numbers: Numbers, dataset: DatasetInspection, max_length: int | None)
         found |= {} if dataset.leak is None else {"prompt is in the training data too": dataset.leak}
         found |= {f"note: {note.kind}: {note.detail}": note.found for note in dataset.notes}
     rows = [
-        [_text(what), f"{each.count:,}", f"{each.share:.1%}", _examples(each, dataset.excerpts)]
+        [_text(what), f"{each.count:,}", percent(each.share), _examples(each, dataset.excerpts)]
         for what, each in found.items()
     ]
     return _table(["found", "rows", "share", "examples"], rows, kind="found")

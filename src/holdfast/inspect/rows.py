@@ -82,11 +82,12 @@ class Writer:
         """The chosen and the rejected side of a pair."""
         return self._side(pair.chosen), self._side(pair.rejected)
 
-    def excerpt(self, pair: Pair, num_tokens: int = 24) -> str:
+    def excerpt(self, pair: Pair, num_tokens: int = 30) -> str:
         """The end of a pair's prompt and the beginning of its chosen completion, to tell rows apart."""
-        ids = [*pair.chosen.prompt[-num_tokens:], *pair.chosen.completion[:num_tokens]]
+        prompt, completion = pair.chosen.prompt, pair.chosen.completion
+        ids = [*prompt[-num_tokens:], *completion[:num_tokens]]
         text: Any = self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
-        return " ".join(str(text).split())
+        return f"{'...' if len(prompt) > num_tokens else ''}{' '.join(str(text).split())}"
 
     def _side(self, sequence: TokenIds) -> SideView:
         prompt = _uses(len(sequence.prompt), sequence.seen_prompt, Use.PROMPT)
