@@ -155,7 +155,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def test_the_report_of_the_documentation_is_what_is_printed(workplace):
     page = (ROOT / "docs" / "howto" / "data.md").read_text(encoding="utf-8")
-    rows, printed = re.findall(r"```(?:json)?\n(.*?)```", page, re.DOTALL)[1:3]
+    rows, printed = re.findall(r"```(?:json)?\n([{m].*?)```", page, re.DOTALL)
     (workplace / "pairs.jsonl").write_text(rows, encoding="utf-8")
     run = "model: model\ndata: {train: pairs.jsonl}\ntraining: {max_length: 36, use_cpu: true}\n"
     (workplace / "run.yaml").write_text(run, encoding="utf-8")
