@@ -254,6 +254,14 @@ def test_masks_need_token_ids() -> None:
         prepare_dataset(data, tiny.tokenizer())
 
 
+def test_lists_of_one_length_are_masks_too() -> None:
+    ids = dict.fromkeys(TOKENIZED_COLUMNS, List(Value("int32")))
+    features = Features({**ids, "chosen_mask": List(Value("int8"), length=4)})
+    data = Dataset.from_list([PLAIN | {"chosen_mask": [1, 0, 1, 0]}] * 3, features=features)
+    prepared = prepare_dataset(data, tiny.tokenizer())
+    assert (len(prepared), longest_pair(prepared)) == (3, 5)
+
+
 @pytest.mark.parametrize("form", ["dataset", "stream", "transform"])
 def test_masks_stay_in_a_prepared_dataset(form: str, caplog: pytest.LogCaptureFixture) -> None:
     """And rows of which nothing is scored are left out, with that reason."""
