@@ -245,8 +245,11 @@ class _View:
 def _examples(numbers: Numbers, notes: Sequence[Note], leak: Found | None) -> list[int]:
     """All rows that are named as an example of something."""
     repeats = numbers.repeats
-    found = [*numbers.left_out.values(), numbers.truncated, repeats.identical, repeats.contradictions, repeats.sharing,
-             numbers.nearly_equal, *(note.found for note in notes), *([] if leak is None else [leak])]  # fmt: skip
+    found = [
+        *numbers.left_out.values(), numbers.truncated, repeats.identical, repeats.nearly_identical,
+        repeats.contradictions, repeats.sharing, numbers.nearly_equal, *(note.found for note in notes),
+        *([] if leak is None else [leak]),
+    ]  # fmt: skip
     return sorted({row for each in found for row in each.examples})
 
 

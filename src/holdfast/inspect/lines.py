@@ -147,6 +147,7 @@ def _repeat_lines(numbers: Numbers, excerpts: Mapping[int, str]) -> Iterator[Lin
         f"{repeats.most_pairs:,})"
     )
     yield from _found_lines("identical to an earlier pair", repeats.identical, excerpts)
+    yield from _found_lines("nearly identical to an earlier pair (an estimate)", repeats.nearly_identical, excerpts)
     yield from _found_lines("contradicted by a pair with sides swapped", repeats.contradictions, excerpts)
     near = f"chosen and rejected nearly the same ({NEARLY_EQUAL:.0%} of tokens common)"
     yield from _found_lines(near, numbers.nearly_equal, excerpts)

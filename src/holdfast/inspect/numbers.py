@@ -13,6 +13,7 @@ import numpy as np
 from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.inspect.facts import RowFacts
 from holdfast.inspect.lengths import Lengths
+from holdfast.inspect.near_rows import nearly_repeated
 
 NEARLY_EQUAL = 0.9
 """From this share of common tokens on, chosen and rejected are nearly the same."""
@@ -52,11 +53,13 @@ class Tokens:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repeats:
-    """Rows that say again what another row says. `identical` pairs repeat an earlier row. A row of `contradictions` has
+    """Rows that say again what another row says. `identical` pairs repeat an earlier row, and
+    `nearly_identical` ones nearly do (see `near_rows`; an estimate). A row of `contradictions` has
     another row beside it that prefers the other of the same two completions. `shared_prompts` counts prompts that
     several rows have, `most_pairs` the rows of the most frequent one, and `sharing` are the rows of all of these."""
 
     identical: Found
+    nearly_identical: Found
     contradictions: Found
     num_prompts: int
     shared_prompts: int
@@ -155,6 +158,7 @@ def _repeats(used: RowFacts) -> Repeats:
     repeats_earlier = first[same.reshape(-1)] != np.arange(len(used))
     return Repeats(
         identical=Found.of(used.index[repeats_earlier], len(used)),
+        nearly_identical=Found.of(used.index[nearly_repeated(used.signature) & ~repeats_earlier], len(used)),
         contradictions=Found.of(used.index[is_contradicted], len(used)),
         num_prompts=len(sizes),
         shared_prompts=int((sizes > 1).sum()),

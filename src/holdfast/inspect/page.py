@@ -102,6 +102,7 @@ def _found(numbers: Numbers, dataset: DatasetInspection, max_length: int | None)
     found |= {
         cut: numbers.truncated,
         "identical to an earlier pair": numbers.repeats.identical,
+        "nearly identical to an earlier pair (an estimate)": numbers.repeats.nearly_identical,
         "contradicted by a pair with sides swapped": numbers.repeats.contradictions,
         f"chosen and rejected nearly the same ({NEARLY_EQUAL:.0%} of tokens common)": numbers.nearly_equal,
     }

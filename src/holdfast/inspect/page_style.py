@@ -16,6 +16,7 @@ h3 { font-size: 1.05rem; margin-bottom: .3rem; }
 table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, .found td:last-child, .found th:last-child { text-align: left; }
+.found td:nth-child(3) { white-space: nowrap; }
 .faint { color: var(--faint); } .warn { color: var(--warn); white-space: pre-wrap; overflow-wrap: anywhere; }
 .plot { max-width: 100%; }
 .controls { position: sticky; top: 0; background: var(--back); padding: .5rem 0; border-bottom: 1px solid var(--line); }

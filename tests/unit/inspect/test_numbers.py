@@ -109,6 +109,7 @@ def test_repeats_by_hand():
     repeats = numbers_of(facts_of(dataset(*ROWS), unusable=UNUSABLE)).repeats
     assert (repeats.identical.count, repeats.identical.examples) == (1, (2,))
     assert (repeats.contradictions.count, repeats.contradictions.examples) == (3, (0, 1, 2))
+    assert 1 not in repeats.nearly_identical.examples  # its sides are swapped
     assert (repeats.num_prompts, repeats.shared_prompts, repeats.most_pairs) == (3, 2, 3)
     assert (repeats.sharing.count, repeats.sharing.examples) == (5, (0, 1, 2, 3, 6))
     assert repeats.identical.share == pytest.approx(1 / 6)
@@ -160,6 +161,32 @@ def test_overlaps_are_those_of_multisets():
     for (_, chosen, rejected), value in zip(rows, found, strict=True):
         common = (Counter(chosen) & Counter(rejected)).total()
         assert value == pytest.approx(2 * common / (len(chosen) + len(rejected)))
+
+
+def test_rows_that_nearly_repeat_another():
+    """A token of 90 changed: 3 of the row's stretches of three tokens, so Jaccard is 90 / 96 = 0.94 or so."""
+    draw = np.random.default_rng(0)
+    rows = [tuple(draw.integers(0, 1000, 30).tolist() for _ in range(3)) for _ in range(300)]
+    changed = [([*prompt[:9], 1001, *prompt[10:]], chosen, rejected) for prompt, chosen, rejected in rows[:100]]
+    repeats = numbers_of(facts_of(dataset(*rows, *changed, *rows[:2]))).repeats
+    assert repeats.identical.examples == (400, 401)
+    assert 85 <= repeats.nearly_identical.count <= 100
+    assert min(repeats.nearly_identical.examples) >= 300
+
+
+def test_hashes_agree_as_often_as_stretches_are_shared():
+    """The mean over many pairs of rows: of the share of equal hashes, and of the exact Jaccard of their stretches."""
+    draw = np.random.default_rng(1)
+    rows, exact = [], []
+    for _ in range(500):
+        one = draw.integers(0, 500, 60)
+        other = np.where(draw.random(60) < 0.1, draw.integers(0, 500, 60), one)
+        rows += [([], [7], one.tolist()), ([], [7], other.tolist())]
+        whole = [["-", "c7", "-", *(f"r{token}" for token in each), "-", "-"] for each in (one, other)]
+        sets = [set(zip(row, row[1:], row[2:], strict=False)) for row in whole]
+        exact.append(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
+    signature = facts_of(dataset(*rows)).signature
+    assert (signature[::2] == signature[1::2]).mean() == pytest.approx(np.mean(exact), abs=0.02)
 
 
 def test_numbers_of_each_source():
