@@ -33,7 +33,7 @@ LAYERS = (
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},
-    {"demo"},
+    {"demo", "inspect"},
     {"cli"},
 )
 EXPORTED = {

@@ -195,6 +195,17 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_the_report_of_the_documentation_is_what_is_printed(workplace):
+    page = (ROOT / "docs" / "howto" / "data.md").read_text(encoding="utf-8")
+    rows, printed = re.findall(r"```(?:json)?\n([{m].*?)```", page, re.DOTALL)
+    (workplace / "pairs.jsonl").write_text(rows, encoding="utf-8")
+    run = "model: model\ndata: {train: pairs.jsonl}\ntraining: {max_length: 36, use_cpu: true}\n"
+    (workplace / "run.yaml").write_text(run, encoding="utf-8")
+    result = CliRunner().invoke(app, ["data", "run.yaml", "--rows", "0", "--row", "1"])
+    assert result.exit_code == 0, result.output
+    assert [line.rstrip() for line in result.stdout.splitlines()] == printed.splitlines()
+
+
 def test_the_two_examples_are_the_same_run(workplace, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dpo.py", "model", "pairs.jsonl", "by-python"])
     runpy.run_path(str(ROOT / "examples" / "dpo.py"))

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import holdfast.cli.assembly  # noqa: F401  # everything is imported once, before the forks
+import holdfast.cli.assembly
+import holdfast.inspect.page  # noqa: F401  # everything is imported once, before the forks
 from attacks import data_files, disks, ends, folders, run_files
 from attacks.arena import run
 from attacks.attack import Attack, fault, weights

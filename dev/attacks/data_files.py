@@ -1,5 +1,6 @@
 """Attacks on data files: named faults in every format, and random changes of good files."""
 
+import dataclasses
 import io
 import json
 import random
@@ -104,9 +105,17 @@ def named(place: Path, draw: random.Random, control: Any) -> Iterator[Attack]:
     for fault in (*NAMED, *_tables()):
         yield _attack(*fault)
         yield _attack(*fault, streams=True)
+        yield _shown(_attack(*fault))
     yield from _folders()
     while True:
-        yield _random(draw)
+        attack = _random(draw)
+        yield attack if draw.random() < 0.7 else _shown(attack)
+
+
+def _shown(attack: Attack) -> Attack:
+    """The same data, of a run that is only to be shown."""
+    argv = ("data", *attack.argv[1:])
+    return dataclasses.replace(attack, name=f"{attack.name}, shown", argv=argv, judge=lambda folder, outcome: None)
 
 
 def _random(draw: random.Random) -> Attack:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from attacks.arena import Outcome
 from attacks.attack import FAULTS, NOBODY, Attack, damage, hand_over, has_trained, remove, same_weights
 
 
@@ -34,9 +35,19 @@ def model_folders(place: Path, draw: random.Random, control: Any) -> Iterator[At
         file, fault_name = draw.choice(files), draw.choice(FAULTS)
         judge = has_trained if file.endswith((".json", ".jinja", ".safetensors")) else same_weights(control)
         argv = draw.choice(
-            [("train", "run.yaml"), ("train", "run.yaml", "--set", "reference={kind: model, model: model}")]
+            [
+                ("train", "run.yaml"),
+                ("train", "run.yaml", "--set", "reference={kind: model, model: model}"),
+                ("data", "run.yaml", "--html", "x.html"),
+            ]
         )
+        if argv[0] == "data":
+            judge = _has_page
         yield _faulty("model folder", f"model/{file}", fault_name, draw, judge=judge, argv=argv)
+
+
+def _has_page(folder: Path, outcome: Outcome) -> str | None:
+    return None if outcome.code != 0 or (folder / "x.html").is_file() else "exit 0 without a page"
 
 
 def checkpoints(place: Path, draw: random.Random, control: Any) -> Iterator[Attack]:

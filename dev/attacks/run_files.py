@@ -63,7 +63,7 @@ def odd_values(place: Path, draw: random.Random, control: Any) -> Iterator[Attac
     keys = _keys()
     while True:
         key, value = draw.choice(keys), draw.choice(VALUES)
-        command = draw.choice(("train", "train", "precompute"))
+        command = draw.choice(("train", "train", "precompute", "data"))
         sets = ["--set", f"{key}={value}"]
         if key.startswith("peft.") and key != "peft.r":
             sets = ["--set", "peft.r=2", *sets]

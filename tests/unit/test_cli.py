@@ -117,6 +117,15 @@ COMMAND_LINES = {  # what follows `holdfast`, and the exit code; FILE is a run f
     ),
     "a secret in a library's message": (f"train FILE --set {TOKEN} --set model=no/{HIDDEN}", 1),
     "a secret inside of a mapping": (f"train FILE --set training.model_init_kwargs={{token: [{HIDDEN}], a: 1e999}}", 2),
+    "data without a run file": ("data", 2),
+    "data of a model that is nowhere": ("data FILE", 1),
+    "data into a folder that is none": ("data FILE --html nowhere/x.html", 1),
+    "data into a name that steers the terminal": ("data FILE --json '\x1b[2J/x'", 1),
+    "data into no name": ("data FILE --png ''", 2),
+    "data of a set that is none": ("data FILE --dataset '\x1b[2J'", 2),
+    "data, a row below 0": ("data FILE --row -1", 2),
+    "data, no rows": ("data FILE --limit 0", 2),
+    "data, a number without end": (f"data FILE --rows {'9' * 40}", 2),
     "a seed below 0": ("demo --seed -1", 2),
     "a seed without end": (f"demo --seed {'9' * 30}", 2),
     "a seed that is no number": ("demo --seed x", 2),
@@ -252,7 +261,7 @@ def test_every_default_of_a_command_can_be_used(monkeypatch, tmp_path):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert {"train", "demo"} <= set(result.output.split())
+    assert {"train", "data", "demo"} <= set(result.output.split())
 
 
 def test_the_module_runs_as_a_program_and_stays_light():

@@ -1,7 +1,8 @@
 """The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-`holdfast store` is in `cli.store`; which errors end in a message is in `cli.errors`. All works the same under
-`accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
+`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`; which errors end in a message is in `cli.errors`. All
+works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process
+prints.
 """
 
 import os
@@ -21,7 +22,9 @@ from typer.core import TyperGroup
 
 from holdfast import interruption
 from holdfast.cli import store as store_cli
+from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
+from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
@@ -71,11 +74,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_cli.app)
-_RunFile = Annotated[
-    Path,
-    typer.Argument(parser=path_option, metavar="RUN.YAML", help="The run file; docs/cli.md describes it."),
-]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.command()(data)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -97,11 +96,11 @@ def main(
 
 @app.command()
 def train(
-    run_file: _RunFile,
+    run_file: RunFilePath,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.beta=0.2")
     ] = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Train a model on preference pairs, as a run file says."""
     with messages(debug, going_on=partial(_command, "train", run_file, overrides or [])):
@@ -115,11 +114,11 @@ def train(
 
 @app.command()
 def precompute(
-    run_file: _RunFile,
+    run_file: RunFilePath,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: training.max_length=512")
     ] = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Compute the reference log-probs of a run file's data into the store, where `holdfast train` will find them.
 
@@ -157,7 +156,7 @@ def demo(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the source, the pairs and the training.")
     ] = 0,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Run the DPO paper's controlled experiment in miniature: offline, with an exact answer to compare with."""
     with messages(debug):

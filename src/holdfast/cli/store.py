@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from holdfast.cli.errors import messages
+from holdfast.cli.options import Debug
 from holdfast.cli.paths import path_option
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
@@ -37,7 +38,6 @@ _Root = Annotated[
         "--root", parser=path_option, metavar="FOLDER", help="The folder of the stores. [default: $HOLDFAST_HOME/store]"
     ),
 ]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _MOST_DAYS, _MOST_BYTES = 100_000, 1 << 62
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -61,7 +61,7 @@ def _digits(value: str) -> str:
 
 
 @app.command("list")
-def list_stores(root: _Root = None, debug: _Debug = False) -> None:
+def list_stores(root: _Root = None, debug: Debug = False) -> None:
     """List the stores: what they were computed with, how much they hold, when they were last used."""
     with messages(debug, of_libraries=True):
         from holdfast.store.maintenance import stores
@@ -88,7 +88,7 @@ def list_stores(root: _Root = None, debug: _Debug = False) -> None:
 def verify(
     key: Annotated[str, typer.Argument(metavar="[KEY]", help="The first digits of a store's key; default: all.")] = "",
     root: _Root = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Read every byte and name what is damaged; the exit code is 1 if anything is. Nothing is changed."""
     with messages(debug, of_libraries=True):
@@ -115,7 +115,7 @@ def gc(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; otherwise only say what would be done.")] = False,
     root: _Root = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Remove old stores and what kills left behind, and merge small shards."""
     with messages(debug, of_libraries=True):
@@ -144,7 +144,7 @@ def export_one(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the store's key.")],
     file: Annotated[Path, typer.Argument(parser=path_option, metavar="FILE.PARQUET", help="Where to write it.")],
     root: _Root = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Write a store into one Parquet file."""
     with messages(debug, of_libraries=True):
@@ -177,7 +177,7 @@ def import_one(
         ),
     ] = None,
     root: _Root = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Add an exported store to those here, once all of it is checked."""
     with messages(debug, of_libraries=True):

@@ -14,7 +14,7 @@ Given up: batches of a stream, which would read ahead of what is asked for.
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, final
@@ -48,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
 
+Observer = Callable[[Dataset, Mapping[str, Sequence[int]]], None]
+"""Gets all rows of a map-style dataset, with their token ids and `REPORT_COLUMNS`, and the numbers of those that cannot
+be used, by reason."""
+
 
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
@@ -62,6 +66,7 @@ def prepare_dataset(
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
+    observe: Observer | None = None,
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
@@ -72,7 +77,8 @@ def prepare_dataset(
     model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
     is today's, and a later run has other ids. `columns` says which columns are what where they do not have holdfast's
     names (see `holdfast.data.shapes.mapping`). `num_proc` is for map-style datasets and `main_process_first` a context
-    in which the other processes wait for the cache. `disable_tqdm` hides the progress bars.
+    in which the other processes wait for the cache. `disable_tqdm` hides the progress bars. `observe` is called before
+    anything is said or left out, and for no stream.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
     assistant's, see `holdfast.data.control_text`.
@@ -108,7 +114,9 @@ def prepare_dataset(
         return _prepare_stream(dataset, add_ids, judge, places)
     with main_process_first or nullcontext(), bars(are_shown=not disable_tqdm), naming_places(places):
         dataset = _with_ids(dataset, add_ids, num_proc)
-        return _usable(dataset, judge)
+        if observe is not None:
+            observe(dataset, _unusable(dataset, judge))
+        return _usable(_reported(dataset, add_ids), judge)
 
 
 class PreparationOptions(Protocol):
@@ -156,7 +164,9 @@ class Preparation:
             disable_tqdm=bool(options.disable_tqdm),
         )
 
-    def of(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    def of(
+        self, dataset: Dataset | IterableDataset, name: str, observe: Observer | None = None
+    ) -> Dataset | IterableDataset:
         """What `prepare_dataset` returns for a dataset of this name."""
         return prepare_dataset(
             dataset,
@@ -169,6 +179,7 @@ class Preparation:
             columns=self.columns,
             name=name,
             disable_tqdm=self.disable_tqdm,
+            observe=observe,
         )
 
     def of_eval(
@@ -237,8 +248,7 @@ def _check_first_rows(
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
-    """The dataset with token ids. Warns once, with numbers, where a prompt is not a prefix of the full texts, and where
-    rows spell out special tokens."""
+    """The dataset with token ids, and with `REPORT_COLUMNS` unless it had ids already."""
     is_plain = dataset.format["type"] is None
     if is_plain and set(TOKENIZED_COLUMNS) <= set(dataset.column_names):
         return dataset
@@ -255,18 +265,21 @@ def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Datase
         )
     else:  # under a user's own transform the columns are known row by row
         dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=description)
+    return dataset.with_format(None)
+
+
+def _reported(dataset: Dataset, add_ids: AddIds) -> Dataset:
+    """The dataset without `REPORT_COLUMNS`. Warns once, with numbers, where a prompt is not a prefix of the full texts,
+    where rows spell out special tokens, and of the notes on rows."""
+    if not set(REPORT_COLUMNS) <= set(dataset.column_names):
+        return dataset
     report_rows(dataset.with_format("arrow"), add_ids, _warn)
-    return dataset.with_format(None).remove_columns(list(REPORT_COLUMNS))
+    return dataset.remove_columns(list(REPORT_COLUMNS))
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
-    ids = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
-    verdicts = []
-    for first in range(0, len(ids), _JUDGED_ROWS):
-        rows: Any = ids[first : first + _JUDGED_ROWS]
-        verdicts.append(judge.verdicts(rows, first))
-    unusable = reasons_by_row(verdicts)
+    unusable = _unusable(dataset, judge)
     if not unusable:
         return dataset
     counts = {reason: len(rows) for reason, rows in unusable.items()}
@@ -276,6 +289,16 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     usable = dataset.select([row for row in range(len(dataset)) if row not in left_out])
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
     return usable
+
+
+def _unusable(dataset: Dataset, judge: Judge) -> dict[str, list[int]]:
+    """The rows that cannot be used, by reason."""
+    ids = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
+    verdicts = []
+    for first in range(0, len(ids), _JUDGED_ROWS):
+        rows: Any = ids[first : first + _JUDGED_ROWS]
+        verdicts.append(judge.verdicts(rows, first))
+    return reasons_by_row(verdicts)
 
 
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:

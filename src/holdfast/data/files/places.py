@@ -74,10 +74,10 @@ def remember(dataset: AnyRows, places: Places) -> None:
     _PLACES[dataset] = places
 
 
-def carry_places(dataset: AnyRows, converted: AnyRows) -> None:
-    """Note that the rows of a converted dataset are those of `dataset`, in the same order."""
-    if dataset in _PLACES:
-        _PLACES[converted] = _PLACES[dataset]
+def keep_places(rows: AnyRows, of: AnyRows) -> None:
+    """Notes that `rows` are those of the dataset `of`, or the first of them, in the same order."""
+    if (places := places_of(of)) is not None:
+        _PLACES[rows] = places
 
 
 def remember_places(dataset: AnyRows, contents: Contents, split: str, path: Path) -> None:

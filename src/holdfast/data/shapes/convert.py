@@ -17,7 +17,7 @@ from typing import Any, final
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from holdfast.data.columns import TOKENIZED_COLUMNS
-from holdfast.data.files.places import carry_places
+from holdfast.data.files.places import keep_places
 from holdfast.data.row_error import RowError
 from holdfast.data.shapes.mapping import ColumnMapping, Plan, plan
 from holdfast.data.shapes.row import RowConverter
@@ -57,7 +57,7 @@ def with_columns(
         converted = dataset.remove_columns(left).rename_columns(names)
     else:
         converted = _mapped(dataset, found, name, num_proc)
-    carry_places(dataset, converted)
+    keep_places(converted, dataset)
     return converted
 
 

@@ -1,0 +1,4 @@
+"""A run's data looked at before anything is loaded: `data.inspect_data` counts and collects, `lines` and `page` show.
+
+What is counted (`pairs`, `facts`, `numbers`) knows nothing of how it is shown. Given up: anything that needs weights.
+"""
