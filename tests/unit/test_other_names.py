@@ -6,10 +6,12 @@ and class have had since 2023, and `TrainingArguments` since its version 4.30.
 
 import copy
 import dataclasses
+import gc
 import inspect
 import pickle
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,17 @@ def test_an_attribute_that_was_set_later_is_refused_by_the_trainer() -> None:
     with pytest.raises(UnknownNameError, match="attributes that are none of its options") as error:
         trainer("nowhere", args)
     assert [line.split("=")[0] for line in str(error.value).splitlines()[1:]] == ["- max_prompt_length", "- rpo_alpha"]
+
+
+def test_a_config_keeps_nothing_of_its_caller_alive() -> None:
+    model = tiny_model()
+    seen = weakref.ref(model)
+    made()
+    with pytest.raises(UnknownNameError):
+        made(rpo_alpha=1)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 # --- arguments of the trainer -----------------------------------------------------------------------------------------
