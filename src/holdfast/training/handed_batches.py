@@ -61,9 +61,9 @@ def check_layout(names: list[str], kind: type, options: LayoutChoice) -> None:
         return
     found = "compute a whole batch at once" if asked.startswith("tokens") else "read padded rows, chosen ones first"
     raise ValueError(
-        f"{asked} was asked for, but {kind.__name__} overrides {', '.join(names)}, which may {found}. Drop the option (rows are "
-        "then padded, with the keys input_ids, attention_mask and completion_mask), or set the class attribute "
-        f"`reads_any_layout = True` in {kind.__name__} if it hands batches on unread."
+        f"{asked} was asked for, but {kind.__name__} overrides {', '.join(names)}, which may {found}. Drop the option "
+        "(rows are then padded, with the keys input_ids, attention_mask and completion_mask), or set the class "
+        f"attribute `reads_any_layout = True` in {kind.__name__} if it hands batches on unread."
     )
 
 
