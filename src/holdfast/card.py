@@ -131,13 +131,14 @@ def hide_paths(folder: Path) -> None:
     if not file.is_file():
         return
     card = ModelCard.load(file)
-    base_model, tags = card.data.get("base_model"), card.data.tags or []
+    data: Any = card.data
+    base_model, tags = data.get("base_model"), data.tags or []
     kept = [tag for tag in tags if not (tag.startswith(_OF_THE_BASE) and is_path(tag.split(":", 2)[-1]))]
     if isinstance(base_model, str) and is_path(base_model):
-        card.data.base_model = None
+        data.base_model = None
     elif kept == tags:
         return
-    card.data.tags = kept or None
+    data.tags = kept or None
     card.save(file)
 
 

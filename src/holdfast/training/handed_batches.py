@@ -60,11 +60,10 @@ def check_layout(names: list[str], kind: type, options: LayoutChoice) -> None:
     else:
         return
     found = "compute a whole batch at once" if asked.startswith("tokens") else "read padded rows, chosen ones first"
-    kind_name = kind.__name__
     raise ValueError(
-        f"{asked} was asked for, but {kind_name} overrides {', '.join(names)}, which may {found}. Drop the option "
+        f"{asked} was asked for, but {kind.__name__} overrides {', '.join(names)}, which may {found}. Drop the option "
         "(rows are then padded, with the keys input_ids, attention_mask and completion_mask), or set the class "
-        f"attribute `reads_any_layout = True` in {kind_name} if it hands batches on unread."
+        f"attribute `reads_any_layout = True` in {kind.__name__} if it hands batches on unread."
     )
 
 
