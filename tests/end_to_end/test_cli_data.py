@@ -184,7 +184,7 @@ def test_the_same_rows_are_drawn_with_the_same_seed(place):
 
 
 def test_the_files(place):
-    assert invoke("--html", "data.html", "--png", "data.png").exit_code == 0
+    assert invoke("--dataset", "train", "--html", "data.html", "--png", "data.png").exit_code == 0
     assert (place / "data.png").read_bytes().startswith(b"\x89PNG")
     html = (place / "data.html").read_text(encoding="utf-8")
     assert "&lt;|im_end|&gt;" in html
