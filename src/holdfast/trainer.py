@@ -29,7 +29,7 @@ from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import columns_of_pairs
 from holdfast.data.completions import Batching, all_to_score
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
@@ -271,7 +271,7 @@ class DPOTrainer(ResumableTrainer):
         return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        names = TOKENIZED_COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
+        names = columns_of_pairs(rows[0]) if self.args.remove_unused_columns else rows[0]  # as the data loader does
         return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
