@@ -26,7 +26,7 @@ from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, NOTES, python_ro
 from holdfast.data.tokenize import tokenize
 from holdfast.data.verdicts import Judge
 
-TOKENIZATION_RULES = 3
+TOKENIZATION_RULES = 4
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
 

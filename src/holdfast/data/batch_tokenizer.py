@@ -8,18 +8,29 @@ Given up: speed for tokenizers that are written in Python or that render convers
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import NOTHING, ControlText
 from holdfast.data.encoder import NUM_ID_BYTES, Encoder, as_bytes, from_bytes
-from holdfast.data.formats import Message, Preference
+from holdfast.data.formats import Preference
+from holdfast.data.message_shapes import fitted, is_plain
 from holdfast.data.notes import Note
-from holdfast.data.tokenize import TokenizedPair, conversations, rendered_text, template_of, texts_with_eos, tokenize
+from holdfast.data.omissions import prints_all
+from holdfast.data.tokenize import (
+    TokenizedPair,
+    conversations,
+    rendered_text,
+    renderer,
+    template_of,
+    texts_with_eos,
+    tokenize,
+)
 from holdfast.internals.transformers import compiled_template, has_own_templates
 
 NUM_COMPARED = 8
@@ -96,14 +107,17 @@ class BatchTokenizer:
         adds_tokens = is_text and self._tokenizer.num_special_tokens_to_add() > 0
         ids: list[bytes] = []
         texts: list[str] = []
+        notes: list[tuple[Note, ...]] = []
         num_characters = 0
         for number, preference in enumerate(preferences, 1):
-            texts += self._texts(preference)
+            texts_of_pair, notes_of_pair = self._texts(preference)
+            texts += texts_of_pair
+            notes.append(notes_of_pair)
             num_characters += sum(map(len, texts[-3:]))
             if num_characters >= _MOST_CHARACTERS or number == len(preferences):
                 ids += self._with_added_tokens(texts) if adds_tokens else self._encoder.encode(texts)
                 texts, num_characters = [], 0
-        return [self._pair(preference, ids[3 * n : 3 * n + 3]) for n, preference in enumerate(preferences)]
+        return [self._pair(preference, ids[3 * n : 3 * n + 3], notes[n]) for n, preference in enumerate(preferences)]
 
     def _with_added_tokens(self, texts: list[str]) -> list[bytes]:
         return [as_bytes(ids) for ids in self._tokenizer(texts)["input_ids"]]
@@ -116,24 +130,26 @@ class BatchTokenizer:
     def _compiled_template(self) -> Callable[..., str] | None:
         return compiled_template(self._tokenizer, template_of(self._tokenizer, {}, self._date))
 
-    def _texts(self, preference: Preference) -> list[str]:
-        """The prompt, and the prompt with each completion, as they are tokenized."""
+    def _texts(self, preference: Preference) -> tuple[list[str], tuple[Note, ...]]:
+        """The prompt, and the prompt with each completion, as they are tokenized, and notes on what they leave out."""
         if isinstance(preference.prompt, str):
-            return texts_with_eos(preference, self._tokenizer)
-        return [
-            self._rendered(preference, messages, add_generation_prompt=number == 0)
-            for number, messages in enumerate(conversations(preference))
-        ]
+            return texts_with_eos(preference, self._tokenizer), ()
+        if self._compiled_template is not None and is_plain(preference):
+            with suppress(Exception):  # whatever the template's own code raises: it may take another shape
+                prompt, chosen, rejected = (
+                    self._compiled_template(messages=messages, add_generation_prompt=number == 0)
+                    for number, messages in enumerate(conversations(preference))
+                )
+                if prints_all(preference, (chosen, rejected)):
+                    return [prompt, chosen, rejected], ()
+        preference, full_texts, notes = fitted(preference, renderer(self._tokenizer, self._date))
+        prompt = conversations(preference)[0]
+        text = rendered_text(preference, prompt, self._tokenizer, self._date, add_generation_prompt=True)
+        if full_texts is None:
+            raise ValueError("the chat template cannot render a conversation")
+        return [text, *full_texts], notes
 
-    def _rendered(self, preference: Preference, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        is_plain = not preference.tools and not preference.chat_template_kwargs and all(map(_is_plain, messages))
-        if is_plain and self._compiled_template is not None:
-            return self._compiled_template(messages=messages, add_generation_prompt=add_generation_prompt)
-        return rendered_text(
-            preference, messages, self._tokenizer, self._date, add_generation_prompt=add_generation_prompt
-        )
-
-    def _pair(self, preference: Preference, ids: Sequence[bytes]) -> EncodedPair:
+    def _pair(self, preference: Preference, ids: Sequence[bytes], notes: tuple[Note, ...]) -> EncodedPair:
         found = self._control_text.find(preference)
         if found is not NOTHING:
             return self.one(preference)  # few rows: what is special about them stands at one place
@@ -147,12 +163,8 @@ class BatchTokenizer:
             chosen_ids=chosen[length:],
             rejected_ids=rejected[length:],
             cut_ids=prompt[length:],
+            notes=notes,
         )
-
-
-def _is_plain(message: dict[str, Any]) -> bool:
-    """Whether a message has nothing but a role and a text."""
-    return len(message) == 2 and type(message.get("content")) is str and type(message["role"]) is str
 
 
 def _common_prefix_length(ids: bytes, others: bytes) -> int:

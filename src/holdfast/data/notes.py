@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
+from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN, as_python, left_out, left_out_by_design
+from holdfast.data.tool_text import AS_PYTHON
+
 
 class Note(NamedTuple):
     """Something about a row: its kind, one of those in `TOPICS`, and what was found, in a few words."""
@@ -35,7 +38,11 @@ class Topic:
     is_refused: bool = False
 
 
-TOPICS: tuple[Topic, ...] = ()
+TOPICS: tuple[Topic, ...] = (
+    Topic(kinds=tuple(LEFT_OUT), message=left_out, is_refused=True),
+    Topic(kinds=(AS_PYTHON,), message=as_python, is_refused=True),
+    Topic(kinds=tuple(LEFT_OUT_BY_DESIGN), message=left_out_by_design),
+)
 
 
 def as_values(notes: Sequence[Note]) -> list[dict[str, str]]:
@@ -52,3 +59,19 @@ def rows_by_kind(notes_of_rows: Iterable[tuple[int, Sequence[Mapping[str, Any]]]
             if not rows or rows[-1] != row:
                 rows.append(row)
     return found
+
+
+def refused_everywhere(notes_of_rows: Sequence[Sequence[Mapping[str, Any]]], name: str) -> str | None:
+    """The message where all of these rows have a note of one kind that may not be in all; else None. The rows are those
+    of a stream named `name` that are read before training begins."""
+    found = rows_by_kind(enumerate(notes_of_rows))
+    for topic in TOPICS:
+        if topic.is_refused and any(len(found[kind][0]) == len(notes_of_rows) for kind in topic.kinds if kind in found):
+            where = "in each row that was read before training"
+            occurrences = {
+                kind: Occurrence(where=where, detail=found[kind][1], row=f"row {found[kind][0][0]}")
+                for kind in topic.kinds
+                if kind in found and len(found[kind][0]) == len(notes_of_rows)
+            }
+            return topic.message(name, occurrences)
+    return None

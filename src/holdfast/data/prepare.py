@@ -27,11 +27,13 @@ from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns
+from holdfast.data.notes import refused_everywhere
 from holdfast.data.progress import bars
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
+    NOTES,
     REPORT_COLUMNS,
     features_with_ids,
 )
@@ -42,6 +44,8 @@ from holdfast.data.verdicts import Judge, reasons_by_row
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
+_NOTED_ROWS = 8
+"""So many rows of a stream show what is in all of them, where it is in each of these."""
 
 
 def prepare_dataset(
@@ -245,16 +249,23 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
 
 
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
-    """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
+    """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found, and if
+    all of its first rows have a note that may not be in all rows. The next row is read only where that is open."""
     row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
     counts: Counter[str] = Counter()
+    notes: list[list[dict[str, str]]] = []
+    is_usable = False
     for index, row in enumerate(dataset):
-        reason = row_function(row, index)[REASON]
-        if reason is None:
+        read = row_function(row, index)
+        notes.append(read[NOTES])
+        is_usable |= read[REASON] is None
+        counts.update([read[REASON]] if read[REASON] else [])
+        if is_usable and (len(notes) >= _NOTED_ROWS or refused_everywhere(notes, judge.name) is None):
             break
-        counts[reason] += 1
-    else:
+    if not is_usable:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
+    if refusal := refused_everywhere(notes, judge.name):
+        raise ValueError(refusal)
     report = StreamReport(judge, add_ids.decode, _warn)
     dataset = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
     return dataset.remove_columns([*REPORT_COLUMNS, REASON])

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.data.control_text import ControlText
 from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
+from holdfast.data.message_shapes import Render, fitted
 from holdfast.data.notes import Note
 
 TruncationMode = Literal["keep_start", "keep_end"]
@@ -75,6 +76,9 @@ def tokenize(
     """
     check_tokenizer(processing_class, is_conversational=preference.is_conversational)
     control_text = control_text or ControlText(processing_class)
+    notes: tuple[Note, ...] = ()
+    if preference.is_conversational:
+        preference, _, notes = fitted(preference, renderer(processing_class, template_date))
     found = control_text.find(preference)
     as_text: list[list[int]] | None = None
     if isinstance(preference.prompt, str):
@@ -96,6 +100,7 @@ def tokenize(
         cut_ids=prompt_ids[length:],
         as_text=found.by_others if as_text else None,
         as_token=found.elsewhere if as_text else found.by_others or found.elsewhere,
+        notes=notes,
     )
 
 
@@ -234,6 +239,13 @@ def rendered_text(
     )
     assert isinstance(text, str)
     return text
+
+
+def renderer(processing_class: PreTrainedTokenizerBase, template_date: str | None) -> Render:
+    """What makes the text of a whole conversation with these."""
+    return partial(
+        rendered_text, processing_class=processing_class, template_date=template_date, add_generation_prompt=False
+    )
 
 
 def _rendered_ids(
