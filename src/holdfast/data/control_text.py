@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,13 @@ class Found:
 
 
 NOTHING = Found(by_others=None, elsewhere=None)
+
+
+class Encoded(NamedTuple):
+    """The ids of a text's tokens, and the characters of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 @final
@@ -79,7 +86,17 @@ class ControlText:
         render: Callable[[list[Message]], str],
         ordinary_ids: Sequence[int],
     ) -> list[int] | None:
-        """The token ids of a conversation in which other roles than the assistant's spell out special tokens, as text.
+        """The token ids of `encoded`."""
+        found = self.encoded(messages, render, ordinary_ids)
+        return None if found is None else found.ids
+
+    def encoded(
+        self,
+        messages: list[Message],
+        render: Callable[[list[Message]], str],
+        ordinary_ids: Sequence[int],
+    ) -> Encoded | None:
+        """The tokens of a conversation in which other roles than the assistant's spell out special tokens, as text.
         `ordinary_ids` are those of `render(messages)`. None where it cannot be proved that nothing else changes."""
         if backend_of(self._tokenizer) is None:
             return None
@@ -92,9 +109,10 @@ class ControlText:
             rendered = render([self._hiding(message, hidden) for message in messages])
         except Exception:  # a template that asks for the text which is hidden
             return None
-        if _replaced(rendered, shown) != ordinary or self._encoded(ordinary, {}) != list(ordinary_ids):
+        if _replaced(rendered, shown) != ordinary:
             return None
-        return self._encoded(rendered, shown)
+        usual = self._encoded(ordinary, {})
+        return self._encoded(rendered, shown) if usual is not None and usual.ids == list(ordinary_ids) else None
 
     def _hiding(self, message: Message, hidden: dict[str, str]) -> Message:
         if message["role"] == ASSISTANT or message.get("content") is None:
@@ -108,20 +126,27 @@ class ControlText:
             return {**message, "content": hide(content)}
         return {**message, "content": [{**part, "text": hide(part["text"])} for part in content]}
 
-    def _encoded(self, rendered: str, shown: dict[str, str]) -> list[int] | None:
-        """The ids of a rendering, of which only the special tokens that are not hidden are special. None where the
+    def _encoded(self, rendered: str, shown: dict[str, str]) -> Encoded | None:
+        """The tokens of a rendering, of which only the special tokens that are not hidden are special. None where the
         tokenizer makes such a token of plain text, as Unigram models do that have them in their vocabulary."""
         ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        length = 0
         for number, part in enumerate(self._between.split(rendered)):
             if number % 2 == 1:  # the pattern's group: a special token, with the white space that it takes
                 token = part if part in self._tokens else part.strip()
                 ids.append(self._tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+                offsets.append((length, length + len(part)))
+                length += len(part)
             elif part:
-                text_ids = self._as_text(_replaced(part, shown), is_beginning=number == 0)
+                text = _replaced(part, shown)
+                text_ids, text_offsets = self._as_text(text, is_beginning=number == 0)
                 if not self._special_ids.isdisjoint(text_ids):
                     return None
                 ids += text_ids
-        return ids
+                offsets += [(length + start, length + end) for start, end in text_offsets]
+                length += len(text)
+        return Encoded(ids, offsets)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -137,10 +162,14 @@ class ControlText:
         ]
         return re.compile(f"({'|'.join(patterns)})")
 
-    def _as_text(self, text: str, *, is_beginning: bool) -> list[int]:
+    def _as_text(self, text: str, *, is_beginning: bool) -> Any:
         if not is_beginning and self._without_first_space is not None:
-            return self._without_first_space.encode(text, add_special_tokens=False).ids
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore
+            found = self._without_first_space.encode(text, add_special_tokens=False)
+            return found.ids, found.offsets
+        found: Any = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        return found["input_ids"], found["offset_mapping"]
 
     @cached_property
     def _without_first_space(self) -> Tokenizer | None:

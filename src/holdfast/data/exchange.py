@@ -8,12 +8,13 @@ In conversations without a column `prompt` nothing is joined, since they are wri
 Given up: weights between 0 and 1, and the scoring of messages that are not the assistant's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 from holdfast.data.formats import Message, Preference
 from holdfast.data.notes import Note
+from holdfast.data.turn_sentences import ENDS_WITH_OTHER, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
 
 ASSISTANTS = frozenset({"assistant", "model"})
 """The roles that are the model's. `model` is that of Gemma, whose template takes both."""
@@ -21,15 +22,8 @@ ASSISTANTS = frozenset({"assistant", "model"})
 SCORING_KEYS = ("train", "loss", "weight")
 """Keys of a message that say whether it is scored."""
 
-ENDS_WITH_OTHER, NOBODY_SPEAKS, PREFILL, NOT_TO_SCORE = (
-    "a completion ends with another's message",
-    "a completion without an assistant's message",
-    "prefill",
-    "a message to score that is not scored",
-)
-"""Kinds of notes."""
-
 _KEYS = frozenset(SCORING_KEYS)
+_LONGEST_DETAIL = 60
 
 
 @final
@@ -37,20 +31,26 @@ _KEYS = frozenset(SCORING_KEYS)
 class Exchange:
     """A preference of messages as it is rendered.
 
-    `prompt` and the two `wholes` are the conversations. `is_continued` says that the prompt's last message is left
-    open, `opens_turn` that the prompt ends with the generation prompt. `scored` has the numbers of the messages that
-    are scored in each whole, and is None where each completion is one assistant's message of which all is scored.
-    `unscored` has the assistant's messages that are left out.
+    `preference` has the messages without `SCORING_KEYS`. A `prefill` is the beginning of the first message of both
+    completions, and no longer a message of the prompt. `opens_turn` says that the prompt ends with the generation
+    prompt. `scored` has the numbers of the messages that are scored, counted from the prompt's first, in the
+    conversation with the chosen and in that with the rejected completion; it is None where each completion is one
+    assistant's message of which all is scored. `unscored` has the assistant's messages that are left out.
     """
 
     preference: Preference
-    prompt: list[Message]
-    wholes: tuple[list[Message], list[Message]]
-    is_continued: bool = False
+    prefill: Message | None = None
     opens_turn: bool = True
     scored: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     unscored: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     notes: tuple[Note, ...] = ()
+
+    def conversations(self, preference: Preference) -> list[list[Message]]:
+        """The three conversations of `preference`, which has the same messages in the shape that the template needs:
+        the prompt, and the prompt with each completion."""
+        prompt, chosen, rejected = _messages(preference)
+        beginning = [] if self.prefill is None else [_in_shape_of(chosen[0], self.prefill)]
+        return [prompt + beginning, prompt + chosen, prompt + rejected]
 
 
 def exchange_of(preference: Preference, *, assistant_only: bool = True) -> Exchange:
@@ -59,10 +59,7 @@ def exchange_of(preference: Preference, *, assistant_only: bool = True) -> Excha
     Raises `ValueError` for a value of `SCORING_KEYS` that says neither yes nor no, for a message that is left out where
     `assistant_only` is False, and for a prefill that its completion cannot continue.
     """
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    assert isinstance(prompt, list)
-    assert isinstance(chosen, list)
-    assert isinstance(rejected, list)
+    prompt, chosen, rejected = _messages(preference)
     is_usual = (
         len(chosen) == len(rejected) == 1
         and chosen[0]["role"] in ASSISTANTS
@@ -70,79 +67,77 @@ def exchange_of(preference: Preference, *, assistant_only: bool = True) -> Excha
         and prompt[-1]["role"] not in ASSISTANTS
         and all(map(_KEYS.isdisjoint, (*prompt, *chosen, *rejected)))
     )
-    if is_usual:
-        return Exchange(preference=preference, prompt=prompt, wholes=(prompt + chosen, prompt + rejected))
-    flags = {name: [_flag(message) for message in side] for name, side in _sides(prompt, chosen, rejected)}
-    preference = replace(
-        preference,
-        prompt=[*map(_without_keys, prompt)],
-        chosen=[*map(_without_keys, chosen)],
-        rejected=[*map(_without_keys, rejected)],
-    )
-    return _unusual(preference, flags, assistant_only=assistant_only)
+    return Exchange(preference=preference) if is_usual else _unusual(preference, assistant_only=assistant_only)
 
 
-def _unusual(preference: Preference, flags: Mapping[str, list[bool | None]], *, assistant_only: bool) -> Exchange:
-    prompt: Any = preference.prompt
-    completions: tuple[Any, Any] = (preference.chosen, preference.rejected)
-    if not assistant_only and any(False in side for side in flags.values()):
+def check_prefill(exchange: Exchange, texts: Sequence[str]) -> None:
+    """`ValueError` where the renderings with a completion do not begin with that of a prompt that a prefill ends."""
+    prompt, *wholes = texts
+    if exchange.prefill is not None and not all(whole.startswith(prompt) for whole in wholes):
+        raise ValueError(
+            "the prompt ends with an assistant's message, which the completions continue; the chat template does not "
+            f"render the whole message so that it begins like that one: {prompt[-_LONGEST_DETAIL:]!r} is no beginning. "
+            "Move that message into `chosen` and `rejected`, or use a chat template that prints such messages as they "
+            "are."
+        )
+
+
+def _unusual(preference: Preference, *, assistant_only: bool) -> Exchange:
+    flags = [[_flag(message) for message in side] for side in _messages(preference)]
+    if not assistant_only and any(False in side for side in flags):
         raise ValueError(
             f"a message is left out of the scoring by one of {list(SCORING_KEYS)}, and with assistant_only=False all "
             "messages of a completion are scored. Drop these keys, or set `assistant_only=True`."
         )
+    prompt, *completions = ([_without_keys(message) for message in side] for side in _messages(preference))
     begin = [completion[0]["role"] in ASSISTANTS for completion in completions]
-    is_continued = prompt[-1]["role"] in ASSISTANTS and all(begin) and not preference.is_implicit
-    wholes = tuple(
-        [*prompt[:-1], _joined(prompt[-1], completion[0]), *completion[1:]] if is_continued else prompt + completion
-        for completion in completions
-    )
-    first = len(prompt) - is_continued
+    notes = _notes(prompt, completions, flags)
+    prefill = None
+    if prompt[-1]["role"] in ASSISTANTS and all(begin) and not preference.is_implicit:
+        *prompt, prefill = prompt
+        completions = [[_joined(prefill, completion[0]), *completion[1:]] for completion in completions]
+        notes = (Note(PREFILL, str(prefill.get("content"))[-_LONGEST_DETAIL:]), *notes)
     scored, unscored = [], []
-    for side, whole in zip(("chosen", "rejected"), wholes, strict=True):
-        speaks = [number for number in range(first, len(whole)) if whole[number]["role"] in ASSISTANTS]
-        left_out = {first + n for n, flag in enumerate(flags[side]) if flag is False}
-        scored.append(tuple(number for number in speaks if number not in left_out))
-        unscored.append(tuple(number for number in speaks if number in left_out))
-    is_whole = all(len(completion) == 1 for completion in completions) and all(begin) and not any(unscored)
+    for side, completion in zip(flags[1:], completions, strict=True):
+        speaks = [n for n, message in enumerate(completion) if message["role"] in ASSISTANTS]
+        scored.append(tuple(len(prompt) + n for n in speaks if side[n] is not False))
+        unscored.append(tuple(len(prompt) + n for n in speaks if side[n] is False))
+    is_one_turn = all(len(completion) == 1 for completion in completions) and all(begin) and not any(unscored)
     return Exchange(
-        preference=preference,
-        prompt=prompt,
-        wholes=(wholes[0], wholes[1]),
-        is_continued=is_continued,
-        opens_turn=any(begin) and not is_continued,
-        scored=None if is_whole or not assistant_only else (scored[0], scored[1]),
+        preference=replace(preference, prompt=prompt, chosen=completions[0], rejected=completions[1]),
+        prefill=prefill,
+        opens_turn=any(begin) and prefill is None,
+        scored=None if is_one_turn or not assistant_only else (scored[0], scored[1]),
         unscored=(unscored[0], unscored[1]),
-        notes=_notes(prompt, completions, flags, is_continued=is_continued, assistant_only=assistant_only),
+        notes=tuple(note for note in notes if assistant_only or note.kind == PREFILL),
     )
+
+
+def _messages(preference: Preference) -> tuple[list[Message], list[Message], list[Message]]:
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    assert isinstance(prompt, list)
+    assert isinstance(chosen, list)
+    assert isinstance(rejected, list)
+    return prompt, chosen, rejected
 
 
 def _notes(
-    prompt: Sequence[Message],
-    completions: Sequence[Sequence[Message]],
-    flags: Mapping[str, list[bool | None]],
-    *,
-    is_continued: bool,
-    assistant_only: bool,
+    prompt: Sequence[Message], completions: Sequence[Sequence[Message]], flags: Sequence[Sequence[bool | None]]
 ) -> tuple[Note, ...]:
-    notes = []
-    if is_continued:
-        notes.append(Note(PREFILL, str(prompt[-1].get("content"))[-60:]))
+    """What is to be said, each kind once."""
+    notes: dict[str, Note] = {}
+    columns = dict(zip(("prompt", "chosen", "rejected"), (prompt, *completions), strict=True))
     for column, completion in zip(("chosen", "rejected"), completions, strict=True):
         roles = [message["role"] for message in completion]
-        if ASSISTANTS.isdisjoint(roles):
-            notes.append(Note(NOBODY_SPEAKS, f"{column} has the roles {roles}"))
-        elif roles[-1] not in ASSISTANTS:
-            notes.append(Note(ENDS_WITH_OTHER, f"{column} has the roles {roles}"))
-    for column, messages in _sides(prompt, *completions):
-        for message, flag in zip(messages, flags[column], strict=True):
+        kind = NOBODY_SPEAKS if ASSISTANTS.isdisjoint(roles) else ENDS_WITH_OTHER
+        if roles[-1] not in ASSISTANTS:
+            notes.setdefault(kind, Note(kind, f"{column} has the roles {roles}"))
+    for (column, messages), sides in zip(columns.items(), flags, strict=True):
+        for message, flag in zip(messages, sides, strict=True):
             if flag and (column == "prompt" or message["role"] not in ASSISTANTS):
-                notes.append(Note(NOT_TO_SCORE, f"a message of the role {message['role']!r} in {column}"))
-    kinds = {note.kind: note for note in reversed(notes)}
-    return tuple(kinds.values()) if assistant_only else tuple(note for note in notes if note.kind == PREFILL)
-
-
-def _sides(prompt: Any, chosen: Any, rejected: Any) -> tuple[tuple[str, Any], ...]:
-    return (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+                found = f"a message of the role {message['role']!r} in {column}"
+                notes.setdefault(NOT_TO_SCORE, Note(NOT_TO_SCORE, found))
+    return tuple(notes.values())
 
 
 def _flag(message: Message) -> bool | None:
@@ -174,22 +169,41 @@ def _without_keys(message: Message) -> Message:
 
 def _joined(prefill: Message, continuation: Message) -> Message:
     """The message that the prompt begins and a completion continues."""
-    contents = prefill.get("content"), continuation.get("content")
-    other = sorted(key for key in prefill if key != "content" and key in continuation and prefill[key] != continuation[key])
-    if prefill.get("tool_calls") or contents[0] is None or other:
-        found = "it calls tools" if prefill.get("tool_calls") else f"both have other values of {other}" if other else (
-            "it has no content"
-        )
+    beginning, rest = prefill.get("content"), continuation.get("content")
+    contradicting = [
+        key for key in prefill if key != "content" and key in continuation and prefill[key] != continuation[key]
+    ]
+    problem = (
+        "it calls tools"
+        if prefill.get("tool_calls")
+        else "it has no content"
+        if beginning is None
+        else f"both have other values of {contradicting}"
+        if contradicting
+        else None
+    )
+    if problem:
         raise ValueError(
-            "the prompt ends with an assistant's message and both completions begin with one, so they are to continue "
-            f"it; but {found}. Move that message into `chosen` and `rejected`, or end the prompt with the message that "
-            "the assistant answers."
+            "the prompt ends with an assistant's message and both completions begin with one, which therefore "
+            f"continues it; that cannot be, since {problem}. Move that message into `chosen` and `rejected`, or end "
+            "the prompt with the message that the assistant answers."
         )
-    if contents[1] is None:
-        content: Any = contents[0]
-    elif isinstance(contents[0], str) and isinstance(contents[1], str):
-        content = contents[0] + contents[1]
+    if rest is None:
+        content: Any = beginning
+    elif isinstance(beginning, str) and isinstance(rest, str):
+        content = beginning + rest
     else:
-        parts = [[{"type": "text", "text": each}] if isinstance(each, str) else list(each) for each in contents]
-        content = parts[0] + parts[1]
+        content = [*_parts(beginning), *_parts(rest)]
     return {**prefill, **continuation, "content": content}
+
+
+def _parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _in_shape_of(message: Message, prefill: Message) -> Message:
+    """The prefill with its content as text, or as parts, as the message has it that continues it."""
+    content = prefill["content"]
+    if isinstance(message["content"], str):
+        return {**prefill, "content": "".join(part["text"] for part in _parts(content))}
+    return {**prefill, "content": _parts(content)}

@@ -48,6 +48,14 @@ def mask_of_marks(text: str, spans: Sequence[Span], num_tokens: int, tokens_at: 
     return mask
 
 
+def completion_mask(mask: np.ndarray | None, num_prompt_tokens: int) -> np.ndarray | None:
+    """The mask of a completion from that of its whole text. None where all of its tokens are scored."""
+    if mask is None:
+        return None
+    mask = mask[num_prompt_tokens:]
+    return None if mask.all() else mask
+
+
 def _without_white_space(text: str, start: int, end: int) -> Span:
     inner = text[start:end]
     return start + len(inner) - len(inner.lstrip()), end - len(inner) + len(inner.rstrip())

@@ -18,7 +18,6 @@ Given up: turns whose place no rendering tells. There is no guess; the caller ge
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import final
 
 FIRST_MARK = 0x100000
@@ -118,15 +117,14 @@ def _limit(conversation: Conversation, number: int) -> int | None:
 
 
 def _last_mark(text: str) -> int | None:
-    last = None
-    for last in _MARK.finditer(text):
-        pass
-    return None if last is None else last.start()
+    return max((match.start() for match in _MARK.finditer(text)), default=None)
 
 
 def _common(text: str, other: str, special: re.Pattern[str]) -> int:
     """How far both are the same; where that is not the whole of `text`, up to the end of a token, a tag or a line."""
-    length = len(commonprefix([text, other]))
+    length = next((place for place, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), None)
+    if length is None:
+        length = min(len(text), len(other))
     if length == len(text):
         return length
     ends = [match.end() for match in re.finditer(rf"{special.pattern}|{_HEADER_ENDS}", text)]
