@@ -44,9 +44,12 @@ class Ragged:
         """
         if column is None or pa.types.is_null(column.type):
             return None
-        if not _is_lists(column.type):
+        kind = column.type
+        if pa.types.is_fixed_size_list(kind):
+            kind = pa.list_(kind.value_type)
+        if not _is_lists(kind):
             raise ValueError("no lists")
-        masks: Any = pa.concat_arrays(column.chunks)
+        masks: Any = pa.concat_arrays(column.chunks).cast(kind)
         values = masks.flatten()
         if len(values) == 0:
             return None

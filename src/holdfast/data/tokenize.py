@@ -242,7 +242,8 @@ def content_id(
 
     BLAKE2b (RFC 7693) over both, each as int64 little-endian with its length in front, so that moving the boundary
     between them changes the id. `scored` marks the completion tokens that count (0 or 1 each); leave it out when all
-    count.
+    count. Layouts (`content_id_of`) end the completion with the last token that counts, and begin it with the first
+    one where `scored` has a 0 before that.
     """
     digest = hashlib.blake2b(digest_size=16)
     for ids in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):

@@ -31,7 +31,7 @@ class TokenSequence(NamedTuple):
         """The number of completion tokens that count and have a token before them."""
         is_first_scored = self.num_prompt == 0 and (self.scored is None or bool(self.scored[:1].any()))
         num_scored = len(self.ids) - self.num_prompt if self.scored is None else int(self.scored.sum())
-        return num_scored - is_first_scored
+        return max(0, num_scored - is_first_scored)
 
     def of_targets(self, values: np.ndarray) -> np.ndarray:
         """Of one value for each completion token that has a token before it: the values of those that count."""
