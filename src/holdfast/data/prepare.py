@@ -251,7 +251,7 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found, and if
     all of its first rows have a note that may not be in all rows. The next row is read only where that is open."""
-    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
+    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places, features=dataset.features)
     counts: Counter[str] = Counter()
     notes: list[list[dict[str, str]]] = []
     is_usable = False

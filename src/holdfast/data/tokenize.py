@@ -21,6 +21,7 @@ from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
 from holdfast.data.message_shapes import Render, fitted
 from holdfast.data.notes import Note
+from holdfast.internals.transformers import has_own_templates, rendered_with_none
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -231,11 +232,27 @@ def rendered_text(
 ) -> str:
     """The text that the chat template makes of these messages."""
     options = template_options(preference, processing_class, template_date)
-    text = processing_class.apply_chat_template(
-        messages, **options, add_generation_prompt=add_generation_prompt, tokenize=False
-    )
+    options["add_generation_prompt"] = add_generation_prompt
+    if has_none(messages, processing_class):
+        return text_with_none(messages, processing_class, options)
+    text = processing_class.apply_chat_template(messages, **options, tokenize=False)
     assert isinstance(text, str)
     return text
+
+
+def has_none(messages: Sequence[Message], processing_class: PreTrainedTokenizerBase) -> bool:
+    """Whether a message has a content of None that the template is to see: `apply_chat_template` drops it."""
+    is_there = any("content" in message and message["content"] is None for message in messages)
+    return is_there and not has_own_templates(processing_class)
+
+
+def text_with_none(
+    messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> str:
+    """What the template makes of such messages, with the arguments of `apply_chat_template`."""
+    template = processing_class.get_chat_template(options.get("chat_template"), options.get("tools"))
+    variables = {key: value for key, value in options.items() if key != "chat_template"}
+    return rendered_with_none(processing_class, template, messages, **variables)
 
 
 def renderer(processing_class: PreTrainedTokenizerBase, template_date: str | None) -> Render:
@@ -249,6 +266,9 @@ def _rendered_ids(
     messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[int]:
     try:
+        if has_none(messages, processing_class):
+            text = text_with_none(messages, processing_class, options)
+            return list(processing_class(text, add_special_tokens=False)["input_ids"])
         rendered: Any = processing_class.apply_chat_template(messages, **options, tokenize=True, return_dict=True)
     except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
         raise ValueError(

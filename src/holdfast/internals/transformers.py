@@ -159,6 +159,17 @@ def compiled_template(tokenizer: PreTrainedTokenizerBase, template: str) -> Call
     return partial(compile_template(template).render, tools=None, documents=None, **special_tokens)
 
 
+def rendered_with_none(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]], **options: Any
+) -> str:
+    """What `apply_chat_template` makes of messages with this template, but with their keys whose value is None, which
+    it drops in recent versions of transformers."""
+    variables = {**tokenizer.special_tokens_map, **options}
+    render = looked_up("transformers", chat_template_utils, "render_jinja_template")
+    rendered, _ = render(conversations=[messages], chat_template=template, **variables)
+    return rendered[0]
+
+
 # --- configs and models -----------------------------------------------------------------------------------------------
 
 
