@@ -40,12 +40,20 @@ class AddIds:
         processing_class: PreTrainedTokenizerBase,
         name: str,
         template_date: str | None,
+        special_tokens_in_text: str = "text",
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
-        self._key = {"processing_class": processing_class, "name": name, "template_date": template_date, "rules": rules}
+        self._key = {
+            "processing_class": processing_class,
+            "name": name,
+            "template_date": template_date,
+            "special_tokens_in_text": special_tokens_in_text,
+            "rules": rules,
+        }
         self._tokenizer = processing_class
         self._date = template_date
+        self._special_tokens_in_text = special_tokens_in_text
         self._together: BatchTokenizer | None = None  # made where it is used: in each process
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +84,12 @@ class AddIds:
         """The preferences in the rows of a dataset with these types, and their token ids. Raises `ValueError` for the
         first row of which there are none, with its number."""
         if self._together is None:
-            self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
+            self._together = BatchTokenizer(
+                self._tokenizer,
+                self._date,
+                one_by_one=tokenize,
+                special_tokens_in_text=self._special_tokens_in_text,
+            )
         with suppress(Exception):  # a row is at fault, and perhaps not the first that is
             preferences = [read_preference(row, features) for row in rows]
             return preferences, self._together(preferences)

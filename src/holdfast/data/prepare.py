@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns
@@ -57,6 +58,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     vocab_size: int | None = None,
     template_date: str | None = None,
+    special_tokens_in_text: str = "text",
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
@@ -72,12 +74,13 @@ def prepare_dataset(
     cache. `disable_tqdm` hides the progress bars.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
-    assistant's, see `holdfast.data.control_text`.
+    assistant's, see `holdfast.data.control_text`. With `special_tokens_in_text="token"` it is a token everywhere.
 
     Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
     and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
     """
     check_truncation(max_length, truncation_mode)
+    check_control_text(special_tokens_in_text)
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
             f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
@@ -90,6 +93,7 @@ def prepare_dataset(
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
+        special_tokens_in_text=special_tokens_in_text,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
     )
     judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
@@ -105,6 +109,7 @@ class PreparationOptions(Protocol):
 
     max_length: int | None
     truncation_mode: Any
+    special_tokens_in_text: str
     dataset_num_proc: int | None
     disable_tqdm: bool | None
 
@@ -120,6 +125,7 @@ class Preparation:
     num_proc: int | None = None
     vocab_size: int | None = None
     template_date: str | None = None
+    special_tokens_in_text: str = "text"
     disable_tqdm: bool = False
 
     @classmethod
@@ -139,6 +145,7 @@ class Preparation:
             num_proc=options.dataset_num_proc,
             vocab_size=vocab_size,
             template_date=template_date,
+            special_tokens_in_text=options.special_tokens_in_text,
             disable_tqdm=bool(options.disable_tqdm),
         )
 
@@ -152,6 +159,7 @@ class Preparation:
             num_proc=self.num_proc,
             vocab_size=self.vocab_size,
             template_date=self.template_date,
+            special_tokens_in_text=self.special_tokens_in_text,
             name=name,
             disable_tqdm=self.disable_tqdm,
         )

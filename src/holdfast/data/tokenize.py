@@ -21,7 +21,7 @@ from holdfast.data.dates import template_with_date
 from holdfast.data.formats import Message, Preference
 from holdfast.data.message_shapes import Render, fitted
 from holdfast.data.notes import Note
-from holdfast.internals.transformers import has_own_templates, rendered_with_none
+from holdfast.internals.transformers import apply_template
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -233,26 +233,9 @@ def rendered_text(
     """The text that the chat template makes of these messages."""
     options = template_options(preference, processing_class, template_date)
     options["add_generation_prompt"] = add_generation_prompt
-    if has_none(messages, processing_class):
-        return text_with_none(messages, processing_class, options)
-    text = processing_class.apply_chat_template(messages, **options, tokenize=False)
+    text = apply_template(processing_class, messages, **options, tokenize=False)
     assert isinstance(text, str)
     return text
-
-
-def has_none(messages: Sequence[Message], processing_class: PreTrainedTokenizerBase) -> bool:
-    """Whether a message has a content of None that the template is to see: `apply_chat_template` drops it."""
-    is_there = any("content" in message and message["content"] is None for message in messages)
-    return is_there and not has_own_templates(processing_class)
-
-
-def text_with_none(
-    messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> str:
-    """What the template makes of such messages, with the arguments of `apply_chat_template`."""
-    template = processing_class.get_chat_template(options.get("chat_template"), options.get("tools"))
-    variables = {key: value for key, value in options.items() if key != "chat_template"}
-    return rendered_with_none(processing_class, template, messages, **variables)
 
 
 def renderer(processing_class: PreTrainedTokenizerBase, template_date: str | None) -> Render:
@@ -266,16 +249,12 @@ def _rendered_ids(
     messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[int]:
     try:
-        if has_none(messages, processing_class):
-            text = text_with_none(messages, processing_class, options)
-            return list(processing_class(text, add_special_tokens=False)["input_ids"])
-        rendered: Any = processing_class.apply_chat_template(messages, **options, tokenize=True, return_dict=True)
+        return apply_template(processing_class, messages, **options, tokenize=True)
     except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
         raise ValueError(
             f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
             f"{error}. Correct the row, or use another chat template."
         ) from error
-    return rendered["input_ids"]
 
 
 def _as_text(
@@ -291,12 +270,12 @@ def _as_text(
     for number, (messages, ids) in enumerate(zip(conversations(preference), ordinary_ids, strict=True)):
         render = partial(
             rendered_text,
-            preference,
             processing_class=processing_class,
             template_date=template_date,
             add_generation_prompt=number == 0,
         )
-        found = control_text.ids(messages, render, ids)
+        render_hidden = partial(render, control_text.hiding_of(preference))
+        found = control_text.ids(messages, partial(render, preference), ids, render_hidden)
         if found is None:
             return None
         all_ids.append(found)

@@ -159,15 +159,20 @@ def compiled_template(tokenizer: PreTrainedTokenizerBase, template: str) -> Call
     return partial(compile_template(template).render, tools=None, documents=None, **special_tokens)
 
 
-def rendered_with_none(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]], **options: Any
-) -> str:
-    """What `apply_chat_template` makes of messages with this template, but with their keys whose value is None, which
-    it drops in recent versions of transformers."""
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, tokenize: bool, **options: Any
+) -> Any:
+    """What `tokenizer.apply_chat_template` makes of the messages: text, or token ids. The template sees a content of
+    None, which that method drops."""
+    is_dropped = any("content" in message and message["content"] is None for message in messages)
+    if not is_dropped or has_own_templates(tokenizer):
+        rendered: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
+        return rendered["input_ids"] if tokenize else rendered
+    template = tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
     variables = {**tokenizer.special_tokens_map, **options}
     render = looked_up("transformers", chat_template_utils, "render_jinja_template")
-    rendered, _ = render(conversations=[messages], chat_template=template, **variables)
-    return rendered[0]
+    (text,), _ = render(conversations=[messages], chat_template=template, **variables)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenize else text
 
 
 # --- configs and models -----------------------------------------------------------------------------------------------
