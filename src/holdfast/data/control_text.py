@@ -93,8 +93,8 @@ class ControlText:
         render_hidden: Callable[[list[Message]], str] | None = None,
     ) -> list[int] | None:
         """The token ids of a conversation in which other roles than the assistant's spell out special tokens, as text.
-        `ordinary_ids` are those of `render(messages)`, and `render_hidden` renders with `hiding_of` the preference; leave
-        it out where that has no such text. None where it cannot be proved that nothing else changes."""
+        `ordinary_ids` are those of `render(messages)`, and `render_hidden` renders with `hiding_of` the preference;
+        leave it out where that has no such text. None where it cannot be proved that nothing else changes."""
         render_hidden = render_hidden or render
         if backend_of(self._tokenizer) is None:
             return None
