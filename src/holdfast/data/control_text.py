@@ -220,7 +220,7 @@ def _texts_of(message: Message) -> Iterator[tuple[str, str]]:
         yield message["role"], content
     else:
         yield from ((message["role"], part["text"]) for part in content or ())
-    if len(message) > 2:
+    if len(message) > 2 or content is None:
         for key, value in message.items():
             role = message["role"] if key in REASONING_KEYS else ""
             if key not in _OF_ALL and key != "content":
