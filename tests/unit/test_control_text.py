@@ -132,7 +132,8 @@ def test_tools_calls_and_variables(others: dict[str, Any]) -> None:
     assert (found.as_text, found.as_token) == (tiny.END, None)
     assert special(found.prompt_ids) == special(plain.prompt_ids)
     assert (found.chosen_ids, found.rejected_ids) == (plain.chosen_ids, plain.rejected_ids)
-    assert "<|im_start|>assistant" in TOKENIZER.decode(found.prompt_ids).split("Hi<|im_end|>")[1]
+    decoded: Any = TOKENIZER.decode(found.prompt_ids)
+    assert decoded.count(tiny.START) == special(plain.prompt_ids).count(tiny.START) + 1
 
 
 def test_reasoning_is_the_assistants() -> None:
@@ -144,7 +145,8 @@ def test_reasoning_is_the_assistants() -> None:
 @pytest.mark.parametrize("row", [conversation(ATTACK), {**conversation(PLAIN), **TOOLS["a tool"]}])
 def test_tokens_may_be_asked_for(row: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Then the ids are those of the rendering as it stands, and nothing is said."""
-    (found,) = prepare_dataset(Dataset.from_list([row]), TOKENIZER, special_tokens_in_text="token")
+    prepared: Any = prepare_dataset(Dataset.from_list([row]), TOKENIZER, special_tokens_in_text="token")
+    (found,) = prepared
     ordinary: Any = TOKENIZER.apply_chat_template(
         row["prompt"], tools=row.get("tools"), add_generation_prompt=True, tokenize=True
     )
