@@ -52,6 +52,11 @@ def sequence_log_sum_sq_probs(
     return (completion_log_softmax(model, prompt_ids, completion_ids).exp() ** 2).sum(-1).log()
 
 
+def scored(values: Tensor, mask: Sequence[int] | None) -> Tensor:
+    """Of one value for each completion token, those of the tokens that count; None and an empty mask: all of them."""
+    return values if not mask else torch.stack([value for value, counts in zip(values, mask, strict=True) if counts])
+
+
 def wpo_weights(chosen: Tokens, rejected: Tokens, chosen_log_sum_sq: Tokens, rejected_log_sum_sq: Tokens) -> Tensor:
     """Per pair, w(y_w) w(y_l) with w(y) = exp((1/|y|) sum_t log(p(y_t) / sum_v p(v)^2)), without gradient."""
 

@@ -42,10 +42,11 @@ class PairBatch:
     """A batch of preference pairs, laid out for one forward pass.
 
     `inputs` are the model's keyword arguments (`input_ids [R T]`, `attention_mask`, ..., and what a layout tells the
-    attention). Completion token n is the token `target[n]`. The hidden state at the flat position `source[n]`
-    (row * T + column) predicts it, and it belongs to sequence `sequence[n]`. `sequence` never decreases, and the tokens
-    of a sequence stand in reading order. `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is
-    the 128-bit content id of sequence s (see `data.tokenize.content_id`).
+    attention). Completion token n is the token `target[n]`. The hidden state at the flat position `source[n]` (row * T
+    + column) predicts it, and it belongs to sequence `sequence[n]`. `sequence` never decreases, and the tokens of a
+    sequence stand in reading order. Tokens of a completion that are seen and not scored are not among the N.
+    `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s
+    (see `data.tokenize.content_id`).
 
     Three fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
     the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the

@@ -99,7 +99,8 @@ def _reference_metrics(policy: PairLogps, reference: PairLogps) -> dict[str, Sum
 
 
 def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
-    """`num_tokens`, a sum and no mean: tokens of prompt and completion of both sides of each pair, without padding.
+    """`num_tokens`, a sum and no mean: tokens of prompt and completion of both sides of each pair, without padding and
+    up to the last scored one.
 
     It does not depend on the layout: a prompt that several sequences share counts once for each of them.
     """

@@ -29,7 +29,8 @@ from holdfast.checkpoint.provenance import Provenance
 from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.collator_check import check_masks_are_heeded
+from holdfast.data.columns import columns_of_pairs
 from holdfast.data.completions import Batching, all_to_score
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
@@ -187,6 +188,7 @@ class DPOTrainer(ResumableTrainer):
         return contextlib.nullcontext() if self.reference is None else self.reference.null_ref_context()
 
     def _announce(self, datasets: Mapping[str, Any]) -> None:
+        check_masks_are_heeded(self.data_collator, datasets, self._columns_read)
         use_user_columns(self.reference, datasets, self.model, self.args, self.accelerator)
         if self.reference is None:
             return
@@ -271,8 +273,12 @@ class DPOTrainer(ResumableTrainer):
         return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        names = TOKENIZED_COLUMNS if self.args.remove_unused_columns else rows[0].keys()  # as the data loader does
-        return self._pair_batch(self.data_collator([{name: row[name] for name in names} for row in rows]))
+        return self._pair_batch(self.data_collator([*map(self._columns_read, rows)]))
+
+    def _columns_read(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row as the data loader hands it to the collator."""
+        names = columns_of_pairs(row) if self.args.remove_unused_columns else row
+        return {name: row[name] for name in names}
 
     def _pair_batch(self, tensors: Mapping[str, Tensor]) -> PairBatch:
         tensors = complete_batch(without_user_columns(tensors, self.reference), self.data_collator, unwrap(self.model))

@@ -29,6 +29,7 @@ from holdfast.checkpoint.folder import complete_checkpoints
 from holdfast.reference.identity.digests import digest
 from holdfast.store.store import LogpStore
 from holdfast.training import interruption as interruption_of_training
+from masked_rows import masked_data
 from naive import logp
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -265,6 +266,13 @@ def train_stream_in_shards(folder: Path) -> Any:
     return train_stream(folder, num_shards=3)
 
 
+def train_masked_stream(folder: Path) -> Any:
+    """9 rows of which only some tokens are scored, under LD-DPO; the fillers of the last batch are masked as well."""
+    table = masked_data()
+    options = {"max_steps": 4, "ld_alpha": 0.4, "train_dataset": stream(9, table=table), "eval_dataset": table}
+    return trained(make(folder, tiny_model(), eval_strategy="steps", eval_steps=2, **options), folder)
+
+
 # --- references -----------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +472,7 @@ SCENARIOS: dict[str, Scenario] = (
             checkpoint_order,
             train_stream,
             train_stream_in_shards,
+            train_masked_stream,
             precomputed_values,
             precomputed_by_a_collator,
             audit_of_a_wrong_reference,

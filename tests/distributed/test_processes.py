@@ -22,6 +22,7 @@ TRAININGS = [
     "train_with_checkpointing",
     "train_stream",
     "train_stream_in_shards",
+    "train_masked_stream",
     "reference_model",
     "reference_model_of_lora",
     "reference_adapter_fresh",

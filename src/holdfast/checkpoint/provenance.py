@@ -17,7 +17,8 @@ from torch import nn
 
 from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.ragged import scored_in
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.identity.identity import Identity, numerics
 
@@ -140,19 +141,25 @@ def _meaning(name: str) -> str:
 
 
 def dataset_digest(dataset: Any) -> str | None:
-    """The digest of the token ids of all pairs, in order, and of the reference log-probs that the data may contain.
-    None for a stream, which is not read."""
+    """The digest of the token ids of all pairs, in order, of which are scored where not all are, and of the reference
+    log-probs that the data may contain. None for a stream, which is not read."""
     if not isinstance(dataset, Dataset):
         return None
     state = hashlib.blake2b(digest_size=16)
     id_columns = list(TOKENIZED_COLUMNS)
     logp_columns = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
-    tables: Any = dataset.select_columns(id_columns + logp_columns).with_format("arrow").iter(1_000)
-    for table in tables:
+    mask_columns = [name for name in MASK_COLUMNS if name in dataset.column_names]
+    columns = id_columns + mask_columns + logp_columns
+    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(1_000)
+    for number, table in enumerate(tables):
         for name in id_columns:
             column = table[name].combine_chunks()
             state.update(np.asarray(column.value_lengths(), dtype=np.int64).data)
             state.update(np.asarray(column.flatten(), dtype=np.int64).data)
+        for name in mask_columns:
+            scored = scored_in(table, name)
+            if scored is not None:
+                state.update(f"{name} {number}".encode() + np.packbits(scored).data)
         for name in logp_columns:
             state.update(np.asarray(table[name].combine_chunks(), dtype=np.float64).data)
     return state.hexdigest()

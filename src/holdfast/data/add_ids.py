@@ -15,7 +15,7 @@ from datasets import Features
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places
 from holdfast.data.formats import Preference, check_columns, read_preference
@@ -67,7 +67,7 @@ class AddIds:
         except ValueError as error:
             raise RowError(self.name, index, str(error)) from error
         if kind == "tokenized":
-            ids = {column: row[column] for column in TOKENIZED_COLUMNS}
+            ids = {column: row[column] for column in columns_of_pairs(row)}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None, NOTES: []}
         (preference,), (pair,) = self.tokenized([row], [index], features)
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from holdfast.batch import ContentId, PairBatch
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS, columns_of_pairs
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.sequences import TokenSequence, content_id_of
@@ -77,7 +77,7 @@ class Completions:
         num_pairs: int,
         most_tokens: int | None = None,
     ) -> None:
-        self._pairs = dataset.select_columns(list(TOKENIZED_COLUMNS))
+        self._pairs = dataset.select_columns(columns_of_pairs(dataset.column_names))
         self._logps = dataset.select_columns(_reference_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
@@ -124,7 +124,7 @@ class Completions:
         for side, index, sequence in self._all_sequences():
             yield UserLogp(
                 content=content_id_of(sequence),
-                num_tokens=len(sequence.ids) - max(sequence.num_prompt, 1),
+                num_tokens=sequence.num_targets,
                 value=columns[side][index],
                 where=f"row {index} of {REFERENCE_COLUMNS[side]!r}",
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from holdfast.data.columns import (
     IMAGE_COLUMNS,
+    MASK_COLUMNS,
     REFERENCE_COLUMNS,
     TEMPLATE_KWARGS,
     TEXT_COLUMNS,
@@ -54,7 +55,7 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     """Which of the three sets of columns is there: token ids, an explicit prompt, or an implicit prompt.
 
     Raises `ValueError` for images, for reference log-probs of one side only, for token ids next to only some of the
-    other token ids, and when none of the sets is complete.
+    other token ids, for masks without token ids, and when none of the sets is complete.
     """
     if not isinstance(columns, Iterable) or isinstance(columns, str):
         raise ValueError(
@@ -78,6 +79,12 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
         raise ValueError(
             f"a tokenized dataset needs the columns {list(TOKENIZED_COLUMNS)}; found only {sorted(token_ids)}. Add the "
             "others, or rename these if they are something else."
+        )
+    if masks := sorted(found & set(MASK_COLUMNS)):
+        raise ValueError(
+            f"the column(s) {masks} say which token ids of a completion are scored, and need the columns "
+            f"{list(TOKENIZED_COLUMNS)}; found {sorted(found)}. Add these, or rename the masks if they are something "
+            "else."
         )
     if {"chosen", "rejected"} <= found:
         return "explicit" if "prompt" in found else "implicit"

@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
@@ -68,10 +68,10 @@ def prepare_dataset(
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
     (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
     stream, a warning comes with the 1st, 10th, 100th, ... row of each reason. Rows that already have the three columns
-    are checked and stay as they are. `vocab_size` is the number of the model's embeddings; None leaves ids unchecked.
-    `template_date` is the date that chat templates print. With None it is today's, and a later run has other ids.
-    `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
-    cache. `disable_tqdm` hides the progress bars.
+    are checked and stay as they are, masks of their completions (`MASK_COLUMNS`) too. `vocab_size` is the number of the
+    model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
+    is today's, and a later run has other ids. `num_proc` is for map-style datasets and `main_process_first` a context
+    in which the other processes wait for the cache. `disable_tqdm` hides the progress bars.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
     assistant's, see `holdfast.data.control_text`. With `special_tokens_in_text="token"` it is a token everywhere.
@@ -240,7 +240,7 @@ def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Datase
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
-    ids = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    ids = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
     verdicts = []
     for first in range(0, len(ids), _JUDGED_ROWS):
         rows: Any = ids[first : first + _JUDGED_ROWS]

@@ -37,8 +37,9 @@ class TokenizedPair:
 
     `cut_ids` is the end of the tokenized prompt, where a full text has other tokens. It is left out of the prompt. It
     is empty where the tokenized prompt is a prefix of both full texts, as it should be. `as_text` is a special token
-    that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token. `notes` are
-    further things to be said of the row.
+    that the row spells out and that was tokenized as text, `as_token` one that was tokenized as this token. A mask has
+    a 1 for each completion token that is scored and a 0 for each that is only seen; None where all are scored. `notes`
+    are further things to be said of the row.
     """
 
     prompt_ids: list[int]
@@ -47,6 +48,8 @@ class TokenizedPair:
     cut_ids: list[int]
     as_text: str | None = None
     as_token: str | None = None
+    chosen_mask: Sequence[int] | np.ndarray | None = None
+    rejected_mask: Sequence[int] | np.ndarray | None = None
     notes: tuple[Note, ...] = ()
 
     @property
@@ -194,7 +197,8 @@ def content_id(
 
     BLAKE2b (RFC 7693) over both, each as int64 little-endian with its length in front, so that moving the boundary
     between them changes the id. `scored` marks the completion tokens that count (0 or 1 each); leave it out when all
-    count.
+    count. Layouts (`content_id_of`) end the completion with the last token that counts, and begin it with the first
+    one where `scored` has a 0 before that.
     """
     digest = hashlib.blake2b(digest_size=16)
     for ids in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):

@@ -5,16 +5,19 @@ unusable rows out. Given up: guessing what a row was meant to be.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from holdfast.data.tokenize import TokenizedPair, TruncationMode, truncate
+from holdfast.data.completion_mask import cut
+from holdfast.data.tokenize import TokenizedPair, TruncationMode
 
 PROMPT_FILLS = "prompt fills max_length"
 EMPTY_COMPLETION = "empty completion"
 EQUAL_COMPLETIONS = "chosen equals rejected"
 NOTHING_TO_PREDICT = "no token to predict"
-UNUSABLE_REASONS = (PROMPT_FILLS, EMPTY_COMPLETION, EQUAL_COMPLETIONS, NOTHING_TO_PREDICT)
+NO_SCORED_TOKEN = "no scored token"
+UNUSABLE_REASONS = (PROMPT_FILLS, EMPTY_COMPLETION, EQUAL_COMPLETIONS, NOTHING_TO_PREDICT, NO_SCORED_TOKEN)
 
 _NUM_ROWS_NAMED = 5
 
@@ -23,18 +26,31 @@ def unusable_reason(pair: TokenizedPair, max_length: int | None, mode: Truncatio
     """Why nothing can be learned from a pair after truncation, one of `UNUSABLE_REASONS`; None if something can.
 
     The first token of a sequence has no predecessor, so without a prompt a completion of one token predicts nothing.
+    Completions are compared as they are cut (`completion_mask.cut`): token ids, and which of them are scored.
     """
     if len(pair.chosen_ids) == 0 or len(pair.rejected_ids) == 0:
         return EMPTY_COMPLETION
-    chosen_prompt, chosen = truncate(pair.prompt_ids, pair.chosen_ids, max_length, mode)
-    rejected_prompt, rejected = truncate(pair.prompt_ids, pair.rejected_ids, max_length, mode)
-    if len(chosen) == 0 or len(rejected) == 0:
-        return PROMPT_FILLS
-    if np.array_equal(chosen, rejected):
+    chosen_prompt, chosen, chosen_mask = _cut(pair, pair.chosen_ids, pair.chosen_mask, max_length, mode)
+    rejected_prompt, rejected, rejected_mask = _cut(pair, pair.rejected_ids, pair.rejected_mask, max_length, mode)
+    empty = [
+        prompt for prompt, completion in ((chosen_prompt, chosen), (rejected_prompt, rejected)) if not len(completion)
+    ]
+    if empty:
+        return PROMPT_FILLS if any(len(prompt) == max_length for prompt in empty) else NO_SCORED_TOKEN
+    if np.array_equal(chosen, rejected) and np.array_equal(chosen_mask, rejected_mask):
         return EQUAL_COMPLETIONS
-    if len(chosen_prompt) + len(chosen) < 2 or len(rejected_prompt) + len(rejected) < 2:
+    if not chosen_mask[len(chosen_prompt) == 0 :].any() or not rejected_mask[len(rejected_prompt) == 0 :].any():
         return NOTHING_TO_PREDICT
     return None
+
+
+def _cut(
+    pair: TokenizedPair, ids: Any, mask: Any, max_length: int | None, mode: TruncationMode
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`completion_mask.cut` of one side, with a mask of ones in the place of None."""
+    flags = None if mask is None else np.asarray(mask, dtype=bool)
+    prompt, completion, flags = cut(np.asarray(pair.prompt_ids), np.asarray(ids), flags, max_length, mode)
+    return prompt, completion, np.ones(len(completion), dtype=bool) if flags is None else flags
 
 
 def nothing_usable(

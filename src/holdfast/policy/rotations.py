@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import columns_of_pairs
+from holdfast.data.ragged import lengths_of_pairs
 from holdfast.policy.untouched import plain_attributes
 from holdfast.scoring.causal_lm import unwrap
 
@@ -92,14 +93,13 @@ def pin(module: Any, length: int) -> bool:
 
 
 def longest_pair(dataset: Any) -> int | None:
-    """The number of tokens of the longest prompt with a completion in the data; None for a stream."""
+    """The number of tokens of the longest prompt with a completion, up to its last scored token, in the data; None for
+    a stream."""
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
+    table: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
     longest = 0
     for rows in table.iter(1_000):
-        prompt, chosen, rejected = (
-            np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns()
-        )
+        prompt, chosen, rejected = lengths_of_pairs(rows)
         longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
     return longest

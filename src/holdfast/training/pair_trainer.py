@@ -36,7 +36,7 @@ from holdfast.checkpoint.finite import (
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs, with_fillers
@@ -101,7 +101,7 @@ class PairTrainer(Trainer):
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(TOKENIZED_COLUMNS)
+        self._signature_columns = [*TOKENIZED_COLUMNS, *MASK_COLUMNS]
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         filled = with_fillers(dataset, batch_size, self.accelerator)

@@ -29,10 +29,12 @@ class LayoutOptions(Protocol):
 @dataclass(frozen=True, slots=True)
 class Layout(abc.ABC):
     """A data collator: rows with `prompt_ids`, `chosen_ids` and `rejected_ids` -> what `PairBatch.from_tensors` takes.
+    Rows may have `chosen_mask` and `rejected_mask`, which say the completion tokens that are scored.
 
     Whatever the layout, a batch has `source`, `target`, `sequence` [N], `chosen`, `rejected` [P] and `content` [S 2]
     beside the model's inputs. A completion token at the start of its sequence has no predecessor and is not among
-    the N. Sequences are cut to `max_length` tokens; rows are padded to a multiple of `pad_to_multiple_of`.
+    the N, nor is one that is not scored. Sequences are cut to `max_length` tokens; rows are padded to a multiple of
+    `pad_to_multiple_of`.
     """
 
     name: ClassVar[str]

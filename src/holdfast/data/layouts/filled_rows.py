@@ -68,7 +68,7 @@ def fill_rows(
     `segments_of` puts the distinct sequences into segments. A row of the batch has at most `row_tokens` tokens, or one
     segment where that has more; None is about `ROW_TOKENS`.
     """
-    check_counts(np.array([len(sequence.ids) - max(sequence.num_prompt, 1) for sequence in sequences]))
+    check_counts(np.array([sequence.num_targets for sequence in sequences]))
     distinct, index_of_each = _distinct(sequences)
     segments = segments_of(distinct)
     members_of_rows = spread_segments([segment.num_tokens for segment in segments], row_tokens)
@@ -79,7 +79,7 @@ def fill_rows(
         for member in members:
             predicted |= batch.append(row, segments[member], distinct, occurrences)
     sources = [predicted[index] for index in range(len(distinct))]
-    targets = [sequence.ids[max(sequence.num_prompt, 1) :] for sequence in distinct]
+    targets = [sequence.of_targets(sequence.ids[max(sequence.num_prompt, 1) :]) for sequence in distinct]
     content, lengths = [content_id_of(sequence) for sequence in distinct], [*map(len, targets)]
     tensors = {
         "input_ids": batch.input_ids,
@@ -126,18 +126,18 @@ class _RowsInProgress:
         self, row: int, segment: RowSegment, sequences: Sequence[TokenSequence], occurrences: np.ndarray
     ) -> dict[int, np.ndarray]:
         """Writes the segment into the row. Returns, for each of its sequences, the flat positions that predict its
-        completion tokens. `occurrences` says how many of the batch's completions each sequence is."""
+        scored tokens. `occurrences` says how many of the batch's completions each sequence is."""
         num_shared = len(segment.prompt)
         shared = self._append(row, segment.prompt, 0, occurrences[segment.sequences].sum(), is_prompt=True)
         predicted = {}
         for index in segment.sequences:
-            ids, num_prompt = sequences[index]
+            ids, num_prompt, _ = sequences[index]
             positions = shared
             if len(ids) > num_shared:
                 own = self._append(row, ids[num_shared:], num_shared, occurrences[index], is_prompt=False)
                 positions = np.concatenate([shared, own])
             # Each token is predicted where the one before it stands.
-            predicted[index] = positions[max(num_prompt, 1) - 1 : -1]
+            predicted[index] = sequences[index].of_targets(positions[max(num_prompt, 1) - 1 : -1])
         return predicted
 
     def _append(self, row: int, ids: np.ndarray, position: int, count: int, *, is_prompt: bool) -> np.ndarray:
@@ -153,10 +153,11 @@ class _RowsInProgress:
 
 def _distinct(sequences: Sequence[TokenSequence]) -> tuple[list[TokenSequence], np.ndarray]:
     """The distinct sequences, in the order in which they first come, and the index among them of each sequence."""
-    indices: dict[tuple[int, bytes], int] = {}
+    indices: dict[tuple[int, bytes, bytes | None], int] = {}
     distinct, index_of_each = [], []
     for sequence in sequences:
-        key = (sequence.num_prompt, sequence.ids.tobytes())
+        scored = None if sequence.scored is None else sequence.scored.tobytes()
+        key = (sequence.num_prompt, sequence.ids.tobytes(), scored)
         if key not in indices:
             indices[key] = len(distinct)
             distinct.append(sequence)

@@ -67,10 +67,15 @@ class PaddedLayout(Layout):
         num_tokens = input_ids.shape[1]
         first = np.array([max(sequence.num_prompt, 1) for sequence in sequences])
         counts = np.array([len(sequence.ids) for sequence in sequences]) - first
-        check_counts(counts)
         row = np.repeat(np.arange(len(sequences)), counts)
         rank = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
         position = row * num_tokens + first[row] + rank
+        if any(sequence.scored is not None for sequence in sequences):
+            of_each = zip(sequences, np.split(position, counts.cumsum()[:-1]), strict=True)
+            scored = [sequence.of_targets(positions) for sequence, positions in of_each]
+            counts = np.array([*map(len, scored)])
+            position, row = np.concatenate(scored), np.repeat(np.arange(len(sequences)), counts)
+        check_counts(counts)
         tensors = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

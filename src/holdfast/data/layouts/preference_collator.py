@@ -30,7 +30,7 @@ POSITION_KEYS = ("source", "target", "sequence", "chosen", "rejected", "content"
 @dataclass(frozen=True)
 class DataCollatorForPreference:  # not final: scripts subclass it and override `torch_call`
     """A data collator: rows with `prompt_ids`, `chosen_ids` and `rejected_ids` -> `input_ids`, `attention_mask` and
-    `completion_mask` [2P T], chosen rows first.
+    `completion_mask` [2P T], chosen rows first. `completion_mask` is 1 for the completion tokens that are scored.
 
     `ref_chosen_logps` and `ref_rejected_logps` [P] are passed on when the rows have them. It is for scripts that name
     this collator; `PaddedLayout` makes the same rows as a complete batch.
@@ -62,6 +62,8 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
         completion_mask = attention_mask.copy()
         for mask, sequence in zip(completion_mask, sequences, strict=True):
             mask[: sequence.num_prompt] = 0
+            if sequence.scored is not None:
+                mask[sequence.num_prompt : len(sequence.ids)] = sequence.scored
         tensors = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),

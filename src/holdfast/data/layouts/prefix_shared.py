@@ -41,7 +41,7 @@ class SharedLayout(FilledLayout):
     def segments(self, sequences: Sequence[TokenSequence]) -> list[RowSegment]:
         """A segment for each prompt, in the order of the prompts."""
         segments: dict[bytes, RowSegment] = {}
-        for index, (ids, num_prompt) in enumerate(sequences):
+        for index, (ids, num_prompt, _) in enumerate(sequences):
             prompt = ids[:num_prompt]
             segment = segments.setdefault(prompt.tobytes(), RowSegment(prompt=prompt, num_tokens=num_prompt))
             segment.sequences.append(index)

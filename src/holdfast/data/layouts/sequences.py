@@ -1,7 +1,7 @@
 """Tokenized pairs -> truncated sequences, and what every layout does with them.
 
 Truncation happens here and not in the dataset, so that a dataset prepared once serves every `max_length`. A sequence is
-a numpy array, which is hashed and copied into place without a loop over tokens.
+a numpy array, which is hashed and copied into place without a loop over tokens. It ends with its last scored token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,33 +11,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
-from holdfast.data.tokenize import TruncationMode, check_truncation, content_id, truncate
+from holdfast.data.columns import CHOSEN_IDS, CHOSEN_MASK, PROMPT_IDS, REJECTED_IDS, REJECTED_MASK
+from holdfast.data.completion_mask import cut, read_mask
+from holdfast.data.tokenize import TruncationMode, check_truncation, content_id
 
 
 class TokenSequence(NamedTuple):
-    """One sequence after truncation: int64 ids, of which the first `num_prompt` are the prompt."""
+    """One sequence after truncation: int64 ids, of which the first `num_prompt` are the prompt.
+
+    `scored` is true for the completion tokens that count, the last one among them; None where all count.
+    """
 
     ids: np.ndarray
     num_prompt: int
+    scored: np.ndarray | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """The number of completion tokens that count and have a token before them."""
+        is_first_scored = self.num_prompt == 0 and (self.scored is None or bool(self.scored[:1].any()))
+        num_scored = len(self.ids) - self.num_prompt if self.scored is None else int(self.scored.sum())
+        return max(0, num_scored - is_first_scored)
+
+    def of_targets(self, values: np.ndarray) -> np.ndarray:
+        """Of one value for each completion token that has a token before it: the values of those that count."""
+        return values if self.scored is None else values[self.scored[self.num_prompt == 0 :]]
 
 
 def content_id_of(sequence: TokenSequence) -> tuple[int, int]:
-    """The content id of a sequence whose completion tokens all count."""
-    return content_id(sequence.ids[: sequence.num_prompt], sequence.ids[sequence.num_prompt :])
+    """The content id of a sequence. Tokens before the first scored one count as prompt in it, as nothing but their
+    name tells them from a prompt."""
+    ids, num_prompt, scored = sequence
+    if scored is None:
+        return content_id(ids[:num_prompt], ids[num_prompt:])
+    start = int(scored.argmax())
+    num_prompt, scored = num_prompt + start, scored[start:]
+    return content_id(ids[:num_prompt], ids[num_prompt:], None if scored.all() else scored)
 
 
 def truncated_sequences(
     features: Sequence[Mapping[str, Any]], max_length: int | None, truncation_mode: TruncationMode
 ) -> list[TokenSequence]:
-    """All chosen sequences, then all rejected ones."""
+    """All chosen sequences, then all rejected ones. ValueError for a mask that does not fit its token ids."""
     prompts = [np.asarray(pair[PROMPT_IDS], dtype=np.int64) for pair in features]
     sequences = []
-    for column in (CHOSEN_IDS, REJECTED_IDS):
+    for column, mask_column in ((CHOSEN_IDS, CHOSEN_MASK), (REJECTED_IDS, REJECTED_MASK)):
         for whole_prompt, pair in zip(prompts, features, strict=True):
             whole_completion = np.asarray(pair[column], dtype=np.int64)
-            prompt, completion = truncate(whole_prompt, whole_completion, max_length, truncation_mode)
-            sequences.append(TokenSequence(np.concatenate([prompt, completion]), len(prompt)))
+            mask = read_mask(pair.get(mask_column), mask_column, column, len(whole_completion))
+            prompt, completion, scored = cut(whole_prompt, whole_completion, mask, max_length, truncation_mode)
+            sequences.append(TokenSequence(np.concatenate([prompt, completion]), len(prompt), scored))
     return sequences
 
 
@@ -75,9 +98,9 @@ def check_counts(counts: np.ndarray) -> None:
         num_pairs = len(counts) // 2
         found = [f"{'chosen' if row < num_pairs else 'rejected'} of pair {row % num_pairs}" for row in empty.tolist()]
         raise ValueError(
-            "every sequence of a batch must have a completion token to predict (after truncation, and not at the start "
-            f"of the row); found none in {found}. Prepare the dataset with the `max_length` and `truncation_mode` of "
-            "the collator: `prepare_dataset` leaves out such rows."
+            "every sequence of a batch must have a completion token to predict (scored, after truncation, and not at "
+            f"the start of the row); found none in {found}. Prepare the dataset with the `max_length` and "
+            "`truncation_mode` of the collator: `prepare_dataset` leaves out such rows."
         )
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
-from holdfast.data.columns import CHOSEN_IDS, REJECTED_IDS
+from holdfast.data.columns import CHOSEN_IDS, CHOSEN_MASK, MASK_COLUMNS, REJECTED_IDS, REJECTED_MASK
 
 
 @final
@@ -37,8 +37,9 @@ class StreamWithFillers(torch.utils.data.IterableDataset[dict[str, Any]]):
         count, row = 0, {}
         for count, row in enumerate(self._stream, 1):  # noqa: B007
             yield row
+        has_mask = any(name in row for name in MASK_COLUMNS)
         for _ in range(-count % self._multiple):
-            yield {**row, REJECTED_IDS: row[CHOSEN_IDS]}
+            yield {**row, REJECTED_IDS: row[CHOSEN_IDS], **({REJECTED_MASK: row.get(CHOSEN_MASK)} if has_mask else {})}
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles a shuffled stream for this epoch."""

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import columns_of_pairs
+from holdfast.data.ragged import lengths_of_pairs
 
 WINDOW_BATCHES = 50
 """Batches whose pairs are sorted together. With more, lengths in a batch are more alike, but the same pairs meet in
@@ -56,14 +57,11 @@ class OrderByLength(torch.utils.data.Sampler[int]):
 def order_by_length(dataset: Any, args: TrainingArguments) -> OrderByLength | None:
     """The order for a run, with the batches of all processes as one; None for a stream, which has its own order.
 
-    A row's length is that of its prompt and both completions before truncation.
+    A row's length is that of its prompt and both completions, up to the last scored token of each, before truncation.
     """
     if not isinstance(dataset, Dataset):
         return None
-    table: Any = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow")
-    lengths = [
-        sum(np.asarray(column.combine_chunks().value_lengths()) for column in rows.itercolumns())
-        for rows in table.iter(1_000)
-    ]
+    table: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
+    lengths = [sum(lengths_of_pairs(rows)) for rows in table.iter(1_000)]
     num_pairs = args.per_device_train_batch_size * args.world_size
     return OrderByLength(np.concatenate(lengths), num_pairs, args.seed if args.data_seed is None else args.data_seed)
