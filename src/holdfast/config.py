@@ -97,6 +97,10 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
         default="keep_start",
     )
+    special_tokens_in_text: str = _option(
+        "What special tokens are that messages of others than the assistant spell out: `text` or `token`.",
+        default="text",
+    )
     layout: str = _option(
         "How sequences are laid out in rows: "
         + "".join(f"`{layout.name}` ({layout.summary}), " for layout in LAYOUTS.values())
@@ -289,11 +293,10 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
             raise ValueError(
                 f"padding_free=True was asked for with layout={self.layout!r}, whose rows are padded. Drop one of them."
             )
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} was asked for; it is 'keep_start' or 'keep_end'. "
-                "Choose one of them."
-            )
+        choices = {"truncation_mode": ("keep_start", "keep_end"), "special_tokens_in_text": ("text", "token")}
+        for name, (first, second) in choices.items():
+            if (value := getattr(self, name)) not in (first, second):
+                raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")
 
     def _check_gathering(self) -> None:
         """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along

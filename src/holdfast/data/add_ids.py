@@ -41,6 +41,7 @@ class AddIds:
         name: str,
         template_date: str | None,
         assistant_only: bool = True,
+        special_tokens_in_text: str = "text",
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
@@ -49,17 +50,19 @@ class AddIds:
             "name": name,
             "template_date": template_date,
             "assistant_only": assistant_only,
+            "special_tokens_in_text": special_tokens_in_text,
             "rules": rules,
         }
         self._assistant_only = assistant_only
         self._tokenizer = processing_class
         self._date = template_date
+        self._special_tokens_in_text = special_tokens_in_text
         self._together: BatchTokenizer | None = None  # made where it is used: in each process
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(AddIds, **self._key), ()
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any], index: int, features: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The token ids of a row, which a tokenized row has already, and what is reported of it. An implicit prompt
         becomes a column, which callbacks that generate look for."""
         try:
@@ -69,7 +72,7 @@ class AddIds:
         if kind == "tokenized":
             ids = {column: row[column] for column in columns_of_pairs(row)}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None, NOTES: []}
-        (preference,), (pair,) = self.tokenized([row], [index])
+        (preference,), (pair,) = self.tokenized([row], [index], features)
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
         masks = {column: _values(getattr(pair, column)) for column in MASK_COLUMNS}
         split: dict[str, Any] = {}
@@ -80,27 +83,35 @@ class AddIds:
         return {**split, **ids, **masks, **report, NOTES: as_values(pair.notes)}
 
     def tokenized(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]
+        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], features: Mapping[str, Any] | None
     ) -> tuple[list[Preference], list[EncodedPair]]:
-        """The preferences in the rows, and their token ids. Raises `ValueError` for the first row of which there are
-        none, with its number."""
+        """The preferences in the rows of a dataset with these types, and their token ids. Raises `ValueError` for the
+        first row of which there are none, with its number."""
         if self._together is None:
             self._together = BatchTokenizer(
-                self._tokenizer, self._date, one_by_one=tokenize, assistant_only=self._assistant_only
+                self._tokenizer,
+                self._date,
+                one_by_one=tokenize,
+                special_tokens_in_text=self._special_tokens_in_text,
+                assistant_only=self._assistant_only,
             )
         with suppress(Exception):  # a row is at fault, and perhaps not the first that is
-            preferences = [read_preference(row) for row in rows]
+            preferences = [read_preference(row, features) for row in rows]
             return preferences, self._together(preferences)
-        return self._row_by_row(rows, indices, self._together)
+        return self._row_by_row(rows, indices, features, self._together)
 
     def _row_by_row(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], tokenizer: BatchTokenizer
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        indices: Sequence[int],
+        features: Mapping[str, Any] | None,
+        tokenizer: BatchTokenizer,
     ) -> tuple[list[Preference], list[EncodedPair]]:
         preferences: list[Preference] = []
         pairs: list[EncodedPair] = []
         for row, index in zip(rows, indices, strict=True):
             try:
-                preferences.append(read_preference(row))
+                preferences.append(read_preference(row, features))
                 pairs.append(tokenizer.one(preferences[-1]))
             except ValueError as error:
                 raise RowError(self.name, index, str(error)) from error
@@ -126,7 +137,7 @@ class AddIdsToTable:
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The table with token ids, and what is reported of each row."""
         rows = python_rows(table, self.features)
-        preferences, pairs = self.add_ids.tokenized(rows, indices)
+        preferences, pairs = self.add_ids.tokenized(rows, indices, self.features)
         return with_ids(table, self.features, rows, preferences, pairs)
 
 
@@ -138,8 +149,9 @@ class AddIdsAndVerdict:
     add_ids: AddIds
     judge: Judge
     places: Places | None
+    features: Features | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         with naming_places(self.places):
-            ids = self.add_ids(row, index)
+            ids = self.add_ids(row, index, self.features)
             return {**ids, REASON: self.judge.reason(ids, index)}

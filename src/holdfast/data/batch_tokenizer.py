@@ -81,19 +81,21 @@ class _Texts(NamedTuple):
 
 @final
 class BatchTokenizer:
-    """Tokenizes with one tokenizer and one date. `one_by_one` is `tokenize`, or what stands for it."""
+    """Tokenizes with one tokenizer and one date. `one_by_one` is `tokenize`, or what stands for it.
+    `special_tokens_in_text` is the mode of `ControlText`."""
 
     def __init__(
         self,
         processing_class: PreTrainedTokenizerBase,
         template_date: str | None,
         one_by_one: Callable[..., TokenizedPair] = tokenize,
+        special_tokens_in_text: str = "text",
         *,
         assistant_only: bool = True,
     ) -> None:
         self._tokenizer = processing_class
         self._date = template_date
-        self._control_text = ControlText(processing_class)
+        self._control_text = ControlText(processing_class, special_tokens_in_text)
         self._turn_masks = TurnMasks(processing_class, template_date, assistant_only=assistant_only)
         self._one_by_one = one_by_one
         self._is_trusted = not has_own_templates(processing_class)

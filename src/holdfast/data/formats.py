@@ -2,7 +2,7 @@
 
 Each row is read by itself. A dataset that changes its format halfway is read right or refused; it is never tokenized
 as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
-dropped here at every depth, because chat templates ask whether a key exists, or print it.
+dropped here, because chat templates ask whether a key exists, or print it (see `holdfast.data.nulls`).
 
 Given up: images, and guessing what a row of mixed text and messages might have meant.
 """
@@ -22,6 +22,7 @@ from holdfast.data.columns import (
     TOKENIZED_COLUMNS,
     TOOLS,
 )
+from holdfast.data.nulls import message_as_written, tools_as_written, type_of_messages
 
 Message = dict[str, Any]
 Side = str | list[Message]
@@ -96,14 +97,20 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     )
 
 
-def read_preference(row: Mapping[str, Any]) -> Preference:
+def read_preference(row: Mapping[str, Any], features: Mapping[str, Any] | None = None) -> Preference:
     """The preference in a row of text or messages. Without a prompt, it is what `chosen` and `rejected` begin with.
+    `features` are the types of the dataset's columns; they help to tell what Arrow has added to a row.
 
     Raises `ValueError` naming the column, what was found in it and what to do; the caller adds the row's number.
     """
     kind = check_columns(row)
     assert kind != "tokenized", "token ids are not read as a preference"
-    sides = {column: _read_side(row[column], column) for column in TEXT_COLUMNS if column in row}
+    tools = _read_tools(row.get(TOOLS), None if features is None else features.get(TOOLS))
+    sides = {
+        column: _read_side(row[column], column, type_of_messages(features, column), tools)
+        for column in TEXT_COLUMNS
+        if column in row
+    }
     if len({isinstance(side, str) for side in sides.values()}) > 1:
         found = {column: "text" if isinstance(side, str) else "messages" for column, side in sides.items()}
         raise ValueError(
@@ -112,7 +119,7 @@ def read_preference(row: Mapping[str, Any]) -> Preference:
         )
     if kind == "implicit":
         sides = _with_prompt(sides["chosen"], sides["rejected"])
-    tools, template_kwargs = _read_tools(row.get(TOOLS)), _read_template_kwargs(row.get(TEMPLATE_KWARGS))
+    template_kwargs = _read_template_kwargs(row.get(TEMPLATE_KWARGS))
     if isinstance(sides["chosen"], str) and (tools or template_kwargs):
         column = TOOLS if tools else TEMPLATE_KWARGS
         raise ValueError(
@@ -161,7 +168,7 @@ def _common_prefix_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int
     return length - 1 if is_space else length
 
 
-def _read_side(value: Any, column: str) -> Side:
+def _read_side(value: Any, column: str, feature: Any, tools: list[dict[str, Any]] | None) -> Side:
     if isinstance(value, str):
         _check_characters(value, f"the column {column!r}")
         return value
@@ -174,10 +181,11 @@ def _read_side(value: Any, column: str) -> Side:
         raise ValueError(
             f"the column {column!r} must hold at least one message; found an empty list. Correct the row or drop it."
         )
-    return [_read_message(message, f"message {i} of the column {column!r}") for i, message in enumerate(value)]
+    read = [_read_message(message, f"message {i} of the column {column!r}") for i, message in enumerate(value)]
+    return [message_as_written(message, feature, tools) for message in read]
 
 
-def _read_message(message: Any, where: str) -> Message:
+def _read_message(message: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise ValueError(
             f"{where} must be a dict with a 'role' and a 'content'; found {_show(message)}. Correct the row or drop "
@@ -192,7 +200,7 @@ def _read_message(message: Any, where: str) -> Message:
         )
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or []]:
         _check_characters(text, where)
-    return _without_none(message)
+    return message
 
 
 def _check_characters(text: str, where: str) -> None:
@@ -218,7 +226,7 @@ def _is_text_parts(content: Any) -> bool:
     )
 
 
-def _read_tools(value: Any) -> list[dict[str, Any]] | None:
+def _read_tools(value: Any, feature: Any) -> list[dict[str, Any]] | None:
     """The tools of a row; None for an empty list, for which some templates announce tools."""
     tools = value
     if isinstance(value, str):
@@ -237,8 +245,7 @@ def _read_tools(value: Any) -> list[dict[str, Any]] | None:
             f"the column 'tools' must hold a list of tools (dicts) or that list as JSON; found {_show(value)}. "
             "Correct the row."
         )
-    # A null in JSON text is the user's own; a None in a column of dicts comes from arrow.
-    return tools if isinstance(value, str) else _without_none(tools)
+    return tools if isinstance(value, str) else tools_as_written(tools, feature)
 
 
 def _read_template_kwargs(value: Any) -> dict[str, Any]:
@@ -254,15 +261,6 @@ def _read_template_kwargs(value: Any) -> dict[str, Any]:
             "variables of the chat template, such as `enable_thinking`."
         )
     return {key: item for key, item in value.items() if item is not None}
-
-
-def _without_none(value: Any) -> Any:
-    """A copy without the None values that arrow adds to make the keys of all dicts in a column alike."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
 
 
 def _show(value: Any) -> str:

@@ -66,13 +66,12 @@ class Fitted(NamedTuple):
 
 
 def fitted(preference: Preference, render: Render) -> Fitted:
-    """The conversational preference as the template needs it. A content that is missing beside tool calls is None."""
+    """The conversational preference as the template needs it."""
     if is_plain(preference):
         with suppress(Exception):  # whatever the template's own code raises: it may take another shape
             first, second = (render(preference, messages) for messages in _conversations(preference))
             if prints_all(preference, (first, second)):
                 return Fitted(preference, (first, second), ())
-    preference = _shaped(preference, [_as_written])
     shapes = _shapes(preference)
     best = _tried(preference, render)
     if best.texts is None:
@@ -88,8 +87,10 @@ def fitted(preference: Preference, render: Render) -> Fitted:
                 if dimension not in best.can_be_mended:
                     break
                 best = _better(best, _tried(_shaped(start, [option]), render))
-    notes = {kind: _note(kind, text) for kind, text in reversed(best.losses)}
-    return Fitted(best.preference, best.texts, tuple(dict.fromkeys(reversed(notes.values()))))
+    notes: dict[str, Note] = {}
+    for note in (_note(kind, text) for kind, text in best.losses):
+        notes.setdefault(note.kind, note)
+    return Fitted(best.preference, best.texts, tuple(notes.values()))
 
 
 def is_plain(preference: Preference) -> bool:
@@ -236,11 +237,6 @@ def _shaped(preference: Preference, shape: Sequence[_Shape]) -> Preference:
 
 def _same(message: Message) -> Message:
     return message
-
-
-def _as_written(message: Message) -> Message:
-    """The message with the content of None that reading it has dropped."""
-    return {**message, "content": None} if message.get("tool_calls") and "content" not in message else message
 
 
 def _joined(message: Message) -> Message:

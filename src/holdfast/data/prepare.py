@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
 from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
+from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.formats import check_columns
@@ -57,6 +58,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     vocab_size: int | None = None,
     template_date: str | None = None,
+    special_tokens_in_text: str = "text",
     assistant_only: bool = True,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
@@ -77,12 +79,13 @@ def prepare_dataset(
     in which the other processes wait for the cache. `disable_tqdm` hides the progress bars.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
-    assistant's, see `holdfast.data.control_text`.
+    assistant's, see `holdfast.data.control_text`. With `special_tokens_in_text="token"` it is a token everywhere.
 
     Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
     and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
     """
     check_truncation(max_length, truncation_mode)
+    check_control_text(special_tokens_in_text)
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
             f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
@@ -95,6 +98,7 @@ def prepare_dataset(
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
+        special_tokens_in_text=special_tokens_in_text,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
         assistant_only=assistant_only,
     )
@@ -111,6 +115,7 @@ class PreparationOptions(Protocol):
 
     max_length: int | None
     truncation_mode: Any
+    special_tokens_in_text: str
     dataset_num_proc: int | None
     assistant_only: bool
     disable_tqdm: bool | None
@@ -127,6 +132,7 @@ class Preparation:
     num_proc: int | None = None
     vocab_size: int | None = None
     template_date: str | None = None
+    special_tokens_in_text: str = "text"
     assistant_only: bool = True
     disable_tqdm: bool = False
 
@@ -147,6 +153,7 @@ class Preparation:
             num_proc=options.dataset_num_proc,
             vocab_size=vocab_size,
             template_date=template_date,
+            special_tokens_in_text=options.special_tokens_in_text,
             assistant_only=options.assistant_only,
             disable_tqdm=bool(options.disable_tqdm),
         )
@@ -161,6 +168,7 @@ class Preparation:
             num_proc=self.num_proc,
             vocab_size=self.vocab_size,
             template_date=self.template_date,
+            special_tokens_in_text=self.special_tokens_in_text,
             assistant_only=self.assistant_only,
             name=name,
             disable_tqdm=self.disable_tqdm,
@@ -267,7 +275,7 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
     """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found, and if
     all of its first rows have a note that may not be in all rows. The next row is read only where that is open."""
-    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
+    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places, features=dataset.features)
     counts: Counter[str] = Counter()
     notes: list[list[dict[str, str]]] = []
     is_usable = False

@@ -12,7 +12,7 @@ from holdfast.data.exchange import Exchange
 from holdfast.data.formats import Message, Preference
 from holdfast.data.message_shapes import Render
 from holdfast.data.turns import Span
-from holdfast.internals.transformers import rendered_with_marks
+from holdfast.internals.transformers import apply_template, rendered_with_marks
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -49,9 +49,8 @@ def rendered_text(
     options = template_options(preference, processing_class, template_date)
     if continue_final_message:
         options["continue_final_message"] = True
-    text = processing_class.apply_chat_template(
-        messages, **options, add_generation_prompt=add_generation_prompt, tokenize=False
-    )
+    options["add_generation_prompt"] = add_generation_prompt
+    text = apply_template(processing_class, messages, **options, tokenize=False)
     assert isinstance(text, str)
     return text
 
@@ -98,10 +97,9 @@ def rendered_ids(
 ) -> list[int]:
     """The token ids of these messages. Raises `ValueError` where the chat template refuses them."""
     try:
-        rendered: Any = processing_class.apply_chat_template(messages, **options, tokenize=True, return_dict=True)
+        return apply_template(processing_class, messages, **options, tokenize=True)
     except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
         raise ValueError(
             f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
             f"{error}. Correct the row, or use another chat template."
         ) from error
-    return rendered["input_ids"]

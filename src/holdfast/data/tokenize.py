@@ -267,13 +267,13 @@ def _as_text(
     for number, (messages, ids) in enumerate(zip(exchange.conversations(preference), ordinary_ids, strict=True)):
         render = partial(
             rendered_text,
-            preference,
             processing_class=processing_class,
             template_date=template_date,
             add_generation_prompt=number == 0 and exchange.opens_turn,
             continue_final_message=number == 0 and exchange.prefill is not None,
         )
-        encoded = control_text.encoded(messages, render, ids)
+        render_hidden = partial(render, control_text.hiding_of(preference))
+        encoded = control_text.encoded(messages, partial(render, preference), ids, render_hidden)
         if encoded is None:
             return None
         found.append(encoded)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, final
 
 from holdfast.data.formats import Message
 
-DESCRIPTIONS = ("description",)
+OLD_CALL = "function_call"
+"""Where messages of older data have the one call that they make."""
 
 
 class Omission(NamedTuple):
@@ -60,10 +61,12 @@ class MarkedTools:
         return word
 
     def _message(self, message: Message) -> Message:
-        calls = message.get("tool_calls")
-        if not isinstance(calls, list):
-            return message
-        return {**message, "tool_calls": [self._call(call) for call in calls]}
+        marked = dict(message)
+        if isinstance(message.get("tool_calls"), list):
+            marked["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        if isinstance(message.get(OLD_CALL), Mapping):
+            marked[OLD_CALL] = self._call(message[OLD_CALL])
+        return marked
 
     def _call(self, call: Any) -> Any:
         if not isinstance(call, Mapping):
@@ -107,7 +110,7 @@ class MarkedTools:
 
     def _schema(self, value: Any, key: str) -> Any:
         if isinstance(value, str):
-            return self._word(TOOL_DESCRIPTION, value) if key in DESCRIPTIONS and value.strip() else value
+            return self._word(TOOL_DESCRIPTION, value) if key == "description" and value.strip() else value
         if isinstance(value, Mapping):
             if key == "properties":
                 self._values += [(str(name), Omission(TOOL, str(name))) for name in value]
@@ -120,7 +123,7 @@ class MarkedTools:
 
 def has_tool_text(messages: Sequence[Message], tools: Any) -> bool:
     """Whether there are tools or calls of tools."""
-    return bool(tools) or any(message.get("tool_calls") for message in messages)
+    return bool(tools) or any(message.get("tool_calls") or message.get(OLD_CALL) for message in messages)
 
 
 def json_of(text: str) -> Any:
