@@ -259,7 +259,7 @@ def shown(name: str, shape: str) -> list[str]:
     ]
     if pair.cut_ids:
         lines.append(f"cut: {_text(name, pair.cut_ids)}")
-    return [*lines, *(f"note: {note.kind}: {note.detail}" for note in pair.notes)]
+    return [*lines, *sorted(f"note: {note.kind}: {note.detail}" for note in pair.notes)]
 
 
 def bracketed(name: str, ids: Sequence[int], mask: Sequence[int] | np.ndarray | None) -> str:
