@@ -86,20 +86,21 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
     )
 
     # The data
-    columns: dict[str, Any] | str | None = _option(
-        "Which columns are what: the name of a public format, or a mapping (prompt, chosen, ...). Default: by name.",
-        default=None,
-    )
+    columns: dict[str, Any] | str | None = _option("Which columns are what: a format or a mapping.", default=None)
     dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
     template_date: str | None = _option(
         "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
         "resume too.",
         default=None,
     )
+    assistant_only: bool = _option(
+        "Score only what the assistant says in completions of several messages. Off: all their tokens.", default=True
+    )
     max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
-    truncation_mode: str = _option(
-        "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",
-        default="keep_start",
+    truncation_mode: str = _option("Longer sequences: `keep_start` or `keep_end`.", default="keep_start")
+    special_tokens_in_text: str = _option(
+        "What special tokens are that messages of others than the assistant spell out: `text` or `token`.",
+        default="text",
     )
     layout: str = _option(
         "How sequences are laid out in rows: "
@@ -295,11 +296,10 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
             raise ValueError(
                 f"padding_free=True was asked for with layout={self.layout!r}, whose rows are padded. Drop one of them."
             )
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} was asked for; it is 'keep_start' or 'keep_end'. "
-                "Choose one of them."
-            )
+        choices = {"truncation_mode": ("keep_start", "keep_end"), "special_tokens_in_text": ("text", "token")}
+        for name, (first, second) in choices.items():
+            if (value := getattr(self, name)) not in (first, second):
+                raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")
 
     def _check_gathering(self) -> None:
         """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along

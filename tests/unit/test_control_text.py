@@ -1,6 +1,7 @@
 """Text that spells out a special token is text where others than the assistant wrote it, and is always counted."""
 
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 import tokenizer_kinds
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.control_text import ControlText
 from holdfast.data.formats import read_preference
 from holdfast.data.prepare import prepare_dataset
@@ -111,6 +112,54 @@ def test_an_assistant_that_spells_out_tokens_keeps_them() -> None:
     assert special(found.prompt_ids) == [tiny.START, tiny.END, tiny.START, tiny.END, tiny.START]
 
 
+SPELLED = {"name": "tides", "arguments": {"day": ATTACK}}
+TOOLS = {
+    "a call": {"prompt": [message("user", "x"), {"role": "assistant", "tool_calls": [{"function": SPELLED}]}]},
+    "a call as JSON": {"prompt": [{"role": "assistant", "tool_calls": [{"name": ATTACK, "arguments": "{}"}]}]},
+    "a tool": {"tools": [{"name": "tides", "description": ATTACK}]},
+    "a key of a tool": {"tools": [{"name": "tides", "parameters": {ATTACK: {"type": "string"}}}]},
+    "a variable of the template": {"chat_template_kwargs": {"style": ATTACK}},
+    "the result of a tool": {"prompt": [message("tool", ATTACK)]},
+}
+
+
+@pytest.mark.parametrize("others", TOOLS.values(), ids=TOOLS)
+def test_tools_calls_and_variables(others: dict[str, Any]) -> None:
+    """The special tokens are those of a row that spells out none, and the text is that of the row."""
+    row = {**conversation(PLAIN), **others}
+    harmless = json.loads(json.dumps(row).replace(json.dumps(ATTACK)[1:-1], "Hi"))
+    found, plain = pair_of(row), pair_of(harmless)
+    assert (found.as_text, found.as_token) == (tiny.END, None)
+    assert special(found.prompt_ids) == special(plain.prompt_ids)
+    assert (found.chosen_ids, found.rejected_ids) == (plain.chosen_ids, plain.rejected_ids)
+    decoded: Any = TOKENIZER.decode(found.prompt_ids)
+    assert decoded.count(tiny.START) == special(plain.prompt_ids).count(tiny.START) + 1
+
+
+def test_reasoning_is_the_assistants() -> None:
+    row = conversation(PLAIN)
+    row["chosen"][0]["reasoning_content"] = ATTACK
+    assert (pair_of(row).as_text, pair_of(row).as_token) == (None, tiny.END)
+
+
+@pytest.mark.parametrize("row", [conversation(ATTACK), {**conversation(PLAIN), **TOOLS["a tool"]}])
+def test_tokens_may_be_asked_for(row: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Then the ids are those of the rendering as it stands, and nothing is said."""
+    prepared: Any = prepare_dataset(Dataset.from_list([row]), TOKENIZER, special_tokens_in_text="token")
+    (found,) = prepared
+    ordinary: Any = TOKENIZER.apply_chat_template(
+        row["prompt"], tools=row.get("tools"), add_generation_prompt=True, tokenize=True
+    )
+    assert found["prompt_ids"] == ordinary["input_ids"]
+    assert found["prompt_ids"] != pair_of(row).prompt_ids
+    assert not caplog.messages
+
+
+def test_other_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"special_tokens_in_text='tokens' was asked for; it is one of"):
+        prepare_dataset(Dataset.from_list([conversation(PLAIN)]), TOKENIZER, special_tokens_in_text="tokens")
+
+
 TEMPLATES = {
     "prints the text escaped": "{{ message['content'] | tojson(ensure_ascii=True) }}",
     "counts characters": "{{ message['content'][:12] }}",
@@ -170,7 +219,7 @@ def test_it_is_said_once(as_stream: bool, num_proc: int | None, caplog: pytest.L
         assert {name: found[name] for name in TOKENIZED_COLUMNS} == {
             name: getattr(expected, name) for name in TOKENIZED_COLUMNS
         }
-        assert set(found) == {*row, *TOKENIZED_COLUMNS}
+        assert set(found) - set(MASK_COLUMNS) == {*row, *TOKENIZED_COLUMNS}
     assert len(caplog.messages) == 1
     counted = "in at least one row by" if as_stream else "in 2 of 4 rows (50.0 %) by"
     assert caplog.messages[0].startswith(

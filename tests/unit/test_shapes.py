@@ -407,3 +407,23 @@ def test_rows_that_become_messages_have_a_date(row: dict, columns: Any) -> None:
     assert date_of_run(dated, "2024-02-29", None, [dataset], columns) == "2024-02-29"
     prepared = prepare_dataset(dataset, dated, columns=columns, template_date="2024-02-29")
     assert dated.decode(prepared[0]["prompt_ids"]).startswith("2024-02-29")
+
+
+@pytest.mark.parametrize("columns", ["messages", {"prompt": "messages"}])
+def test_keys_that_arrow_added_are_not_written_into_the_new_columns(columns: Any) -> None:
+    """The objects of a column have the keys of each other, as None. They are none of the row's, before or after."""
+    call = {"type": "function", "function": {"name": "tides", "arguments": {"day": "Monday"}}}
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "high"}]
+    rows = [
+        {"messages": turns, "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    ]
+    by_hand = [{**row, "prompt": row["messages"]} for row in rows]
+    found, expected = (
+        [{name: row[name] for name in TOKENIZED_COLUMNS} for row in prepare_dataset(dataset, TOKENIZER, columns=given)]
+        for dataset, given in ((Dataset.from_list(rows), columns), (Dataset.from_list(by_hand), None))
+    )
+    assert found == expected
+    converted = with_columns(Dataset.from_list(rows), columns)
+    if columns == "messages":
+        assert converted[0]["prompt"] == turns

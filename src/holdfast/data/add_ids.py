@@ -15,7 +15,7 @@ from datasets import Features
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
-from holdfast.data.columns import TOKENIZED_COLUMNS, columns_of_pairs
+from holdfast.data.columns import MASK_COLUMNS, SOURCE, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places
 from holdfast.data.formats import Preference, check_columns, read_preference
@@ -29,7 +29,7 @@ from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, NOTES, python_ro
 from holdfast.data.tokenize import tokenize
 from holdfast.data.verdicts import Judge
 
-TOKENIZATION_RULES = 3
+TOKENIZATION_RULES = 5
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
 
@@ -44,6 +44,9 @@ class AddIds:
         name: str,
         template_date: str | None,
         row_rules: RowRules = NO_RULES,
+        rules_of_sources: Mapping[str, RowRules] | None = None,
+        assistant_only: bool = True,
+        special_tokens_in_text: str = "text",
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
@@ -52,17 +55,24 @@ class AddIds:
             "name": name,
             "template_date": template_date,
             "row_rules": row_rules,
+            "rules_of_sources": rules_of_sources,
+            "assistant_only": assistant_only,
+            "special_tokens_in_text": special_tokens_in_text,
             "rules": rules,
         }
-        self._row_rules = replace(row_rules, words=words_of(processing_class))  # the words follow from the tokenizer
+        words = words_of(processing_class)  # they follow from the tokenizer
+        self._row_rules = replace(row_rules, words=words)
+        self._of_sources = {name: replace(each, words=words) for name, each in (rules_of_sources or {}).items()}
+        self._assistant_only = assistant_only
         self._tokenizer = processing_class
         self._date = template_date
+        self._special_tokens_in_text = special_tokens_in_text
         self._together: BatchTokenizer | None = None  # made where it is used: in each process
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(AddIds, **self._key), ()
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any], index: int, features: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The token ids of a row, which a tokenized row has already, and what is reported of it. An implicit prompt
         becomes a column, which callbacks that generate look for."""
         try:
@@ -72,39 +82,54 @@ class AddIds:
         if kind == "tokenized":
             ids = {column: row[column] for column in columns_of_pairs(row)}
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None, NOTES: []}
-        (preference,), (pair,) = self.tokenized([row], [index])
+        (preference,), (pair,) = self.tokenized([row], [index], features)
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
+        masks = {column: _values(getattr(pair, column)) for column in MASK_COLUMNS}
         split: dict[str, Any] = {}
         if kind == "implicit":
             split = columns_of(row, preference.prompt)
         report = {CUT: from_bytes(pair.cut_ids).tolist(), AS_TEXT: pair.as_text, AS_TOKEN: pair.as_token}
-        return {**split, **ids, **report, NOTES: as_values(pair.notes)}
+        return {**split, **ids, **masks, **report, NOTES: as_values(pair.notes)}
 
     def tokenized(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]
+        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], features: Mapping[str, Any] | None
     ) -> tuple[list[Preference], list[EncodedPair]]:
-        """The preferences in the rows, and their token ids. Raises `ValueError` for the first row of which there are
-        none, with its number."""
+        """The preferences in the rows of a dataset with these types, and their token ids. Raises `ValueError` for the
+        first row of which there are none, with its number."""
         if self._together is None:
-            self._together = BatchTokenizer(self._tokenizer, self._date, one_by_one=tokenize)
+            self._together = BatchTokenizer(
+                self._tokenizer,
+                self._date,
+                one_by_one=tokenize,
+                special_tokens_in_text=self._special_tokens_in_text,
+                assistant_only=self._assistant_only,
+            )
         with suppress(Exception):  # a row is at fault, and perhaps not the first that is
-            preferences = [read_preference(row, self._row_rules) for row in rows]
+            preferences = [read_preference(row, features, self._rules_for(row)) for row in rows]
             pairs = self._together(preferences)
             return preferences, [_noted(pair, read) for pair, read in zip(pairs, preferences, strict=True)]
-        return self._row_by_row(rows, indices, self._together)
+        return self._row_by_row(rows, indices, features, self._together)
 
     def _row_by_row(
-        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], tokenizer: BatchTokenizer
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        indices: Sequence[int],
+        features: Mapping[str, Any] | None,
+        tokenizer: BatchTokenizer,
     ) -> tuple[list[Preference], list[EncodedPair]]:
         preferences: list[Preference] = []
         pairs: list[EncodedPair] = []
         for row, index in zip(rows, indices, strict=True):
             try:
-                preferences.append(read_preference(row, self._row_rules))
+                preferences.append(read_preference(row, features, self._rules_for(row)))
                 pairs.append(_noted(tokenizer.one(preferences[-1]), preferences[-1]))
             except ValueError as error:
                 raise RowError(self.name, index, str(error)) from error
         return preferences, pairs
+
+    def _rules_for(self, row: Mapping[str, Any]) -> RowRules:
+        """The rules of a row's source in a mixture, else those of all rows."""
+        return self._of_sources.get(row.get(SOURCE) or "", self._row_rules) if self._of_sources else self._row_rules
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
@@ -114,6 +139,10 @@ class AddIds:
 def _noted(pair: EncodedPair, preference: Preference) -> EncodedPair:
     """The pair with what is said of the row that it was read from."""
     return replace(pair, notes=(*preference.notes, *pair.notes)) if preference.notes else pair
+
+
+def _values(mask: bytes | None) -> list[int] | None:
+    return None if mask is None else list(mask)
 
 
 @final
@@ -127,7 +156,7 @@ class AddIdsToTable:
     def __call__(self, table: pa.Table, indices: Sequence[int]) -> pa.Table:
         """The table with token ids, and what is reported of each row."""
         rows = python_rows(table, self.features)
-        preferences, pairs = self.add_ids.tokenized(rows, indices)
+        preferences, pairs = self.add_ids.tokenized(rows, indices, self.features)
         return with_ids(table, self.features, rows, preferences, pairs)
 
 
@@ -139,8 +168,9 @@ class AddIdsAndVerdict:
     add_ids: AddIds
     judge: Judge
     places: Places | None
+    features: Features | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         with naming_places(self.places, row):
-            ids = self.add_ids(row, index)
+            ids = self.add_ids(row, index, self.features)
             return {**ids, REASON: self.judge.reason(ids, index)}

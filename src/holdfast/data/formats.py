@@ -2,7 +2,7 @@
 
 Each row is read by itself. A dataset that changes its format halfway is read right or refused; it is never tokenized
 as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
-dropped here at every depth, because chat templates ask whether a key exists, or print it.
+dropped here, because chat templates ask whether a key exists, or print it (see `holdfast.data.nulls`).
 
 What is written in another way than it is meant is recognised where it cannot be misread, see `holdfast.data.reading`.
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from datasets import Json
+
 from holdfast.data.columns import (
     IMAGE_COLUMNS,
     MASK_COLUMNS,
@@ -25,37 +27,29 @@ from holdfast.data.columns import (
     TOKENIZED_COLUMNS,
     TOOLS,
 )
-from holdfast.data.notes import Note
+from holdfast.data.note import Note
+from holdfast.data.nulls import message_as_written, tools_as_written, type_of_messages
+from holdfast.data.reading.empty import note_what_is_empty
 from holdfast.data.reading.prompts import (
     Message,
     Side,
     of_one_kind,
-    repeated_text,
     with_prompt,
     without_repeated_messages,
+    without_repeated_text,
 )
 from holdfast.data.reading.roles import KNOWN_ROLES, has_from_and_value, with_known_role
-from holdfast.data.reading.rules import ENOUGH_TEXT, NO_RULES, RowRules
-from holdfast.data.reading.sentences import (
-    BEGINS_WITH_PROMPT,
-    BLANK,
-    DIALOGUE,
-    EMPTY_PROMPT,
-    LOOKS_WRITTEN,
-    NO_COMMON_BEGINNING,
-    NOT_REPEATED,
-    ONE_SIDE_REPEATS,
-    REPEATED,
-    SINGLE,
-    WRITTEN,
-)
-from holdfast.data.reading.written import looks_written, messages_in
-from holdfast.data.shapes.dialogues import is_dialogue
+from holdfast.data.reading.rules import NO_RULES, RowRules
+from holdfast.data.reading.sentences import SINGLE
+from holdfast.data.reading.written import with_messages_read
 from holdfast.data.shapes.guess import OLD_NAMES, OTHER_TOKENS, what_is_missing
 
 __all__ = ["Message", "Preference", "check_columns", "is_any_message", "read_preference"]
 
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
+
+_WRITTEN = Json()
+"""The type of what was read from JSON text, to which Arrow has added nothing."""
 
 RESERVED_TEMPLATE_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "conversation", "return_dict", "return_tensors", "tokenize"}
@@ -66,8 +60,9 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 class Preference:
     """A prompt with a chosen and a rejected completion: three texts, or three lists of messages, never a mix.
 
-    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text. `notes` say what was
-    read as something else than it is at first sight, and what may not be meant.
+    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text. `is_implicit` says
+    that the prompt is what both completions began with. `notes` say what was read as something else than it is at first
+    sight, and what may not be meant.
     """
 
     prompt: Side
@@ -75,6 +70,7 @@ class Preference:
     rejected: Side
     tools: list[dict[str, Any]] | None
     chat_template_kwargs: dict[str, Any]
+    is_implicit: bool = False
     notes: tuple[Note, ...] = ()
 
     @property
@@ -137,27 +133,36 @@ def check_columns(columns: Iterable[str]) -> ColumnKind:
     )
 
 
-def read_preference(row: Mapping[str, Any], rules: RowRules = NO_RULES) -> Preference:
+def read_preference(
+    row: Mapping[str, Any], features: Mapping[str, Any] | None = None, rules: RowRules = NO_RULES
+) -> Preference:
     """The preference in a row of text or messages. Without a prompt, it is what `chosen` and `rejected` begin with.
-    `rules` say how text is read in the dataset that the row is of.
+    `features` are the types of the dataset's columns; they help to tell what Arrow has added to a row. `rules` say how
+    text is read in the dataset that the row is of.
 
     Raises `ValueError` naming the column, what was found in it and what to do; the caller adds the row's number.
     """
     kind = _kind_of_columns(tuple(row)) if isinstance(row, dict) else check_columns(row)
     assert kind != "tokenized", "token ids are not read as a preference"
     notes: list[Note] = []
-    values = _with_messages_read(row, rules, notes)
-    read = {column: _read_side(value, column, rules, notes) for column, value in values.items()}
+    tools = _read_tools(row.get(TOOLS), None if features is None else features.get(TOOLS))
+    values, written = with_messages_read(row, rules.written, notes)
+    read = {
+        column: _read_side(
+            value, column, _WRITTEN if column in written else type_of_messages(features, column), tools, rules, notes
+        )
+        for column, value in values.items()
+    }
     sides = of_one_kind(read, notes)
     prompt, chosen, rejected = sides.get("prompt"), sides["chosen"], sides["rejected"]
     if prompt is None:
         sides = with_prompt(chosen, rejected)
     elif isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        sides = _without_repeated_text(prompt, chosen, rejected, rules, notes)
+        sides = without_repeated_text(prompt, chosen, rejected, notes, repeats=rules.repeats_prompt)
     elif isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list):
         sides = without_repeated_messages(prompt, chosen, rejected, notes)
-    _note_what_is_empty(sides, kind, row, notes)
-    tools, template_kwargs = _read_tools(row.get(TOOLS)), _read_template_kwargs(row.get(TEMPLATE_KWARGS))
+    note_what_is_empty(sides, notes, is_implicit=prompt is None)
+    template_kwargs = _read_template_kwargs(row.get(TEMPLATE_KWARGS))
     if isinstance(sides["chosen"], str) and (tools or template_kwargs):
         column = TOOLS if tools else TEMPLATE_KWARGS
         raise ValueError(
@@ -170,6 +175,7 @@ def read_preference(row: Mapping[str, Any], rules: RowRules = NO_RULES) -> Prefe
         rejected=sides["rejected"],
         tools=tools,
         chat_template_kwargs=template_kwargs,
+        is_implicit=prompt is None,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -183,63 +189,9 @@ def is_any_message(row: Mapping[str, Any], rules: RowRules) -> bool:
     return bool(rules.written) or any(isinstance(row.get(column), list | Mapping) for column in TEXT_COLUMNS)
 
 
-def _with_messages_read(row: Mapping[str, Any], rules: RowRules, notes: list[Note]) -> dict[str, Any]:
-    """The values of the columns of a pair, with messages in place of text in which they are written: in columns that
-    are meant so in all rows, and in rows whose other columns hold messages."""
-    values = {column: row[column] for column in TEXT_COLUMNS if column in row}
-    written = {column: text for column, text in values.items() if isinstance(text, str) and looks_written(text)}
-    if not written:
-        return values
-    is_mixed = any(isinstance(value, list) for value in values.values())
-    for column, text in written.items():
-        if is_mixed or column in rules.written:
-            values[column] = messages_in(text, f"the column {column!r}")
-            notes.append(Note(WRITTEN, f"{column!r} holds {reprlib.repr(text)}"))
-        else:
-            notes.append(Note(LOOKS_WRITTEN, f"{column!r} holds {reprlib.repr(text)}"))
-    return values
-
-
-def _without_repeated_text(
-    prompt: str, chosen: str, rejected: str, rules: RowRules, notes: list[Note]
-) -> dict[str, Side]:
-    """The three texts, with completions that begin after the prompt where those of the dataset repeat it."""
-    length = repeated_text(prompt, chosen, rejected)
-    if length is not None and rules.repeats_prompt:
-        notes.append(Note(REPEATED, reprlib.repr(prompt)))
-        return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
-    if length is not None:
-        notes.append(Note(BEGINS_WITH_PROMPT, reprlib.repr(prompt)))
-    elif len(prompt) >= ENOUGH_TEXT and chosen.startswith(prompt) != rejected.startswith(prompt):
-        notes.append(Note(ONE_SIDE_REPEATS, reprlib.repr(prompt)))
-    elif rules.repeats_prompt and prompt.strip():
-        notes.append(Note(NOT_REPEATED, reprlib.repr(chosen)))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _note_what_is_empty(sides: Mapping[str, Side], kind: ColumnKind, row: Mapping[str, Any], notes: list[Note]) -> None:
-    prompt = sides["prompt"]
-    if isinstance(prompt, str):
-        if not prompt or prompt.isspace():
-            implicit = kind == "implicit"
-            notes.append(Note(NO_COMMON_BEGINNING if implicit else EMPTY_PROMPT, reprlib.repr(row["chosen"])))
-        elif kind == "implicit" and is_dialogue(prompt):
-            notes.append(Note(DIALOGUE, reprlib.repr(prompt)))
-    elif all(_is_blank(message) for message in prompt):
-        notes.append(Note(EMPTY_PROMPT, reprlib.repr(prompt)))
-    for column in ("chosen", "rejected"):
-        side = sides[column]
-        if (not side or side.isspace()) if isinstance(side, str) else all(map(_is_blank, side)):
-            notes.append(Note(BLANK, f"{column!r} is {reprlib.repr(side)}"))
-
-
-def _is_blank(message: Message) -> bool:
-    """Whether a message says nothing: no text but white space, no tool calls, nothing in fields of its own."""
-    content = message.get("content")
-    return isinstance(content, str) and (not content or content.isspace()) and len(message) == 2
-
-
-def _read_side(value: Any, column: str, rules: RowRules, notes: list[Note]) -> Side:
+def _read_side(
+    value: Any, column: str, feature: Any, tools: list[dict[str, Any]] | None, rules: RowRules, notes: list[Note]
+) -> Side:
     if isinstance(value, str):
         _check_characters(value, f"the column {column!r}")
         return value
@@ -255,12 +207,15 @@ def _read_side(value: Any, column: str, rules: RowRules, notes: list[Note]) -> S
         raise ValueError(
             f"the column {column!r} must hold at least one message; found an empty list. Correct the row or drop it."
         )
-    return [
-        _read_message(message, f"message {i} of the column {column!r}", rules, notes) for i, message in enumerate(value)
-    ]
+    messages = []
+    for number, message in enumerate(value):
+        read = _read_message(message, f"message {number} of the column {column!r}", rules, notes)
+        is_written = "tool_calls" in read and "tool_calls" not in message  # they were JSON text
+        messages.append(message_as_written(read, _WRITTEN if is_written else feature, tools))
+    return messages
 
 
-def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) -> Message:
+def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) -> Mapping[str, Any]:
     if isinstance(message, Mapping) and message.get("role") not in KNOWN_ROLES:
         message, found = with_known_role(message, where, rules.words)
         if found is not None:
@@ -284,7 +239,7 @@ def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) 
         )
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or []]:
         _check_characters(text, where)
-    return _without_none(message)
+    return message
 
 
 def _path_inside(column: str, value: Any) -> str:
@@ -316,7 +271,7 @@ def _is_text_parts(content: Any) -> bool:
     )
 
 
-def _read_tools(value: Any) -> list[dict[str, Any]] | None:
+def _read_tools(value: Any, feature: Any) -> list[dict[str, Any]] | None:
     """The tools of a row; None for an empty list, for which some templates announce tools."""
     tools = value
     if isinstance(value, str):
@@ -335,8 +290,7 @@ def _read_tools(value: Any) -> list[dict[str, Any]] | None:
             f"the column 'tools' must hold a list of tools (dicts) or that list as JSON; found {_show(value)}. "
             "Correct the row."
         )
-    # A null in JSON text is the user's own; a None in a column of dicts comes from arrow.
-    return tools if isinstance(value, str) else _without_none(tools)
+    return tools if isinstance(value, str) else tools_as_written(tools, feature)
 
 
 def _read_template_kwargs(value: Any) -> dict[str, Any]:
@@ -352,15 +306,6 @@ def _read_template_kwargs(value: Any) -> dict[str, Any]:
             "variables of the chat template, such as `enable_thinking`."
         )
     return {key: item for key, item in value.items() if item is not None}
-
-
-def _without_none(value: Any) -> Any:
-    """A copy without the None values that arrow adds to make the keys of all dicts in a column alike."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
 
 
 def _show(value: Any) -> str:

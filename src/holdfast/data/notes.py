@@ -6,16 +6,14 @@ and said once in a dataset with the first row as an example: `TOPICS` has the se
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, final
 
+from holdfast.data.note import Note
+from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN, as_python, left_out, left_out_by_design
 from holdfast.data.reading.sentences import MAY_NOT_BE_MEANT, READ_AS, may_not_be_meant, read_as
-
-
-class Note(NamedTuple):
-    """Something about a row: its kind, one of those in `TOPICS`, and what was found, in a few words."""
-
-    kind: str
-    detail: str
+from holdfast.data.tool_text import AS_PYTHON
+from holdfast.data.turn_sentences import KINDS, sentence
 
 
 class Occurrence(NamedTuple):
@@ -38,6 +36,10 @@ class Topic:
 
 
 TOPICS: tuple[Topic, ...] = (
+    Topic(kinds=tuple(LEFT_OUT), message=left_out, is_refused=True),
+    Topic(kinds=(AS_PYTHON,), message=as_python, is_refused=True),
+    Topic(kinds=tuple(LEFT_OUT_BY_DESIGN), message=left_out_by_design),
+    *(Topic(kinds=(kind,), message=partial(sentence, kind)) for kind in KINDS),
     *(Topic(kinds=(kind,), message=read_as(kind)) for kind in READ_AS),
     *(Topic(kinds=(kind,), message=may_not_be_meant(kind)) for kind in MAY_NOT_BE_MEANT),
 )
@@ -57,3 +59,19 @@ def rows_by_kind(notes_of_rows: Iterable[tuple[int, Sequence[Mapping[str, Any]]]
             if not rows or rows[-1] != row:
                 rows.append(row)
     return found
+
+
+def refused_everywhere(notes_of_rows: Sequence[Sequence[Mapping[str, Any]]], name: str) -> str | None:
+    """The message where all of these rows have a note of one kind that may not be in all; else None. The rows are those
+    of a stream named `name` that are read before training begins."""
+    found = rows_by_kind(enumerate(notes_of_rows))
+    for topic in TOPICS:
+        if topic.is_refused and any(len(found[kind][0]) == len(notes_of_rows) for kind in topic.kinds if kind in found):
+            where = "in each row that was read before training"
+            occurrences = {
+                kind: Occurrence(where=where, detail=found[kind][1], row=f"row {found[kind][0][0]}")
+                for kind in topic.kinds
+                if kind in found and len(found[kind][0]) == len(notes_of_rows)
+            }
+            return topic.message(name, occurrences)
+    return None

@@ -23,13 +23,14 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
-from holdfast.data.dates import has_messages, prints_date
+from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
+from holdfast.data.control_text import check_control_text
+from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
-from holdfast.data.formats import check_columns, is_any_message
-from holdfast.data.mixture import keep_mixture, mixture_of
+from holdfast.data.first_rows import read_first_rows
+from holdfast.data.mixture import keep_mixture
+from holdfast.data.notes import refused_everywhere
 from holdfast.data.progress import bars
-from holdfast.data.reading.rules import NO_RULES, RowRules, contradicting_scores, rules_of, unread_columns
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
 from holdfast.data.shapes.convert import with_columns
@@ -37,16 +38,19 @@ from holdfast.data.shapes.mapping import ColumnMapping
 from holdfast.data.source_column import left_out_by_source
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
+    NOTES,
     REPORT_COLUMNS,
     features_with_ids,
 )
-from holdfast.data.tokenize import TruncationMode, check_tokenizer, check_truncation
+from holdfast.data.tokenize import TruncationMode, check_truncation
 from holdfast.data.usability import nothing_usable, some_unusable
 from holdfast.data.verdicts import Judge, reasons_by_row
 
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS, _JUDGED_ROWS = 500, 10_000
+_NOTED_ROWS = 8
+"""So many rows of a stream show what is in all of them, where it is in each of these."""
 
 Observer = Callable[[Dataset, Mapping[str, Sequence[int]]], None]
 """Gets all rows of a map-style dataset, with their token ids and `REPORT_COLUMNS`, and the numbers of those that cannot
@@ -63,6 +67,8 @@ def prepare_dataset(
     vocab_size: int | None = None,
     template_date: str | None = None,
     columns: ColumnMapping | None = None,
+    special_tokens_in_text: str = "text",
+    assistant_only: bool = True,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
@@ -70,44 +76,42 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
+    Where not all tokens of the completions are scored, the columns `chosen_mask` and `rejected_mask` have a 1 for each
+    that is and a 0 for each that is only seen, or None where all are (see `holdfast.data.turn_masks`). A stream always
+    has these columns. `assistant_only` False scores all tokens.
+
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
     (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
     stream, a warning comes with the 1st, 10th, 100th, ... row of each reason. Rows that already have the three columns
     are checked and stay as they are, masks of their completions (`MASK_COLUMNS`) too. `vocab_size` is the number of the
     model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
-    is today's, and a later run has other ids. `columns` says which columns are what where they do not have holdfast's
-    names (see `holdfast.data.shapes.mapping`). `num_proc` is for map-style datasets and `main_process_first` a context
-    in which the other processes wait for the cache. `disable_tqdm` hides the progress bars. `observe` is called before
-    anything is said or left out, and for no stream.
+    is today's, and a later run has other ids. `columns` says which columns are what (`holdfast.data.shapes.mapping`).
+    `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
+    cache. `disable_tqdm` hides the progress bars. `observe` is called before anything is said or left out, and for no
+    stream.
 
     Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
-    assistant's, see `holdfast.data.control_text`.
+    assistant's, see `holdfast.data.control_text`. With `special_tokens_in_text="token"` it is a token everywhere.
 
     Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
     and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
     """
     check_truncation(max_length, truncation_mode)
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(
-            f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
-            'Choose a split (`dataset["train"]`), or make one with `Dataset.from_list(rows)`.'
-        )
+    check_control_text(special_tokens_in_text)
+    _check_kind(dataset, name)
     places = places_of(dataset)
-    dataset = _unformatted(dataset)
-    if columns is not None:
-        with bars(are_shown=not disable_tqdm), naming_places(places):
-            converted = with_columns(dataset, columns, name=name, num_proc=num_proc)
-        keep_mixture(converted, dataset)
-        dataset = converted
-    row_rules, is_conversational = _check_first_rows(dataset, processing_class, name, places)
-    if mixture_of(dataset) is not None:  # the first row may be text, and others messages
-        is_conversational = is_conversational or has_messages(dataset, columns)
-    is_dated = is_conversational and prints_date(processing_class)
+    with bars(are_shown=not disable_tqdm), naming_places(places):
+        dataset = _with_columns(_unformatted(dataset), columns, name, num_proc)
+    first = read_first_rows(dataset, processing_class, columns=columns, name=name, places=places, warn=_warn)
+    is_dated = first.has_messages and prints_date(processing_class)
     add_ids = AddIds(
         processing_class=processing_class,
         name=name,
+        special_tokens_in_text=special_tokens_in_text,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
-        row_rules=row_rules,
+        row_rules=first.rules,
+        rules_of_sources=first.rules_of_sources,
+        assistant_only=assistant_only,
     )
     judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
@@ -125,7 +129,9 @@ class PreparationOptions(Protocol):
     columns: Any
     max_length: int | None
     truncation_mode: Any
+    special_tokens_in_text: str
     dataset_num_proc: int | None
+    assistant_only: bool
     disable_tqdm: bool | None
 
 
@@ -141,6 +147,8 @@ class Preparation:
     num_proc: int | None = None
     vocab_size: int | None = None
     template_date: str | None = None
+    special_tokens_in_text: str = "text"
+    assistant_only: bool = True
     disable_tqdm: bool = False
 
     @classmethod
@@ -161,6 +169,8 @@ class Preparation:
             num_proc=options.dataset_num_proc,
             vocab_size=vocab_size,
             template_date=template_date,
+            special_tokens_in_text=options.special_tokens_in_text,
+            assistant_only=options.assistant_only,
             disable_tqdm=bool(options.disable_tqdm),
         )
 
@@ -177,6 +187,8 @@ class Preparation:
             vocab_size=self.vocab_size,
             template_date=self.template_date,
             columns=self.columns,
+            special_tokens_in_text=self.special_tokens_in_text,
+            assistant_only=self.assistant_only,
             name=name,
             disable_tqdm=self.disable_tqdm,
             observe=observe,
@@ -206,45 +218,22 @@ def _unformatted(dataset: Dataset | IterableDataset) -> Dataset | IterableDatase
     return dataset
 
 
-def _check_first_rows(
-    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase, name: str, places: Places | None
-) -> tuple[RowRules, bool]:
-    """How the rows are read, and whether the first one holds messages. Raises what would be wrong with every row,
-    before a progress bar is shown."""
-    rows: Any = dataset
-    first = next(iter(rows), None)
-    if first is None:
-        raise ValueError(
-            f"the {name} dataset has no rows; at least one pair is needed. Check the file or the split it comes from."
+def _check_kind(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"the {name} dataset must be a `datasets.Dataset` or `IterableDataset`; found {type(dataset).__name__}. "
+            'Choose a split (`dataset["train"]`), or make one with `Dataset.from_list(rows)`.'
         )
-    try:
-        kind = check_columns(first)
-    except ValueError as error:
-        place = places.of(0, first) if places is not None else None
-        raise ValueError(f"{name} dataset{f' ({place})' if place else ''}: {error}") from error
-    if isinstance(dataset, IterableDataset) and REFERENCE_COLUMNS[0] in first:
-        raise ValueError(
-            f"the {name} dataset is a stream and brings reference log-probs along, in the columns "
-            f"{list(REFERENCE_COLUMNS)}, which can only be used where they are compared before training. Drop these "
-            "columns, or load it whole."
-        )
-    if kind == "tokenized":
-        return NO_RULES, False
-    row_rules = rules_of(rows, name)
-    if unread := unread_columns(first):
-        _warn(
-            f"The {name} dataset has the column(s) {unread}, which are not read: what they hold is no part of the "
-            f"prompt. Write `columns: {{{unread[0].partition('_')[0]}: {unread[0]}}}` to have them read, or drop them."
-        )
-    if (scores := contradicting_scores(rows)) is not None:
-        chosen, rejected, count, total = scores
-        _warn(
-            f"The scores in {chosen!r} are below those in {rejected!r} in {count} of the first {total} rows of the "
-            f"{name} dataset. If the completions are swapped, write `columns: {{chosen: rejected, rejected: chosen}}`."
-        )
-    is_conversational = is_any_message(first, row_rules)
-    check_tokenizer(processing_class, is_conversational=is_conversational)
-    return row_rules, is_conversational
+
+
+def _with_columns(
+    dataset: Dataset | IterableDataset, columns: ColumnMapping | None, name: str, num_proc: int | None
+) -> Dataset | IterableDataset:
+    if columns is None:
+        return dataset
+    converted = with_columns(dataset, columns, name=name, num_proc=num_proc)
+    keep_mixture(converted, dataset)
+    return converted
 
 
 def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Dataset:
@@ -274,7 +263,13 @@ def _reported(dataset: Dataset, add_ids: AddIds) -> Dataset:
     if not set(REPORT_COLUMNS) <= set(dataset.column_names):
         return dataset
     report_rows(dataset.with_format("arrow"), add_ids, _warn)
-    return dataset.remove_columns(list(REPORT_COLUMNS))
+    unused = [] if _has_masks(dataset) else list(MASK_COLUMNS)
+    return dataset.remove_columns([*REPORT_COLUMNS, *unused])
+
+
+def _has_masks(dataset: Dataset) -> bool:
+    """Whether some tokens of a completion are not scored in some row."""
+    return any(dataset.data.column(name).null_count < len(dataset.data) for name in MASK_COLUMNS)
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:
@@ -302,16 +297,23 @@ def _unusable(dataset: Dataset, judge: Judge) -> dict[str, list[int]]:
 
 
 def _prepare_stream(dataset: IterableDataset, add_ids: AddIds, judge: Judge, places: Places | None) -> IterableDataset:
-    """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found."""
-    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places)
+    """The stream of usable rows. Raises `ValueError` if it has none, which is known once the first one is found, and if
+    all of its first rows have a note that may not be in all rows. The next row is read only where that is open."""
+    row_function = AddIdsAndVerdict(add_ids=add_ids, judge=judge, places=places, features=dataset.features)
     counts: Counter[str] = Counter()
+    notes: list[list[dict[str, str]]] = []
+    is_usable = False
     for index, row in enumerate(dataset):
-        reason = row_function(row, index)[REASON]
-        if reason is None:
+        read = row_function(row, index)
+        notes.append(read[NOTES])
+        is_usable |= read[REASON] is None
+        counts.update([read[REASON]] if read[REASON] else [])
+        if is_usable and (len(notes) >= _NOTED_ROWS or refused_everywhere(notes, judge.name) is None):
             break
-        counts[reason] += 1
-    else:
+    if not is_usable:
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
+    if refusal := refused_everywhere(notes, judge.name):
+        raise ValueError(refusal)
     report = StreamReport(judge, add_ids.decode, _warn)
     prepared = dataset.map(row_function, with_indices=True).filter(report, with_indices=True)
     prepared = prepared.remove_columns([*REPORT_COLUMNS, REASON])

@@ -161,6 +161,47 @@ def compiled_template(tokenizer: PreTrainedTokenizerBase, template: str) -> Call
     return partial(compile_template(template).render, tools=None, documents=None, **special_tokens)
 
 
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, tokenize: bool, **options: Any
+) -> Any:
+    """What `tokenizer.apply_chat_template` makes of the messages: text, or token ids. The template sees a content of
+    None, which that method drops."""
+    if not _has_no_content(messages) or has_own_templates(tokenizer):
+        rendered: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
+        return rendered["input_ids"] if tokenize else rendered
+    template = tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
+    variables = {**tokenizer.special_tokens_map, **options}
+    render = looked_up("transformers", chat_template_utils, "render_jinja_template")
+    (text,), _ = render(conversations=[messages], chat_template=template, **variables)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenize else text
+
+
+def rendered_with_marks(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    variables: Mapping[str, Any],
+) -> tuple[str, list[tuple[int, int]]]:
+    """What the template makes of messages, and the characters that are between its `{% generation %}` marks, as
+    `apply_chat_template` finds them for `return_assistant_tokens_mask=True`."""
+    render = looked_up("transformers", chat_template_utils, "render_jinja_template")
+    if not _has_no_content(messages):
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    (text,), (spans,) = render(
+        conversations=[messages],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **variables},
+    )
+    return text, spans
+
+
+def _has_no_content(messages: list[dict[str, Any]]) -> bool:
+    return any("content" in message and message["content"] is None for message in messages)
+
+
 # --- configs and models -----------------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ def _of_json(files: Sequence[Path], reading: Reading) -> tuple[Features, dict[Pa
                         f"{show(file)}, line {line}, column {name!r}: {error}. Correct the line or remove it."
                     ) from error
         num_rows[file] = count
-    return Features({name: shape.feature for name, shape in columns.items()}), num_rows
+    return Features({name: shape.feature(name) for name, shape in columns.items()}), num_rows
 
 
 def _of_csv(files: Sequence[Path], reading: Reading) -> tuple[Features, dict[Path, int]]:

@@ -2,7 +2,8 @@
 
 A place where text, numbers, lists and objects are mixed, or objects of different keys, becomes a column of `Json`: its
 values are stored as JSON text and come back as they were. Objects of the same keys become a struct, and whole and
-broken numbers a column of floats.
+broken numbers a column of floats. In tools and in arguments of calls, objects with a null here and a value there become
+`Json` as well, since a None in a struct may have been added.
 """
 
 import json
@@ -15,6 +16,9 @@ import pyarrow as pa
 from datasets import Features, Json, List, Value
 
 _LONG_NUMBER = re.compile(r"\d{19}")
+
+_WITH_NULLS = ("tools", "arguments")
+"""Columns and fields in which a null may be meant."""
 
 MAX_DEPTH = 40
 """How deep lists and objects may be nested in a column. Arrow ends at 64 levels."""
@@ -33,17 +37,19 @@ _SIMPLE = {
 class Shape:
     """The types seen at one place, and the shapes of what is inside of them."""
 
-    __slots__ = ("fields", "items", "keys_differ", "types")
+    __slots__ = ("fields", "has_null", "items", "keys_differ", "types")
 
     def __init__(self) -> None:
         self.types: set[type] = set()
         self.fields: dict[str, Shape] = {}
         self.items: Shape | None = None
         self.keys_differ = False
+        self.has_null = False
 
     def add(self, value: Any, depth: int = 0) -> None:
         """Take a value into account. ValueError for one that no column can hold."""
         if value is None:
+            self.has_null = True
             return
         kind = type(value)
         if kind is int and not _fits(value):
@@ -70,16 +76,18 @@ class Shape:
         for key, item in value.items():
             self.fields[key].add(item, depth + 1)
 
-    @property
-    def feature(self) -> Any:
-        """The type of a column that holds what was seen."""
+    def feature(self, name: str = "", *, keeps_nulls: bool = False) -> Any:
+        """The type of a column or field of that name which holds what was seen. With `keeps_nulls` this is inside of
+        tools or of arguments."""
+        keeps_nulls = keeps_nulls or name in _WITH_NULLS
         simple = _SIMPLE.get(frozenset(self.types))
         if simple is not None:
             return simple
         if self.types == {list}:
-            return List(self.items.feature if self.items else Value("null"))
-        if self.types == {dict} and self.fields and not self.keys_differ:
-            return {key: shape.feature for key, shape in self.fields.items()}
+            return List(self.items.feature(keeps_nulls=keeps_nulls) if self.items else Value("null"))
+        has_nulls = keeps_nulls and any(shape.has_null and shape.types for shape in self.fields.values())
+        if self.types == {dict} and self.fields and not self.keys_differ and not has_nulls:
+            return {key: shape.feature(key, keeps_nulls=keeps_nulls) for key, shape in self.fields.items()}
         return Json()
 
 

@@ -10,11 +10,23 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.data.notes import Note
-from holdfast.data.reading.sentences import AS_ASSISTANT, AS_USER, CONVERSATIONS, REPEATED, USER_FIRST
+from holdfast.data.note import Note
+from holdfast.data.reading.sentences import (
+    AS_ASSISTANT,
+    AS_USER,
+    BEGINS_WITH_PROMPT,
+    CONVERSATIONS,
+    NOT_REPEATED,
+    ONE_SIDE_REPEATS,
+    REPEATED,
+    USER_FIRST,
+)
 
 Message = dict[str, Any]
 Side = str | list[Message]
+
+ENOUGH_TEXT = 16
+"""Characters of prompts that completions repeat by no coincidence."""
 
 _BEFORE_THE_USER = ("system", "developer")
 
@@ -78,6 +90,23 @@ def repeated_text(prompt: str, chosen: str, rejected: str) -> int | None:
     length = start + len(inner)
     is_repeated = chosen.startswith(inner, start) and rejected.startswith(chosen[:length])
     return length if is_repeated else None
+
+
+def without_repeated_text(
+    prompt: str, chosen: str, rejected: str, notes: list[Note], *, repeats: bool
+) -> dict[str, Side]:
+    """The three texts, with completions that begin after the prompt where those of the dataset repeat it."""
+    length = repeated_text(prompt, chosen, rejected)
+    if length is not None and repeats:
+        notes.append(Note(REPEATED, reprlib.repr(prompt)))
+        return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+    if length is not None:
+        notes.append(Note(BEGINS_WITH_PROMPT, reprlib.repr(prompt)))
+    elif len(prompt) >= ENOUGH_TEXT and chosen.startswith(prompt) != rejected.startswith(prompt):
+        notes.append(Note(ONE_SIDE_REPEATS, reprlib.repr(prompt)))
+    elif repeats and prompt.strip():
+        notes.append(Note(NOT_REPEATED, reprlib.repr(chosen)))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def without_repeated_messages(

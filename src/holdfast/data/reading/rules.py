@@ -14,14 +14,12 @@ from itertools import islice
 from typing import Any, final
 
 from holdfast.data.columns import REFERENCE_COLUMNS, TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
-from holdfast.data.reading.prompts import repeated_text
+from holdfast.data.reading.prompts import ENOUGH_TEXT, repeated_text
 from holdfast.data.reading.written import looks_written
 from holdfast.data.shapes.guess import PROMPT_NAMES, guess
 
 NUM_ROWS = 100
 
-ENOUGH_TEXT = 16
-"""Characters of prompts, in all first rows together, that completions repeat by no coincidence."""
 _OWN = {*TEXT_COLUMNS, *TOKENIZED_COLUMNS, *REFERENCE_COLUMNS, TOOLS, TEMPLATE_KWARGS, "source", "original_source"}
 _ALMOST_NOTHING = 3
 

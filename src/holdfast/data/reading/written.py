@@ -8,10 +8,12 @@ import ast
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from holdfast.data.columns import TEXT_COLUMNS
+from holdfast.data.note import Note
+from holdfast.data.reading.sentences import LOOKS_WRITTEN, WRITTEN
 
 _BEGINS = re.compile(r"""\s*(?:\[\s*)?\{\s*(['"])(?:role|content|from|value|name|weight|train|messages)\1\s*:""")
 _LONGEST = 2_000_000
@@ -21,6 +23,25 @@ _KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 def looks_written(text: str) -> bool:
     """Whether a text begins as messages are written."""
     return _BEGINS.match(text) is not None
+
+
+def with_messages_read(
+    row: Mapping[str, Any], columns: Collection[str], notes: list[Note]
+) -> tuple[dict[str, Any], set[str]]:
+    """The values of the columns of a pair, with messages in place of text in which they are written, and the columns
+    where this was so: `columns`, which are meant so in all rows, and any column of a row that holds messages elsewhere.
+    """
+    values = {column: row[column] for column in TEXT_COLUMNS if column in row}
+    found = {column: text for column, text in values.items() if isinstance(text, str) and looks_written(text)}
+    if not found:
+        return values, set()
+    is_mixed = any(isinstance(value, list) for value in values.values())
+    read = {column for column in found if is_mixed or column in columns}
+    for column, text in found.items():
+        notes.append(Note(WRITTEN if column in read else LOOKS_WRITTEN, f"{column!r} holds {reprlib.repr(text)}"))
+        if column in read:
+            values[column] = messages_in(text, f"the column {column!r}")
+    return values, read
 
 
 def may_hold_messages(row: Mapping[str, Any]) -> bool:

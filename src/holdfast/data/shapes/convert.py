@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, final
 
-from datasets import Dataset, Features, IterableDataset, Json, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.files.places import keep_places
+from holdfast.data.nulls import field_type, item_type, message_as_written
 from holdfast.data.row_error import RowError
 from holdfast.data.shapes.mapping import ColumnMapping, Plan, plan
+from holdfast.data.shapes.paths import EVERY, Steps
 from holdfast.data.shapes.row import RowConverter
 from holdfast.data.usability import share
 
@@ -50,7 +52,9 @@ def with_columns(
         raise ValueError(f"{name} dataset: {error}") from error
     if isinstance(dataset, IterableDataset):
         converted = dataset.map(
-            ConvertRow(plan=found, name=name, says_ties=True), with_indices=True, remove_columns=_taken(found, first)
+            ConvertRow(plan=found, name=name, says_ties=True, types={}),
+            with_indices=True,
+            remove_columns=_taken(found, first),
         ).remove_columns([_NO_PAIR])
     elif (names := found.renames) is not None and dataset.format["type"] is None:
         left = [column for column in dataset.column_names if column in _replaced(found) and column not in names]
@@ -64,10 +68,14 @@ def with_columns(
 @final
 class ConvertRow:
     """The function that converts a row. What it is made of is the cache key of `datasets`, beside the rows. For a
-    stream it warns of the first row that has no pair (`says_ties`)."""
+    stream it warns of the first row that has no pair (`says_ties`). `types` are those of the messages in columns of the
+    pair, from which what Arrow has added is taken out, since what is stored as JSON counts as written."""
 
-    def __init__(self, *, plan: Plan, name: str, says_ties: bool, rules: int = CONVERSION_RULES) -> None:
-        self._key = {"plan": plan, "name": name, "says_ties": says_ties, "rules": rules}
+    def __init__(
+        self, *, plan: Plan, name: str, says_ties: bool, types: Mapping[str, Any], rules: int = CONVERSION_RULES
+    ) -> None:
+        self._key = {"plan": plan, "name": name, "says_ties": says_ties, "types": types, "rules": rules}
+        self._types = types
         self._convert = RowConverter(plan=plan)
         self._name = name
         self._says_ties = says_ties
@@ -83,7 +91,11 @@ class ConvertRow:
         if self._says_ties and converted.no_pair is not None:
             self._says_ties = False
             _warn_of_ties(self._name, "at least one row", converted.no_pair, index)
-        return {**converted.columns, _NO_PAIR: converted.no_pair}
+        columns = {
+            name: _as_written(value, self._types[name], row.get(TOOLS)) if name in self._types else value
+            for name, value in converted.columns.items()
+        }
+        return {**columns, _NO_PAIR: converted.no_pair}
 
 
 def _mapped(dataset: Dataset, found: Plan, name: str, num_proc: int | None) -> Dataset:
@@ -91,7 +103,7 @@ def _mapped(dataset: Dataset, found: Plan, name: str, num_proc: int | None) -> D
     is_plain = dataset.format["type"] is None
     taken = _taken(found, dataset.features)
     converted = dataset.map(
-        ConvertRow(plan=found, name=name, says_ties=False),
+        ConvertRow(plan=found, name=name, says_ties=False, types=_types(dataset.features, found) if is_plain else {}),
         with_indices=True,
         remove_columns=taken,
         features=_features(dataset.features, found, taken) if is_plain else None,
@@ -103,6 +115,28 @@ def _mapped(dataset: Dataset, found: Plan, name: str, num_proc: int | None) -> D
         row, reason = ties[0]
         _warn_of_ties(name, share(len(ties), len(converted)), reason, row)
     return converted.remove_columns([_NO_PAIR])
+
+
+def _as_written(messages: Any, feature: Any, tools: Any) -> Any:
+    """Messages of a column whose messages have this type, without what Arrow has added to them."""
+    if not isinstance(messages, list):
+        return messages
+    known = [tool for tool in tools if isinstance(tool, Mapping)] if isinstance(tools, list) else None
+    return [
+        message_as_written(message, feature, known) if isinstance(message, Mapping) else message for message in messages
+    ]
+
+
+def _types(features: Features, found: Plan) -> dict[str, Any]:
+    """The types of the messages that become those of each column of the pair; None where it is not known."""
+    of_all = found.where.get("responses") or found.where.get("prompt_and_chosen") or ()
+    types = {}
+    for side in _SIDES:
+        steps = found.where.get(side, of_all)
+        types[side] = item_type(_type_at(features, steps[0])) if steps else None
+        if side not in found.where and "responses" in found.where and "responses" not in found.is_several:
+            types[side] = item_type(types[side])  # a list of answers, each a list of messages
+    return types
 
 
 def _features(features: Features, found: Plan, taken: list[str]) -> Features:
@@ -117,8 +151,18 @@ def _features(features: Features, found: Plan, taken: list[str]) -> Features:
             has_text = is_text and len(types) == len(steps) and all(kind == Value("string") for kind in types)
             new[column] = Value("string") if has_text else Json()
         else:
-            new[column] = types[0] if types else Json()
+            new[column] = _type_at(features, steps[0]) or Json()
     return Features({**left, **new, _NO_PAIR: Value("string")})
+
+
+def _type_at(features: Mapping[str, Any], steps: Steps) -> Any:
+    """The type of what is at a place; None where it is not known. Of a `*`, that of the list of what it finds."""
+    found: Any = features.get(str(steps[0]))
+    for number, step in enumerate(steps[1:], 1):
+        if step == EVERY:
+            return List(inner) if (inner := _type_at({"": item_type(found)}, ("", *steps[number + 1 :]))) else None
+        found = item_type(found) if isinstance(step, int) else field_type(found, step)
+    return found
 
 
 def _taken(found: Plan, columns: Mapping[str, Any]) -> list[str]:
