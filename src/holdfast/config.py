@@ -87,6 +87,11 @@ class DPOConfig(LossOptions, ModifierOptions, TrainingArguments):
         "resume too.",
         default=None,
     )
+    assistant_only: bool = _option(
+        "Score only what the assistant says in completions of several messages; what others say is seen. Off: all "
+        "tokens of the completions.",
+        default=True,
+    )
     max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
     truncation_mode: str = _option(
         "Which end of a longer sequence is kept: `keep_start` or `keep_end`.",

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from torch.utils.data import DataLoader
 
 import tiny
-from holdfast.data.columns import TOKENIZED_COLUMNS
+from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.formats import read_preference
 from holdfast.data.load import load_preferences
 from holdfast.data.prepare import Preparation, prepare_dataset
@@ -50,6 +50,7 @@ def test_token_ids_stand_beside_the_other_columns(make: type, rows: list[dict]) 
     assert len(prepared) == len(rows)
     for row, found in zip(rows, prepared, strict=True):
         assert ids(found) == expected_ids(row)
+        assert all(found.pop(column, None) is None for column in MASK_COLUMNS)
         if "prompt" in row:
             assert found == row | expected_ids(row)
         else:
@@ -298,7 +299,8 @@ def test_the_main_process_goes_first() -> None:
 def test_workers_share_a_stream_and_each_row_comes_once() -> None:
     prepared = prepare_dataset(stream(ROWS, num_shards=4), TOKENIZER)
     loaded = list(DataLoader(prepared, batch_size=None, num_workers=2))
-    assert sorted(map(str, loaded)) == sorted(str(row | expected_ids(row)) for row in ROWS)
+    expected = [row | expected_ids(row) | dict.fromkeys(MASK_COLUMNS) for row in ROWS]
+    assert sorted(map(str, loaded)) == sorted(map(str, expected))
 
 
 def test_a_stream_goes_on_where_it_stood() -> None:

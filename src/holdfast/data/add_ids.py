@@ -15,7 +15,7 @@ from datasets import Features
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
-from holdfast.data.columns import TOKENIZED_COLUMNS, columns_of_pairs
+from holdfast.data.columns import MASK_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.encoder import from_bytes
 from holdfast.data.files.places import Places
 from holdfast.data.formats import Preference, check_columns, read_preference
@@ -26,7 +26,7 @@ from holdfast.data.token_columns import AS_TEXT, AS_TOKEN, CUT, NOTES, python_ro
 from holdfast.data.tokenize import tokenize
 from holdfast.data.verdicts import Judge
 
-TOKENIZATION_RULES = 4
+TOKENIZATION_RULES = 5
 """Part of the cache key: raise it when the same row gives other token ids, so that no older cache is used."""
 
 
@@ -41,6 +41,7 @@ class AddIds:
         name: str,
         template_date: str | None,
         special_tokens_in_text: str = "text",
+        assistant_only: bool = True,
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
@@ -49,8 +50,10 @@ class AddIds:
             "name": name,
             "template_date": template_date,
             "special_tokens_in_text": special_tokens_in_text,
+            "assistant_only": assistant_only,
             "rules": rules,
         }
+        self._assistant_only = assistant_only
         self._tokenizer = processing_class
         self._date = template_date
         self._special_tokens_in_text = special_tokens_in_text
@@ -71,12 +74,13 @@ class AddIds:
             return {**ids, CUT: [], AS_TEXT: None, AS_TOKEN: None, NOTES: []}
         (preference,), (pair,) = self.tokenized([row], [index], features)
         ids = {column: from_bytes(getattr(pair, column)).tolist() for column in TOKENIZED_COLUMNS}
+        masks = {column: _values(getattr(pair, column)) for column in MASK_COLUMNS}
         split: dict[str, Any] = {}
         if kind == "implicit":
             length = len(preference.prompt)
             split = {"prompt": row["chosen"][:length], **{side: row[side][length:] for side in ("chosen", "rejected")}}
         report = {CUT: from_bytes(pair.cut_ids).tolist(), AS_TEXT: pair.as_text, AS_TOKEN: pair.as_token}
-        return {**split, **ids, **report, NOTES: as_values(pair.notes)}
+        return {**split, **ids, **masks, **report, NOTES: as_values(pair.notes)}
 
     def tokenized(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], features: Mapping[str, Any] | None
@@ -89,6 +93,7 @@ class AddIds:
                 self._date,
                 one_by_one=tokenize,
                 special_tokens_in_text=self._special_tokens_in_text,
+                assistant_only=self._assistant_only,
             )
         with suppress(Exception):  # a row is at fault, and perhaps not the first that is
             preferences = [read_preference(row, features) for row in rows]
@@ -115,6 +120,10 @@ class AddIds:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
         return str(self._tokenizer.decode(ids))
+
+
+def _values(mask: bytes | None) -> list[int] | None:
+    return None if mask is None else list(mask)
 
 
 @final

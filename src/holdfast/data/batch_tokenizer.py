@@ -11,26 +11,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import NOTHING, ControlText
 from holdfast.data.encoder import NUM_ID_BYTES, Encoder, as_bytes, from_bytes
+from holdfast.data.exchange import Exchange, check_prefill, exchange_of
 from holdfast.data.formats import Preference
+from holdfast.data.masks import completion_mask
 from holdfast.data.message_shapes import fitted, is_plain
 from holdfast.data.notes import Note
 from holdfast.data.omissions import prints_all
-from holdfast.data.tokenize import (
-    TokenizedPair,
-    conversations,
-    rendered_text,
-    renderer,
-    template_of,
-    texts_with_eos,
-    tokenize,
-)
+from holdfast.data.rendering import rendered_prompt, renderer, template_of
+from holdfast.data.text_pair import TextPairs
+from holdfast.data.tokenize import TokenizedPair, tokenize
+from holdfast.data.turn_masks import Scored, TurnMasks
 from holdfast.internals.transformers import compiled_template, has_own_templates
 
 NUM_COMPARED = 8
@@ -43,7 +40,7 @@ _MOST_CHARACTERS = 10_000_000
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPair:
-    """A `TokenizedPair` whose token ids are bytes, see `holdfast.data.encoder`."""
+    """A `TokenizedPair` whose token ids are bytes, see `holdfast.data.encoder`, and whose masks have a byte a token."""
 
     prompt_ids: bytes
     chosen_ids: bytes
@@ -51,6 +48,8 @@ class EncodedPair:
     cut_ids: bytes
     as_text: str | None = None
     as_token: str | None = None
+    chosen_mask: bytes | None = None
+    rejected_mask: bytes | None = None
     notes: tuple[Note, ...] = ()
 
     @classmethod
@@ -63,8 +62,21 @@ class EncodedPair:
             cut_ids=as_bytes(pair.cut_ids),
             as_text=pair.as_text,
             as_token=pair.as_token,
+            chosen_mask=None if pair.chosen_mask is None else np.asarray(pair.chosen_mask, dtype=np.int8).tobytes(),
+            rejected_mask=None
+            if pair.rejected_mask is None
+            else np.asarray(pair.rejected_mask, dtype=np.int8).tobytes(),
             notes=pair.notes,
         )
+
+
+class _Texts(NamedTuple):
+    """The three texts of a preference, notes on them, and what is scored of the two full ones; None for all of the
+    completions."""
+
+    texts: list[str]
+    notes: tuple[Note, ...]
+    scored: list[Scored] | None = None
 
 
 @final
@@ -77,18 +89,22 @@ class BatchTokenizer:
         processing_class: PreTrainedTokenizerBase,
         template_date: str | None,
         one_by_one: Callable[..., TokenizedPair] = tokenize,
+        *,
         special_tokens_in_text: str = "text",
+        assistant_only: bool = True,
     ) -> None:
         self._tokenizer = processing_class
         self._date = template_date
         self._control_text = ControlText(processing_class, special_tokens_in_text)
+        self._turn_masks = TurnMasks(processing_class, template_date, assistant_only=assistant_only)
         self._one_by_one = one_by_one
         self._is_trusted = not has_own_templates(processing_class)
         self._num_compared = 0
 
     def one(self, preference: Preference) -> EncodedPair:
         """A preference by itself, as `tokenize` has it."""
-        return EncodedPair.of(self._one_by_one(preference, self._tokenizer, self._date, self._control_text))
+        finders = self._control_text, self._turn_masks
+        return EncodedPair.of(self._one_by_one(preference, self._tokenizer, self._date, *finders))
 
     def __call__(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
         """The pairs of the preferences. Any error says that one of them cannot be tokenized; `one` tells which."""
@@ -106,23 +122,21 @@ class BatchTokenizer:
         is_text = bool(preferences) and not preferences[0].is_conversational
         if any(preference.is_conversational is is_text for preference in preferences):
             raise ValueError("text and messages in one batch")
-        adds_tokens = is_text and self._tokenizer.num_special_tokens_to_add() > 0
-        ids: list[bytes] = []
-        texts: list[str] = []
-        notes: list[tuple[Note, ...]] = []
+        pairs: list[EncodedPair] = []
+        waiting: list[_Texts] = []
         num_characters = 0
         for number, preference in enumerate(preferences, 1):
-            texts_of_pair, notes_of_pair = self._texts(preference)
-            texts += texts_of_pair
-            notes.append(notes_of_pair)
-            num_characters += sum(map(len, texts[-3:]))
+            waiting.append(self._texts(preference))
+            num_characters += sum(map(len, waiting[-1].texts))
             if num_characters >= _MOST_CHARACTERS or number == len(preferences):
-                ids += self._with_added_tokens(texts) if adds_tokens else self._encoder.encode(texts)
-                texts, num_characters = [], 0
-        return [self._pair(preference, ids[3 * n : 3 * n + 3], notes[n]) for n, preference in enumerate(preferences)]
+                pairs += self._pairs(preferences[len(pairs) : number], waiting)
+                waiting, num_characters = [], 0
+        return pairs
 
-    def _with_added_tokens(self, texts: list[str]) -> list[bytes]:
-        return [as_bytes(ids) for ids in self._tokenizer(texts)["input_ids"]]
+    def _pairs(self, preferences: Sequence[Preference], texts: Sequence[_Texts]) -> list[EncodedPair]:
+        ids = self._encoder.encode([text for each in texts for text in each.texts])
+        of_pairs = [ids[first : first + 3] for first in range(0, len(ids), 3)]
+        return [self._pair(*each) for each in zip(preferences, texts, of_pairs, strict=True)]
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -132,41 +146,70 @@ class BatchTokenizer:
     def _compiled_template(self) -> Callable[..., str] | None:
         return compiled_template(self._tokenizer, template_of(self._tokenizer, {}, self._date))
 
-    def _texts(self, preference: Preference) -> tuple[list[str], tuple[Note, ...]]:
-        """The prompt, and the prompt with each completion, as they are tokenized, and notes on what they leave out."""
+    @cached_property
+    def _text_pairs(self) -> TextPairs:
+        return TextPairs(self._tokenizer)
+
+    def _texts(self, preference: Preference) -> _Texts:
+        """The prompt, and the prompt with each completion, as they are tokenized, and what is scored of them."""
         if isinstance(preference.prompt, str):
-            return texts_with_eos(preference, self._tokenizer), ()
-        if self._compiled_template is not None and is_plain(preference):
+            return _Texts(self._text_pairs.texts(preference), self._text_pairs.notes(preference))
+        exchange = exchange_of(preference, assistant_only=self._turn_masks.assistant_only)
+        shaped, texts, notes = self._rendered(exchange)
+        check_prefill(exchange, texts)
+        conversations = exchange.conversations(shaped)
+        notes = (*notes, *exchange.notes, *self._turn_masks.notes(conversations, texts))
+        return _Texts(texts, notes, self._turn_masks.scored(exchange, shaped, texts))
+
+    def _rendered(self, exchange: Exchange) -> tuple[Preference, list[str], tuple[Note, ...]]:
+        """The exchange's preference in the shape that the template needs, its three renderings, and notes on them."""
+        preference = exchange.preference
+        if self._compiled_template is not None and exchange.prefill is None and is_plain(preference):
             with suppress(Exception):  # whatever the template's own code raises: it may take another shape
                 prompt, chosen, rejected = (
-                    self._compiled_template(messages=messages, add_generation_prompt=number == 0)
-                    for number, messages in enumerate(conversations(preference))
+                    self._compiled_template(
+                        messages=messages, add_generation_prompt=number == 0 and exchange.opens_turn
+                    )
+                    for number, messages in enumerate(exchange.conversations(preference))
                 )
                 if prints_all(preference, (chosen, rejected)):
-                    return [prompt, chosen, rejected], ()
+                    return preference, [prompt, chosen, rejected], ()
         preference, full_texts, notes = fitted(preference, renderer(self._tokenizer, self._date))
-        prompt = conversations(preference)[0]
-        text = rendered_text(preference, prompt, self._tokenizer, self._date, add_generation_prompt=True)
         if full_texts is None:
             raise ValueError("the chat template cannot render a conversation")
-        return [text, *full_texts], notes
+        prompt = rendered_prompt(exchange, preference, self._tokenizer, self._date)
+        return preference, [prompt, *full_texts], notes
 
-    def _pair(self, preference: Preference, ids: Sequence[bytes], notes: tuple[Note, ...]) -> EncodedPair:
-        found = self._control_text.find(preference)
-        if found is not NOTHING:
+    def _pair(self, preference: Preference, texts: _Texts, ids: Sequence[bytes]) -> EncodedPair:
+        if self._control_text.find(preference) is not NOTHING:
             return self.one(preference)  # few rows: what is special about them stands at one place
+        if not preference.is_conversational:
+            ids = self._text_pairs.surrounded(ids, *map(as_bytes, (self._text_pairs.before, self._text_pairs.after)))
         prompt, chosen, rejected = ids
         if chosen.startswith(prompt) and rejected.startswith(prompt):
             length = len(prompt)
         else:
             length = min(_common_prefix_length(prompt, chosen), _common_prefix_length(prompt, rejected))
+        masks: list[bytes | None] = [None, None]
+        if texts.scored is not None:
+            masks = [self._mask(texts, number, ids[number], length) for number in (1, 2)]
         return EncodedPair(
             prompt_ids=prompt[:length],
             chosen_ids=chosen[length:],
             rejected_ids=rejected[length:],
             cut_ids=prompt[length:],
-            notes=notes,
+            chosen_mask=masks[0],
+            rejected_mask=masks[1],
+            notes=texts.notes,
         )
+
+    def _mask(self, texts: _Texts, number: int, ids: bytes, length: int) -> bytes | None:
+        """The mask of the completion that follows so many bytes of prompt in one of the full texts."""
+        assert texts.scored is not None
+        num_tokens = len(ids) // NUM_ID_BYTES
+        whole = texts.scored[number - 1].mask(texts.texts[number], num_tokens, self._encoder.tokens_at)
+        mask = completion_mask(whole, length // NUM_ID_BYTES)
+        return None if mask is None else mask.tobytes()
 
 
 def _common_prefix_length(ids: bytes, others: bytes) -> int:

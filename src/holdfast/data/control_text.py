@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,13 @@ class Found:
 
 
 NOTHING = Found(by_others=None, elsewhere=None)
+
+
+class Encoded(NamedTuple):
+    """The ids of a text's tokens, and the characters of each."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 @final
@@ -92,7 +99,18 @@ class ControlText:
         ordinary_ids: Sequence[int],
         render_hidden: Callable[[list[Message]], str] | None = None,
     ) -> list[int] | None:
-        """The token ids of a conversation in which other roles than the assistant's spell out special tokens, as text.
+        """The token ids of `encoded`."""
+        found = self.encoded(messages, render, ordinary_ids, render_hidden)
+        return None if found is None else found.ids
+
+    def encoded(
+        self,
+        messages: list[Message],
+        render: Callable[[list[Message]], str],
+        ordinary_ids: Sequence[int],
+        render_hidden: Callable[[list[Message]], str] | None = None,
+    ) -> Encoded | None:
+        """The tokens of a conversation in which other roles than the assistant's spell out special tokens, as text.
         `ordinary_ids` are those of `render(messages)`, and `render_hidden` renders with `hiding_of` the preference;
         leave it out where that has no such text. None where it cannot be proved that nothing else changes."""
         render_hidden = render_hidden or render
@@ -106,9 +124,10 @@ class ControlText:
             rendered = render_hidden([self._hiding(message) for message in messages])
         except Exception:  # a template that asks for the text which is hidden
             return None
-        if _replaced(rendered, shown) != ordinary or self._encoded(ordinary, {}) != list(ordinary_ids):
+        if _replaced(rendered, shown) != ordinary:
             return None
-        return self._encoded(rendered, shown)
+        usual = self._encoded(ordinary, {})
+        return self._encoded(rendered, shown) if usual is not None and usual.ids == list(ordinary_ids) else None
 
     def hiding_of(self, preference: Preference) -> Preference:
         """The preference with such text hidden in its tools and variables of the template, for `render_hidden`."""
@@ -135,20 +154,27 @@ class ControlText:
         own = _OF_ASSISTANT if message["role"] == ASSISTANT else _OF_ALL
         return {key: value if key in own else self._hidden_in(value) for key, value in message.items()}
 
-    def _encoded(self, rendered: str, shown: dict[str, str]) -> list[int] | None:
-        """The ids of a rendering, of which only the special tokens that are not hidden are special. None where the
+    def _encoded(self, rendered: str, shown: dict[str, str]) -> Encoded | None:
+        """The tokens of a rendering, of which only the special tokens that are not hidden are special. None where the
         tokenizer makes such a token of plain text, as Unigram models do that have them in their vocabulary."""
         ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        length = 0
         for number, part in enumerate(self._between.split(rendered)):
             if number % 2 == 1:  # the pattern's group: a special token, with the white space that it takes
                 token = part if part in self._tokens else part.strip()
                 ids.append(self._tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+                offsets.append((length, length + len(part)))
+                length += len(part)
             elif part:
-                text_ids = self._as_text(_replaced(part, shown), is_beginning=number == 0)
+                text = _replaced(part, shown)
+                text_ids, text_offsets = self._as_text(text, is_beginning=number == 0)
                 if not self._special_ids.isdisjoint(text_ids):
                     return None
                 ids += text_ids
-        return ids
+                offsets += [(length + start, length + end) for start, end in text_offsets]
+                length += len(text)
+        return Encoded(ids, offsets)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -164,10 +190,14 @@ class ControlText:
         ]
         return re.compile(f"({'|'.join(patterns)})")
 
-    def _as_text(self, text: str, *, is_beginning: bool) -> list[int]:
+    def _as_text(self, text: str, *, is_beginning: bool) -> Any:
         if not is_beginning and self._without_first_space is not None:
-            return self._without_first_space.encode(text, add_special_tokens=False).ids
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore
+            found = self._without_first_space.encode(text, add_special_tokens=False)
+            return found.ids, found.offsets
+        found: Any = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        return found["input_ids"], found["offset_mapping"]
 
     @cached_property
     def _without_first_space(self) -> Tokenizer | None:

@@ -20,7 +20,9 @@ Given up: tokenizers with parts in Python, and those that draw at random (BPE dr
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, final
 
 import numpy as np
@@ -33,9 +35,12 @@ NUM_ID_BYTES = 4
 """Bytes of a token id, an int32."""
 
 Step = Mapping[str, Any]
+Tokens = tuple[int, int]
+"""The first and the last of some tokens."""
 
 _MOST_WORDS = 100_000
 """So many words are remembered at most, then they are learned anew: some 15 MB."""
+_MOST_OFFSETS = 10_000
 _LONGEST_WORD = 40
 """Longer words, such as whole lines of a script without spaces, are not remembered."""
 
@@ -81,6 +86,7 @@ class Encoder:
         self._special_tokens = None if self._backend is None else _cuts_at_special_tokens(self._backend)
         self._cuts_words = self._special_tokens is not None and _may_cut_words(self._backend)
         self._known: dict[str, bytes] = {}
+        self._offsets_of: dict[str, list[tuple[int, int]]] = {}
 
     @property
     def granularity(self) -> str:
@@ -98,6 +104,52 @@ class Encoder:
         parts_of = [_before_each(self._special_tokens, text) for text in texts]
         encoded = self._parts(dict.fromkeys(part for parts in parts_of for part in parts))
         return [b"".join(map(encoded.__getitem__, parts)) for parts in parts_of]
+
+    def tokens_at(self, text: str, characters: Sequence[int]) -> list[Tokens | None]:
+        """The first and the last token that contain each of these characters of a text, ascending, as the offsets of
+        `tokenizer(text, add_special_tokens=False)` have it; None where no token does."""
+        if self._special_tokens is None:
+            offsets = offsets_of(self._tokenizer, text)
+            return [containing(offsets, character) for character in characters]
+        found: list[Tokens | None] = []
+        wanted = list(reversed(characters))
+        before = num_tokens = 0
+        for part in _before_each(self._special_tokens, text):
+            if not wanted:
+                break
+            is_asked = wanted[-1] < before + len(part)
+            for word in _WORDS.findall(part) if self._cuts_words and is_asked else [part]:
+                while wanted and wanted[-1] < before + len(word):
+                    tokens = containing(self._offsets(word), wanted.pop() - before)
+                    found.append(tokens and (tokens[0] + num_tokens, tokens[1] + num_tokens))
+                before += len(word)
+                if wanted:
+                    num_tokens += self._num_tokens(word)
+        return found + [None] * len(wanted)
+
+    def _num_tokens(self, part: str) -> int:
+        """The number of tokens of a part, or of a word."""
+        if not self._cuts_words:
+            return len(self._offsets(part))
+        known = self._known
+        words = [part] if part in known else _WORDS.findall(part)
+        if any(word not in known for word in words):
+            self._known |= self._whole([word for word in words if word not in known])
+        return sum(len(known[word]) for word in words) // NUM_ID_BYTES
+
+    def _offsets(self, part: str) -> list[tuple[int, int]]:
+        offsets = self._offsets_of.get(part)
+        if offsets is None:
+            assert self._backend is not None
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = False
+            offsets = self._backend.encode(part, add_special_tokens=False).offsets
+            if len(self._offsets_of) >= _MOST_OFFSETS:
+                self._offsets_of.clear()
+            if len(part) <= _LONGEST_WORD:
+                self._offsets_of[part] = offsets
+        return offsets
 
     def _parts(self, parts: Iterable[str]) -> dict[str, bytes]:
         if not self._cuts_words:
@@ -131,6 +183,31 @@ def as_bytes(ids: Sequence[int]) -> bytes:
 def from_bytes(ids: bytes) -> np.ndarray:
     """The array of token ids that these bytes are."""
     return np.frombuffer(ids, dtype=np.int32)
+
+
+def offsets_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """The characters of each token of a text. `ValueError` for a tokenizer that does not tell them."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "only a part of a completion is scored, which takes a tokenizer that tells the characters of its tokens; "
+            f"{type(tokenizer).__name__} is written in Python and does not. Load the fast tokenizer of the model, or "
+            "set `assistant_only=False`."
+        )
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["offset_mapping"]
+
+
+def containing(offsets: Sequence[tuple[int, int]], character: int) -> Tokens | None:
+    """The first and the last token that contain a character; None where no token does."""
+    at = bisect_right(offsets, character, key=itemgetter(1))  # the first that ends after it
+    first = last = None
+    for token in range(at, len(offsets)):
+        start, end = offsets[token]
+        if start > character:
+            break
+        if character < end:
+            first, last = token if first is None else first, token
+    return None if first is None or last is None else (first, last)
 
 
 def _before_each(pattern: re.Pattern[str], text: str) -> list[str]:

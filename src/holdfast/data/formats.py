@@ -37,7 +37,8 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 class Preference:
     """A prompt with a chosen and a rejected completion: three texts, or three lists of messages, never a mix.
 
-    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text.
+    `tools` and `chat_template_kwargs` go to the chat template; they are None and empty for text. `is_implicit` says
+    that the prompt is what both completions began with.
     """
 
     prompt: Side
@@ -45,6 +46,7 @@ class Preference:
     rejected: Side
     tools: list[dict[str, Any]] | None
     chat_template_kwargs: dict[str, Any]
+    is_implicit: bool = False
 
     @property
     def is_conversational(self) -> bool:
@@ -130,6 +132,7 @@ def read_preference(row: Mapping[str, Any], features: Mapping[str, Any] | None =
         rejected=sides["rejected"],
         tools=tools,
         chat_template_kwargs=template_kwargs,
+        is_implicit=kind == "implicit",
     )
 
 

@@ -6,10 +6,12 @@ and said once in a dataset with the first row as an example: `TOPICS` has the se
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, final
 
 from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN, as_python, left_out, left_out_by_design
 from holdfast.data.tool_text import AS_PYTHON
+from holdfast.data.turn_sentences import KINDS, sentence
 
 
 class Note(NamedTuple):
@@ -42,6 +44,7 @@ TOPICS: tuple[Topic, ...] = (
     Topic(kinds=tuple(LEFT_OUT), message=left_out, is_refused=True),
     Topic(kinds=(AS_PYTHON,), message=as_python, is_refused=True),
     Topic(kinds=tuple(LEFT_OUT_BY_DESIGN), message=left_out_by_design),
+    *(Topic(kinds=(kind,), message=partial(sentence, kind)) for kind in KINDS),
 )
 
 

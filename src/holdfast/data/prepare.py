@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.add_ids import AddIds, AddIdsAndVerdict, AddIdsToTable
-from holdfast.data.columns import REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
+from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS, columns_of_pairs
 from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
@@ -59,11 +59,16 @@ def prepare_dataset(
     vocab_size: int | None = None,
     template_date: str | None = None,
     special_tokens_in_text: str = "text",
+    assistant_only: bool = True,
     name: str = "train",
     main_process_first: AbstractContextManager[Any] | None = None,
     disable_tqdm: bool = False,
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
+
+    Where not all tokens of the completions are scored, the columns `chosen_mask` and `rejected_mask` have a 1 for each
+    that is and a 0 for each that is only seen, or None where all are (see `holdfast.data.turn_masks`). A stream always
+    has these columns. `assistant_only` False scores all tokens.
 
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
     (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
@@ -95,6 +100,7 @@ def prepare_dataset(
         name=name,
         special_tokens_in_text=special_tokens_in_text,
         template_date=template_date if is_dated else None,  # where no date is printed, it is no part of the cache key
+        assistant_only=assistant_only,
     )
     judge = Judge(max_length=max_length, truncation_mode=truncation_mode, vocab_size=vocab_size, name=name)
     if isinstance(dataset, IterableDataset):
@@ -111,6 +117,7 @@ class PreparationOptions(Protocol):
     truncation_mode: Any
     special_tokens_in_text: str
     dataset_num_proc: int | None
+    assistant_only: bool
     disable_tqdm: bool | None
 
 
@@ -126,6 +133,7 @@ class Preparation:
     vocab_size: int | None = None
     template_date: str | None = None
     special_tokens_in_text: str = "text"
+    assistant_only: bool = True
     disable_tqdm: bool = False
 
     @classmethod
@@ -146,6 +154,7 @@ class Preparation:
             vocab_size=vocab_size,
             template_date=template_date,
             special_tokens_in_text=options.special_tokens_in_text,
+            assistant_only=options.assistant_only,
             disable_tqdm=bool(options.disable_tqdm),
         )
 
@@ -160,6 +169,7 @@ class Preparation:
             vocab_size=self.vocab_size,
             template_date=self.template_date,
             special_tokens_in_text=self.special_tokens_in_text,
+            assistant_only=self.assistant_only,
             name=name,
             disable_tqdm=self.disable_tqdm,
         )
@@ -235,7 +245,13 @@ def _with_ids(dataset: Dataset, add_ids: AddIds, num_proc: int | None) -> Datase
     else:  # under a user's own transform the columns are known row by row
         dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=description)
     report_rows(dataset.with_format("arrow"), add_ids, _warn)
-    return dataset.with_format(None).remove_columns(list(REPORT_COLUMNS))
+    unused = [] if _has_masks(dataset) else list(MASK_COLUMNS)
+    return dataset.with_format(None).remove_columns([*REPORT_COLUMNS, *unused])
+
+
+def _has_masks(dataset: Dataset) -> bool:
+    """Whether some tokens of a completion are not scored in some row."""
+    return any(dataset.data.column(name).null_count < len(dataset.data) for name in MASK_COLUMNS)
 
 
 def _usable(dataset: Dataset, judge: Judge) -> Dataset:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from holdfast.data.batch_tokenizer import EncodedPair
-from holdfast.data.columns import TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
+from holdfast.data.columns import MASK_COLUMNS, TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.encoder import NUM_ID_BYTES, from_bytes
 from holdfast.data.formats import Preference
 from holdfast.data.notes import as_values
@@ -22,7 +22,7 @@ REPORT_COLUMNS = (CUT, AS_TEXT, AS_TOKEN, NOTES)
 """What is said about the rows once all are tokenized: the prompt ids that were cut, and special tokens that a row
 spells out (see `TokenizedPair`), and notes on the row. These columns are then removed."""
 
-_IDS, _TEXT = List(Value("int32")), Value("string")
+_IDS, _MASK, _TEXT = List(Value("int32")), List(Value("int8")), Value("string")
 _NOTES = List({"kind": _TEXT, "detail": _TEXT})
 _NOTES_IN_ARROW = Features({NOTES: _NOTES}).arrow_schema.field(NOTES).type
 
@@ -32,7 +32,8 @@ def features_with_ids(features: Features) -> Features:
     `datasets` would infer no type from a first batch of empty prompts."""
     prompt = {"prompt": features["chosen"]} if "prompt" not in features and "chosen" in features else {}
     ids = dict.fromkeys((*TOKENIZED_COLUMNS, CUT), _IDS)
-    return Features({**features, **prompt, **ids, AS_TEXT: _TEXT, AS_TOKEN: _TEXT, NOTES: _NOTES})
+    masks = dict.fromkeys(MASK_COLUMNS, _MASK)
+    return Features({**features, **prompt, **ids, **masks, AS_TEXT: _TEXT, AS_TOKEN: _TEXT, NOTES: _NOTES})
 
 
 def python_rows(table: pa.Table, features: Features) -> list[dict[str, Any]]:
@@ -60,6 +61,8 @@ def with_ids(
         table = table.append_column("prompt", _as_arrow(prompts, features, "chosen"))
     for column in TOKENIZED_COLUMNS:
         table = table.append_column(column, _lists([getattr(pair, column) for pair in pairs]))
+    for column in MASK_COLUMNS:
+        table = table.append_column(column, _masks([getattr(pair, column) for pair in pairs]))
     table = table.append_column(CUT, _lists([pair.cut_ids for pair in pairs]))
     table = table.append_column(AS_TEXT, pa.array([pair.as_text for pair in pairs], pa.string()))
     table = table.append_column(AS_TOKEN, pa.array([pair.as_token for pair in pairs], pa.string()))
@@ -88,3 +91,12 @@ def _lists(ids: Sequence[bytes]) -> pa.ListArray:
     ends = np.cumsum([0, *(len(each) // NUM_ID_BYTES for each in ids)], dtype=np.int64)
     assert ends[-1] < 2**31, "a batch of more than 2 billion tokens"
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(from_bytes(b"".join(ids)), pa.int32()))
+
+
+def _masks(masks: Sequence[bytes | None]) -> pa.ListArray:
+    """A column of masks from their bytes."""
+    ends = np.cumsum([0, *(len(each or b"") for each in masks)], dtype=np.int64)
+    assert ends[-1] < 2**31, "a batch of more than 2 billion tokens"
+    values = np.frombuffer(b"".join(each or b"" for each in masks), dtype=np.int8)
+    are_missing = pa.array([each is None for each in masks], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int8()), mask=are_missing)

@@ -8,7 +8,7 @@ apart, which would be faster and wrong.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -16,12 +16,16 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.control_text import ControlText
-from holdfast.data.dates import template_with_date
-from holdfast.data.formats import Message, Preference
-from holdfast.data.message_shapes import Render, fitted
+from holdfast.data.control_text import ControlText, Encoded
+from holdfast.data.encoder import Tokens, containing, offsets_of
+from holdfast.data.exchange import Exchange, check_prefill, exchange_of
+from holdfast.data.formats import Preference
+from holdfast.data.masks import TokensAt, completion_mask
+from holdfast.data.message_shapes import fitted
 from holdfast.data.notes import Note
-from holdfast.internals.transformers import apply_template
+from holdfast.data.rendering import rendered_ids, rendered_prompt, rendered_text, renderer, template_options
+from holdfast.data.text_pair import TextPairs
+from holdfast.data.turn_masks import TurnMasks
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -62,67 +66,109 @@ def tokenize(
     processing_class: PreTrainedTokenizerBase,
     template_date: str | None = None,
     control_text: ControlText | None = None,
+    turn_masks: TurnMasks | None = None,
 ) -> TokenizedPair:
-    """The token ids of a preference.
+    """The token ids of a preference, and which of them are scored.
 
-    Text completions get the tokenizer's eos token unless they end with it. Messages go through the chat template, which
-    ends completions itself and prompts with the generation prompt; where it prints a date, that is `template_date`
-    (None is today's). Where the tokenized prompt is not a prefix of both full texts, the completions begin where one of
-    them leaves it, and the rest of the prompt is returned as `cut_ids`. Text that spells out a special token is text in
-    messages of all roles but the assistant's (see `holdfast.data.control_text`). `control_text` is the finder of such
-    texts for the tokenizer; leave it out to have one made.
+    Text completions end with one eos token (see `holdfast.data.text_pair`). Messages go through the chat template,
+    which ends completions itself and prompts with the generation prompt; where it prints a date, that is
+    `template_date` (None is today's). Where the tokenized prompt is not a prefix of both full texts, the completions
+    begin where one of them leaves it, and the rest of the prompt is returned as `cut_ids`. Text that spells out a
+    special token is text in messages of all roles but the assistant's (see `holdfast.data.control_text`). Only what
+    the assistant says is scored (see `holdfast.data.turn_masks`). `control_text` and `turn_masks` are the finders of
+    both for the tokenizer; leave them out to have them made.
 
     Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see
-    `check_tokenizer`), and when the chat template refuses the messages.
+    `check_tokenizer`), when the chat template refuses the messages, and when the assistant's turns cannot be told.
     """
     check_tokenizer(processing_class, is_conversational=preference.is_conversational)
     control_text = control_text or ControlText(processing_class)
-    notes: tuple[Note, ...] = ()
-    if preference.is_conversational:
-        preference, _, notes = fitted(preference, renderer(processing_class, template_date))
+    if not preference.is_conversational:
+        return _text_pair(preference, processing_class, control_text)
+    turn_masks = turn_masks or TurnMasks(processing_class, template_date, assistant_only=True)
+    exchange = exchange_of(preference, assistant_only=turn_masks.assistant_only)
+    preference, full_texts, notes = fitted(exchange.preference, renderer(processing_class, template_date))
+    conversations = exchange.conversations(preference)
+    ids: list[list[int]] = []
+    for number, messages in enumerate(conversations):
+        options = template_options(preference, processing_class, template_date)
+        options["add_generation_prompt"] = number == 0 and exchange.opens_turn
+        if number == 0 and exchange.prefill is not None:
+            options["continue_final_message"] = True
+        ids.append(rendered_ids(messages, processing_class, options))
+    assert full_texts is not None, "the template has rendered both"
+    prompt_text = rendered_prompt(exchange, preference, processing_class, template_date)
+    texts = [prompt_text, *full_texts]
+    check_prefill(exchange, texts)
+    scored = turn_masks.scored(exchange, preference, texts)
     found = control_text.find(preference)
-    as_text: list[list[int]] | None = None
-    if isinstance(preference.prompt, str):
-        ids = [list(processing_class(text)["input_ids"]) for text in texts_with_eos(preference, processing_class)]
-    else:
-        ids = []
-        for number, messages in enumerate(conversations(preference)):
-            options = template_options(preference, processing_class, template_date)
-            options["add_generation_prompt"] = number == 0
-            ids.append(_rendered_ids(messages, processing_class, options))
-        if found.by_others is not None:
-            as_text = _as_text(preference, processing_class, template_date, control_text, ids)
-    prompt_ids, chosen_ids, rejected_ids = as_text or ids
+    offsets: list[Any] = [None] * len(ids)
+    is_text = False
+    if found.by_others is not None:
+        as_text = _as_text(exchange, preference, processing_class, template_date, control_text, ids)
+        if as_text is not None:
+            is_text = True
+            ids, offsets = [each.ids for each in as_text], [each.offsets for each in as_text]
+    masks = [None, None]
+    if scored is not None:
+        masks = [
+            scored[n].mask(texts[n + 1], len(ids[n + 1]), _tokens_at(processing_class, offsets[n + 1])) for n in (0, 1)
+        ]
+    return _pair(
+        ids,
+        masks,
+        as_text=found.by_others if is_text else None,
+        as_token=found.elsewhere if is_text else found.by_others or found.elsewhere,
+        notes=(*notes, *exchange.notes, *turn_masks.notes(conversations, texts)),
+    )
+
+
+def _text_pair(
+    preference: Preference, processing_class: PreTrainedTokenizerBase, control_text: ControlText
+) -> TokenizedPair:
+    pairs = TextPairs(processing_class)
+    ids: list[Any] = [processing_class(text, add_special_tokens=False)["input_ids"] for text in pairs.texts(preference)]
+    found = control_text.find(preference)
+    return _pair(
+        pairs.surrounded(ids, pairs.before, pairs.after),
+        (None, None),
+        as_text=None,
+        as_token=found.by_others or found.elsewhere,
+        notes=pairs.notes(preference),
+    )
+
+
+def _pair(
+    ids: Sequence[list[int]],
+    masks: Sequence[np.ndarray | None],
+    *,
+    as_text: str | None,
+    as_token: str | None,
+    notes: tuple[Note, ...],
+) -> TokenizedPair:
+    """The pair of the ids of the three texts, of which the masks are those of the two full ones."""
+    prompt_ids, chosen_ids, rejected_ids = ids
     length = min(_common_prefix_length(prompt_ids, chosen_ids), _common_prefix_length(prompt_ids, rejected_ids))
+    chosen_mask, rejected_mask = (completion_mask(mask, length) for mask in masks)
     return TokenizedPair(
         prompt_ids=prompt_ids[:length],
         chosen_ids=chosen_ids[length:],
         rejected_ids=rejected_ids[length:],
         cut_ids=prompt_ids[length:],
-        as_text=found.by_others if as_text else None,
-        as_token=found.elsewhere if as_text else found.by_others or found.elsewhere,
+        as_text=as_text,
+        as_token=as_token,
+        chosen_mask=None if chosen_mask is None else chosen_mask.tolist(),
+        rejected_mask=None if rejected_mask is None else rejected_mask.tolist(),
         notes=notes,
     )
 
 
-def texts_with_eos(preference: Preference, processing_class: PreTrainedTokenizerBase) -> list[str]:
-    """The three texts of a preference of text: the prompt, and the prompt with each completion, which ends with the
-    eos token."""
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    assert isinstance(prompt, str)
-    assert isinstance(chosen, str)
-    assert isinstance(rejected, str)
-    eos_token = str(processing_class.eos_token)
-    return [prompt, prompt + _with_eos(chosen, eos_token), prompt + _with_eos(rejected, eos_token)]
+def _tokens_at(tokenizer: PreTrainedTokenizerBase, offsets: Sequence[tuple[int, int]] | None) -> TokensAt:
+    def tokens_at(text: str, characters: Sequence[int]) -> list[Tokens | None]:
+        known = offsets_of(tokenizer, text) if offsets is None else offsets
+        return [containing(known, character) for character in characters]
 
-
-def conversations(preference: Preference) -> list[list[Message]]:
-    """The three conversations of a preference of messages: the prompt, and the prompt with each completion."""
-    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
-    assert isinstance(prompt, list)
-    assert isinstance(chosen, list)
-    assert isinstance(rejected, list)
-    return [prompt, prompt + chosen, prompt + rejected]
+    return tokens_at
 
 
 def check_tokenizer(processing_class: PreTrainedTokenizerBase, *, is_conversational: bool) -> None:
@@ -208,86 +254,31 @@ def content_id(
     return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
 
 
-def template_of(
-    processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any], template_date: str | None
-) -> str:
-    """The chat template for these template options, with the date where it prints one."""
-    template = processing_class.get_chat_template(options.get("chat_template"), options.get("tools"))
-    return template if template_date is None else template_with_date(template, template_date)
-
-
-def template_options(
-    preference: Preference, processing_class: PreTrainedTokenizerBase, template_date: str | None
-) -> dict[str, Any]:
-    """The arguments of `apply_chat_template` that a preference has."""
-    options: dict[str, Any] = {"tools": preference.tools, **preference.chat_template_kwargs}
-    if template_date is not None:
-        options["chat_template"] = template_of(processing_class, options, template_date)
-    return options
-
-
-def rendered_text(
-    preference: Preference,
-    messages: list[Message],
-    processing_class: PreTrainedTokenizerBase,
-    template_date: str | None,
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    """The text that the chat template makes of these messages."""
-    options = template_options(preference, processing_class, template_date)
-    options["add_generation_prompt"] = add_generation_prompt
-    text = apply_template(processing_class, messages, **options, tokenize=False)
-    assert isinstance(text, str)
-    return text
-
-
-def renderer(processing_class: PreTrainedTokenizerBase, template_date: str | None) -> Render:
-    """What makes the text of a whole conversation with these."""
-    return partial(
-        rendered_text, processing_class=processing_class, template_date=template_date, add_generation_prompt=False
-    )
-
-
-def _rendered_ids(
-    messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> list[int]:
-    try:
-        return apply_template(processing_class, messages, **options, tokenize=True)
-    except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
-        raise ValueError(
-            f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
-            f"{error}. Correct the row, or use another chat template."
-        ) from error
-
-
 def _as_text(
+    exchange: Exchange,
     preference: Preference,
     processing_class: PreTrainedTokenizerBase,
     template_date: str | None,
     control_text: ControlText,
     ordinary_ids: list[list[int]],
-) -> list[list[int]] | None:
-    """The ids of the three conversations, in which special tokens that others than the assistant spell out are text.
-    None where that is not sure to change nothing else."""
-    all_ids = []
-    for number, (messages, ids) in enumerate(zip(conversations(preference), ordinary_ids, strict=True)):
+) -> list[Encoded] | None:
+    """The three conversations encoded so that special tokens that others than the assistant spell out are text. None
+    where that is not sure to change nothing else."""
+    found: list[Encoded] = []
+    for number, (messages, ids) in enumerate(zip(exchange.conversations(preference), ordinary_ids, strict=True)):
         render = partial(
             rendered_text,
             processing_class=processing_class,
             template_date=template_date,
-            add_generation_prompt=number == 0,
+            add_generation_prompt=number == 0 and exchange.opens_turn,
+            continue_final_message=number == 0 and exchange.prefill is not None,
         )
         render_hidden = partial(render, control_text.hiding_of(preference))
-        found = control_text.ids(messages, partial(render, preference), ids, render_hidden)
-        if found is None:
+        encoded = control_text.encoded(messages, partial(render, preference), ids, render_hidden)
+        if encoded is None:
             return None
-        all_ids.append(found)
-    return all_ids
-
-
-def _with_eos(completion: str, eos_token: str) -> str:
-    return completion if completion.endswith(eos_token) else completion + eos_token
+        found.append(encoded)
+    return found
 
 
 def _common_prefix_length(ids: list[int], others: list[int]) -> int:

@@ -175,6 +175,29 @@ def apply_template(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenize else text
 
 
+def rendered_with_marks(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    variables: Mapping[str, Any],
+) -> tuple[str, list[tuple[int, int]]]:
+    """What the template makes of messages, and the characters that are between its `{% generation %}` marks, as
+    `apply_chat_template` finds them for `return_assistant_tokens_mask=True`."""
+    render = looked_up("transformers", chat_template_utils, "render_jinja_template")
+    conversation = [
+        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
+    ]
+    (text,), (spans,) = render(
+        conversations=[conversation],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **variables},
+    )
+    return text, spans
+
+
 # --- configs and models -----------------------------------------------------------------------------------------------
 
 

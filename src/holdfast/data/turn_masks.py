@@ -1,0 +1,154 @@
+"""Which tokens of a conversation are scored: what the model is to say in the completions, and nothing else.
+
+A template that marks what the assistant says (`{% generation %}`) is taken at its word, for completions of one message
+as well. For others the assistant's turns are looked for in the rendering (`holdfast.data.turns`), where a completion
+has several messages, or one that is not all scored. A completion of one message is scored to its end.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from holdfast.data.exchange import ASSISTANTS, Exchange
+from holdfast.data.formats import Message, Preference
+from holdfast.data.masks import TokensAt, mask_of_marks, mask_of_turns
+from holdfast.data.notes import Note
+from holdfast.data.rendering import (
+    has_generation_marks,
+    rendered_text,
+    template_of,
+    template_options,
+    text_and_marks,
+)
+from holdfast.data.scored_turns import ScoredTurns
+from holdfast.data.turn_sentences import NO_END
+from holdfast.data.turns import Span
+
+
+class Scored(NamedTuple):
+    """The characters of a rendering that are scored. `are_marks` says that the template marked them."""
+
+    spans: list[Span]
+    are_marks: bool
+
+    def mask(self, text: str, num_tokens: int, tokens_at: TokensAt) -> np.ndarray:
+        """An int8 for each token of the text, 1 where it is scored."""
+        return (mask_of_marks if self.are_marks else mask_of_turns)(text, self.spans, num_tokens, tokens_at)
+
+
+class _Template(NamedTuple):
+    has_marks: bool
+    turns: ScoredTurns
+
+
+@final
+class TurnMasks:
+    """Says what is scored of conversations that one tokenizer's templates render."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_date: str | None, *, assistant_only: bool) -> None:
+        self._tokenizer = tokenizer
+        self._date = template_date
+        self.assistant_only = assistant_only
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special and token.content.strip()}
+        self._ends = tuple(sorted({*special, *filter(None, [tokenizer.eos_token])}, key=len, reverse=True))
+        self._special = re.compile("|".join(map(re.escape, self._ends)) or "(?!)")
+        self._usual_end = "\0"
+        self._templates: dict[str, _Template] = {}
+        self._usual: _Template | None = None
+
+    def scored(self, exchange: Exchange, preference: Preference, texts: Sequence[str]) -> list[Scored] | None:
+        """What is scored of the conversation with the chosen and of that with the rejected completion. `preference` is
+        that of the exchange in the shape that the template needs, and `texts` are its three renderings. None where all
+        of both completions is.
+
+        Raises `ValueError` where the assistant's turns cannot be told.
+        """
+        if not self.assistant_only:
+            return None
+        template = self._template(preference)
+        if exchange.scored is None and not template.has_marks:
+            return None
+        wholes = exchange.conversations(preference)[1:]
+        return [self._side(template, exchange, preference, side, wholes[side], texts) for side in (0, 1)]
+
+    def notes(self, conversations: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[Note, ...]:
+        """A note where an assistant's message at the end of a conversation is not ended by a token. The prompt, which
+        stands first, does not count."""
+        for messages, text in zip(conversations[1:], texts[1:], strict=True):
+            if messages[-1]["role"] in ASSISTANTS and not self._ends_turn(text):
+                return (Note(NO_END, text[-60:]),)
+        return ()
+
+    def _ends_turn(self, text: str) -> bool:
+        """Whether a rendering ends with a special token, but for white space."""
+        if text.endswith(self._usual_end):
+            return True
+        stripped = text.rstrip()
+        for end in self._ends:
+            if stripped.endswith(end):
+                self._usual_end = text[len(stripped) - len(end) :]
+                return True
+        return False
+
+    def _template(self, preference: Preference) -> _Template:
+        is_usual = not preference.tools and not preference.chat_template_kwargs
+        if is_usual and self._usual is not None:
+            return self._usual
+        options = template_options(preference, self._tokenizer, self._date)
+        text = template_of(self._tokenizer, options, self._date)
+        found = self._templates.get(text)
+        if found is None:
+            found = _Template(has_generation_marks(text), ScoredTurns(text, self._special))
+            self._templates[text] = found
+        if is_usual:
+            self._usual = found
+        return found
+
+    def _side(
+        self,
+        template: _Template,
+        exchange: Exchange,
+        preference: Preference,
+        side: int,
+        messages: list[Message],
+        texts: Sequence[str],
+    ) -> Scored:
+        prompt, whole = texts[0], texts[1 + side]
+        unscored = exchange.unscored[side]
+        if template.has_marks:
+            text, spans = text_and_marks(preference, messages, self._tokenizer, self._date)
+            assert text == whole, "the template renders a conversation in one way"
+            left_out = self._turns(template, preference, messages, unscored, whole)
+            return Scored([span for span in spans if not any(_overlap(span, other) for other in left_out)], True)
+        assert exchange.scored is not None
+        spans = self._turns(template, preference, messages, exchange.scored[side], whole)
+        if exchange.prefill is not None and len(preference.prompt) in exchange.scored[side]:
+            spans[0] = (len(prompt), max(len(prompt), spans[0][1]))  # the completion begins within the message
+        return Scored(spans, False)
+
+    def _turns(
+        self, template: _Template, preference: Preference, messages: list[Message], wanted: tuple[int, ...], whole: str
+    ) -> list[Span]:
+        def render(some: Sequence[Message], add_generation_prompt: bool) -> str:
+            return rendered_text(
+                preference, list(some), self._tokenizer, self._date, add_generation_prompt=add_generation_prompt
+            )
+
+        given = preference.tools, preference.chat_template_kwargs
+        found = template.turns.spans(messages, wanted, whole, render, repr(given) if any(given) else None)
+        if found is None:
+            raise ValueError(
+                "only what the assistant says is scored, and its turns cannot be told apart in what the chat template "
+                f"makes of messages of the roles {[message['role'] for message in messages]}. Use a chat template that "
+                "marks them ({% generation %} before and {% endgeneration %} after what the assistant says), or set "
+                "`assistant_only=False`: then all tokens of the completions are scored."
+            )
+        return [found[number] for number in wanted]
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
