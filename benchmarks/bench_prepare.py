@@ -7,7 +7,8 @@ which also judges every row and reports; TRL's is `DPOTrainer._prepare_dataset`.
 tokenizer and template, and must return the same ids. Sides take turns, each in a process of its own with one thread and
 an empty cache. The measure is CPU time, since that is less disturbed by others than the clock; `wall` stands beside it.
 
-The rows are the real pairs over and over, every message varied by words of its own, so that no message comes twice.
+The rows are the real pairs over and over, every message varied by words of its own, so that no message comes twice. In
+the profile `turns` completions have three turns of the assistant; ours also says which of their tokens are scored.
 The tokenizer cuts words as that of Qwen 2.5 does. `memory` is the peak of the process's own memory (RssAnon: pages of
 files that are mapped, such as the dataset itself, can be dropped at any time) for a quarter, half and all of the rows.
 
@@ -240,7 +241,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--checked", type=int, default=600, help="rows whose token ids are compared")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-proc", type=int)
-    parser.add_argument("--profiles", nargs="+", choices=workload.PROFILES, default=list(workload.PROFILES))
+    parser.add_argument(
+        "--profiles", nargs="+", choices=workload.PREPARED_PROFILES, default=list(workload.PREPARED_PROFILES)
+    )
     parser.add_argument("--data", type=Path, default=workload.DATA, help="JSONL file of conversations")
     parser.add_argument("--output", type=Path, default=measure.RESULTS / "prepare.json")
     options = parser.parse_args()

@@ -21,6 +21,8 @@ Pair = dict[str, list[dict[str, str]]]
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "preference_pairs_en.jsonl"
 PROFILES = ("dialogue", "as_is")
+PREPARED_PROFILES = (*PROFILES, "turns")
+"""Those in which rows are prepared: in `turns` completions go on for two more exchanges of the dialogue profile."""
 SIDES = ("prompt", "chosen", "rejected")
 ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
@@ -131,14 +133,28 @@ def _num_tokens(tokenizer: Any, messages: list[dict[str, str]], **options: Any) 
 
 
 def in_profile(pairs: Sequence[Pair], profile: str, tokenizer: Any) -> list[Pair]:
-    """The pairs in one of `PROFILES`."""
+    """The pairs in one of `PREPARED_PROFILES`."""
     if profile == "as_is":
         return list(pairs)
+    if profile == "turns":
+        return with_turns(in_profile(pairs, "dialogue", tokenizer))
     texts = {side: ["\n".join(message["content"] for message in pair[side]) for pair in pairs] for side in SIDES}
     columns = {side: _cut_column(texts[side], side, tokenizer) for side in SIDES}
     return [
         {side: [{"role": ROLES[side], "content": columns[side][row]}] for side in SIDES} for row in range(len(pairs))
     ]
+
+
+def with_turns(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs, each with the next two as further turns of both completions."""
+    made: list[Pair] = []
+    for row, pair in enumerate(pairs):
+        following = [pairs[(row + step) % len(pairs)] for step in (1, 2)]
+        turns = {
+            side: [*pair[side], *(m for each in following for m in each["prompt"] + each[side])] for side in SIDES[1:]
+        }
+        made.append({"prompt": pair["prompt"], **turns})
+    return made
 
 
 def _cut_column(texts: Sequence[str], side: str, tokenizer: Any) -> list[str]:

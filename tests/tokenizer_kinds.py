@@ -62,11 +62,13 @@ def _bytes(**options: Any) -> Any:
     return pre_tokenizers.ByteLevel(**{"add_prefix_space": False} | options)
 
 
-def _sentencepiece(pre_tokenizer: Any, normalizer: Any = None, model: str = "BPE") -> PreTrainedTokenizerFast:
+def _sentencepiece(
+    pre_tokenizer: Any, normalizer: Any = None, model: str = "BPE", special: Any = SPECIAL
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(unk_token="<unk>") if model == "BPE" else models.Unigram())
     backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    special = ["<unk>", *SPECIAL]
+    special = ["<unk>", *special]
     trainer: Any = (
         trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
         if model == "BPE"
@@ -111,6 +113,32 @@ def _in_python() -> PreTrainedTokenizerFast:
 
     made = _byte_level(_bytes())
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
+    return made
+
+
+_BACKENDS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
+    "GPT-2": lambda special: _byte_level(_bytes(), special=special),
+    "Llama 3": lambda special: _byte_level(_split(LLAMA3), _bytes(use_regex=False), special=special),
+    "Qwen": lambda special: _byte_level(
+        _split(QWEN), _bytes(use_regex=False), normalizer=normalizers.NFC(), special=special
+    ),
+    "o200k": lambda special: _byte_level(_split(O200K), _bytes(use_regex=False), special=special),
+    "Metaspace": lambda special: _sentencepiece(pre_tokenizers.Metaspace("▁", "first"), special=special),
+}
+
+
+def of_template(
+    kind: str, template: str, bos: str, eos: str, others: tuple[str, ...], *, takes_white_space: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of one of five kinds with a chat template and its special tokens. With `takes_white_space` these take
+    the white space after them."""
+    tokens = [
+        AddedToken(token, special=True, normalized=False, rstrip=takes_white_space)
+        for token in dict.fromkeys((tiny.PAD, bos, eos, *others))
+    ]
+    backend = _BACKENDS[kind](tokens).backend_tokenizer
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=tiny.PAD, bos_token=bos, eos_token=eos)
+    made.chat_template = template
     return made
 
 

@@ -40,8 +40,8 @@ class AddIds:
         processing_class: PreTrainedTokenizerBase,
         name: str,
         template_date: str | None,
-        special_tokens_in_text: str = "text",
         assistant_only: bool = True,
+        special_tokens_in_text: str = "text",
         rules: int = TOKENIZATION_RULES,
     ) -> None:
         self.name = name
@@ -49,8 +49,8 @@ class AddIds:
             "processing_class": processing_class,
             "name": name,
             "template_date": template_date,
-            "special_tokens_in_text": special_tokens_in_text,
             "assistant_only": assistant_only,
+            "special_tokens_in_text": special_tokens_in_text,
             "rules": rules,
         }
         self._assistant_only = assistant_only

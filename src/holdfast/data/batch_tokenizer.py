@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import NOTHING, ControlText
 from holdfast.data.encoder import NUM_ID_BYTES, Encoder, as_bytes, from_bytes
-from holdfast.data.exchange import Exchange, check_prefill, exchange_of
+from holdfast.data.exchange import Exchange, exchange_of
 from holdfast.data.formats import Preference
 from holdfast.data.masks import completion_mask
 from holdfast.data.message_shapes import fitted, is_plain
@@ -156,7 +156,6 @@ class BatchTokenizer:
             return _Texts(self._text_pairs.texts(preference), self._text_pairs.notes(preference))
         exchange = exchange_of(preference, assistant_only=self._turn_masks.assistant_only)
         shaped, texts, notes = self._rendered(exchange)
-        check_prefill(exchange, texts)
         conversations = exchange.conversations(shaped)
         notes = (*notes, *exchange.notes, *self._turn_masks.notes(conversations, texts))
         return _Texts(texts, notes, self._turn_masks.scored(exchange, shaped, texts))

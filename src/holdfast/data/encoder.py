@@ -86,6 +86,7 @@ class Encoder:
         self._special_tokens = None if self._backend is None else _cuts_at_special_tokens(self._backend)
         self._cuts_words = self._special_tokens is not None and _may_cut_words(self._backend)
         self._known: dict[str, bytes] = {}
+        self._encoded: dict[str, bytes] = {}
         self._offsets_of: dict[str, list[tuple[int, int]]] = {}
 
     @property
@@ -102,7 +103,7 @@ class Encoder:
         if self._special_tokens is None:
             return [as_bytes(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         parts_of = [_before_each(self._special_tokens, text) for text in texts]
-        encoded = self._parts(dict.fromkeys(part for parts in parts_of for part in parts))
+        self._encoded = encoded = self._parts(dict.fromkeys(part for parts in parts_of for part in parts))
         return [b"".join(map(encoded.__getitem__, parts)) for parts in parts_of]
 
     def tokens_at(self, text: str, characters: Sequence[int]) -> list[Tokens | None]:
@@ -113,29 +114,30 @@ class Encoder:
             return [containing(offsets, character) for character in characters]
         found: list[Tokens | None] = []
         wanted = list(reversed(characters))
-        before = num_tokens = 0
+        start = num_tokens = 0
         for part in _before_each(self._special_tokens, text):
             if not wanted:
                 break
-            is_asked = wanted[-1] < before + len(part)
-            for word in _WORDS.findall(part) if self._cuts_words and is_asked else [part]:
-                while wanted and wanted[-1] < before + len(word):
-                    tokens = containing(self._offsets(word), wanted.pop() - before)
-                    found.append(tokens and (tokens[0] + num_tokens, tokens[1] + num_tokens))
-                before += len(word)
-                if wanted:
-                    num_tokens += self._num_tokens(word)
+            end, at, before = start + len(part), start, num_tokens
+            for word in self._words(part) if wanted[-1] < end else ():
+                while wanted and wanted[-1] < at + len(word):
+                    tokens = containing(self._offsets(word), wanted.pop() - at)
+                    found.append(tokens and (tokens[0] + before, tokens[1] + before))
+                if not wanted or wanted[-1] >= end:
+                    break
+                at, before = at + len(word), before + self._num_tokens(word)
+            start, num_tokens = end, num_tokens + self._num_tokens(part)
         return found + [None] * len(wanted)
+
+    def _words(self, part: str) -> Iterable[str]:
+        return (match[0] for match in _WORDS.finditer(part)) if self._cuts_words else [part]
 
     def _num_tokens(self, part: str) -> int:
         """The number of tokens of a part, or of a word."""
-        if not self._cuts_words:
-            return len(self._offsets(part))
-        known = self._known
-        words = [part] if part in known else _WORDS.findall(part)
-        if any(word not in known for word in words):
-            self._known |= self._whole([word for word in words if word not in known])
-        return sum(len(known[word]) for word in words) // NUM_ID_BYTES
+        ids = self._encoded.get(part) or self._known.get(part)
+        if ids is None:
+            ids = self._parts([part])[part]
+        return len(ids) // NUM_ID_BYTES
 
     def _offsets(self, part: str) -> list[tuple[int, int]]:
         offsets = self._offsets_of.get(part)

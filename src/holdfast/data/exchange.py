@@ -67,18 +67,6 @@ def exchange_of(preference: Preference, *, assistant_only: bool = True) -> Excha
     return Exchange(preference=preference) if is_usual else _unusual(preference, assistant_only=assistant_only)
 
 
-def check_prefill(exchange: Exchange, texts: Sequence[str]) -> None:
-    """`ValueError` where the renderings with a completion do not begin with that of a prompt that a prefill ends."""
-    prompt, *wholes = texts
-    if exchange.prefill is not None and not all(whole.startswith(prompt) for whole in wholes):
-        raise ValueError(
-            "the prompt ends with an assistant's message, which the completions continue; the chat template does not "
-            f"render the whole message so that it begins like that one: {prompt[-_LONGEST_DETAIL:]!r} is no beginning. "
-            "Move that message into `chosen` and `rejected`, or use a chat template that prints such messages as they "
-            "are."
-        )
-
-
 def _unusual(preference: Preference, *, assistant_only: bool) -> Exchange:
     flags = [[_flag(message) for message in side] for side in _messages(preference)]
     if not assistant_only and any(False in side for side in flags):

@@ -2,7 +2,8 @@
 
 A mark stands for a text (`by_marks`), so that the rendering is that of all conversations of this shape; or right after
 its last character (`with_marks`), where a template looks into the text. The texts are contents, reasoning and the
-arguments of tool calls. Everything else in a message stays as it is.
+arguments of tool calls; where marks stand for texts, the ids of calls as well, with as many marks as they are long.
+Everything else in a message stays as it is.
 """
 
 import json
@@ -16,7 +17,7 @@ from holdfast.data.turns import FIRST_MARK, MOST_MARKS
 
 _FIELDS = ("content", "reasoning_content", "thinking", "reasoning")
 _TAG = re.compile(r"</?[A-Za-z_]\w*>|\[/?[A-Z_]+\]")
-_MARKS = re.compile("([\U00100000-\U0010fffd])")
+_MARKS = re.compile("(([\U00100000-\U0010fffd])\\2*)")
 
 
 @final
@@ -37,9 +38,11 @@ def tags_in(template: str) -> re.Pattern[str]:
 def by_marks(messages: Sequence[Message], tags: re.Pattern[str]) -> MarkedMessages | None:
     """The messages with a mark in the place of each text between tags. None for more texts than there are marks."""
 
-    def marked(text: str, take: Callable[[str], str]) -> str:
+    def marked(text: str, take: Callable[[str], str], *, is_id: bool = False) -> str:
         if not text or text.isspace():
             return text
+        if is_id:
+            return take(text) * len(text)
         pieces = tags.split(text)
         return "".join(piece if n % 2 or not piece.strip() else take(piece) for n, piece in enumerate(pieces))
 
@@ -49,7 +52,9 @@ def by_marks(messages: Sequence[Message], tags: re.Pattern[str]) -> MarkedMessag
 def with_marks(messages: Sequence[Message]) -> MarkedMessages | None:
     """The messages with a mark after the last character of each text that is no white space."""
 
-    def marked(text: str, take: Callable[[str], str]) -> str:
+    def marked(text: str, take: Callable[[str], str], *, is_id: bool = False) -> str:
+        if is_id:
+            return text
         body = text.rstrip()
         return body + take(body) + text[len(body) :] if body else text
 
@@ -85,35 +90,49 @@ def _marked(messages: Sequence[Message], marked: Callable[[str, Callable[[str], 
                     {**part, "text": marked(part["text"], take)} if isinstance(part.get("text"), str) else part
                     for part in value
                 ]
+        if isinstance(message.get("tool_call_id"), str):
+            copy["tool_call_id"] = marked(message["tool_call_id"], take, is_id=True)
         if message.get("tool_calls"):
-            copy["tool_calls"] = [_call(call, walk) for call in message["tool_calls"]]
+            copy["tool_calls"] = [
+                _call(call, walk, lambda text: marked(text, take, is_id=True)) for call in message["tool_calls"]
+            ]
         changed.append(copy)
     if len(texts) > MOST_MARKS:
         return None
     return MarkedMessages(messages=changed, texts=texts, owners=owners)
 
 
-def _call(call: Any, walk: Callable[[Any], Any]) -> Any:
+def _call(call: Any, walk: Callable[[Any], Any], of_id: Callable[[str], str]) -> Any:
     if not isinstance(call, dict):
         return call
+    changed = dict(call)
+    if isinstance(call.get("id"), str):
+        changed["id"] = of_id(call["id"])
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _call(call["function"], walk)}
-    return {**call, "arguments": walk(call["arguments"])} if "arguments" in call else call
+        changed["function"] = _call(call["function"], walk, of_id)
+    if "arguments" in call:
+        changed["arguments"] = walk(call["arguments"])
+    return changed
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """A rendering with marks, cut at them: `marks[n]` stands between `pieces[n]` and the next."""
+    """A rendering with marks, cut at them: `marks[n]`, so many characters wide, is between `pieces[n]` and the next."""
 
     pieces: list[str]
     marks: list[int]
+    widths: list[int]
 
     @classmethod
     def of(cls, rendered: str) -> "Rendering":
         """The rendering cut at its marks."""
         parts = _MARKS.split(rendered)
-        return cls(pieces=parts[::2], marks=[ord(mark) - FIRST_MARK for mark in parts[1::2]])
+        return cls(
+            pieces=parts[::3],
+            marks=[ord(mark) - FIRST_MARK for mark in parts[2::3]],
+            widths=[len(marks) for marks in parts[1::3]],
+        )
 
     def lengths(self, texts: Sequence[str], whole: str) -> list[int] | None:
         """The length of the text at each mark, where `whole` is this rendering with the texts in the places of their
@@ -155,3 +174,23 @@ def without_marks(text: str) -> str:
 def num_marks_before(rendered: str, place: int) -> int:
     """How many marks stand before a place in a rendering."""
     return sum(1 for _ in _MARKS.finditer(rendered, 0, place))
+
+
+def with_mark_after(message: Message, beginning: Message) -> Message:
+    """The message with a mark where `beginning` ends, whose content is the beginning of its content."""
+    content, text = message["content"], beginning["content"]
+    mark = chr(FIRST_MARK)
+    if isinstance(content, str):
+        length = len(text) if isinstance(text, str) else sum(len(part["text"]) for part in text)
+        return {**message, "content": content[:length] + mark + content[length:]}
+    last = 0 if isinstance(text, str) else len(text) - 1
+    changed = [*content]
+    changed[last] = {**content[last], "text": content[last]["text"] + mark}
+    return {**message, "content": changed}
+
+
+def first_mark(rendered: str) -> int:
+    """The place of the first mark in a rendering that has one."""
+    match = _MARKS.search(rendered)
+    assert match is not None
+    return match.start()

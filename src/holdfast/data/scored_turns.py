@@ -87,7 +87,8 @@ class ScoredTurns:
         lengths = shape.rendering.lengths(texts, whole)
         if lengths is None:
             return None
-        ahead = list(accumulate((length - 1 for length in lengths), initial=0))
+        widths = shape.rendering.widths
+        ahead = list(accumulate((n - width for n, width in zip(lengths, widths, strict=True)), initial=0))
         return {
             number: (start + ahead[before], end + ahead[until])
             for number, (start, before, end, until) in shape.places.items()
@@ -107,7 +108,7 @@ class ScoredTurns:
         return texts
 
     def _learned(self, marked: MarkedMessages | None, wanted: tuple[int, ...], render: RenderMessages) -> _Shape:
-        nothing = _Shape(Rendering(pieces=[], marks=[]), None)
+        nothing = _Shape(Rendering(pieces=[], marks=[], widths=[]), None)
         if marked is None:
             return nothing
         try:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import ControlText, Encoded
 from holdfast.data.encoder import Tokens, containing, offsets_of
-from holdfast.data.exchange import Exchange, check_prefill, exchange_of
+from holdfast.data.exchange import Exchange, exchange_of
 from holdfast.data.formats import Preference
 from holdfast.data.masks import TokensAt, completion_mask
 from holdfast.data.message_shapes import fitted
@@ -99,7 +99,6 @@ def tokenize(
     assert full_texts is not None, "the template has rendered both"
     prompt_text = rendered_prompt(exchange, preference, processing_class, template_date)
     texts = [prompt_text, *full_texts]
-    check_prefill(exchange, texts)
     scored = turn_masks.scored(exchange, preference, texts)
     found = control_text.find(preference)
     offsets: list[Any] = [None] * len(ids)

@@ -7,13 +7,14 @@ has several messages, or one that is not all scored. A completion of one message
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.exchange import Exchange
 from holdfast.data.formats import ASSISTANTS, Message, Preference
+from holdfast.data.marked_messages import first_mark, with_mark_after, without_marks
 from holdfast.data.masks import TokensAt, mask_of_marks, mask_of_turns
 from holdfast.data.notes import Note
 from holdfast.data.rendering import (
@@ -53,7 +54,7 @@ class TurnMasks:
         self._date = template_date
         self.assistant_only = assistant_only
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        special = {token.content for token in added if token.special and token.content.strip()}
+        special: set[Any] = {token.content for token in added if token.special and token.content.strip()}
         self._ends = tuple(sorted({*special, *filter(None, [tokenizer.eos_token])}, key=len, reverse=True))
         self._special = re.compile("|".join(map(re.escape, self._ends)) or "(?!)")
         self._usual_end = "\0"
@@ -67,13 +68,16 @@ class TurnMasks:
 
         Raises `ValueError` where the assistant's turns cannot be told.
         """
+        prompt, *wholes = texts
+        is_continued_in_both = exchange.prefill is None or all(whole.startswith(prompt) for whole in wholes)
         if not self.assistant_only:
+            if not is_continued_in_both:
+                raise ValueError(_no_beginning(prompt))
             return None
         template = self._template(preference)
-        if exchange.scored is None and not template.has_marks:
+        if exchange.scored is None and not template.has_marks and is_continued_in_both:
             return None
-        wholes = exchange.conversations(preference)[1:]
-        return [self._side(template, exchange, preference, side, wholes[side], texts) for side in (0, 1)]
+        return [self._side(template, exchange, preference, side, texts) for side in (0, 1)]
 
     def notes(self, conversations: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[Note, ...]:
         """A note where an assistant's message at the end of a conversation is not ended by a token. The prompt, which
@@ -109,26 +113,39 @@ class TurnMasks:
         return found
 
     def _side(
-        self,
-        template: _Template,
-        exchange: Exchange,
-        preference: Preference,
-        side: int,
-        messages: list[Message],
-        texts: Sequence[str],
+        self, template: _Template, exchange: Exchange, preference: Preference, side: int, texts: Sequence[str]
     ) -> Scored:
-        prompt, whole = texts[0], texts[1 + side]
-        unscored = exchange.unscored[side]
+        whole = texts[1 + side]
+        messages = exchange.conversations(preference)[1 + side]
+        first = len(preference.prompt)
+        begin = (
+            0 if exchange.prefill is None else self._prefill_end(preference, exchange.prefill, messages, texts, side)
+        )
         if template.has_marks:
             text, spans = text_and_marks(preference, messages, self._tokenizer, self._date)
             assert text == whole, "the template renders a conversation in one way"
-            left_out = self._turns(template, preference, messages, unscored, whole)
-            return Scored([span for span in spans if not any(_overlap(span, other) for other in left_out)], True)
-        assert exchange.scored is not None
-        spans = self._turns(template, preference, messages, exchange.scored[side], whole)
-        if exchange.prefill is not None and len(preference.prompt) in exchange.scored[side]:
-            spans[0] = (len(prompt), max(len(prompt), spans[0][1]))  # the completion begins within the message
+            left_out = self._turns(template, preference, messages, exchange.unscored[side], whole)
+            spans = [span for span in spans if not any(_overlap(span, other) for other in left_out)]
+            return Scored([(max(start, begin), end) if end > begin else (start, end) for start, end in spans], True)
+        scored = (first,) if exchange.scored is None else exchange.scored[side]
+        spans = self._turns(template, preference, messages, scored, whole)
+        if begin and first in scored:
+            spans[0] = (begin, max(begin, spans[0][1]))  # the completion begins within the message
         return Scored(spans, False)
+
+    def _prefill_end(
+        self, preference: Preference, prefill: Message, messages: list[Message], texts: Sequence[str], side: int
+    ) -> int:
+        """Where the prefill ends in the conversation with the chosen or the rejected completion."""
+        prompt, whole = texts[0], texts[1 + side]
+        if whole.startswith(prompt):
+            return len(prompt)
+        first = len(preference.prompt)
+        marked = [*messages[:first], with_mark_after(messages[first], prefill), *messages[first + 1 :]]
+        rendered = rendered_text(preference, marked, self._tokenizer, self._date)
+        if without_marks(rendered) != whole or rendered == whole:
+            raise ValueError(_no_beginning(prompt))
+        return first_mark(rendered)
 
     def _turns(
         self, template: _Template, preference: Preference, messages: list[Message], wanted: tuple[int, ...], whole: str
@@ -152,3 +169,11 @@ class TurnMasks:
 
 def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
+
+
+def _no_beginning(prompt: str) -> str:
+    return (
+        "the prompt ends with an assistant's message, which the completions continue; the chat template does not "
+        f"render the whole message so that it begins like that one: {prompt[-60:]!r} is no beginning. Move that "
+        "message into `chosen` and `rejected`, or use a chat template that prints such messages as they are."
+    )

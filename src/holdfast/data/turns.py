@@ -83,7 +83,7 @@ def _start(conversation: Conversation, number: int) -> int | None:
 
 def _end(conversation: Conversation, number: int, start: int) -> int | None:
     """Where the end-of-turn token of this turn ends."""
-    limit = _limit(conversation, number)
+    limit = _limit(conversation, number, start)
     if limit is None:
         return None
     whole = conversation.whole
@@ -95,7 +95,7 @@ def _end(conversation: Conversation, number: int, start: int) -> int | None:
     return tokens[-1].end() if tokens else max(content, len(whole[:limit].rstrip()))
 
 
-def _limit(conversation: Conversation, number: int) -> int | None:
+def _limit(conversation: Conversation, number: int, start: int) -> int | None:
     """Where nothing of this turn is left."""
     whole = conversation.whole
     if number == conversation.num_messages - 1:
@@ -104,16 +104,28 @@ def _limit(conversation: Conversation, number: int) -> int | None:
     if whole.startswith(shorter):
         return len(shorter)
     last = _last_mark(shorter)
-    if last is None or conversation.owners[ord(shorter[last]) - FIRST_MARK] != number:
+    if last is not None and conversation.owners[ord(shorter[last]) - FIRST_MARK] == number:
+        at = whole.rfind(shorter[last]) + 1
+        rest = shorter[last + 1 :]
+        if at == 0:
+            return None
+    else:  # a message without a text of its own
+        at = start
+        rest = shorter[start:]
+        if shorter[:start] != whole[:start]:
+            return None
+    common = _common(rest, whole[at:], conversation.special)
+    if common == len(rest) or _ends_with(conversation.special, rest[:common]):
+        return at + common
+    if rest[:common].strip():
         return None
-    at = whole.rfind(shorter[last]) + 1
-    if at == 0:
-        return None
-    limit = at + _common(shorter[last + 1 :], whole[at:], conversation.special)
-    if not whole[at:limit].strip():  # another token ends a turn within the conversation, as in gpt-oss
-        token = re.compile(rf"\s*(?:{conversation.special.pattern})").match(whole, at)
-        return token.end() if token else None
-    return limit
+    token = re.compile(rf"\s*(?:{conversation.special.pattern})").match(whole, at)
+    return token.end() if token else None  # another token ends a turn within the conversation, as in gpt-oss
+
+
+def _ends_with(special: re.Pattern[str], text: str) -> bool:
+    stripped = text.rstrip()
+    return any(match.end() == len(stripped) for match in special.finditer(stripped))
 
 
 def _last_mark(text: str) -> int | None:

@@ -164,8 +164,7 @@ def apply_template(
 ) -> Any:
     """What `tokenizer.apply_chat_template` makes of the messages: text, or token ids. The template sees a content of
     None, which that method drops."""
-    is_dropped = any("content" in message and message["content"] is None for message in messages)
-    if not is_dropped or has_own_templates(tokenizer):
+    if not _has_no_content(messages) or has_own_templates(tokenizer):
         rendered: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **options)
         return rendered["input_ids"] if tokenize else rendered
     template = tokenizer.get_chat_template(options.pop("chat_template", None), options.get("tools"))
@@ -185,17 +184,20 @@ def rendered_with_marks(
     """What the template makes of messages, and the characters that are between its `{% generation %}` marks, as
     `apply_chat_template` finds them for `return_assistant_tokens_mask=True`."""
     render = looked_up("transformers", chat_template_utils, "render_jinja_template")
-    conversation = [
-        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
-    ]
+    if not _has_no_content(messages):
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     (text,), (spans,) = render(
-        conversations=[conversation],
+        conversations=[messages],
         tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **variables},
     )
     return text, spans
+
+
+def _has_no_content(messages: list[dict[str, Any]]) -> bool:
+    return any("content" in message and message["content"] is None for message in messages)
 
 
 # --- configs and models -----------------------------------------------------------------------------------------------
