@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+import template_table
 import tiny
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.columns import MASK_COLUMNS
@@ -157,7 +158,6 @@ CALL = {"tool_calls": [{"type": "function", "function": {"name": "tide", "argume
         (row([TURNS[0], user("Why?", weight=1), TURNS[2]]), HEADER, [BAY, RAIN], [NO], {NOT_TO_SCORE}),
         (row([TURNS[0], user("Why?", weight=0), TURNS[2]]), HEADER, [BAY, RAIN], [NO], set()),
         (row([assistant("The bay.", train=False)]), HEADER, [], [NO], set()),
-        (row([{**TURNS[0], "role": "model"}, *TURNS[1:]]), None, [BAY, RAIN], [NO], set()),
     ],
 )  # fmt: skip
 def test_what_becomes_of_a_row(
@@ -169,6 +169,14 @@ def test_what_becomes_of_a_row(
     assert (scored(pair, "chosen"), scored(pair, "rejected")) == (chosen, rejected)
     assert pair.prompt_is_prefix == (prompt_end is not None)
     assert TOKENIZER.decode(pair.prompt_ids).endswith(prompt_end or "<|im_start|>")
+
+
+def test_the_role_that_gemma_gives_its_model() -> None:
+    tokenizer = template_table.tokenizer_of("gemma")
+    turns = [{**TURNS[0], "role": "model"}, TURNS[1], {**TURNS[2], "role": "model"}]
+    assert scored(pair_of(row(turns), tokenizer), "chosen", tokenizer) == scored(
+        pair_of(row(TURNS), tokenizer), "chosen", tokenizer
+    )
 
 
 def test_whole_conversations_have_no_prefill() -> None:
@@ -197,14 +205,22 @@ def test_what_cannot_be_continued(one: dict[str, Any], message: str) -> None:
         pair_of(one)
 
 
-def test_a_template_that_does_not_print_the_prefill() -> None:
+@pytest.mark.parametrize(
+    ("content", "assistant_only", "error"),
+    [
+        ("c.split(' ')[-1]", True, "does not print it so that it can be continued"),
+        ("c | upper if ' bay' in c else c", False, "The', which is no beginning of what it makes of the whole"),
+    ],
+)
+def test_a_template_that_does_not_print_the_prefill(content: str, assistant_only: bool, error: str) -> None:
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ message['content'] }}",
-        "{{ message['content'] | upper if ' bay' in message['content'] else message['content'] }}",
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set c = m.content if m.content is string else raise_exception('text') %}"
+        "{{ " + content + " }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"does not render the whole message so that it begins like that one: .*The"):
-        tokenize(read_preference(row([assistant(" bay.")], prompt=[user("Which?"), assistant("The")])), tokenizer)
+    message = row([assistant(" bay.")], prompt=[user("Which?"), assistant("The")])
+    with pytest.raises(ValueError, match=rf"which the completions continue; the chat template .*{error}.*Move that"):
+        pair_of(message, tokenizer, assistant_only=assistant_only)
 
 
 def test_turns_that_cannot_be_told_are_an_error() -> None:
