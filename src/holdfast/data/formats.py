@@ -26,6 +26,10 @@ from holdfast.data.nulls import message_as_written, tools_as_written, type_of_me
 
 Message = dict[str, Any]
 Side = str | list[Message]
+
+ASSISTANTS = frozenset({"assistant", "model"})
+"""The roles that are the model's. `model` is that of Gemma, whose template takes both."""
+
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
 
 RESERVED_TEMPLATE_KWARGS = frozenset(

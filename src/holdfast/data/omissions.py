@@ -17,12 +17,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from holdfast.data.formats import Message, Preference
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.tool_text import Omission, escaped_forms
 
 SYSTEM, TEXT, REASONING, EARLIER_REASONING = "system prompt", "text", "reasoning", "earlier reasoning"
 
-ASSISTANT = "assistant"
 SYSTEM_ROLES = ("system", "developer")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The keys of a message under which templates look for reasoning."""
@@ -65,7 +64,7 @@ def _end_of_all(messages: Sequence[Message], text: str, end: int) -> int:
 
 def missing_texts(messages: Sequence[Message], rendering: str) -> list[Omission]:
     """What `rendering` does not have of the contents and the reasoning of these messages."""
-    last = max((number for number, message in enumerate(messages) if message["role"] == ASSISTANT), default=-1)
+    last = max((number for number, message in enumerate(messages) if message["role"] in ASSISTANTS), default=-1)
     pieces = [
         piece
         for number, message in enumerate(messages)
@@ -95,7 +94,7 @@ def _pieces(message: Message, reasoning: str) -> Iterator[_Piece]:
     content = message.get("content")
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or ()]:
         if text.strip():
-            yield _Piece(text.strip(), kind, reasoning if message["role"] == ASSISTANT else None)
+            yield _Piece(text.strip(), kind, reasoning if message["role"] in ASSISTANTS else None)
 
 
 def _are_in_order(texts: Sequence[str], rendering: str) -> bool:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.exchange import ASSISTANTS, Exchange
-from holdfast.data.formats import Message, Preference
+from holdfast.data.exchange import Exchange
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.marked_messages import first_mark, with_mark_after, without_marks
 from holdfast.data.masks import TokensAt, mask_of_marks, mask_of_turns
 from holdfast.data.notes import Note
