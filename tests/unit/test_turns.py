@@ -16,7 +16,7 @@ from holdfast.data.tokenize import TokenizedPair, tokenize
 from holdfast.data.turn_masks import TurnMasks
 from holdfast.data.turn_sentences import ENDS_WITH_OTHER, NO_END, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
 
-TOKENIZER = tiny.tokenizer()
+TOKENIZER: Any = tiny.tokenizer()
 HEADER, STOP = "<|im_start|>assistant\n", "<|im_end|>"
 LOGGER = "holdfast.data.prepare"
 

@@ -56,7 +56,9 @@ class TurnMasks:
         self.assistant_only = assistant_only
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special: set[Any] = {token.content for token in added if token.special and token.content.strip()}
-        self._ends = tuple(sorted({*special, *filter(None, [tokenizer.eos_token])}, key=len, reverse=True))
+        if tokenizer.eos_token:
+            special.add(tokenizer.eos_token)
+        self._ends: tuple[str, ...] = tuple(sorted(special, key=len, reverse=True))
         self._special = re.compile("|".join(map(re.escape, self._ends)) or "(?!)")
         self._usual_end = "\0"
         self._templates: dict[str, _Template] = {}
