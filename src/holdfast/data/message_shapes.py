@@ -58,6 +58,9 @@ _MENDS: Mapping[str, Dimension | None] = {
 """By kind of loss, in what its messages may be shaped otherwise. Other kinds are missing contents."""
 
 
+_PRINTED_WRONG = frozenset({"parts", "None", "arguments"})
+
+
 class Fitted(NamedTuple):
     """A preference in the shape that the template needs, its two full renderings (None where it has none, since the
     template fails), and notes on what they leave out."""
@@ -75,11 +78,14 @@ def fitted(preference: Preference, render: Render, texts: tuple[str, str] | None
     shapes = _shapes(preference)
     best = _tried(preference, texts, render)
     if best.texts is None:
+        failed = best
         for names in product(*(range(len(options)) for options in shapes.values())):
             shape = [options[number] for options, number in zip(shapes.values(), names, strict=True)]
             best = _better(best, _reshaped(preference, shape, render))
             if best.texts is not None and not best.can_be_mended:
                 break
+        if not _PRINTED_WRONG.isdisjoint(kind for kind, _ in best.losses):
+            best = failed  # its error says more than a shape that the template did not expect
     else:
         for dimension, options in shapes.items():
             start = best.preference
