@@ -99,8 +99,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
     max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
     truncation_mode: str = _option("Longer sequences: `keep_start` or `keep_end`.", default="keep_start")
     special_tokens_in_text: str = _option(
-        "What special tokens are that messages of others than the assistant spell out: `text` or `token`.",
-        default="text",
+        "What special tokens become that others than the assistant spell out: `text` or `token`.", default="text"
     )
     layout: str = _option(
         "How sequences are laid out in rows: "

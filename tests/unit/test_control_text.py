@@ -114,8 +114,10 @@ def test_an_assistant_that_spells_out_tokens_keeps_them() -> None:
 
 SPELLED = {"name": "tides", "arguments": {"day": ATTACK}}
 TOOLS = {
-    "a call": {"prompt": [message("user", "x"), {"role": "assistant", "tool_calls": [{"function": SPELLED}]}]},
-    "a call as JSON": {"prompt": [{"role": "assistant", "tool_calls": [{"name": ATTACK, "arguments": "{}"}]}]},
+    "a call": {"prompt": [{"role": "assistant", "tool_calls": [{"function": SPELLED}]}, message("tool", "x")]},
+    "a call as JSON": {
+        "prompt": [{"role": "assistant", "tool_calls": [{"name": ATTACK, "arguments": "{}"}]}, message("tool", "x")]
+    },
     "a tool": {"tools": [{"name": "tides", "description": ATTACK}]},
     "a key of a tool": {"tools": [{"name": "tides", "parameters": {ATTACK: {"type": "string"}}}]},
     "a variable of the template": {"chat_template_kwargs": {"style": ATTACK}},

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -40,6 +41,31 @@ def test_the_ids_are_those_of_the_tokenizer(kind: str, texts: list[str]) -> None
     tokenizer, fast = made(kind)
     found = [from_bytes(ids).tolist() for ids in fast.encode(texts)]
     assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("kind", tokenizer_kinds.KINDS)
+@given(TEXTS.map("".join), st.data())
+@settings(max_examples=25, deadline=None)
+def test_tokens_at_a_place_are_those_of_the_offsets(kind: str, text: str, data: st.DataObject) -> None:
+    """As `char_to_token` of the whole text's encoding has them; once with what an encoding before has left."""
+    tokenizer, fast = made(kind)
+    places = sorted(data.draw(st.sets(st.integers(-1, len(text) + 1), max_size=4)))
+    encoding = tokenizer(text, add_special_tokens=False)
+    for _ in range(2):
+        found = fast.tokens_at(text, places)
+        expected = [encoding.char_to_token(place) if 0 <= place < len(text) else None for place in places]
+        assert [tokens and tokens[0] for tokens in found] == expected
+        backwards = [
+            max((n for n in range(len(encoding.input_ids)) if _covers(encoding, n, place)), default=None)
+            for place in places
+        ]
+        assert [tokens and tokens[1] for tokens in found] == backwards
+        fast.encode([text, "the water"])
+
+
+def _covers(encoding: Any, token: int, place: int) -> bool:
+    start, end = encoding.encodings[0].offsets[token]
+    return start <= place < end
 
 
 @given(st.one_of(TEXTS.map("".join), st.text()))

@@ -82,6 +82,12 @@ CONTENT: dict[str, tuple[str, tuple[dict[str, Any], ...], str]] = {
         (U, A),
         "[user] Hi you\n[assistant] Yes.\n",
     ),
+    "the first part alone": (
+        "{% for m in messages %}[{{ m.role }}] {{ (m.content | selectattr('type', 'equalto', 'text') | list)[0].text }}"
+        "{{ '\n' }}{% endfor %}",
+        (U2, A),
+        "[user] Hi you\n[assistant] Yes.\n",
+    ),
     "a system of strings beside parts": (
         chat_templates.LLAMA_VISION,
         (S2, U2, A),
@@ -122,6 +128,7 @@ EMPTY = {
     "asked for": "{% if 'content' not in m %}{{ raise_exception('no content') }}{% endif %}{{ m.content or '' }}"
     + CALLS,
     "if content": "{% if m.content %}{{ m.content }}{% endif %}" + CALLS,
+    "a part": "{{ m.content[0].type and m.content[0].text }}" + CALLS,
     "either": "{% if not m.content %}" + CALLS + "{% else %}{{ m.content }}{% endif %}",
 }
 
@@ -166,7 +173,8 @@ def test_arguments(body: str, expected: str, given: Any) -> None:
 def test_what_no_shape_mends_is_said() -> None:
     template = (
         "{% for m in messages %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
-        "{{ raise_exception('no text') if c.function.arguments is not string }}{{ c.function.arguments | tojson }}"
+        "{% if c.function.arguments is string %}{{ c.function.arguments | tojson }}{% else %}{{ c.function.arguments }}"
+        "{% endif %}"
         "{% endfor %}{% endfor %}"
     )
     TOKENIZER.chat_template = template

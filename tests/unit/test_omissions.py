@@ -1,6 +1,5 @@
 """What a chat template leaves out of a row is found, counted, said, and refused where it is so in all rows."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ import chat_templates
 import tiny
 from holdfast.data.formats import read_preference
 from holdfast.data.message_shapes import fitted
+from holdfast.data.notes import Note
+from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN
 from holdfast.data.omissions import missing_texts
 from holdfast.data.prepare import prepare_dataset
 from holdfast.data.tokenize import renderer, tokenize
@@ -92,6 +93,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "two calls": calls(None, call(), call("winds", hour="noon")),
 }  # fmt: skip
 
+KINDS = {*LEFT_OUT, *LEFT_OUT_BY_DESIGN}
 NO_TOOLS = {"tool", "tool description", "tool call"}
 CALLS = ("call and result", "call as JSON", "call beside text", "two calls")
 REASONING_FIELD = {"reasoning field": {"reasoning"}}
@@ -131,7 +133,8 @@ def test_what_is_left_out(template: str) -> None:
     rows = {name: each for name, each in ROWS.items() if (template, name) != ("gpt-oss", "reasoning field")}
     tokenizer = with_template(chat_templates.ALL[template])
     found = {
-        name: {note.kind for note in tokenize(read_preference(each), tokenizer).notes} for name, each in rows.items()
+        name: KINDS & {note.kind for note in tokenize(read_preference(each), tokenizer).notes}
+        for name, each in rows.items()
     }
     assert found == {name: EXPECTED[template].get(name, set()) for name in rows}
 
@@ -139,9 +142,8 @@ def test_what_is_left_out(template: str) -> None:
 def test_the_reasoning_that_gpt_oss_reads() -> None:
     thinks = row(HI, message("assistant", "Yes?", thinking="First"), HI)
     thinks["chosen"] = [message("assistant", "Blue.", thinking="Hm, blue")]
-    assert dict(tokenize(read_preference(thinks), with_template(chat_templates.GPT_OSS)).notes) == {
-        "earlier reasoning": "First"
-    }
+    notes = tokenize(read_preference(thinks), with_template(chat_templates.GPT_OSS)).notes
+    assert {note for note in notes if note.kind in KINDS} == {Note("earlier reasoning", "First")}
 
 
 ONE_TURN = "{% for m in messages %}[{{ m.role }}] BODY\n{% endfor %}"
@@ -192,6 +194,17 @@ def test_a_short_text_is_not_found_within_another(texts: list[str], rendering: s
     assert [omission.text for omission in found] == missing
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages on what is left out."""
+    return [text for text in caplog.messages if text.startswith("The chat template leaves out")]
+
+
+def test_what_is_left_of_an_answer_is_not_found_in_another() -> None:
+    first, second = (message("assistant", f"<think>\n{thought}\n</think>\n\nBlue.") for thought in ("hm", "hm2"))
+    found = missing_texts([HI, first, HI, second], "Hi|Blue.|Hi|" + second["content"])
+    assert [tuple(omission) for omission in found] == [("earlier reasoning", "hm")]
+
+
 def prepared(rows: list[dict[str, Any]], template: str, *, as_stream: bool = False) -> list[Any]:
     tokenizer = with_template(template)
     data: Any = IterableDataset.from_generator(lambda: iter(rows)) if as_stream else Dataset.from_list(rows)
@@ -204,8 +217,8 @@ SYSTEM, PLAIN = ROWS["system"], row(HI)
 def test_it_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     second = row(message("system", "Be kind."), HI)
     assert len(prepared([PLAIN, SYSTEM, second, PLAIN], chat_templates.PHI_3)) == 4
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith(
+    assert len(said(caplog)) == 1
+    assert said(caplog)[0].startswith(
         "The chat template leaves out what the messages of the train dataset hold: system prompts in 2 of 4 rows "
         "(50.0 %), such as 'Be brief.' in row 1. The model would not see it. Take a chat template that prints it"
     )
@@ -228,8 +241,8 @@ def test_it_is_refused_in_all_rows(name: str, template: str, match: str) -> None
 
 def test_the_reasoning_of_earlier_answers_is_said_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert len(prepared([ROWS["earlier reasoning"]] * 3, chat_templates.QWEN_3)) == 3
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith(
+    assert len(said(caplog)) == 1
+    assert said(caplog)[0].startswith(
         "The chat template leaves out, as many do: reasoning of answers that are not the last in 3 of 3 rows "
         "(100.0 %), such as 'First' in row 0 of the train dataset."
     )
@@ -243,13 +256,10 @@ def test_a_stream_is_refused_by_its_first_rows(num_before: int) -> None:
 
 def test_a_stream_is_not_refused_where_a_row_is_printed_whole(caplog: pytest.LogCaptureFixture) -> None:
     assert len(prepared([*[SYSTEM] * 7, PLAIN], chat_templates.PHI_3, as_stream=True)) == 8
-    assert [text.split(", such")[0].split(": ")[1] for text in caplog.messages] == [
-        "system prompts in at least one row"
-    ]
+    assert [text.split(", such")[0].split(": ")[1] for text in said(caplog)] == ["system prompts in at least one row"]
 
 
 def test_the_usual_rows_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
     for template in (chat_templates.CHATML, chat_templates.LLAMA_3, chat_templates.QWEN_3, chat_templates.GEMMA):
         assert len(prepared(tiny.preference_rows(12), template)) == 12
-    assert not caplog.messages
+    assert not said(caplog)

@@ -89,8 +89,8 @@ class BatchTokenizer:
         processing_class: PreTrainedTokenizerBase,
         template_date: str | None,
         one_by_one: Callable[..., TokenizedPair] = tokenize,
-        special_tokens_in_text: str = "text",
         *,
+        special_tokens_in_text: str = "text",
         assistant_only: bool = True,
     ) -> None:
         self._tokenizer = processing_class
@@ -162,7 +162,7 @@ class BatchTokenizer:
 
     def _rendered(self, exchange: Exchange) -> tuple[Preference, list[str], tuple[Note, ...]]:
         """The exchange's preference in the shape that the template needs, its three renderings, and notes on them."""
-        preference = exchange.preference
+        preference, known_texts = exchange.preference, None
         if self._compiled_template is not None and exchange.prefill is None and is_plain(preference):
             with suppress(Exception):  # whatever the template's own code raises: it may take another shape
                 prompt, chosen, rejected = (
@@ -173,7 +173,8 @@ class BatchTokenizer:
                 )
                 if prints_all(preference, (chosen, rejected)):
                     return preference, [prompt, chosen, rejected], ()
-        preference, full_texts, notes = fitted(preference, renderer(self._tokenizer, self._date))
+                known_texts = (chosen, rejected)
+        preference, full_texts, notes = fitted(preference, renderer(self._tokenizer, self._date), known_texts)
         if full_texts is None:
             raise ValueError("the chat template cannot render a conversation")
         prompt = rendered_prompt(exchange, preference, self._tokenizer, self._date)

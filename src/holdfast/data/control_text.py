@@ -23,12 +23,10 @@ from typing import Any, NamedTuple, final
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.formats import Message, Preference
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.omissions import REASONING_KEYS
 from holdfast.data.tool_text import strings_in
 from holdfast.internals.transformers import backend_of
-
-ASSISTANT = "assistant"
 
 CONTROL_TEXT_MODES = ("text", "token")
 """What becomes of special tokens that are spelled out by others than the assistant (`special_tokens_in_text`)."""
@@ -86,7 +84,7 @@ class ControlText:
             match = search(text)
             if match is None:
                 continue
-            if role is not None and role != ASSISTANT:
+            if role is not None and role not in ASSISTANTS:
                 by_others = by_others or match[0]
             else:
                 elsewhere = elsewhere or match[0]
@@ -151,7 +149,7 @@ class ControlText:
         return {text: chr(_FIRST_HIDDEN + number) for number, text in enumerate(self._tokens)}
 
     def _hiding(self, message: Message) -> Message:
-        own = _OF_ASSISTANT if message["role"] == ASSISTANT else _OF_ALL
+        own = _OF_ASSISTANT if message["role"] in ASSISTANTS else _OF_ALL
         return {key: value if key in own else self._hidden_in(value) for key, value in message.items()}
 
     def _encoded(self, rendered: str, shown: dict[str, str]) -> Encoded | None:

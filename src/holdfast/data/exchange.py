@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from holdfast.data.formats import Message, Preference
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.note import Note
 from holdfast.data.turn_sentences import ENDS_WITH_OTHER, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
-
-ASSISTANTS = frozenset({"assistant", "model"})
-"""The roles that are the model's. `model` is that of Gemma, whose template takes both."""
 
 SCORING_KEYS = ("train", "loss", "weight")
 """Keys of a message that say whether it is scored."""

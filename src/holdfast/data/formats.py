@@ -46,6 +46,9 @@ from holdfast.data.shapes.guess import OLD_NAMES, OTHER_TOKENS, what_is_missing
 
 __all__ = ["Message", "Preference", "check_columns", "is_any_message", "read_preference"]
 
+ASSISTANTS = frozenset({"assistant", "model"})
+"""The roles that are the model's. `model` is that of Gemma, whose template takes both."""
+
 ColumnKind = Literal["tokenized", "explicit", "implicit"]
 
 _WRITTEN = Json()

@@ -38,6 +38,8 @@ from holdfast.data.tool_text import (
 Render = Callable[[Preference, list[Message]], str]
 """Makes the text of a conversation, with the tools and the template variables of the preference."""
 
+_Shape = Callable[[Message], Message]
+
 _LONGEST_DETAIL = 60
 _PART = re.compile(r"""\\?['"]type\\?['"]: ?\\?['"]text\\?['"]""")
 _NONE = re.compile(r"\bNone\b")
@@ -55,6 +57,9 @@ _MENDS: Mapping[str, Dimension | None] = {
 }
 """By kind of loss, in what its messages may be shaped otherwise. Other kinds are missing contents."""
 
+_PRINTED_WRONG = frozenset({"parts", "None", "arguments"})
+"""Kinds of loss that are printed, but not as they should be."""
+
 
 class Fitted(NamedTuple):
     """A preference in the shape that the template needs, its two full renderings (None where it has none, since the
@@ -65,28 +70,29 @@ class Fitted(NamedTuple):
     notes: tuple[Note, ...]
 
 
-def fitted(preference: Preference, render: Render) -> Fitted:
-    """The conversational preference as the template needs it."""
-    if is_plain(preference):
-        with suppress(Exception):  # whatever the template's own code raises: it may take another shape
-            first, second = (render(preference, messages) for messages in _conversations(preference))
-            if prints_all(preference, (first, second)):
-                return Fitted(preference, (first, second), ())
+def fitted(preference: Preference, render: Render, texts: tuple[str, str] | None = None) -> Fitted:
+    """The conversational preference as the template needs it. `texts` are its full renderings, where they are known."""
+    texts = texts or _texts(preference, render)
+    if texts is not None and is_plain(preference) and prints_all(preference, texts):
+        return Fitted(preference, texts, ())
     shapes = _shapes(preference)
-    best = _tried(preference, render)
+    best = _tried(preference, texts, render)
     if best.texts is None:
+        failed = best
         for names in product(*(range(len(options)) for options in shapes.values())):
             shape = [options[number] for options, number in zip(shapes.values(), names, strict=True)]
-            best = _better(best, _tried(_shaped(preference, shape), render))
+            best = _better(best, _reshaped(preference, shape, render))
             if best.texts is not None and not best.can_be_mended:
                 break
+        if not _PRINTED_WRONG.isdisjoint(kind for kind, _ in best.losses):
+            best = failed  # its error says more than a shape that the template did not expect
     else:
         for dimension, options in shapes.items():
             start = best.preference
             for option in options[1:]:
                 if dimension not in best.can_be_mended:
                     break
-                best = _better(best, _tried(_shaped(start, [option]), render))
+                best = _better(best, _reshaped(start, [option], render))
     notes: dict[str, Note] = {}
     for note in (_note(kind, text) for kind, text in best.losses):
         notes.setdefault(note.kind, note)
@@ -130,19 +136,27 @@ def _better(best: _Trial, other: _Trial) -> _Trial:
     return other if other.cost < best.cost else best
 
 
-def _tried(preference: Preference, render: Render) -> _Trial:
+def _texts(preference: Preference, render: Render) -> tuple[str, str] | None:
+    """The full renderings; None where the template fails."""
+    with suppress(Exception):  # whatever the template's own code raises
+        chosen, rejected = (render(preference, messages) for messages in _conversations(preference))
+        return chosen, rejected
+    return None
+
+
+def _reshaped(preference: Preference, shape: Sequence[_Shape], render: Render) -> _Trial:
+    preference = _shaped(preference, shape)
+    return _tried(preference, _texts(preference, render), render)
+
+
+def _tried(preference: Preference, texts: tuple[str, str] | None, render: Render) -> _Trial:
     losses: list[Omission] = []
-    texts: list[str] = []
-    for messages in _conversations(preference):
-        try:
-            texts.append(render(preference, messages))
-        except Exception:  # whatever the template's own code raises
-            return _Trial(preference=preference, texts=None, losses=())
-        losses += missing_texts(messages, texts[-1])
-        losses += _losses_of_shape(preference, messages, texts[-1], render)
+    for messages, text in zip(_conversations(preference), texts or (), strict=False):
+        losses += missing_texts(messages, text)
+        losses += _losses_of_shape(preference, messages, text, render)
         if has_tool_text(messages, preference.tools):
-            losses += _missing_tool_text(preference, messages, texts[-1], render)
-    return _Trial(preference=preference, texts=(texts[0], texts[1]), losses=tuple(dict.fromkeys(losses)))
+            losses += _missing_tool_text(preference, messages, text, render)
+    return _Trial(preference=preference, texts=texts, losses=tuple(dict.fromkeys(losses)))
 
 
 def _conversations(preference: Preference) -> list[list[Message]]:
@@ -204,13 +218,12 @@ def _wrong_forms(arguments: Any) -> list[str]:
 
 # --- other shapes -----------------------------------------------------------------------------------------------------
 
-_Shape = Callable[[Message], Message]
-
 
 def _shapes(preference: Preference) -> dict[Dimension, list[_Shape]]:
-    """In what the messages may be shaped otherwise, and how, beginning with how they are."""
+    """In what the messages may be shaped otherwise, and how, beginning with how they are. What is empty may then become
+    a part, so contents come last."""
     messages = [message for messages in _conversations(preference) for message in messages]
-    shapes: dict[Dimension, list[_Shape]] = {"contents": [_same], "empty": [_same], "arguments": [_same]}
+    shapes: dict[Dimension, list[_Shape]] = {"empty": [_same], "arguments": [_same], "contents": [_same]}
     if any(isinstance(message.get("content"), list) for message in messages):
         shapes["contents"] += [_joined, _with_text_of_system]
     shapes["contents"] += [_in_parts, _in_parts_but_system]
@@ -245,7 +258,8 @@ def _joined(message: Message) -> Message:
 
 
 def _in_parts(message: Message) -> Message:
-    content = message.get("content")
+    """The message with its text as one part."""
+    content = _joined(message).get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 

@@ -17,12 +17,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from holdfast.data.formats import Message, Preference
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.tool_text import Omission, escaped_forms
 
 SYSTEM, TEXT, REASONING, EARLIER_REASONING = "system prompt", "text", "reasoning", "earlier reasoning"
 
-ASSISTANT = "assistant"
 SYSTEM_ROLES = ("system", "developer")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The keys of a message under which templates look for reasoning."""
@@ -65,7 +64,7 @@ def _end_of_all(messages: Sequence[Message], text: str, end: int) -> int:
 
 def missing_texts(messages: Sequence[Message], rendering: str) -> list[Omission]:
     """What `rendering` does not have of the contents and the reasoning of these messages."""
-    last = max((number for number, message in enumerate(messages) if message["role"] == ASSISTANT), default=-1)
+    last = max((number for number, message in enumerate(messages) if message["role"] in ASSISTANTS), default=-1)
     pieces = [
         piece
         for number, message in enumerate(messages)
@@ -73,9 +72,17 @@ def missing_texts(messages: Sequence[Message], rendering: str) -> list[Omission]
     ]
     if _are_in_order([piece.text for piece in pieces], rendering):
         return []
-    rest = _Rest(rendering)
-    longest_first = sorted(pieces, key=lambda piece: -len(piece.text))
-    return [omission for piece in longest_first for omission in _missing(piece, rest)]
+    rest, missing = _Rest(rendering), []
+    while pieces:
+        longest = max(pieces, key=lambda piece: len(piece.text))
+        pieces.remove(longest)
+        if rest.take(longest.text):
+            continue
+        if longest.reasoning is not None and _REASONING.search(longest.text):
+            pieces += _taken_apart(longest, longest.reasoning)
+        else:
+            missing += _missing_lines(longest, rest)
+    return missing
 
 
 class _Piece(NamedTuple):
@@ -95,7 +102,7 @@ def _pieces(message: Message, reasoning: str) -> Iterator[_Piece]:
     content = message.get("content")
     for text in [content] if isinstance(content, str) else [part["text"] for part in content or ()]:
         if text.strip():
-            yield _Piece(text.strip(), kind, reasoning if message["role"] == ASSISTANT else None)
+            yield _Piece(text.strip(), kind, reasoning if message["role"] in ASSISTANTS else None)
 
 
 def _are_in_order(texts: Sequence[str], rendering: str) -> bool:
@@ -133,31 +140,23 @@ class _Rest:
         return any(_squeezed(form) in self._squeezed for form in forms)
 
 
-def _missing(piece: _Piece, rest: _Rest) -> list[Omission]:
-    if rest.take(piece.text):
+def _missing_lines(piece: _Piece, rest: _Rest) -> list[Omission]:
+    """The first line of the text that is not even roughly there."""
+    if rest.has_roughly(piece.text):
         return []
-    if piece.reasoning is None or not _REASONING.search(piece.text):
-        return _missing_lines(piece.text, piece.kind, rest)
-    inner = _taken_apart(piece.text, piece.kind, piece.reasoning)
-    return [omission for text, kind in inner for omission in _missing_lines(text, kind, rest)]
+    lines = [line.strip() for line in piece.text.splitlines() if line.strip()]
+    return [Omission(piece.kind, line) for line in lines if not rest.has_roughly(line)][:1]
 
 
-def _missing_lines(text: str, kind: str, rest: _Rest) -> list[Omission]:
-    """The first line of the text that is not there."""
-    if rest.take(text) or rest.has_roughly(text):
-        return []
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [Omission(kind, line) for line in lines if not rest.has_roughly(line)][:1]
-
-
-def _taken_apart(text: str, kind: str, reasoning: str) -> list[tuple[str, str]]:
-    """The text as pieces of reasoning and of what is between them, without the tags, and the kind of each."""
-    pieces, end = [], 0
-    for match in _REASONING.finditer(text):
-        pieces += [(text[end : match.start()], kind), *((group, reasoning) for group in match.groups() if group)]
+def _taken_apart(piece: _Piece, reasoning: str) -> list[_Piece]:
+    """The text as pieces of reasoning and of what is between them, without the tags."""
+    parts, end = [], 0
+    for match in _REASONING.finditer(piece.text):
+        parts.append((piece.text[end : match.start()], piece.kind))
+        parts += [(group, reasoning) for group in match.groups() if group]
         end = match.end()
-    pieces.append((text[end:], kind))
-    return [(piece.strip(), kind) for piece, kind in pieces if piece.strip()]
+    parts.append((piece.text[end:], piece.kind))
+    return [_Piece(text.strip(), kind, None) for text, kind in parts if text.strip()]
 
 
 def _squeezed(text: str) -> str:

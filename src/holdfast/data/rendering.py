@@ -92,6 +92,14 @@ def text_and_marks(
     return rendered_with_marks(processing_class, template, messages, preference.tools, variables)
 
 
+def cannot_continue(problem: str) -> str:
+    """The message where a prompt's last message cannot be continued; `problem` is what the template does."""
+    return (
+        f"the prompt ends with an assistant's message, which the completions continue; the chat template {problem}. "
+        "Move that message into `chosen` and `rejected`, or use a chat template that prints such messages as they are."
+    )
+
+
 def rendered_ids(
     messages: list[Message], processing_class: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[int]:
@@ -99,6 +107,9 @@ def rendered_ids(
     try:
         return apply_template(processing_class, messages, **options, tokenize=True)
     except Exception as error:  # whatever the template's own code raises: a name that is missing, a division by zero
+        if "continue_final_message" in options:
+            problem = str(error).split("\n")[0].split("!")[0]
+            raise ValueError(cannot_continue(f"does not print it so that it can be continued ({problem})")) from error
         raise ValueError(
             f"the chat template cannot render messages of the roles {[message['role'] for message in messages]}: "
             f"{error}. Correct the row, or use another chat template."

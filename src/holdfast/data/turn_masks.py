@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.exchange import ASSISTANTS, Exchange
-from holdfast.data.formats import Message, Preference
+from holdfast.data.exchange import Exchange
+from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.marked_messages import first_mark, with_mark_after, without_marks
 from holdfast.data.masks import TokensAt, mask_of_marks, mask_of_turns
 from holdfast.data.note import Note
 from holdfast.data.rendering import (
+    cannot_continue,
     has_generation_marks,
     rendered_text,
     template_of,
@@ -55,7 +56,9 @@ class TurnMasks:
         self.assistant_only = assistant_only
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special: set[Any] = {token.content for token in added if token.special and token.content.strip()}
-        self._ends = tuple(sorted({*special, *filter(None, [tokenizer.eos_token])}, key=len, reverse=True))
+        if tokenizer.eos_token:
+            special.add(tokenizer.eos_token)
+        self._ends: tuple[str, ...] = tuple(sorted(special, key=len, reverse=True))
         self._special = re.compile("|".join(map(re.escape, self._ends)) or "(?!)")
         self._usual_end = "\0"
         self._templates: dict[str, _Template] = {}
@@ -172,8 +175,6 @@ def _overlap(one: Span, other: Span) -> bool:
 
 
 def _no_beginning(prompt: str) -> str:
-    return (
-        "the prompt ends with an assistant's message, which the completions continue; the chat template does not "
-        f"render the whole message so that it begins like that one: {prompt[-60:]!r} is no beginning. Move that "
-        "message into `chosen` and `rejected`, or use a chat template that prints such messages as they are."
+    return cannot_continue(
+        f"makes of it ...{prompt[-60:]!r}, which is no beginning of what it makes of the whole message"
     )
