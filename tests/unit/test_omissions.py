@@ -199,6 +199,12 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [text for text in caplog.messages if text.startswith("The chat template leaves out")]
 
 
+def test_what_is_left_of_an_answer_is_not_found_in_another() -> None:
+    first, second = (message("assistant", f"<think>\n{thought}\n</think>\n\nBlue.") for thought in ("hm", "hm2"))
+    found = missing_texts([HI, first, HI, second], "Hi|Blue.|Hi|" + second["content"])
+    assert [tuple(omission) for omission in found] == [("earlier reasoning", "hm")]
+
+
 def prepared(rows: list[dict[str, Any]], template: str, *, as_stream: bool = False) -> list[Any]:
     tokenizer = with_template(template)
     data: Any = IterableDataset.from_generator(lambda: iter(rows)) if as_stream else Dataset.from_list(rows)

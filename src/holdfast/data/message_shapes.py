@@ -57,8 +57,8 @@ _MENDS: Mapping[str, Dimension | None] = {
 }
 """By kind of loss, in what its messages may be shaped otherwise. Other kinds are missing contents."""
 
-
 _PRINTED_WRONG = frozenset({"parts", "None", "arguments"})
+"""Kinds of loss that are printed, but not as they should be."""
 
 
 class Fitted(NamedTuple):

@@ -72,9 +72,17 @@ def missing_texts(messages: Sequence[Message], rendering: str) -> list[Omission]
     ]
     if _are_in_order([piece.text for piece in pieces], rendering):
         return []
-    rest = _Rest(rendering)
-    longest_first = sorted(pieces, key=lambda piece: -len(piece.text))
-    return [omission for piece in longest_first for omission in _missing(piece, rest)]
+    rest, missing = _Rest(rendering), []
+    while pieces:
+        longest = max(pieces, key=lambda piece: len(piece.text))
+        pieces.remove(longest)
+        if rest.take(longest.text):
+            continue
+        if longest.reasoning is not None and _REASONING.search(longest.text):
+            pieces += _taken_apart(longest, longest.reasoning)
+        else:
+            missing += _missing_lines(longest, rest)
+    return missing
 
 
 class _Piece(NamedTuple):
@@ -132,31 +140,23 @@ class _Rest:
         return any(_squeezed(form) in self._squeezed for form in forms)
 
 
-def _missing(piece: _Piece, rest: _Rest) -> list[Omission]:
-    if rest.take(piece.text):
+def _missing_lines(piece: _Piece, rest: _Rest) -> list[Omission]:
+    """The first line of the text that is not even roughly there."""
+    if rest.has_roughly(piece.text):
         return []
-    if piece.reasoning is None or not _REASONING.search(piece.text):
-        return _missing_lines(piece.text, piece.kind, rest)
-    inner = _taken_apart(piece.text, piece.kind, piece.reasoning)
-    return [omission for text, kind in inner for omission in _missing_lines(text, kind, rest)]
+    lines = [line.strip() for line in piece.text.splitlines() if line.strip()]
+    return [Omission(piece.kind, line) for line in lines if not rest.has_roughly(line)][:1]
 
 
-def _missing_lines(text: str, kind: str, rest: _Rest) -> list[Omission]:
-    """The first line of the text that is not there."""
-    if rest.take(text) or rest.has_roughly(text):
-        return []
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [Omission(kind, line) for line in lines if not rest.has_roughly(line)][:1]
-
-
-def _taken_apart(text: str, kind: str, reasoning: str) -> list[tuple[str, str]]:
-    """The text as pieces of reasoning and of what is between them, without the tags, and the kind of each."""
-    pieces, end = [], 0
-    for match in _REASONING.finditer(text):
-        pieces += [(text[end : match.start()], kind), *((group, reasoning) for group in match.groups() if group)]
+def _taken_apart(piece: _Piece, reasoning: str) -> list[_Piece]:
+    """The text as pieces of reasoning and of what is between them, without the tags."""
+    parts, end = [], 0
+    for match in _REASONING.finditer(piece.text):
+        parts.append((piece.text[end : match.start()], piece.kind))
+        parts += [(group, reasoning) for group in match.groups() if group]
         end = match.end()
-    pieces.append((text[end:], kind))
-    return [(piece.strip(), kind) for piece, kind in pieces if piece.strip()]
+    parts.append((piece.text[end:], piece.kind))
+    return [_Piece(text.strip(), kind, None) for text, kind in parts if text.strip()]
 
 
 def _squeezed(text: str) -> str:
