@@ -111,7 +111,7 @@ def test_rows_together_are_as_one_by_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in table.TEMPLATES if name != ENDED_TWICE])
 @given(st.data())
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_whatever_is_said(name: str, data: st.DataObject) -> None:
     """Turns are found where marks would be, row by row and together, for texts of all sorts.
 
