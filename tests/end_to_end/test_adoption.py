@@ -87,8 +87,18 @@ def stopped(folder: Path, policy: nn.Module) -> Path:
 # --- what follows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["full", "lora_fresh", "lora_sft"])
-@pytest.mark.parametrize("by", ["path", "True"])
+@pytest.mark.parametrize(
+    ("kind", "by"),
+    [
+        ("full", "True"),
+        ("lora_fresh", "path"),
+        ("lora_sft", "True"),
+        *(
+            pytest.param(*row, marks=pytest.mark.nightly)
+            for row in (("full", "path"), ("lora_fresh", "True"), ("lora_sft", "path"))
+        ),
+    ],
+)
 def test_the_steps_that_follow_are_those_of_the_other_trainer(
     kind: str, by: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,7 +133,15 @@ def test_what_was_adopted_is_resumed_like_any_other(foreign: Path, tmp_path: Pat
     assert torch.equal(other.ref_model.lm_head.weight, tiny_model(seed=4).lm_head.weight)
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"reference": "snapshot"}, MOVING])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precompute_ref_log_probs": True},
+        MOVING,
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param({"reference": "snapshot"}, marks=pytest.mark.nightly),
+    ],
+)
 def test_one_of_this_package_without_its_record(options: dict[str, Any], tmp_path: Path) -> None:
     """As if it had been stripped, or as if a kill had come before the record."""
     whole = trainer(tiny_model(), config(tmp_path, **SAVING | options))

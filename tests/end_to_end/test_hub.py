@@ -76,7 +76,7 @@ def test_a_pushed_checkpoint_is_complete(kind: str, strategy: str, names: list[s
     assert len(hub.uploads) - len(pushed) == (0 if strategy == "end" else 3)  # the model itself
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize("strategy", ["checkpoint", pytest.param("all_checkpoints", marks=pytest.mark.nightly)])
 def test_a_pushed_checkpoint_can_be_resumed(
     strategy: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-NIGHTLY = {"snapshot", "fresh adapter", "moved by path", "dropout of its own"}
+NIGHTLY = {"snapshot", "moving", "fresh adapter", "moved by path", "dropout of its own"}
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_the_loss_of_a_wrapper_is_that_of_padded_rows(tmp_path: Path) -> None:
         assert logged(ours) == pytest.approx(naive_losses(naive_loss), rel=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora_sft", "lora_fresh"])
+@pytest.mark.parametrize("kind", ["lora_sft", pytest.param("lora_fresh", marks=pytest.mark.nightly)])
 def test_a_subclass_of_an_adapter_run(kind: str, tmp_path: Path) -> None:
     """Half the loss, for a reference that is an adapter of the policy."""
     halved, plain = (made(each, tmp_path, POLICIES[kind](), learning_rate=0.0) for each in (Halved, DPOTrainer))
