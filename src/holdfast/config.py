@@ -19,6 +19,7 @@ from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
 from holdfast.options.combinations import check_combinations
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
+from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
 from holdfast.options.names import check_names
 from holdfast.options.ranges import normalise_numbers
@@ -39,7 +40,7 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, metaclass=ConfigClass):
+class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, TrainingArguments, metaclass=ConfigClass):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
     `ResumeOptions` (in `options`) one about checkpoints. All others that are not listed here come from
     `transformers.TrainingArguments`.
@@ -85,22 +86,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, TrainingArguments, 
         "Keep activations in host memory between forward and backward.", default=False
     )
 
-    # The data
-    columns: dict[str, Any] | str | None = _option("Which columns are what: a format or a mapping.", default=None)
-    dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
-    template_date: str | None = _option(
-        "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
-        "resume too.",
-        default=None,
-    )
-    assistant_only: bool = _option(
-        "Score only what the assistant says in completions of several messages. Off: all their tokens.", default=True
-    )
-    max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
-    truncation_mode: str = _option("Longer sequences: `keep_start` or `keep_end`.", default="keep_start")
-    special_tokens_in_text: str = _option(
-        "What special tokens become that others than the assistant spell out: `text` or `token`.", default="text"
-    )
+    # The data. What is read of them is inherited from `DataOptions`.
     layout: str = _option(
         "How sequences are laid out in rows: "
         + "".join(f"`{layout.name}` ({layout.summary}), " for layout in LAYOUTS.values())

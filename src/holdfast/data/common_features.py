@@ -14,12 +14,14 @@ from typing import Any, final
 import pyarrow as pa
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
-from holdfast.data.columns import PROMPT_IDS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS
+from holdfast.data.columns import PROMPT_IDS, REFERENCE_COLUMNS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.files.shapes import table_of
 from holdfast.data.formats import check_columns, read_preference
+from holdfast.data.nulls import message_as_written, tools_as_written, type_of_messages
 from holdfast.data.row_error import RowError, naming_places
 
 _NULL = Value("null")
+_READ = (*TEXT_COLUMNS, TOOLS)
 
 
 def common_features(each: Sequence[Features]) -> Features:
@@ -123,6 +125,24 @@ def with_common_features(datasets: Mapping[str, Dataset], places: Mapping[str, A
     return alike
 
 
+def row_as_written(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The row of a dataset with these types, without the None that Arrow has added to its messages and tools: once they
+    are JSON, every None is taken for written."""
+    written = dict(row)
+    tools = written.get(TOOLS)
+    if isinstance(tools, list):
+        tools = written[TOOLS] = tools_as_written(tools, None if features is None else features.get(TOOLS))
+    for column in TEXT_COLUMNS:
+        if _are_messages(written.get(column)):
+            kind = type_of_messages(features, column)
+            written[column] = [message_as_written(message, kind, tools) for message in written[column]]
+    return written
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+
+
 def _after(features: Features, splits_prompt: bool) -> Features:
     return Features({"prompt": features["chosen"], **features}) if splits_prompt else features
 
@@ -141,9 +161,10 @@ class _WithFeatures:
         changed = [column for column in self.features if self.before.get(column) != self.features[column]]
         if self.splits_prompt:
             changed = list(dict.fromkeys([*changed, "chosen", "rejected"]))
-        read = [column for column in changed if column in table.column_names]
+        read = [column for column in dict.fromkeys([*changed, *_READ]) if column in table.column_names]
         decoded = self.before.decode_batch({column: table[column].to_pylist() for column in read})
         rows = [dict(zip(read, values, strict=True)) for values in zip(*decoded.values(), strict=True)]
+        rows = [row_as_written(row, self.before) for row in rows]
         if self.splits_prompt:
             rows = [self._split(row, index) for row, index in zip(rows, indices, strict=True)]
         made = table_of(rows, Features({column: self.features[column] for column in changed}))

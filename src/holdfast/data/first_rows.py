@@ -78,5 +78,6 @@ def read_first_rows(
     has_any = has_any or has_messages(dataset, columns)  # the first row may be text, and others messages
     of_sources = None
     if columns is None:
-        of_sources = {source: rules_of(each, f"{name} (source {source!r})") for source, each in mixture.sources.items()}
+        sources: Mapping[str, Any] = mixture.sources
+        of_sources = {source: rules_of(each, f"{name} (source {source!r})") for source, each in sources.items()}
     return FirstRows(rules=row_rules, rules_of_sources=of_sources, has_messages=has_any)

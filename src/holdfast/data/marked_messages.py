@@ -61,7 +61,7 @@ def with_marks(messages: Sequence[Message]) -> MarkedMessages | None:
     return _marked(messages, marked)
 
 
-def _marked(messages: Sequence[Message], marked: Callable[[str, Callable[[str], str]], str]) -> MarkedMessages | None:
+def _marked(messages: Sequence[Message], marked: Callable[..., str]) -> MarkedMessages | None:
     texts: list[str] = []
     owners: list[int] = []
     number = 0

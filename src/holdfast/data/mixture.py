@@ -24,7 +24,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
 from holdfast.data.columns import ORIGINAL_SOURCE, SOURCE, SOURCE_ROW
-from holdfast.data.common_features import check_kinds, with_common_features
+from holdfast.data.common_features import check_kinds, row_as_written, with_common_features
 from holdfast.data.files.places import Places, places_of, remember
 from holdfast.data.row_error import RowError
 from holdfast.data.shares import Stopping, check_stopping, check_weights, counted, rows_of_sources
@@ -227,18 +227,21 @@ def _mixed_streams(
 def _as_text(dataset: Any, name: str) -> IterableDataset:
     """A stream of the rows as text, so that those of all sources have the same columns."""
     stream = dataset if isinstance(dataset, IterableDataset) else dataset.with_format(None).to_iterable_dataset()
-    return stream.map(_TextOfRow(name=name), with_indices=True).select_columns([*_ROW_AS_TEXT]).cast(_ROW_AS_TEXT)
+    as_text = _TextOfRow(name=name, features=stream.features)
+    return stream.map(as_text, with_indices=True).select_columns([*_ROW_AS_TEXT]).cast(_ROW_AS_TEXT)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TextOfRow:
-    """A row of a source as JSON text, with its source."""
+    """A row of a source with these types as JSON text, with its source."""
 
     name: str
+    features: Features | None
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         columns = {ORIGINAL_SOURCE if column == SOURCE else column: value for column, value in row.items()}
+        columns = row_as_written(columns, self.features)
         try:
             text = json.dumps(columns)
         except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 
 from holdfast.data.batch_tokenizer import EncodedPair
-from holdfast.data.columns import MASK_COLUMNS, TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
+from holdfast.data.columns import MASK_COLUMNS, SOURCE, TEMPLATE_KWARGS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.encoder import NUM_ID_BYTES, from_bytes
 from holdfast.data.formats import Preference
 from holdfast.data.notes import as_values
