@@ -42,8 +42,8 @@ def _option(help: str, **kwargs: Any) -> Any:
 @dataclass
 class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, TrainingArguments, metaclass=ConfigClass):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `ResumeOptions` (in `options`) one about checkpoints. All others that are not listed here come from
-    `transformers.TrainingArguments`.
+    `DataOptions` and `ResumeOptions` (in `options`) those about data and checkpoints. All others that are not listed
+    here come from `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the

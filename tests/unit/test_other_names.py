@@ -414,10 +414,10 @@ def test_all_are_named_at_once_beside_parameters_that_changed() -> None:
 
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0] for line in lines[:6]] == [
-        "- dpo_loss", "- tokenize_row", "- compute_loss", "- training_step", "- log", "- get_batch_samples"
+        "- dpo_loss", "- tokenize_row", "- compute_loss", "- training_step", "- get_batch_samples", "- log"
     ]  # fmt: skip
     assert "it is called with (model, inputs, num_items_in_batch, return_outputs)" in lines[2]
-    assert "on_evaluate" in lines[5]
+    assert "on_evaluate" in lines[4]
 
 
 def test_hooks_that_a_subclass_calls_by_itself_stay() -> None:

@@ -76,9 +76,10 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """The usable rows of `dataset`, with int columns `prompt_ids`, `chosen_ids` and `rejected_ids` beside the others.
 
-    Where not all tokens of the completions are scored, the columns `chosen_mask` and `rejected_mask` have a 1 for each
-    that is and a 0 for each that is only seen, or None where all are (see `holdfast.data.turn_masks`). A stream always
-    has these columns. `assistant_only` False scores all tokens.
+    Where not all tokens of the completions are scored, `chosen_mask` and `rejected_mask` have a 1 for each that is and
+    a 0 for each that is only seen, or None where all are; a stream always has these columns. `assistant_only` False
+    scores all tokens (see `holdfast.data.turn_masks`), and `special_tokens_in_text="token"` makes special tokens of
+    text that spells them out (see `holdfast.data.control_text`).
 
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
     (see `holdfast.data.usability.unusable_reason`). The others are left out. One warning counts them by reason; for a
@@ -89,9 +90,6 @@ def prepare_dataset(
     `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
     cache. `disable_tqdm` hides the progress bars. `observe` is called before anything is said or left out, and for no
     stream.
-
-    Text in a row that spells out a special token is said once: it stays text in messages of all roles but the
-    assistant's, see `holdfast.data.control_text`. With `special_tokens_in_text="token"` it is a token everywhere.
 
     Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
     and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.

@@ -17,9 +17,11 @@ from torch import nn
 
 from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
+from holdfast.data.columns import SOURCE, SOURCE_ROW
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.dates import date_of_run
 from holdfast.data.files.places import Places, keep_places, places_of
+from holdfast.data.mixture import keep_mixture
 from holdfast.data.notes import rows_by_kind
 from holdfast.data.prepare import Preparation
 from holdfast.data.token_columns import NOTES, rows_with
@@ -230,12 +232,18 @@ class _View:
         reason = int(self.facts.reason[index])
         return RowView(
             index=index,
-            place=self.places.of(index) if self.places is not None else None,
+            place=self.places.of(index, self._source_of(index)) if self.places is not None else None,
             source=self.sources[int(self.facts.source[index])] if self.sources else None,
             reason=None if reason == USABLE else UNUSABLE_REASONS[reason],
             chosen=chosen,
             rejected=rejected,
         )
+
+    def _source_of(self, index: int) -> dict[str, Any]:
+        """The columns of a row that say where it comes from."""
+        names = [name for name in (SOURCE, SOURCE_ROW) if name in self.tokenized.column_names]
+        rows: Any = self.tokenized.select_columns(names)[index : index + 1] if names else {}
+        return {name: values[0] for name, values in rows.items()}
 
     def excerpts(self, rows: Sequence[int]) -> dict[int, str]:
         """The beginnings of these rows, by number."""
@@ -267,6 +275,7 @@ def _first_rows(dataset: Any, limit: int | None) -> tuple[Any, bool]:
     else:
         return dataset, False
     keep_places(rows, of=dataset)
+    keep_mixture(rows, dataset)
     return rows, is_part
 
 

@@ -14,11 +14,12 @@ import xxhash
 from datasets import Dataset
 from datasets.utils import tqdm
 
+from holdfast.data.columns import SOURCE
+from holdfast.data.source_column import NO_SOURCE
 from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.inspect.near_rows import NUM_HASHES, signatures
 from holdfast.inspect.pairs import Cutting, Pair, read_pairs
 
-SOURCE = "source"
 """The column that says where a row comes from, in a mixture of datasets."""
 USABLE = -1
 """The reason of a row that is used; that of any other is its place in `UNUSABLE_REASONS`."""
@@ -151,5 +152,9 @@ def _sources(dataset: Dataset) -> tuple[np.ndarray, tuple[str, ...]]:
         return np.zeros(len(dataset), dtype=np.int64), ()
     codes: dict[str, int] = {}
     column: Any = dataset.select_columns([SOURCE])
-    found = [codes.setdefault(str(value), len(codes)) for rows in column.iter(10_000) for value in rows[SOURCE]]
+    found = [
+        codes.setdefault(NO_SOURCE if value in (None, "") else str(value), len(codes))
+        for rows in column.iter(10_000)
+        for value in rows[SOURCE]
+    ]
     return np.array(found, dtype=np.int64), tuple(codes)

@@ -27,7 +27,6 @@ _INSTEAD: Mapping[str, str] = {
     "offload_state_dict": "leave it out: tensors are read one by one",
     "state_dict": "load the weights into a model, and pass that",
     "output_loading_info": "leave it out: missing weights are an error",
-    "ignore_mismatched_sizes": "leave it out: weights of other shapes are an error",
 }
 """What to do instead of an older or unusable name. False and None ask for nothing and are dropped."""
 

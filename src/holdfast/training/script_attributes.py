@@ -239,7 +239,16 @@ class ScriptableTrainer(ResumableTrainer):
         return {name: total / count for name, (total, count) in totals.items()}
 
 
-_MADE_HERE = ("_tallies", "_preparation", "_interruption", "_startup", "_full_eval", "_look_ahead", "_rows")
+_MADE_HERE = (
+    "_tallies",
+    "_preparation",
+    "_interruption",
+    "_startup",
+    "_full_eval",
+    "_look_ahead",
+    "_rows",
+    "_by_source",
+)
 """Attributes that `DPOTrainer.__init__` makes."""
 
 
