@@ -87,12 +87,11 @@ def prepare_dataset(
     are checked and stay as they are, masks of their completions (`MASK_COLUMNS`) too. `vocab_size` is the number of the
     model's embeddings; None leaves ids unchecked. `template_date` is the date that chat templates print. With None it
     is today's, and a later run has other ids. `columns` says which columns are what (`holdfast.data.shapes.mapping`).
-    `num_proc` is for map-style datasets and `main_process_first` a context in which the other processes wait for the
-    cache. `disable_tqdm` hides the progress bars. `observe` is called before anything is said or left out, and for no
-    stream.
+    `num_proc` and `observe` are for map-style datasets, `main_process_first` is a context in which the other processes
+    wait for the cache, and `disable_tqdm` hides the progress bars.
 
-    Raises `ValueError`, before any row is trained on, for an empty dataset, one without a usable row, missing columns,
-    and a malformed row (by its number, counted from 0). A stream raises for a malformed row when it reads it.
+    Raises `ValueError`, before any row is trained on, for no usable row, missing columns, and a malformed row (by its
+    number, counted from 0); a stream raises for such a row when it reads it.
     """
     check_truncation(max_length, truncation_mode)
     check_control_text(special_tokens_in_text)

@@ -20,7 +20,6 @@ from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.inspect.near_rows import NUM_HASHES, signatures
 from holdfast.inspect.pairs import Cutting, Pair, read_pairs
 
-"""The column that says where a row comes from, in a mixture of datasets."""
 USABLE = -1
 """The reason of a row that is used; that of any other is its place in `UNUSABLE_REASONS`."""
 

@@ -192,10 +192,10 @@ def test_hashes_agree_as_often_as_stretches_are_shared():
 def test_numbers_of_each_source():
     data = dataset(*ROWS, source=["b", "b", "a", "a", None, "b", "a"])
     facts, sources = collect(data, UNUSABLE, WHOLE, description="", is_quiet=True)
-    assert sources == ("b", "a", "None")
+    assert sources == ("b", "a", "(none)")
     each = by_source(facts, sources)
     assert {name: (numbers.num_rows, numbers.num_used) for name, numbers in each.items()} == {
-        "b": (3, 2), "a": (3, 3), "None": (1, 1),
+        "b": (3, 2), "a": (3, 3), "(none)": (1, 1),
     }  # fmt: skip
     assert each["b"].repeats.contradictions.examples == (0, 1)
     assert sum(numbers.tokens.seen for numbers in each.values()) == numbers_of(facts).tokens.seen
