@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DPOConfig
-from holdfast.data.source_column import sources_with_metrics
+from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.losses.options import nearest
 from holdfast.options.combinations import check_evaluation

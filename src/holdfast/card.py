@@ -17,7 +17,7 @@ import holdfast
 from holdfast.checkpoint.placed import placed
 from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
-from holdfast.data.source_column import sources_with_metrics
+from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import loaded_from
 from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap

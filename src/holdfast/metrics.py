@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdfast.batch import PairBatch
 from holdfast.data.loader.fillers import rows_of_pairs
-from holdfast.data.source_column import MAX_SOURCES
+from holdfast.data.mixing.source_column import MAX_SOURCES
 from holdfast.losses import PairLogps
 from holdfast.reference.reference import Reference
 from holdfast.scoring.score import Scores, TokenStatistics

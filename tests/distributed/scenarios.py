@@ -27,7 +27,7 @@ from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOTrainer, Reference, interruption
 from holdfast.checkpoint.folder import complete_checkpoints
 from holdfast.checkpoint.provenance import dataset_digest
-from holdfast.data.mixture import mix
+from holdfast.data.mixing.mixture import mix
 from holdfast.reference.identity.digests import digest
 from holdfast.store.store import LogpStore
 from holdfast.training import interruption as interruption_of_training

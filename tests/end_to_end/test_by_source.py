@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
-from holdfast.data.mixture import mix
-from holdfast.data.source_column import MAX_SOURCES, NO_SOURCE, pairs_by_source
+from holdfast.data.mixing.mixture import mix
+from holdfast.data.mixing.source_column import MAX_SOURCES, NO_SOURCE, pairs_by_source
 from holdfast.options.metric_names import EVAL_METRICS, METRICS_BY_SOURCE, metric_of_source
 from policies import config, rows, trainer
 

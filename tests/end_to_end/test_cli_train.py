@@ -24,8 +24,8 @@ from holdfast.cli.app import app
 from holdfast.cli.runfile import read_run_file
 from holdfast.cli.yaml_document import RunFileError, read_document
 from holdfast.data.load import load_preferences
-from holdfast.data.mixture import mix
-from holdfast.data.source_column import pairs_by_source
+from holdfast.data.mixing.mixture import mix
+from holdfast.data.mixing.source_column import pairs_by_source
 
 LN2 = math.log(2)
 runner = CliRunner()

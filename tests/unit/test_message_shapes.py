@@ -8,7 +8,7 @@ import chat_templates
 import tiny
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.formats import read_preference
-from holdfast.data.message_shapes import fitted
+from holdfast.data.rendering.message_shapes import fitted
 from holdfast.data.tokenize import renderer, tokenize
 
 TOKENIZER = tiny.tokenizer()

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import tiny
 from holdfast.checkpoint.provenance import dataset_digest
-from holdfast.data.common_features import common_feature
 from holdfast.data.dates import date_of_run
 from holdfast.data.files.places import places_of
 from holdfast.data.load import load_preferences
-from holdfast.data.mixture import first_rows, mix, mixture_of
+from holdfast.data.mixing.common_features import common_feature
+from holdfast.data.mixing.mixture import first_rows, mix, mixture_of
+from holdfast.data.mixing.shares import STOPPINGS, WeightError, rows_of_sources
 from holdfast.data.prepare import prepare_dataset
-from holdfast.data.shares import STOPPINGS, WeightError, rows_of_sources
 
 NAMES = ("a", "b", "c")
 

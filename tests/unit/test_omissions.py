@@ -8,11 +8,11 @@ from datasets import Dataset, IterableDataset
 import chat_templates
 import tiny
 from holdfast.data.formats import read_preference
-from holdfast.data.message_shapes import fitted
 from holdfast.data.notes import Note
-from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN
-from holdfast.data.omissions import missing_texts
 from holdfast.data.prepare import prepare_dataset
+from holdfast.data.rendering.message_shapes import fitted
+from holdfast.data.rendering.omissions import missing_texts
+from holdfast.data.rendering.sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN
 from holdfast.data.tokenize import renderer, tokenize
 
 TOKENIZER = tiny.tokenizer()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import template_table as table
 from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.formats import read_preference
-from holdfast.data.rendering import template_of
+from holdfast.data.rendering.template import template_of
 from holdfast.data.tokenize import TokenizedPair, tokenize
 
 CELLS = [(name, shape) for name in table.TEMPLATES for shape in table.ROWS]

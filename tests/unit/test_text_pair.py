@@ -10,7 +10,7 @@ from holdfast.data.batch_tokenizer import BatchTokenizer, EncodedPair
 from holdfast.data.formats import read_preference
 from holdfast.data.text_pair import with_eos
 from holdfast.data.tokenize import tokenize
-from holdfast.data.turn_sentences import ENDED_PROMPT
+from holdfast.data.turns.sentences import ENDED_PROMPT
 
 BOS, EOS, PAD = tiny.START, tiny.END, tiny.PAD
 

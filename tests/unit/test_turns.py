@@ -13,8 +13,8 @@ from holdfast.data.columns import MASK_COLUMNS
 from holdfast.data.formats import read_preference
 from holdfast.data.prepare import prepare_dataset
 from holdfast.data.tokenize import TokenizedPair, tokenize
-from holdfast.data.turn_masks import TurnMasks
-from holdfast.data.turn_sentences import ENDS_WITH_OTHER, NO_END, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
+from holdfast.data.turns.masks_of_turns import TurnMasks
+from holdfast.data.turns.sentences import ENDS_WITH_OTHER, NO_END, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
 
 TOKENIZER: Any = tiny.tokenizer()
 HEADER, STOP = "<|im_start|>assistant\n", "<|im_end|>"

@@ -18,7 +18,7 @@ from torch import nn
 from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS
-from holdfast.data.mixture import mixture_of
+from holdfast.data.mixing.mixture import mixture_of
 from holdfast.data.ragged import scored_in
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.identity.identity import Identity, numerics

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli.yaml_document import Document
-from holdfast.data.shares import WeightError, check_weights
+from holdfast.data.mixing.shares import WeightError, check_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -131,7 +131,7 @@ def load_mixture(
     document: Document, name: str, mixture: MixtureOfSources, *, seed: int, stopping: Any
 ) -> "Dataset | IterableDataset":
     """The mixture that the key `name` of the run file describes. RunFileError where its datasets cannot be mixed."""
-    from holdfast.data.mixture import mix
+    from holdfast.data.mixing.mixture import mix
 
     loaded = {
         part: load_dataset(document, f"{name}.{part}", source)

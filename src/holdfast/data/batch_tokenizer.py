@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import NOTHING, ControlText
 from holdfast.data.encoder import NUM_ID_BYTES, Encoder, as_bytes, from_bytes
-from holdfast.data.exchange import Exchange, exchange_of
 from holdfast.data.formats import Preference
-from holdfast.data.masks import completion_mask
-from holdfast.data.message_shapes import fitted, is_plain
 from holdfast.data.note import Note
-from holdfast.data.omissions import prints_all
-from holdfast.data.rendering import rendered_prompt, renderer, template_of
+from holdfast.data.rendering.message_shapes import fitted, is_plain
+from holdfast.data.rendering.omissions import prints_all
+from holdfast.data.rendering.template import rendered_prompt, renderer, template_of
 from holdfast.data.text_pair import TextPairs
 from holdfast.data.tokenize import TokenizedPair, tokenize
-from holdfast.data.turn_masks import Scored, TurnMasks
+from holdfast.data.turns.exchange import Exchange, exchange_of
+from holdfast.data.turns.masks_of_turns import Scored, TurnMasks
+from holdfast.data.turns.token_masks import completion_mask
 from holdfast.internals.transformers import compiled_template, has_own_templates
 
 NUM_COMPARED = 8

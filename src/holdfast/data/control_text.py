@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.formats import ASSISTANTS, Message, Preference
-from holdfast.data.omissions import REASONING_KEYS
-from holdfast.data.tool_text import strings_in
+from holdfast.data.rendering.omissions import REASONING_KEYS
+from holdfast.data.rendering.tool_text import strings_in
 from holdfast.internals.transformers import backend_of
 
 CONTROL_TEXT_MODES = ("text", "token")

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset, Json
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.columns import CHOSEN_IDS
-from holdfast.data.mixture import first_rows
+from holdfast.data.mixing.mixture import first_rows
 from holdfast.data.reading.written import may_hold_messages
 from holdfast.data.shapes.mapping import ColumnMapping
 from holdfast.data.shapes.row import converted_row

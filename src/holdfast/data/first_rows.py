@@ -12,7 +12,7 @@ from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.dates import has_messages
 from holdfast.data.files.places import Places
 from holdfast.data.formats import check_columns, is_any_message
-from holdfast.data.mixture import mixture_of
+from holdfast.data.mixing.mixture import mixture_of
 from holdfast.data.reading.rules import NO_RULES, RowRules, contradicting_scores, rules_of, unread_columns
 from holdfast.data.shapes.mapping import ColumnMapping
 from holdfast.data.tokenize import check_tokenizer

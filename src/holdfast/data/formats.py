@@ -2,7 +2,7 @@
 
 Each row is read by itself. A dataset that changes its format halfway is read right or refused; it is never tokenized
 as if all rows were like the first. Arrow gives all messages of a column the same keys and fills in None. Such keys are
-dropped here, because chat templates ask whether a key exists, or print it (see `holdfast.data.nulls`).
+dropped here, because chat templates ask whether a key exists, or print it (see `holdfast.data.rendering.nulls`).
 
 What is written in another way than it is meant is recognised where it cannot be misread, see `holdfast.data.reading`.
 
@@ -28,7 +28,6 @@ from holdfast.data.columns import (
     TOOLS,
 )
 from holdfast.data.note import Note
-from holdfast.data.nulls import message_as_written, tools_as_written, type_of_messages
 from holdfast.data.reading.empty import note_what_is_empty
 from holdfast.data.reading.prompts import (
     Message,
@@ -42,6 +41,7 @@ from holdfast.data.reading.roles import KNOWN_ROLES, has_from_and_value, with_kn
 from holdfast.data.reading.rules import NO_RULES, RowRules
 from holdfast.data.reading.sentences import SINGLE
 from holdfast.data.reading.written import with_messages_read
+from holdfast.data.rendering.nulls import message_as_written, tools_as_written, type_of_messages
 from holdfast.data.shapes.guess import OLD_NAMES, OTHER_TOKENS, what_is_missing
 
 __all__ = ["Message", "Preference", "check_columns", "is_any_message", "read_preference"]

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple, final
 
 from holdfast.data.note import Note
-from holdfast.data.omission_sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN, as_python, left_out, left_out_by_design
 from holdfast.data.reading.sentences import MAY_NOT_BE_MEANT, READ_AS, may_not_be_meant, read_as
-from holdfast.data.tool_text import AS_PYTHON
-from holdfast.data.turn_sentences import KINDS, sentence
+from holdfast.data.rendering.sentences import LEFT_OUT, LEFT_OUT_BY_DESIGN, as_python, left_out, left_out_by_design
+from holdfast.data.rendering.tool_text import AS_PYTHON
+from holdfast.data.turns.sentences import KINDS, sentence
 
 
 class Occurrence(NamedTuple):

@@ -28,14 +28,14 @@ from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.first_rows import read_first_rows
-from holdfast.data.mixture import keep_mixture
+from holdfast.data.mixing.mixture import keep_mixture
+from holdfast.data.mixing.source_column import left_out_by_source
 from holdfast.data.notes import refused_everywhere
 from holdfast.data.progress import bars
 from holdfast.data.row_error import naming_places
 from holdfast.data.row_report import report_rows
 from holdfast.data.shapes.convert import with_columns
 from holdfast.data.shapes.mapping import ColumnMapping
-from holdfast.data.source_column import left_out_by_source
 from holdfast.data.stream_report import REASON, StreamReport
 from holdfast.data.token_columns import (
     NOTES,
@@ -78,7 +78,7 @@ def prepare_dataset(
 
     Where not all tokens of the completions are scored, `chosen_mask` and `rejected_mask` have a 1 for each that is and
     a 0 for each that is only seen, or None where all are; a stream always has these columns. `assistant_only` False
-    scores all tokens (see `holdfast.data.turn_masks`), and `special_tokens_in_text="token"` makes special tokens of
+    scores all tokens (see `holdfast.data.turns`), and `special_tokens_in_text="token"` makes special tokens of
     text that spells them out (see `holdfast.data.control_text`).
 
     The ids are not truncated (layouts do that); `max_length` and `truncation_mode` only decide which rows are usable
@@ -90,8 +90,7 @@ def prepare_dataset(
     `num_proc` and `observe` are for map-style datasets, `main_process_first` is a context in which the other processes
     wait for the cache, and `disable_tqdm` hides the progress bars.
 
-    Raises `ValueError`, before any row is trained on, for no usable row, missing columns, and a malformed row (by its
-    number, counted from 0); a stream raises for such a row when it reads it.
+    Raises `ValueError` before training for no usable row, missing columns, or a malformed row; a stream when read.
     """
     check_truncation(max_length, truncation_mode)
     check_control_text(special_tokens_in_text)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.formats import Preference
 from holdfast.data.note import Note
-from holdfast.data.turn_sentences import ENDED_PROMPT
+from holdfast.data.turns.sentences import ENDED_PROMPT
 
 _Ids = TypeVar("_Ids", list[int], bytes)
 _PROBE = "a"

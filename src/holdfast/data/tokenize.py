@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.control_text import ControlText, Encoded
 from holdfast.data.encoder import Tokens, containing, offsets_of
-from holdfast.data.exchange import Exchange, exchange_of
 from holdfast.data.formats import Preference
-from holdfast.data.masks import TokensAt, completion_mask
-from holdfast.data.message_shapes import fitted
 from holdfast.data.note import Note
-from holdfast.data.rendering import rendered_ids, rendered_prompt, rendered_text, renderer, template_options
+from holdfast.data.rendering.message_shapes import fitted
+from holdfast.data.rendering.template import rendered_ids, rendered_prompt, rendered_text, renderer, template_options
 from holdfast.data.text_pair import TextPairs
-from holdfast.data.turn_masks import TurnMasks
+from holdfast.data.turns.exchange import Exchange, exchange_of
+from holdfast.data.turns.masks_of_turns import TurnMasks
+from holdfast.data.turns.token_masks import TokensAt, completion_mask
 
 TruncationMode = Literal["keep_start", "keep_end"]
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -75,7 +75,7 @@ def tokenize(
     `template_date` (None is today's). Where the tokenized prompt is not a prefix of both full texts, the completions
     begin where one of them leaves it, and the rest of the prompt is returned as `cut_ids`. Text that spells out a
     special token is text in messages of all roles but the assistant's (see `holdfast.data.control_text`). Only what
-    the assistant says is scored (see `holdfast.data.turn_masks`). `control_text` and `turn_masks` are the finders of
+    the assistant says is scored (see `holdfast.data.turns`). `control_text` and `turn_masks` are the finders of
     both for the tokenizer; leave them out to have them made.
 
     Raises `ValueError` when the tokenizer has no eos token or chat template where one is needed (see

@@ -21,7 +21,7 @@ from holdfast.data.columns import SOURCE, SOURCE_ROW
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.dates import date_of_run
 from holdfast.data.files.places import Places, keep_places, places_of
-from holdfast.data.mixture import keep_mixture
+from holdfast.data.mixing.mixture import keep_mixture
 from holdfast.data.notes import rows_by_kind
 from holdfast.data.prepare import Preparation
 from holdfast.data.token_columns import NOTES, rows_with

@@ -15,7 +15,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from holdfast.data.columns import SOURCE
-from holdfast.data.source_column import NO_SOURCE
+from holdfast.data.mixing.source_column import NO_SOURCE
 from holdfast.data.usability import UNUSABLE_REASONS
 from holdfast.inspect.near_rows import NUM_HASHES, signatures
 from holdfast.inspect.pairs import Cutting, Pair, read_pairs

@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import Tensor
 
 from holdfast.data.columns import SOURCE
-from holdfast.data.source_column import (
+from holdfast.data.mixing.source_column import (
     WithSources,
     are_sources,
     may_have_sources,

@@ -42,8 +42,8 @@ from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs, with_fillers
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
+from holdfast.data.mixing.source_column import WithSources
 from holdfast.data.prepare import Preparation
-from holdfast.data.source_column import WithSources
 from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from holdfast.data.columns import TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.files.places import keep_places
-from holdfast.data.nulls import field_type, item_type, message_as_written
+from holdfast.data.rendering.nulls import field_type, item_type, message_as_written
 from holdfast.data.row_error import RowError
 from holdfast.data.shapes.mapping import ColumnMapping, Plan, plan
 from holdfast.data.shapes.paths import EVERY, Steps

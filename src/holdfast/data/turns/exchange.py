@@ -14,7 +14,7 @@ from typing import Any, final
 
 from holdfast.data.formats import ASSISTANTS, Message, Preference
 from holdfast.data.note import Note
-from holdfast.data.turn_sentences import ENDS_WITH_OTHER, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
+from holdfast.data.turns.sentences import ENDS_WITH_OTHER, NOBODY_SPEAKS, NOT_TO_SCORE, PREFILL
 
 SCORING_KEYS = ("train", "loss", "weight")
 """Keys of a message that say whether it is scored."""

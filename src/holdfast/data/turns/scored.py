@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple, final
 
 from holdfast.data.formats import Message
-from holdfast.data.marked_messages import (
+from holdfast.data.turns.marked_messages import (
     MarkedMessages,
     Rendering,
     by_marks,
@@ -21,7 +21,7 @@ from holdfast.data.marked_messages import (
     with_marks,
     without_marks,
 )
-from holdfast.data.turns import Conversation, Span, turns
+from holdfast.data.turns.spans import Conversation, Span, turns
 
 RenderMessages = Callable[[Sequence[Message], bool], str]
 """What the template makes of messages, with or without the generation prompt."""

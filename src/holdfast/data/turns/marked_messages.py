@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from holdfast.data.formats import Message
-from holdfast.data.turns import FIRST_MARK, MOST_MARKS
+from holdfast.data.turns.spans import FIRST_MARK, MOST_MARKS
 
 _FIELDS = ("content", "reasoning_content", "thinking", "reasoning")
 _TAG = re.compile(r"</?[A-Za-z_]\w*>|\[/?[A-Z_]+\]")

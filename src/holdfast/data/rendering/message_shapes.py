@@ -9,7 +9,7 @@ loses least is taken, the earlier one of two that lose the same. A row depends o
 Parts are joined as they are, without a space or a line between them, as templates print parts that they know.
 
 Given up: a shape for each message by itself, but for system prompts, and speed for rows with tools, which are rendered
-twice to see what is printed of them (see `holdfast.data.tool_text`).
+twice to see what is printed of them (see `holdfast.data.rendering.tool_text`).
 """
 
 import json
@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple, final
 
 from holdfast.data.formats import Message, Preference
 from holdfast.data.note import Note
-from holdfast.data.omissions import EARLIER_REASONING, REASONING, SYSTEM_ROLES, missing_texts, prints_all
-from holdfast.data.tool_text import (
+from holdfast.data.rendering.omissions import EARLIER_REASONING, REASONING, SYSTEM_ROLES, missing_texts, prints_all
+from holdfast.data.rendering.tool_text import (
     AS_PYTHON,
     TOOL,
     TOOL_CALL,

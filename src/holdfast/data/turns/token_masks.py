@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from holdfast.data.encoder import Tokens
-from holdfast.data.turns import Span
+from holdfast.data.turns.spans import Span
 
 TokensAt = Callable[[str, Sequence[int]], list[Tokens | None]]
 """The first and the last token that contain each of some characters of a text, ascending."""

@@ -24,10 +24,10 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
 from holdfast.data.columns import ORIGINAL_SOURCE, SOURCE, SOURCE_ROW
-from holdfast.data.common_features import check_kinds, row_as_written, with_common_features
 from holdfast.data.files.places import Places, places_of, remember
+from holdfast.data.mixing.common_features import check_kinds, row_as_written, with_common_features
+from holdfast.data.mixing.shares import Stopping, check_stopping, check_weights, counted, rows_of_sources
 from holdfast.data.row_error import RowError
-from holdfast.data.shares import Stopping, check_stopping, check_weights, counted, rows_of_sources
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from holdfast.data.formats import ASSISTANTS, Message, Preference
-from holdfast.data.tool_text import Omission, escaped_forms
+from holdfast.data.rendering.tool_text import Omission, escaped_forms
 
 SYSTEM, TEXT, REASONING, EARLIER_REASONING = "system prompt", "text", "reasoning", "earlier reasoning"
 

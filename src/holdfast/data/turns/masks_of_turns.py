@@ -12,12 +12,9 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from holdfast.data.exchange import Exchange
 from holdfast.data.formats import ASSISTANTS, Message, Preference
-from holdfast.data.marked_messages import first_mark, with_mark_after, without_marks
-from holdfast.data.masks import TokensAt, mask_of_marks, mask_of_turns
 from holdfast.data.note import Note
-from holdfast.data.rendering import (
+from holdfast.data.rendering.template import (
     cannot_continue,
     has_generation_marks,
     rendered_text,
@@ -25,9 +22,12 @@ from holdfast.data.rendering import (
     template_options,
     text_and_marks,
 )
-from holdfast.data.scored_turns import ScoredTurns
-from holdfast.data.turn_sentences import NO_END
-from holdfast.data.turns import Span
+from holdfast.data.turns.exchange import Exchange
+from holdfast.data.turns.marked_messages import first_mark, with_mark_after, without_marks
+from holdfast.data.turns.scored import ScoredTurns
+from holdfast.data.turns.sentences import NO_END
+from holdfast.data.turns.spans import Span
+from holdfast.data.turns.token_masks import TokensAt, mask_of_marks, mask_of_turns
 
 
 class Scored(NamedTuple):

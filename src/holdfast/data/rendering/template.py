@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.dates import template_with_date
-from holdfast.data.exchange import Exchange
 from holdfast.data.formats import Message, Preference
-from holdfast.data.message_shapes import Render
-from holdfast.data.turns import Span
+from holdfast.data.rendering.message_shapes import Render
+from holdfast.data.turns.exchange import Exchange
+from holdfast.data.turns.spans import Span
 from holdfast.internals.transformers import apply_template, rendered_with_marks
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Json, LargeList, List, Value
 from holdfast.data.columns import PROMPT_IDS, REFERENCE_COLUMNS, TEXT_COLUMNS, TOKENIZED_COLUMNS, TOOLS
 from holdfast.data.files.shapes import table_of
 from holdfast.data.formats import check_columns, read_preference
-from holdfast.data.nulls import message_as_written, tools_as_written, type_of_messages
+from holdfast.data.rendering.nulls import message_as_written, tools_as_written, type_of_messages
 from holdfast.data.row_error import RowError, naming_places
 
 _NULL = Value("null")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.data.omissions import EARLIER_REASONING, REASONING, SYSTEM, TEXT
-from holdfast.data.tool_text import AS_PYTHON, TOOL, TOOL_CALL, TOOL_DESCRIPTION
+from holdfast.data.rendering.omissions import EARLIER_REASONING, REASONING, SYSTEM, TEXT
+from holdfast.data.rendering.tool_text import AS_PYTHON, TOOL, TOOL_CALL, TOOL_DESCRIPTION
 
 LEFT_OUT = {
     SYSTEM: ("system prompts", "Put a system prompt into the first message of the user."),
