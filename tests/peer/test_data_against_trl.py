@@ -56,9 +56,6 @@ KINDS = {
     "template variables": [{**row, "chat_template_kwargs": {"style": "dry"}} for row in MESSAGES],
     "tools": [{**row, "tools": TOOLS} for row in MESSAGES],
     "tools as JSON": [{**row, "tools": '[{"name": "tides", "default": null}]'} for row in MESSAGES],
-    "prompt that ends with the assistant": [
-        {**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "Well,"}]} for row in MESSAGES
-    ],
 }
 
 
@@ -79,6 +76,24 @@ def our_ids(dataset: Dataset, tokenizer: Any, **options: Any) -> list[dict[str, 
 def test_token_ids(rows: list[dict]) -> None:
     dataset = Dataset.from_list(rows)
     assert our_ids(dataset, TOKENIZER) == trl_ids(dataset, TOKENIZER)
+
+
+def test_a_prefill_is_continued_and_not_closed() -> None:
+    """A prompt that ends with the assistant: its message goes on in the completion. The peer closes it, and has the
+    completion begin another message."""
+    begin = {"role": "assistant", "content": "Well,"}
+    rows = [{**row, "prompt": [*row["prompt"], begin]} for row in MESSAGES]
+    ours = our_ids(Dataset.from_list(rows), TOKENIZER)
+    assert ours != trl_ids(Dataset.from_list(rows), TOKENIZER)
+    for row, found in zip(MESSAGES, ours, strict=True):
+        for side in ("chosen", "rejected"):
+            whole = [
+                *row["prompt"],
+                {"role": "assistant", "content": "Well," + row[side][0]["content"]},
+                *row[side][1:],
+            ]
+            ids = TOKENIZER.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+            assert found["prompt_ids"] + found[f"{side}_ids"] == ids
 
 
 def test_token_ids_of_a_template_whose_prompt_is_no_prefix() -> None:
