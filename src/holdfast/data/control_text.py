@@ -236,7 +236,13 @@ def _texts(preference: Preference, eos_token: Any) -> Iterator[tuple[str | None,
     for side in (preference.prompt, preference.chosen, preference.rejected):
         assert isinstance(side, list)
         for message in side:
-            yield from _texts_of(message)
+            content = message.get("content")
+            if len(message) == 2 and type(content) is str:
+                yield message["role"], content
+            else:
+                yield from _texts_of(message)
+    if not preference.tools and not preference.chat_template_kwargs:
+        return
     yield from (("", text) for text in strings_in(preference.tools))
     variables = {key: value for key, value in preference.chat_template_kwargs.items() if key != "chat_template"}
     yield from (("", text) for text in strings_in(variables))

@@ -212,10 +212,21 @@ def _read_side(
         )
     messages = []
     for number, message in enumerate(value):
+        if _is_plain(message):
+            messages.append(dict(message))
+            continue
         read = _read_message(message, f"message {number} of the column {column!r}", rules, notes)
         is_written = "tool_calls" in read and "tool_calls" not in message  # they were JSON text
         messages.append(message_as_written(read, _WRITTEN if is_written else feature, tools))
     return messages
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message has nothing but a known role and a text of ASCII, in which nothing can be wrong: most have."""
+    if type(message) is not dict or len(message) != 2 or message.get("role") not in KNOWN_ROLES:
+        return False
+    content = message.get("content")
+    return type(content) is str and content.isascii()
 
 
 def _read_message(message: Any, where: str, rules: RowRules, notes: list[Note]) -> Mapping[str, Any]:
