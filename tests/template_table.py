@@ -1,7 +1,7 @@
 """The table of chat templates: 12 shapes of real models x the shapes that a row may have; what is scored of each.
 
 `templates/` has the templates, written anew in the manner of those that models come with, and for each what is expected
-of it: the prompt and both completions as a hand renders them, with `⟦` and `⟧` around what is scored.
+of it: the prompt and both completions as they are to be, with `⟦` and `⟧` around what is scored.
 `unit/test_templates.py` compares token by token. The page docs/templates.md shows the table; as a script, this writes
 it anew:
 
@@ -276,7 +276,7 @@ def _text(name: str, ids: Sequence[int]) -> str:
 
 
 def expected(name: str) -> dict[str, list[str]]:
-    """What is to come of the rows under a template, by shape, as a hand has written it."""
+    """What is to come of the rows under a template, by shape, as it is written down in `tests/templates`."""
     found: dict[str, list[str]] = {}
     for line in (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):

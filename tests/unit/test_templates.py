@@ -1,4 +1,4 @@
-"""What is scored under the templates of real models: as a hand renders it, and as their generation marks say it."""
+"""What is scored under the templates of real models: as it is written down, and as their generation marks say it."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join).f
 
 
 @pytest.mark.parametrize(("name", "shape"), CELLS)
-def test_what_comes_of_a_row_is_what_a_hand_wrote(name: str, shape: str) -> None:
+def test_what_comes_of_a_row_is_what_is_written_down(name: str, shape: str) -> None:
     found = table.shown(name, shape)
     assert found == table.expected(name)[shape]
     assert found[0].startswith("error: ") == ((name, shape) in REFUSED)
