@@ -198,3 +198,14 @@ def test_rows_together_are_as_rows_alone(template: str, monkeypatch: pytest.Monk
     preferences = [read_preference(row) for row in SHAPED]
     alone = [EncodedPair.of(tokenize(preference, TOKENIZER)) for preference in preferences]
     assert BatchTokenizer(TOKENIZER, None)(preferences) == alone
+
+
+@pytest.mark.parametrize("asked", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_found_under_the_key_that_the_template_reads(given: str, asked: str) -> None:
+    template = (
+        "{% for message in messages %}{{ message.role }}:{% if message." + asked + " %}({{ message." + asked + " }})"
+        "{% endif %}{{ message.content }};{% endfor %}"
+    )
+    found = rendered(template, message("user", "High?"), message("assistant", "Yes.", **{given: "I look."}))
+    assert found == "user:High?;assistant:(I look.)Yes.;"

@@ -1,7 +1,7 @@
 """Messages -> the same messages as the chat template needs them, and what it leaves out of them all the same.
 
 Templates differ in what they take: the text of a message or a list of its parts, a content of None beside tool calls or
-an empty one, the arguments of a call as an object or as JSON text. What is given in another shape is not an error for
+an empty one, the arguments of a call as an object or as JSON text, reasoning under one key or another. What is given in another shape is not an error for
 them: parts are printed as Python writes them, arguments are written as JSON twice, calls are not printed. So a row is
 rendered as it is; where its texts are not all there, or not as they should be, other shapes are tried, and the one that
 loses least is taken, the earlier one of two that lose the same. A row depends on nothing but itself and the template.
@@ -22,7 +22,14 @@ from typing import Any, Literal, NamedTuple, final
 
 from holdfast.data.formats import Message, Preference
 from holdfast.data.note import Note
-from holdfast.data.rendering.omissions import EARLIER_REASONING, REASONING, SYSTEM_ROLES, missing_texts, prints_all
+from holdfast.data.rendering.omissions import (
+    EARLIER_REASONING,
+    REASONING,
+    REASONING_KEYS,
+    SYSTEM_ROLES,
+    missing_texts,
+    prints_all,
+)
 from holdfast.data.rendering.tool_text import (
     AS_PYTHON,
     TOOL,
@@ -44,13 +51,13 @@ _LONGEST_DETAIL = 60
 _PART = re.compile(r"""\\?['"]type\\?['"]: ?\\?['"]text\\?['"]""")
 _NONE = re.compile(r"\bNone\b")
 
-Dimension = Literal["contents", "empty", "arguments"]
+Dimension = Literal["contents", "empty", "arguments", "reasoning"]
 _MENDS: Mapping[str, Dimension | None] = {
     "parts": "contents",
     "None": "empty",
     TOOL_CALL: "empty",
     "arguments": "arguments",
-    REASONING: None,
+    REASONING: "reasoning",
     EARLIER_REASONING: None,
     TOOL: None,
     TOOL_DESCRIPTION: None,
@@ -223,7 +230,9 @@ def _shapes(preference: Preference) -> dict[Dimension, list[_Shape]]:
     """In what the messages may be shaped otherwise, and how, beginning with how they are. What is empty may then become
     a part, so contents come last."""
     messages = [message for messages in _conversations(preference) for message in messages]
-    shapes: dict[Dimension, list[_Shape]] = {"empty": [_same], "arguments": [_same], "contents": [_same]}
+    shapes: dict[Dimension, list[_Shape]] = {
+        "reasoning": [_same], "empty": [_same], "arguments": [_same], "contents": [_same]
+    }  # fmt: skip
     if any(isinstance(message.get("content"), list) for message in messages):
         shapes["contents"] += [_joined, _with_text_of_system]
     shapes["contents"] += [_in_parts, _in_parts_but_system]
@@ -231,6 +240,8 @@ def _shapes(preference: Preference) -> dict[Dimension, list[_Shape]]:
         shapes["empty"] += [_with_none, _with_empty, _without_content]
     if any(message.get("tool_calls") for message in messages):
         shapes["arguments"] += [_with_objects, _with_json_text]
+    if any(key in message for message in messages for key in REASONING_KEYS):
+        shapes["reasoning"] += [_with_reasoning_under_all_keys]
     return shapes
 
 
@@ -302,6 +313,12 @@ def _with_json_text(message: Message) -> Message:
         return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
 
     return _with_arguments(message, changed)
+
+
+def _with_reasoning_under_all_keys(message: Message) -> Message:
+    """The message with its reasoning under each key that templates have for it, where it is under one of them."""
+    found = [message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)]
+    return {**message, **dict.fromkeys(REASONING_KEYS, found[0])} if len(found) == 1 else message
 
 
 def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
