@@ -43,8 +43,13 @@ def whole_masks(name: str, shape: str) -> list[tuple[list[int], list[int]]]:
     tokenizer = table.tokenizer_of(name, has_marks=True)
     found = []
     for side in table.SIDES:
+        messages = [
+            # newer versions of transformers do this, for gpt-oss
+            {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
+            for message in row["prompt"] + row[side]
+        ]
         rendered: Any = tokenizer.apply_chat_template(
-            row["prompt"] + row[side],
+            messages,
             tools=row.get("tools"),
             chat_template=template_of(tokenizer, {"tools": row.get("tools")}, table.DATE),
             return_assistant_tokens_mask=True,

@@ -1,10 +1,11 @@
 """Messages -> the same messages as the chat template needs them, and what it leaves out of them all the same.
 
 Templates differ in what they take: the text of a message or a list of its parts, a content of None beside tool calls or
-an empty one, the arguments of a call as an object or as JSON text, reasoning under one key or another. What is given in another shape is not an error for
-them: parts are printed as Python writes them, arguments are written as JSON twice, calls are not printed. So a row is
-rendered as it is; where its texts are not all there, or not as they should be, other shapes are tried, and the one that
-loses least is taken, the earlier one of two that lose the same. A row depends on nothing but itself and the template.
+an empty one, the arguments of a call as an object or as JSON text, reasoning under one key or another. What is given in
+another shape is not an error for them: parts are printed as Python writes them, arguments are written as JSON twice,
+calls are not printed. So a row is rendered as it is; where its texts are not all there, or not as they should be, other
+shapes are tried, and the one that loses least is taken, the earlier one of two that lose the same. A row depends on
+nothing but itself and the template.
 
 Parts are joined as they are, without a space or a line between them, as templates print parts that they know.
 
