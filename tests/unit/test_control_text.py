@@ -203,8 +203,9 @@ def test_ordinary_conversations_are_cut_and_joined_without_a_trace(kind: str) ->
         messages = row["prompt"] + row["chosen"]
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
         ids: Any = tokenizer.apply_chat_template(messages, tokenize=True)
-        found = control_text.ids(messages, lambda _, text=text: text, ids["input_ids"])
-        assert found == ids["input_ids"]
+        found = control_text.encoded(messages, lambda _, text=text: text, ids["input_ids"])
+        assert found is not None
+        assert found.ids == ids["input_ids"]
 
 
 @pytest.mark.parametrize("as_stream", [False, True])

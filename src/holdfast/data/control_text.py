@@ -90,17 +90,6 @@ class ControlText:
                 elsewhere = elsewhere or match[0]
         return NOTHING if by_others is elsewhere is None else Found(by_others=by_others, elsewhere=elsewhere)
 
-    def ids(
-        self,
-        messages: list[Message],
-        render: Callable[[list[Message]], str],
-        ordinary_ids: Sequence[int],
-        render_hidden: Callable[[list[Message]], str] | None = None,
-    ) -> list[int] | None:
-        """The token ids of `encoded`."""
-        found = self.encoded(messages, render, ordinary_ids, render_hidden)
-        return None if found is None else found.ids
-
     def encoded(
         self,
         messages: list[Message],

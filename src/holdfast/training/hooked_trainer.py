@@ -1,10 +1,11 @@
 """`HookedTrainer`: what a subclass that overrides a method which gets batches is given instead of the run's own rows.
 
-Such a method reads padded rows (see `handed_batches`). So the data collator is another one for it, the loss that it
-returns is the one that an evaluation reports, and a method that cannot be called as it is called is refused at once.
+Such a method reads padded rows (see `handed_batches`). So the data collator is another one for it, and the loss that it
+returns is the one that an evaluation reports.
 """
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -37,8 +38,8 @@ class HookedTrainer(ScriptableTrainer):
     _has_said_assigned: bool = False
 
     def _overridden_hooks(self, args: DPOConfig) -> list[str]:
-        """The methods that get batches and are none of `DPOTrainer`'s. ValueError for one that cannot be called, or
-        that cannot read the rows which `args` ask for."""
+        """The methods that get batches and are none of `DPOTrainer`'s. ValueError for those that cannot read the
+        rows which `args` ask for."""
         hooks = [] if self.reads_any_layout else overridden(type(self), self._own_hooks)
         check_layout(hooks, type(self), args)
         return hooks
@@ -79,8 +80,10 @@ class HookedTrainer(ScriptableTrainer):
             sums = self._reference_logps(self._pair_batch(inputs))
         return self._handed.handed_out(inputs, sums)
 
+    @abstractmethod
     def _layout_name(self) -> str:
-        raise NotImplementedError
+        """The name of the layout in which the run's rows are."""
 
+    @abstractmethod
     def _reference_logps(self, batch: Any) -> PairLogps | None:
-        raise NotImplementedError
+        """The reference's log-probs of a batch; None where there is no reference."""
