@@ -1,29 +1,32 @@
 """The options of how a run's datasets are read, tokenized and cut."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-def _option(help: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": help}, **kwargs)
+from holdfast.losses.options import option
 
 
 @dataclass(kw_only=True)
 class DataOptions:
     """Options about data. `DPOConfig` inherits them, and checks them with the others."""
 
-    columns: dict[str, Any] | str | None = _option("Which columns are what: a format or a mapping.", default=None)
-    dataset_num_proc: int | None = _option("Processes that tokenize the dataset.", default=None)
-    template_date: str | None = _option(
+    columns: dict[str, Any] | str | None = option(
+        None, "Which columns of the datasets are what: the name of a public format, or a mapping."
+    )
+    dataset_num_proc: int | None = option(None, "Processes that tokenize the dataset.")
+    template_date: str | None = option(
+        None,
         "Date (YYYY-MM-DD) that chat templates print which print one. Default: the day on which the run began, on a "
         "resume too.",
-        default=None,
     )
-    assistant_only: bool = _option(
-        "Score only what the assistant says in completions of several messages. Off: all their tokens.", default=True
+    assistant_only: bool = option(
+        True,
+        "Score only what the assistant says in completions of several messages; what others say is seen. Off: score "
+        "all tokens of the completions.",
     )
-    max_length: int | None = _option("Longest prompt + completion in tokens; None does not truncate.", default=1024)
-    truncation_mode: str = _option("Longer sequences: `keep_start` or `keep_end`.", default="keep_start")
-    special_tokens_in_text: str = _option(
-        "What special tokens become that others than the assistant spell out: `text` or `token`.", default="text"
+    max_length: int | None = option(1024, "Longest prompt + completion in tokens; None does not truncate.")
+    truncation_mode: str = option("keep_start", "Which end of a longer sequence is kept: `keep_start` or `keep_end`.")
+    special_tokens_in_text: str = option(
+        "text",
+        "What a special token becomes that a message of others than the assistant spells out: `text`, or this `token`.",
     )
