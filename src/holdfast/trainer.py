@@ -42,7 +42,9 @@ from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
+from holdfast.options.engines import check_engine
 from holdfast.policy.broadcast import broadcast_unlike_tensors
+from holdfast.policy.divided import check_undivided
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
@@ -112,6 +114,7 @@ class DPOTrainer(RenewableTrainer):
         self.model_init = model_init
         self._makings = Makings.of(ref_model, quantization_config, peft_config, data_collator, model_init)
         policy = self._makings.policy(model if model is not None else Trainer.call_model_init(self), args)
+        check_undivided(policy, "model")
         check_optimizers(optimizers, policy)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         num_ids = vocabulary_size(unwrap(policy))
@@ -135,6 +138,7 @@ class DPOTrainer(RenewableTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        check_engine(args, self.accelerator, optimizers)
         self.model_init, self._is_fresh = model_init, model_init is not None  # transformers has None: it got a model
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
