@@ -90,13 +90,12 @@ def _check_separate_runs(args: Any) -> None:
 
 def _launched() -> tuple[int, str]:
     """How many processes were launched together, and what says so; 0 where nothing does."""
+    said = {name: int(text) for name in ("WORLD_SIZE", *_LAUNCHERS) if (text := os.environ.get(name, "")).isdecimal()}
     is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_grouped and (size := torch.distributed.get_world_size()) > 1:
+    if said.get("WORLD_SIZE", 1) == 1 and is_grouped and (size := torch.distributed.get_world_size()) > 1:
         return size, "the size of the process group"
-    for name in ("WORLD_SIZE", *_LAUNCHERS):
-        if (text := os.environ.get(name, "")).isdecimal():
-            return int(text), name  # WORLD_SIZE wins: who sets it to 1 means one process
-    return 0, ""
+    name = next(iter(said), "")
+    return said.get(name, 0), name  # WORLD_SIZE wins: who sets it to 1 means one process
 
 
 # --- FSDP and DeepSpeed -----------------------------------------------------------------------------------------------
