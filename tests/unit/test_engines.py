@@ -180,6 +180,7 @@ def optimizer(kind: str = "AdamW", **params: Any) -> dict[str, Any]:
     return {"optimizer": {"type": kind, "params": {k: v for k, v in (ADAM | params).items() if v is not None}}}
 
 
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({}, {}, None),
     ({"gradient_clipping": 1.0}, {"max_grad_norm": 1.0}, None),
@@ -211,6 +212,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
      r"scheduler\.type is 'WarmupLR', and lr_scheduler_type='cosine'.*Remove the block"),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto"}}}, {}, None),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, {}, r"warmup_max_lr is not written"),
+    (OFFLOADED, {}, None),
+    (OFFLOADED, {"optim": "adagrad"}, None),
+    (OFFLOADED, {"optim": "sgd"}, r"offload_optimizer is on, and optim='sgd': DeepSpeed would take its own Adam"),
+    (OFFLOADED | {"zero_force_ds_cpu_optimizer": False}, {"optim": "sgd"}, None),
     *[
         ({name: {"enabled": True}}, {}, rf"{name} changes what the policy computes")
         for name in ("amp", "data_efficiency", "curriculum_learning", "progressive_layer_drop", "compression_training")
@@ -258,6 +263,9 @@ def test_the_users_optimizer_is_not_exchanged_for_deepspeeds() -> None:
         check_deepspeed_optimizer(AUTO | optimizer(), (own, None))
     with pytest.raises(ValueError, match=r"`optimizers` has a ConstantLR, but .* a block 'scheduler'"):
         check_deepspeed_optimizer(AUTO | {"scheduler": {}}, (own, schedule))
+    with pytest.raises(ValueError, match=r"`optimizers` has a SGD, but .*its own Adam.*zero_force_ds_cpu_optimizer"):
+        check_deepspeed_optimizer(AUTO | OFFLOADED, (own, None))
+    check_deepspeed_optimizer(AUTO | OFFLOADED, (torch.optim.AdamW(own.param_groups[0]["params"]), None))
     check_deepspeed_optimizer(AUTO, (own, schedule))
 
 

@@ -33,6 +33,9 @@ _DEFAULT_OPTIM = ("adamw_torch", "adamw_torch_fused")
 _DEFAULTS = {"betas": ["adam_beta1", "adam_beta2"], "eps": ["adam_epsilon"], "weight_decay": ["weight_decay"]}
 _OF_DEEPSPEED = {"betas": [0.9, 0.999], "eps": [1e-8], "weight_decay": [0.0]}
 
+_OF_CPU = ("DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion")
+_KEEP = "Use optim='adamw_torch', or write \"zero_force_ds_cpu_optimizer\": false, with which torch's own steps on the host."
+
 _CHANGES = (
     "amp", "data_efficiency", "curriculum_learning", "progressive_layer_drop", "compression_training",
     "quantize_training", "sparse_attention", "sparse_gradients",
@@ -43,14 +46,21 @@ _CHANGES = (
 def check_deepspeed(args: Any, config: Mapping[str, Any]) -> None:
     """ValueError that names every entry of a DeepSpeed config that contradicts `args`, each with what to write."""
     found = [*_clipping(args, config), *_batches(args, config), *_precision(args, config)]
-    found += [*_optimizer(args, config), *_scheduler(args, config), *_changes(config), *_divisions(config)]
+    found += [*_optimizer(args, config), *_offloaded(args, config), *_scheduler(args, config)]
+    found += [*_changes(config), *_divisions(config)]
     if found:
         lines = "\n".join(f"- {line}" for line in found)
         raise ValueError(f"The DeepSpeed config was asked for what the options of the run contradict:\n{lines}")
 
 
 def check_deepspeed_optimizer(config: Mapping[str, Any], optimizers: tuple[Any, Any]) -> None:
-    """ValueError where the user's optimizer or schedule would be ignored for the one of the DeepSpeed config."""
+    """ValueError where the user's optimizer or schedule would be exchanged for one of DeepSpeed."""
+    kind = type(optimizers[0]).__name__
+    if optimizers[0] is not None and _exchanges_optimizers(config) and kind not in ("AdamW", "Adagrad") + _OF_CPU:
+        raise ValueError(
+            f"`optimizers` has a {kind}, but the DeepSpeed config offloads the optimizer, and DeepSpeed would take its "
+            f"own Adam in its place. {_KEEP}"
+        )
     for name, own in zip(("optimizer", "scheduler"), optimizers, strict=True):
         if own is not None and name in config:
             raise ValueError(
@@ -125,6 +135,21 @@ def _optimizer(args: Any, config: Mapping[str, Any]) -> Iterator[str]:
             said = ", ".join(f"{option}={getattr(args, option):g}" for option in options)
             is_ = "is not written" if value is None else f"is {shown(value)}"
             yield f'optimizer.params.{key} {is_}, and {said}. Write "{key}": "auto".'
+
+
+def _offloaded(args: Any, config: Mapping[str, Any]) -> Iterator[str]:
+    """With an offloaded optimizer, accelerate makes DeepSpeed's own Adam of whatever is neither AdamW nor Adagrad."""
+    optim = OptimizerNames(args.optim).value
+    if _exchanges_optimizers(config) and "optimizer" not in config and optim not in (*_DEFAULT_OPTIM, "adagrad"):
+        yield (
+            f"zero_optimization.offload_optimizer is on, and optim={optim!r}: DeepSpeed would take its own Adam in its "
+            f"place. {_KEEP}"
+        )
+
+
+def _exchanges_optimizers(config: Mapping[str, Any]) -> bool:
+    block = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    return block.get("device", "none") != "none" and bool(config.get("zero_force_ds_cpu_optimizer", True))
 
 
 def _scheduler(args: Any, config: Mapping[str, Any]) -> Iterator[str]:
