@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import differences
+
+from differences import differences
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +49,17 @@ def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[
 def read(folder: Path, name: str) -> dict[str, Any]:
     """The outcome of a run."""
     return json.loads((folder / f"{name.replace('/', '.')}.json").read_text())
+
+
+def test_faults_of_a_run_are_found(tmp_path: Path) -> None:
+    """A number, the engine, a whole model in one process, and a reference that is the policy."""
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5]}
+    one = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
+    name = "fsdp2/full/device/fixed"
+    assert list(faults(one, one, name)) == []
+    assert len(list(faults(one, one | {"logs": [{"loss": 0.6}]}, name))) == 1
+    for changed in ({"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]}):
+        assert list(faults(one, one | {"facts of each_process": facts | changed}, name)) != [], changed
