@@ -44,7 +44,6 @@ from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.options.engines import check_engine
 from holdfast.policy.broadcast import broadcast_unlike_tensors
-from holdfast.policy.divided import check_undivided
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
 from holdfast.policy.sharding import is_sharded, shard_policy
@@ -115,7 +114,6 @@ class DPOTrainer(RenewableTrainer):
         self.model_init = model_init
         self._makings = Makings.of(ref_model, quantization_config, peft_config, data_collator, model_init)
         policy = self._makings.policy(model if model is not None else Trainer.call_model_init(self), args)
-        check_undivided(policy, "model")
         check_optimizers(optimizers, policy)
         processing_class, tokenizer = load_tokenizer(processing_class, policy, args)
         num_ids = vocabulary_size(unwrap(policy))
