@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
+from holdfast.checkpoint.hosts import heed_hosts
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
@@ -108,7 +109,7 @@ class DPOTrainer(RenewableTrainer):
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
-        args = self._early_options(args)
+        args = heed_hosts(self._early_options(args))
         hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
         self.model_init = model_init

@@ -34,7 +34,7 @@ _DEFAULTS = {"betas": ["adam_beta1", "adam_beta2"], "eps": ["adam_epsilon"], "we
 _OF_DEEPSPEED = {"betas": [0.9, 0.999], "eps": [1e-8], "weight_decay": [0.0]}
 
 _OF_CPU = ("DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion")
-_KEEP = "Use optim='adamw_torch', or write \"zero_force_ds_cpu_optimizer\": false, with which torch's own steps on the host."
+_KEEP = "Use optim='adamw_torch', or write \"zero_force_ds_cpu_optimizer\": false, and torch's own steps on the host."
 
 _CHANGES = (
     "amp", "data_efficiency", "curriculum_learning", "progressive_layer_drop", "compression_training",
@@ -56,7 +56,7 @@ def check_deepspeed(args: Any, config: Mapping[str, Any]) -> None:
 def check_deepspeed_optimizer(config: Mapping[str, Any], optimizers: tuple[Any, Any]) -> None:
     """ValueError where the user's optimizer or schedule would be exchanged for one of DeepSpeed."""
     kind = type(optimizers[0]).__name__
-    if optimizers[0] is not None and _exchanges_optimizers(config) and kind not in ("AdamW", "Adagrad") + _OF_CPU:
+    if optimizers[0] is not None and _exchanges_optimizers(config) and kind not in ("AdamW", "Adagrad", *_OF_CPU):
         raise ValueError(
             f"`optimizers` has a {kind}, but the DeepSpeed config offloads the optimizer, and DeepSpeed would take its "
             f"own Adam in its place. {_KEEP}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from holdfast.internals.accelerate import forget_preparation, is_prepared
+from holdfast.internals.transformers import saving_where_asked
 from holdfast.policy.sharding import is_sharded
 
 
@@ -48,6 +49,11 @@ class EngineTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         self._is_evaluated_first |= is_first and is_prepared(self.model)
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the model; with `save_on_each_node` on each host."""
+        with saving_where_asked(self.model, self.args):
+            super()._save(output_dir, state_dict)
 
     def _keep_parameters(self) -> None:
         """Gives the optimizer its parameters again: accelerate takes parameters of which a process has nothing for one
