@@ -34,6 +34,7 @@ def batch_loss(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
     steps = options.get("gradient_accumulation_steps", 1)
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": GLOBAL_BATCH // WORLD}
     options = {"train_dataset": shared_rows(), "eval_dataset": held_out, "max_steps": 5 // steps} | evaluation | options
+    options["train_sampling_strategy"] = "sequential"  # so the first rows are the fillers of the last batch
     if "reference" not in options:
         options["ref_model"] = tiny_model(seed=5)
     return trained(make(folder, policy(), **options), folder)
@@ -52,7 +53,7 @@ SCENARIOS: dict[str, Scenario] = {
     "batch_likelihood": partial(batch_loss, **LIKELIHOOD),
     "batch_likelihood_accumulated": partial(batch_loss, **LIKELIHOOD, gradient_accumulation_steps=2),
     "batch_orpo_of_lora": partial(batch_loss, policy=POLICIES["lora_fresh"], loss_type="orpo", reference="none"),
-    "batch_cpo": partial(batch_loss, loss_type=["cpo", "aot"]),
+    "batch_cpo": partial(batch_loss, loss_type=["cpo", "aot"], learning_rate=0.1),
     "batch_routed": partial(batch_loss, policy=mixture_of_experts, **ROUTED),
     "batch_routed_padded": partial(batch_loss, policy=mixture_of_experts, **ROUTED, layout="padded"),
     "batch_routed_packed": partial(
