@@ -1,0 +1,41 @@
+"""What differs from `transformers.Trainer` where an engine (FSDP2, DeepSpeed) spreads a model over processes.
+
+The policy is sharded when the trainer is made, so transformers finds it sharded when training begins.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from holdfast.policy.sharding import is_sharded
+
+
+class EngineTrainer(Trainer):
+    """Trains a policy that may be sharded already."""
+
+    model: Any
+    optimizer: Any
+    _is_sharded: bool
+    """Whether a process holds only a part of the policy's weights."""
+
+    _parameters: Sequence[list[Tensor]] = ()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and is_sharded(self.model):
+            self._keep_parameters()
+        return prepared
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.create_optimizer`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._parameters = [list(group["params"]) for group in getattr(self.optimizer, "param_groups", [])]
+        return optimizer
+
+    def _keep_parameters(self) -> None:
+        """Gives the optimizer its parameters again: accelerate takes parameters of which a process has nothing for one
+        and the same."""
+        for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
+            group["params"] = parameters
