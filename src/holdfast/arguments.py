@@ -186,7 +186,7 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
         )
     if coefficient != 0 and args.world_size > 1 and not adds_up(causal_lm):
         raise ValueError(
-            f"A load-balancing loss with weight {coefficient} was asked for on {args.world_size} processes, but that of "
+            f"A load-balancing loss (weight {coefficient}) was asked for on {args.world_size} processes, but that of "
             f"{type(causal_lm).__name__} is not the common one, whose sums can be added up over processes: each would "
             "balance its own rows only. Set router_aux_loss_coef=0, or train in one process."
         )

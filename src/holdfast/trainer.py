@@ -329,8 +329,8 @@ class DPOTrainer(RenewableTrainer):
         own_losses = pairs.of_this_process(losses if term is None else losses + term)
         metrics = batch_metrics(batch, own_losses, *values, is_training=is_training)
         self._tallies["train" if is_training else "eval"].add(metrics)
-        if batch.host_sources is not None and not is_training:
-            of_sources = self._global_batch.losses_by_source(batch, pairs)
+        of_sources = None if is_training else self._global_batch.losses_by_source(batch, pairs)
+        if of_sources is not None and batch.host_sources is not None:
             of_sources = of_sources if term is None else of_sources + term
             self._by_source.add(batch.host_sources.names, metrics_by_source(batch, of_sources, *values))
         loss = self._global_batch.mean(pairs, losses, term, is_uneven=is_uneven)

@@ -80,9 +80,9 @@ def score(
 
     `model` is a causal language model, as it is or wrapped (PEFT, DDP, FSDP, `torch.compile`). Gradients flow when they
     are enabled. The log-softmax is taken in fp32 whatever the autocast dtype. `statistics` adds `TokenStatistics`,
-    `router_logits` the model's own load-balancing loss, or with `router_weights`, which say how often each token counts,
-    the `router_sums` of `scoring.router` in its place. `chunk_tokens` bounds the tokens projected at a time; its
-    default keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
+    `router_logits` the model's own load-balancing loss, or in its place the `router_sums` of `scoring.router`, where
+    `router_weights` say how often each token counts. `chunk_tokens` bounds the tokens projected at a time; its default
+    keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
     causal_lm = unwrap(model)
     vocabulary, head = vocabulary_size(causal_lm), output_embeddings(causal_lm)

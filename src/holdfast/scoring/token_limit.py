@@ -34,8 +34,9 @@ def score_within_limit(
 ) -> Scores:
     """`score(model, batch)` with statistics, and with at most `num_tokens` tokens (or one row) in the model at a time.
 
-    None is no limit. `router_logits` and `router_weights` are those of `score`. A load-balancing loss is a mean over all tokens of a batch, so it must not be asked for with a
-    limit. ValueError where a batch over the limit has inputs that cannot be cut into rows.
+    None is no limit. `router_logits` and `router_weights` are those of `score`. A load-balancing loss is a mean over
+    all tokens of a batch, so it must not be asked for with a limit. ValueError where a batch over the limit has inputs
+    that cannot be cut into rows.
     """
     num_rows, num_columns = batch.inputs["input_ids"].shape
     if num_tokens is None or num_rows == 1 or num_rows * num_columns <= num_tokens:

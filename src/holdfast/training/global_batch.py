@@ -24,6 +24,7 @@ from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.token_weights import token_weights
+from holdfast.data.mixing.source_column import NO_SOURCE
 from holdfast.losses import LOSSES, PairLogps, preference_loss
 from holdfast.scoring.router import balance_loss
 from holdfast.scoring.score import Scores
@@ -111,7 +112,7 @@ class GlobalBatch:
         return (losses if term is None else losses + term).mean()
 
     def losses_by_source(self, batch: PairBatch, pairs: ComparedPairs) -> Float[Tensor, "P"]:
-        """The losses of this process's pairs, computed for the pairs of each source alone. `batch` has sources."""
+        """The losses of this process's pairs, computed for the pairs of each source alone; zeros without sources."""
         losses = torch.zeros_like(pairs.policy.chosen)
         for of_source in self._pairs_of_sources(batch, pairs):
             if len(of_source) > 0:
@@ -119,15 +120,14 @@ class GlobalBatch:
         return pairs.of_this_process(losses)
 
     def _pairs_of_sources(self, batch: PairBatch, pairs: ComparedPairs) -> Sequence[Int[Tensor, "Q"]]:
-        """The indices of the pairs of each source."""
-        assert (sources := batch.host_sources) is not None  # noqa: RUF018
-        assert batch.pair_sources is not None
+        """The indices of the pairs of each source. A stream may have rows with a source on some processes only."""
+        sources, places = batch.host_sources, batch.pair_sources
         if pairs.own is None:
-            return batch.pair_sources.argsort(stable=True).split(sources.counts())
-        of_processes: list[str] = gather_object([sources.names[place] for place in sources.places])
-        device = pairs.policy.chosen.device
+            return [] if sources is None or places is None else places.argsort(stable=True).split(sources.counts())
+        own = [NO_SOURCE] * batch.num_pairs if sources is None else [sources.names[place] for place in sources.places]
+        of_processes: list[str] = gather_object(own)
         return [
-            torch.tensor([pair for pair, other in enumerate(of_processes) if other == name], device=device)
+            torch.tensor([pair for pair, other in enumerate(of_processes) if other == name], device=batch.chosen.device)
             for name in sorted({*of_processes})
         ]
 
