@@ -5,15 +5,25 @@ last batch of one real pair, so all but one process have nothing real there. The
 `GLOBAL_BATCH` too, the last one of one pair, and by source, of which a process may have no row.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
-from scenarios import GLOBAL_BATCH, WORLD, Scenario, held_out_rows, make, stream, trained
+from scenarios import GLOBAL_BATCH, RANK, WORLD, Scenario, held_out_rows, make, stream, trained
+from torch import Tensor
+from transformers import DogeConfig, DogeForCausalLM
 
 from families import tiny_model
-from policies import POLICIES, rows
+from holdfast import DataCollatorForPreference
+from holdfast.losses import PairLogps
+from holdfast.training import global_batch
+from holdfast.training.global_batch import GlobalBatch
+from policies import POLICIES, config, rows
 
 SORTING = {"loss_type": ["aot", "aot_unpaired"], "loss_weights": [1.0, 0.5], "label_smoothing": 0.1}
 LIKELIHOOD = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4, "use_weighting": True}
@@ -37,6 +47,7 @@ def batch_loss(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
     options["train_sampling_strategy"] = "sequential"  # so the first rows are the fillers of the last batch
     if "reference" not in options:
         options["ref_model"] = tiny_model(seed=5)
+    folder.mkdir(exist_ok=True)
     return trained(make(folder, policy(), **options), folder)
 
 
@@ -45,7 +56,80 @@ def mixture_of_experts(family: str = "mixtral") -> Any:
     return tiny_model(family)
 
 
+def by_hand(folder: Path) -> Any:
+    """The losses and gradients of three pairs, of which the first process has two and the last one has one."""
+    own = slice(0, 3) if WORLD == 1 else slice(0, 2) if RANK == 0 else slice(2, 3 if RANK == WORLD - 1 else 2)
+    found: dict[str, Any] = {}
+    for name in ("aot", "sft"):
+        chosen = torch.tensor([-3.0, -5.0, -4.0])[own].requires_grad_()
+        policy = pair_logps(chosen, [-5.0, -4.0, -4.5], own)
+        reference = pair_logps(torch.zeros(3)[own], [0.0, -1.0, 0.5], own)
+        args = config(folder, loss_type=name, beta=1.0)
+        batch = GlobalBatch(args, Accelerator(cpu=True), has_router=False)
+        pairs = batch.compared(policy, reference, None, is_uneven=True)
+        loss = batch.mean(pairs, pairs.losses(args), None, is_uneven=True)
+        loss.backward()
+        assert chosen.grad is not None
+        found[f"{name} of each_process"] = gather_object([loss.item()])
+        found[f"gradients of {name}"] = gather_object((chosen.grad / WORLD).tolist())
+    return found
+
+
+def unexchanged(folder: Path) -> Any:
+    """What two of the trainings log in 2 steps where each process gets its own numbers back in the place of the others'."""
+    plain = global_batch._of_all_processes
+    global_batch._of_all_processes = lambda values, accelerator: torch.cat([values] * WORLD)
+    try:
+        table = {"batch_sorted": SORTING, "batch_routed": {"policy": mixture_of_experts, **ROUTED}}
+        return {name: batch_loss(folder / name, **options, max_steps=2)["logs"] for name, options in table.items()}
+    finally:
+        global_batch._of_all_processes = plain
+
+
+def pair_logps(chosen: Tensor, rejected: list[float], own: slice) -> PairLogps:
+    """The log-probs of a process's own pairs; the chosen completions have 2, 3 and 1 tokens."""
+    lengths = torch.tensor([2, 3, 1])[own]
+    return PairLogps(
+        chosen=chosen,
+        rejected=torch.tensor(rejected)[own],
+        chosen_lengths=lengths,
+        rejected_lengths=lengths,
+        chosen_likelihood=chosen,
+    )
+
+
+def without_the_first(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """A user's own collator, which leaves a row out where there are several."""
+    return dict(DataCollatorForPreference(pad_token_id=0)(features[1:] or features))
+
+
+def refused(folder: Path) -> Any:
+    """What each process says to what would give several unlike batches, or another loss than the one that adds up."""
+    if WORLD == 1:
+        return None
+    config_of_doge = DogeConfig(vocab_size=97, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, is_moe=True)
+    attempts: dict[str, Callable[[], Any]] = {
+        "even_batches": lambda: make(folder, tiny_model(), accelerator_config={"even_batches": False}),
+        "collator": lambda: make(
+            folder, tiny_model(), data_collator=without_the_first, per_device_train_batch_size=2
+        ).train(),
+        "router": lambda: make(folder, DogeForCausalLM(config_of_doge), router_aux_loss_coef=0.1),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            message = "not refused"
+        except ValueError as error:
+            message = str(error)
+        said[f"{name} of each_process"] = gather_object([message])
+    return said
+
+
 SCENARIOS: dict[str, Scenario] = {
+    "by_hand": by_hand,
+    "refused": refused,
+    "unexchanged": unexchanged,
     "batch_sorted": partial(batch_loss, **SORTING),
     "batch_sorted_unpaired_of_a_stream": partial(
         batch_loss, loss_type="aot_unpaired", train_dataset=stream(9, table=rows(9))
