@@ -76,7 +76,7 @@ def by_hand(folder: Path) -> Any:
 
 
 def unexchanged(folder: Path) -> Any:
-    """What two of the trainings log in 2 steps where each process gets its own numbers back in the place of the others'."""
+    """What two of the trainings log in 2 steps where each process gets its own numbers back for the others'."""
     plain = global_batch._of_all_processes
     global_batch._of_all_processes = lambda values, accelerator: torch.cat([values] * WORLD)
     try:
