@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from engine_scenarios import numbers
+from engines import options_of
 from scenarios import GLOBAL_BATCH, RANK, WORLD, Scenario, held_out_rows, make, stream, trained
 from torch import Tensor
 from transformers import DogeConfig, DogeForCausalLM
@@ -38,8 +40,9 @@ def shared_rows() -> Dataset:
     return Dataset.from_list(table)
 
 
-def batch_loss(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
-    """4 steps of a first epoch of 9 rows and a second one; an evaluation of 5 rows after 2 steps and at the end."""
+def run_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of 5 steps over 9 rows, so of one epoch and part of a second one, with an evaluation of 5 rows after every
+    two steps and at the end."""
     held_out = held_out_rows(5).add_column("source", ["a", "b", "a", "a", "b"])
     steps = options.get("gradient_accumulation_steps", 1)
     evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": GLOBAL_BATCH // WORLD}
@@ -47,13 +50,27 @@ def batch_loss(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
     options["train_sampling_strategy"] = "sequential"  # so the first rows are the fillers of the last batch
     if "reference" not in options:
         options["ref_model"] = tiny_model(seed=5)
+    return options
+
+
+def batch_loss(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
+    """The numbers of a training with these options."""
     folder.mkdir(exist_ok=True)
-    return trained(make(folder, policy(), **options), folder)
+    return trained(make(folder, policy(), **run_options(options)), folder)
 
 
 def mixture_of_experts(family: str = "mixtral") -> Any:
     """A tiny model with routers."""
     return tiny_model(family)
+
+
+def sharded(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
+    """What a training logs over FSDP2, and the engine that it ran on."""
+    if WORLD == 1:
+        return None
+    ours = make(folder, policy(), **run_options(options | options_of("fsdp2")))
+    ours.train()
+    return {"logs": numbers(ours.state.log_history), "engine": str(ours.accelerator.distributed_type)}
 
 
 def by_hand(folder: Path) -> Any:
@@ -130,6 +147,8 @@ SCENARIOS: dict[str, Scenario] = {
     "by_hand": by_hand,
     "refused": refused,
     "unexchanged": unexchanged,
+    "sharded_batch_sorted": partial(sharded, **SORTING),
+    "sharded_batch_routed": partial(sharded, policy=mixture_of_experts, **ROUTED),
     "batch_sorted": partial(batch_loss, **SORTING),
     "batch_sorted_unpaired_of_a_stream": partial(
         batch_loss, loss_type="aot_unpaired", train_dataset=stream(9, table=rows(9))

@@ -51,6 +51,14 @@ def test_two_processes_train_as_one(name: str, runs: Runs) -> None:
     assert len(set(of_two[name]["weights_of_each_process"])) == 1
 
 
+@pytest.mark.parametrize("name", ["batch_sorted", "batch_routed"])
+def test_sharded_processes_log_what_one_does(name: str, runs: Runs) -> None:
+    """Over FSDP2, whose gradients are averaged as DDP's are, and where no process may leave out an exchange."""
+    found = runs[2][1][f"sharded_{name}"]
+    assert found["engine"] == "DistributedType.FSDP"
+    assert list(differences(runs[1][1][name]["logs"], found["logs"])) == []
+
+
 @pytest.mark.nightly
 def test_four_processes_train_as_one(runs: Runs, tmp_path: Path) -> None:
     """Three of them have no real pair in the last batch of an epoch."""
