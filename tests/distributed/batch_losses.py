@@ -70,6 +70,7 @@ def sharded(folder: Path, policy: Any = tiny_model, **options: Any) -> Any:
         return None
     ours = make(folder, policy(), **run_options(options | options_of("fsdp2")))
     ours.train()
+    options_of("ddp")  # what transformers set for the engine would hold for the next run too
     return {"logs": numbers(ours.state.log_history), "engine": str(ours.accelerator.distributed_type)}
 
 
