@@ -9,11 +9,15 @@ Whatever gathers is a collective call: all processes must make it, in the same o
 are flat.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
 
@@ -54,6 +58,37 @@ def give_back(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
+
+
+def total(terms: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of values, each of one tensor: of all its numbers, or of this process's part of them. Then it is the sum
+    over all parts, and collective."""
+    values, num_parts = [], []
+    for tensor, value in terms:
+        values.append(value)
+        num_parts.append(_num_parts(tensor))
+    if max(num_parts, default=1) == 1:
+        return sum(values)
+    state = PartialState()
+    own = sum(value * num / state.num_processes for value, num in zip(values, num_parts, strict=True))
+    everyone: Tensor = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), reduction="sum")  # type: ignore[assignment]
+    return float(everyone)
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """Into how many unlike parts a tensor is cut."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = tensor.device_mesh.shape
+    return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
+
+
+def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
