@@ -11,6 +11,7 @@ are flat.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,11 +21,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
+from holdfast.internals.torch import end_forward
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only a part of one of the module's parameters."""
-    return any(is_part(parameter) for parameter in module.parameters())
+    """Whether this process holds only a part of one of the module's parameters. The same on all processes, also where
+    a forward pass has left its values gathered."""
+    return any(isinstance(child, FSDPModule) for child in module.modules()) or any(map(is_part, module.parameters()))
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -50,14 +53,38 @@ def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    part = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    return part.to(parameter.device)
 
 
 def give_back(module: nn.Module) -> None:
-    """Frees the values that forward passes have gathered, so that parameters are this process's parts again."""
+    """Frees the values that forward passes have gathered, so that parameters are this process's parts again. A forward
+    pass that an exception has ended is over."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
+            end_forward(child)
             child.reshard()
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's parameters by name, none of them gathered."""
+    give_back(module)
+    return dict(module.named_parameters())
+
+
+def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Gives `parameter` the values `part` in this process; returns those that it had. No other process is asked.
+
+    Where the parameter is whole, storage is exchanged, which costs nothing. What is spread is gathered from storage
+    that belongs to FSDP, so there bytes are copied.
+    """
+    if not is_part(parameter):
+        former, parameter.data = parameter.data, part
+        return former
+    own = own_part(parameter)
+    former = own.clone()
+    own.copy_(part)
+    return former
 
 
 def total(terms: Iterable[tuple[Tensor, float]]) -> float:
@@ -71,8 +98,8 @@ def total(terms: Iterable[tuple[Tensor, float]]) -> float:
         return sum(values)
     state = PartialState()
     own = sum(value * num / state.num_processes for value, num in zip(values, num_parts, strict=True))
-    everyone: Tensor = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), reduction="sum")  # type: ignore[assignment]
-    return float(everyone)
+    everyones: Any = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), reduction="sum")
+    return float(everyones)
 
 
 def _num_parts(tensor: Tensor) -> int:
