@@ -101,9 +101,9 @@ def read_transform(causal_lm: PreTrainedModel, vocabulary: int, answer: Tensor) 
         _READINGS[causal_lm] = (configured, reading)
         return reading
     first, *others = of_all(reading)
-    reading = first if all(other == first for other in others) else "own forward"
-    _AGREED[causal_lm] = (configured, reading)
-    return reading
+    agreed: Reading = first if all(other == first for other in others) else "own forward"
+    _AGREED[causal_lm] = (configured, agreed)
+    return agreed
 
 
 def _configured(causal_lm: PreTrainedModel) -> tuple[float | None, ...]:

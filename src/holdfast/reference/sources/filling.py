@@ -5,7 +5,7 @@ the weights are spread over them. A process is then idle only in the last round 
 another's once more. The numbers in the store are the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from holdfast.agreement import any_of_all, num_processes, of_all, process, raise
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import Completions, CompletionsToScore, Deal
 from holdfast.interruption import asked_signal
-from holdfast.store.lockstep import agreed_blocks, complete_copies, heed_signals, is_writer, received, sent
+from holdfast.reference.sources.lockstep import agreed_blocks, complete_copies, heed_signals, is_writer, received, sent
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
 
@@ -53,7 +53,7 @@ def filled_in_lockstep(
     ids = [*data.ids()] if isinstance(data, Completions) else []
     complete_copies(store, ids, is_writer=writes)
 
-    def missing(own: list[ContentId]) -> list[ContentId]:
+    def missing(own: Sequence[ContentId]) -> Sequence[ContentId]:
         return own if any_of_all(bool(store.missing(own))) else []
 
     blocks = partial(agreed_blocks, store, on_wait=on_wait, check=check)
