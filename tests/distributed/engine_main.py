@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import engine_scenarios
+import lockstep_scenarios
 import torch
 import torch.distributed as dist
 from scenarios import RANK, WORLD
@@ -39,7 +40,8 @@ def main() -> None:
         own.mkdir(parents=True, exist_ok=True)
         os.environ["HOLDFAST_HOME"] = str(own / "home")
         try:
-            outcome = engine_scenarios.run(name, own)
+            run = lockstep_scenarios.run if "/lockstep/" in name else engine_scenarios.run
+            outcome = run(name, own)
         except Exception:
             outcome = {"error": traceback.format_exc()}
         outcomes = [outcome.get("error")]
