@@ -15,6 +15,7 @@ from pathlib import Path
 
 import engine_resumes
 import engine_scenarios
+import lockstep_scenarios
 import torch
 import torch.distributed as dist
 from scenarios import RANK, WORLD
@@ -40,7 +41,8 @@ def main() -> None:
         own.mkdir(parents=True, exist_ok=True)
         os.environ["HOLDFAST_HOME"] = str(own / "home")
         try:
-            run = engine_resumes.run if name.count("/") > 3 else engine_scenarios.run
+            resumed = engine_resumes.run if name.count("/") > 3 else engine_scenarios.run
+            run = lockstep_scenarios.run if "/lockstep/" in name else resumed
             outcome = run(name, own)
         except Exception:
             outcome = {"error": traceback.format_exc()}
