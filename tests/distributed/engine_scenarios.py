@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from engines import loaded_in_shards, options_of, own_numel, whole
+from engines import alive_bytes, loaded_in_shards, options_of, own_bytes, own_numel, whole
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
         "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
+        "bytes": gather_object([held_bytes(ours)]),
+        "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
     }
     return {
@@ -101,6 +103,15 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "drift": ours.reference.drift,
         "facts of each_process": facts,
     }
+
+
+def held_bytes(ours: DPOTrainer) -> int:
+    """The bytes that policy and reference have in this process, as a step leaves them."""
+    scorer = ours.reference.scorer
+    scorers = [] if scorer is None else getattr(scorer, "references", [scorer])
+    modules = [module for each in scorers if (module := each.module) is not None]
+    groups = [module.named_parameters() for module in (ours.model, *modules)]
+    return own_bytes(*groups, ours.reference.tensors())
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@ its own FSDP2 path over gloo, and `deepspeed_on_cpu` its DeepSpeed path. Both re
 fail where these are gone.
 """
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,27 @@ def _forget_deepspeed() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+def own_bytes(*groups: Iterable[tuple[str, Tensor]]) -> int:
+    """The bytes of the memory that tensors have in this process, read from their storages: a part of a larger memory
+    counts as all of it, and what several tensors share counts once."""
+    storages: dict[int, int] = {}
+    for tensor in (tensor for group in groups for _, tensor in group):
+        untyped: Any = tensor
+        held = untyped.ds_tensor if hasattr(tensor, "ds_tensor") else untyped
+        storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def alive_bytes() -> int:
+    """The bytes of all floating-point tensors that Python knows in this process, each memory once."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
+    plain = [(("", tensor)) for tensor in tensors if tensor.is_floating_point() and tensor.device.type == "cpu"]
+    return own_bytes(plain)
 
 
 def own_numel(tensor: Tensor) -> int:
