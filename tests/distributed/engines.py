@@ -8,7 +8,6 @@ fail where these are gone.
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +100,20 @@ def _forget_deepspeed() -> None:
     unset_hf_deepspeed_config()
 
 
-def own_bytes(*groups: Iterable[tuple[str, Tensor]]) -> int:
-    """The bytes of the memory that tensors have in this process, read from their storages: a part of a larger memory
-    counts as all of it, and what several tensors share counts once."""
-    storages: dict[int, int] = {}
-    for tensor in (tensor for group in groups for _, tensor in group):
-        untyped: Any = tensor
-        held = untyped.ds_tensor if hasattr(tensor, "ds_tensor") else untyped
-        storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def alive_bytes() -> int:
-    """The bytes of all floating-point tensors that Python knows in this process, each memory once."""
+    """The bytes of all floating-point tensors that this process has in memory, wherever they are held.
+
+    They are read from storages: a part of a larger memory counts as all of it, and what tensors share counts once.
+    """
     gc.collect()
-    tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
-    plain = [(("", tensor)) for tensor in tensors if tensor.is_floating_point() and tensor.device.type == "cpu"]
-    return own_bytes(plain)
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if isinstance(found, Tensor) and found.is_floating_point() and not found.is_meta:
+            held: Any = found
+            storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def own_numel(tensor: Tensor) -> int:
