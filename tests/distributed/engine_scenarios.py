@@ -78,6 +78,7 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
         "num_whole": num_whole,
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "gap": gather_object([gap(ours)]),
+        "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
     return {
         "logs": numbers(ours.state.log_history),
