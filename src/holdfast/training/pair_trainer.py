@@ -360,7 +360,7 @@ class PairTrainer(EngineTrainer):
         check_finite(
             policy=self.model,
             optimizer=self.optimizer,
-            reference=self.reference if self.args.should_save else None,
+            reference=self.reference if self.args.should_save or self._is_sharded else None,
             loss=loss,
             masks=self._masks(),
             step=self.state.global_step,
