@@ -1,13 +1,13 @@
-"""Private names of torch's FSDP2: how a module was sharded, and the plain module beneath.
+"""Private names of torch's FSDP2: how a module was sharded, the plain module beneath, and other memory for its parts.
 
 FSDP2 turns a module into one of a class of its own and hangs hooks and a record on it, which cannot be copied.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
@@ -48,6 +48,11 @@ def _holds_mesh(value: Any) -> bool:
     return any(isinstance(own, DeviceMesh) for own in getattr(value, "__dict__", {}).values())
 
 
+def replace_tensors(module: nn.Module, made_of: Callable[[Tensor], Tensor]) -> None:
+    """Replaces each tensor of `module` by the one that is `made_of` it. Parameters stay the objects that they are."""
+    looked_up("torch", module, "_apply")(made_of)
+
+
 @contextlib.contextmanager
 def as_plain_modules(module: nn.Module) -> Iterator[None]:
     """Inside, `module` and those in it are of their own classes, and nothing of FSDP2 hangs on them. They cannot
@@ -74,10 +79,10 @@ def as_plain_modules(module: nn.Module) -> Iterator[None]:
 
 def _without_own_hooks(hooks: Any) -> Any:
     """Hooks by number, or modules' attributes of another kind, without those that FSDP2 has registered."""
-    if not isinstance(hooks, Mapping):
+    if not isinstance(hooks, dict):
         return hooks
-    own = [key for key, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith(_PACKAGE)]
-    left = type(hooks)(hooks)
-    for key in own:
-        del left[key]
-    return left
+    others = hooks.copy()
+    for key, hook in hooks.items():
+        if str(getattr(hook, "__module__", "")).startswith(_PACKAGE):
+            del others[key]
+    return others

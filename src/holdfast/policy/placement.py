@@ -9,7 +9,7 @@ from torch import nn
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.quantised import is_quantised
 from holdfast.policy.second_module import shard_beside
-from holdfast.policy.sharding import is_sharded
+from holdfast.policy.sharding import free_other_parts, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def place_reference_models(
 
 def _placed(module: nn.Module, policy: nn.Module, device: torch.device, *, is_main: bool) -> nn.Module:
     if is_sharded(module):
+        free_other_parts(module)
         return module
     reason = _reason_to_stay_whole(module) if is_sharded(policy) else None
     if reason is not None and is_main:
