@@ -92,6 +92,7 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "gap": gather_object([gap(ours)]),
+        "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
     return {
         "logs": numbers(ours.state.log_history),

@@ -73,6 +73,10 @@ class MovingModel(Scorer, Moving):
         """See `Scorer.identity`."""
         return Identity.of(self.module)
 
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`."""
+        return self.state_dict()
+
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`: the module's parameters, and their fp32 state."""
         return dict(self.module.named_parameters()) | dict(self._average.tensors())
