@@ -156,14 +156,6 @@ def _num_parts(tensor: Tensor) -> int:
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
 
 
-def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
-    if not isinstance(parameter, DTensor):
-        return part
-    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-    return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
-
-
 def free_other_parts(module: nn.Module) -> None:
     """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
     cuts them out of whole tensors, which would stay in memory with them."""
