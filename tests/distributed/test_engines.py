@@ -17,7 +17,7 @@ from differences import differences
 pytestmark = pytest.mark.slow
 
 ENGINE_TYPES = {"ddp": "MULTI_CPU", "native": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED"}
-ENGINE_TYPES["zero3"] = "DEEPSPEED"
+ENGINE_TYPES |= {"zero3": "DEEPSPEED", "one": "NO"}
 SHARDING = {"fsdp2", "native", "zero3"}
 
 
