@@ -5,14 +5,14 @@ engine, how many numbers of the policy a process holds, and how far the referenc
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from engines import loaded_in_shards, options_of, own_numel, whole
+from engines import alive_bytes, loaded_in_shards, options_of, own_bytes, own_numel, whole
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
@@ -52,31 +52,47 @@ def names(engine: str) -> Iterator[str]:
 
 def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
-    engine, kind, holding, motion = name.split("/")
+    ours = made(name, folder, **changed)
+    ours.train()
+    return outcome(name, ours, folder)
+
+
+def made(
+    name: str, folder: Path, *, change: Callable[[nn.Module, dict[str, Any]], None] | None = None, **changed: Any
+) -> DPOTrainer:
+    """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
+    engine, kind, holding, motion = name.split("/")[:4]
     options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    args = config(
-        folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
-        **options,
-    )  # fmt: skip
+    args = config(folder, **{
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
+        "seed": 3,
+    } | options)  # fmt: skip
     policy = POLICIES[kind]()
-    if engine == "native":
-        policy = loaded_in_shards(policy, folder / "model")
-    num_whole = sum(parameter.numel() for parameter in POLICIES[kind]().parameters())
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
     if holding.startswith("chosen"):
         parts["ref_model"] = tiny_model(seed=5)
-        if holding == "chosen_path":
-            if RANK == 0:
-                parts["ref_model"].save_pretrained(folder / "ref")
-            if WORLD > 1:
-                dist.barrier()
-            parts["ref_model"] = str(folder / "ref")
-    ours = trainer(policy, args, **parts)
-    ours.train()
+    if change is not None:
+        change(policy, parts)
+    if engine == "native":
+        policy = loaded_in_shards(policy, folder / "model")
+    if holding == "chosen_path":
+        if RANK == 0:
+            parts["ref_model"].save_pretrained(folder / "ref")
+        if WORLD > 1:
+            dist.barrier()
+        parts["ref_model"] = str(folder / "ref")
+    return trainer(policy, args, **parts)
+
+
+def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+    """What a run came to, and the facts about its engine."""
+    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": num_whole,
+        "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
+        "bytes": gather_object([held_bytes(ours)]),
+        "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
         "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
@@ -88,6 +104,15 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
         "drift": ours.reference.drift,
         "facts of each_process": facts,
     }
+
+
+def held_bytes(ours: DPOTrainer) -> int:
+    """The bytes that policy and reference have in this process, as a step leaves them."""
+    scorer = ours.reference.scorer
+    scorers = [] if scorer is None else getattr(scorer, "references", [scorer])
+    modules = [module for each in scorers if (module := each.module) is not None]
+    groups = [module.named_parameters() for module in (ours.model, *modules)]
+    return own_bytes(*groups, ours.reference.tensors())
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,7 +20,12 @@ from holdfast.policy.sharding import is_part, whole
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of the names, dtypes, shapes and bytes of tensors (law L2): BLAKE2b of each one's `tensor_digest`."""
-    lines = sorted(f"{name} {text}" for name, text in _each_digest(list(tensors)))
+    return digest_of_each(_each_digest(list(tensors)))
+
+
+def digest_of_each(digests: Iterable[tuple[str, str]]) -> str:
+    """The digest of tensors of which each one's `tensor_digest` is known by name."""
+    lines = sorted(f"{name} {text}" for name, text in digests)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
