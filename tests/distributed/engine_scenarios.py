@@ -94,6 +94,7 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "bytes": gather_object([held_bytes(ours)]),
         "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
+        "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
     return {
         "logs": numbers(ours.state.log_history),

@@ -40,6 +40,8 @@ def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[
         yield f"the engine was {facts['engine']}"
     if engine in SHARDING and max(facts["num_own"]) > 0.7 * facts["num_whole"]:
         yield f"a process held {facts['num_own']} of {facts['num_whole']} numbers"
+    if set(facts["digest"]) != set(one["facts of each_process"]["digest"]):
+        yield f"the reference's digest is {facts['digest']}, not {one['facts of each_process']['digest']}"
     gaps = facts["gap"]
     if motion == "fixed" and min(gaps) < 1e-3:
         yield f"the reference was the policy: {gaps}"
@@ -57,10 +59,16 @@ def test_faults_of_a_run_are_found(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5]}
+    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5], "digest": ["a", "a"]}
     one = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
     name = "fsdp2/full/device/fixed"
     assert list(faults(one, one, name)) == []
     assert len(list(faults(one, one | {"logs": [{"loss": 0.6}]}, name))) == 1
-    for changed in ({"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]}):
+    for changed in (
+        {"engine": "MULTI_CPU"},
+        {"num_own": [100, 100]},
+        {"gap": [0.0, 0.0]},
+        {"gap": [0.5, 0.6]},
+        {"digest": ["a", "b"]},
+    ):
         assert list(faults(one, one | {"facts of each_process": facts | changed}, name)) != [], changed
