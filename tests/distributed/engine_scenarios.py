@@ -54,14 +54,8 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     engine, kind, holding, motion = name.split("/")
     options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    args = config(
-        folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
-        **options,
-    )  # fmt: skip
-    policy = POLICIES[kind]()
-    if engine == "native":
-        policy = loaded_in_shards(policy, folder / "model")
-    num_whole = sum(parameter.numel() for parameter in POLICIES[kind]().parameters())
+    whole_policy = POLICIES[kind]()
+    num_whole = sum(parameter.numel() for parameter in whole_policy.parameters())
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
     if holding.startswith("chosen"):
         parts["ref_model"] = tiny_model(seed=5)
@@ -71,6 +65,16 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
             if WORLD > 1:
                 dist.barrier()
             parts["ref_model"] = str(folder / "ref")
+    args = config(
+        folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
+        **options,
+    )  # fmt: skip
+    is_born = engine.endswith("born")
+    policy = POLICIES[kind]() if is_born else whole_policy
+    if is_born and holding == "chosen":
+        parts["ref_model"] = tiny_model(seed=5)
+    if engine == "native":
+        policy = loaded_in_shards(policy, folder / "model")
     ours = trainer(policy, args, **parts)
     ours.train()
     facts = {

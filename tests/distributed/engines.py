@@ -16,8 +16,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3")
-"""The engines by name. `native` is a model that transformers has sharded as it was loaded."""
+ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3", "zero3born")
+"""The engines by name. `native` is a model that transformers has sharded as it was loaded. With `zero3born` the models
+are made when the arguments exist, so transformers has spread them already when the trainer gets them."""
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -34,7 +35,7 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):
         deepspeed_on_cpu()
-        return {"deepspeed": deepspeed_config(int(engine.removeprefix("zero"))), "use_cpu": False}
+        return {"deepspeed": deepspeed_config(int(engine[len("zero")])), "use_cpu": False}
     return {}
 
 

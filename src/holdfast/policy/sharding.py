@@ -1,7 +1,7 @@
 """Weights that are spread over processes: which they are, this process's part of them, and their whole values.
 
-FSDP2 makes a parameter a DTensor, of which each process holds the rows of its own. A module's forward pass gathers the
-values that it needs and frees them. The policy is sharded when the trainer is made, before anything is scored, so that
+FSDP2 makes a parameter a DTensor, of which each process holds the rows of its own; ZeRO-3 gives each process a stretch
+of its flat values (see `internals.deepspeed`). A module's forward pass gathers the values that it needs and frees them. The policy is sharded when the trainer is made, before anything is scored, so that
 no forward pass of the run needs the whole model in one process. From then on every forward pass is one of all processes
 together.
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
+from holdfast.internals.deepspeed import gathered, is_partitioned, own_partition, partition_of, release
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -25,24 +26,30 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_part(tensor: Tensor) -> bool:
     """Whether a tensor stands for values that are spread over processes."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """The values of `tensor` that this process holds, without gradients: all of them, unless they are spread. It shares
     memory with `tensor`."""
+    if is_partitioned(tensor):
+        return own_partition(tensor)
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All values of `tensor`, without gradients. Collective where it is spread."""
+    if is_partitioned(tensor):
+        return gathered(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of the whole `value` of a parameter. No other process is asked."""
+    if is_partitioned(parameter):
+        return partition_of(value, parameter)
     if not isinstance(parameter, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -51,6 +58,7 @@ def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def give_back(module: nn.Module) -> None:
     """Frees the values that forward passes have gathered, so that parameters are this process's parts again."""
+    release(module)
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from holdfast.internals.deepspeed import is_partitioned
 from holdfast.internals.torch import has_hooks
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +54,7 @@ def vocabulary_size(causal_lm: PreTrainedModel) -> int:
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if type(head) is not nn.Linear or "forward" in vars(head) or is_partitioned(head.weight):
         return False
     # Quantised and distributed weights are subclasses of Tensor with products of their own.
     return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES

@@ -189,7 +189,7 @@ class PairTrainer(EngineTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._is_sharded or not self._makes_optimizer:
+        if checkpoint is None or self._saves_together or not self._makes_optimizer:
             return
         before = heed_learning_rate(self.args.learning_rate, self.optimizer, self.lr_scheduler)
         if before is not None and self.is_world_process_zero():

@@ -136,7 +136,7 @@ class ResumableTrainer(PairTrainer):
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model, is_sharded=self._is_sharded),
             "template_date": self._preparation.template_date,
-            "optimizer": None if self._is_sharded or not has_optimizer else optimizer_record(self.optimizer),
+            "optimizer": None if self._saves_together or not has_optimizer else optimizer_record(self.optimizer),
             "unlogged": self._unlogged,
             **self._interruption.record(),
         }
@@ -174,17 +174,17 @@ class ResumableTrainer(PairTrainer):
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(str(output_dir or self.args.output_dir))
-        if self._is_sharded and self.args.save_on_each_node:  # to disks of their own, of which nobody knows the others'
+        if self._saves_together and self.args.save_on_each_node:  # to disks of their own, of which nobody knows the others'
             super().save_model(str(folder), _internal_call=True)
-        elif self.args.should_save and not (self._is_sharded and self.args.process_index > 0):
+        elif self.args.should_save and not (self._saves_together and self.args.process_index > 0):
             with self._placed(folder, "the trained model") as staged:
                 keep_copy(folder / "README.md", staged)  # peft adds to it
                 super().save_model(self._agreed(staged), _internal_call=True)
-                if self._is_sharded:
+                if self._saves_together:
                     self.accelerator.wait_for_everyone()
         else:
             super().save_model(self._agreed(folder), _internal_call=True)
-            if self._is_sharded:
+            if self._saves_together:
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -192,7 +192,7 @@ class ResumableTrainer(PairTrainer):
     def _agreed(self, folder: Path) -> str:
         """The folder of the first process, where all processes write one model; else this process's own."""
         names = [str(folder)]
-        return broadcast_object_list(names)[0] if self._is_sharded else names[0]
+        return broadcast_object_list(names)[0] if self._saves_together else names[0]
 
     def save_state(self) -> None:
         """See `transformers.Trainer.save_state`. ValueError where the file cannot be written; an older one stays."""
@@ -311,7 +311,7 @@ class ResumableTrainer(PairTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if not self._is_sharded:
+        if not self._saves_together:
             check_same_optimizer(Path(checkpoint), read_manifest(Path(checkpoint)).get("optimizer"), self.optimizer)
         content = "the state of the optimizer and of the learning rate's schedule"
         with loading(Path(checkpoint), content, "optimizer.pt and scheduler.pt"):
@@ -346,7 +346,7 @@ class ResumableTrainer(PairTrainer):
         self.state.best_model_checkpoint = str(best)
         request = f"load_best_model_at_end=True was asked for (False ends the run without), and the best one is {best}"
         check_together(best, request, reads_all=self.is_local_process_zero())
-        if self._is_sharded:
+        if self._saves_together:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(best))
