@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from engines import loaded_in_shards, options_of, own_numel, whole
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from families import tiny_model
 from holdfast import DPOTrainer
@@ -60,19 +62,15 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     if holding.startswith("chosen"):
         parts["ref_model"] = tiny_model(seed=5)
         if holding == "chosen_path":
-            if RANK == 0:
-                parts["ref_model"].save_pretrained(folder / "ref")
-            if WORLD > 1:
-                dist.barrier()
+            save(parts["ref_model"], folder / "ref")
             parts["ref_model"] = str(folder / "ref")
+    if engine.endswith("born"):
+        save(tiny_model(), folder / "base")
     args = config(
         folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
         **options,
     )  # fmt: skip
-    is_born = engine.endswith("born")
-    policy = POLICIES[kind]() if is_born else whole_policy
-    if is_born and holding == "chosen":
-        parts["ref_model"] = tiny_model(seed=5)
+    policy: Any = born_in_parts(whole_policy, folder / "base") if engine.endswith("born") else whole_policy
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
     ours = trainer(policy, args, **parts)
@@ -91,6 +89,27 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
         "drift": ours.reference.drift,
         "facts of each_process": facts,
     }
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Writes a model that is whole in each process."""
+    untyped: Any = model
+    if RANK == 0:
+        untyped.save_pretrained(folder)
+    if WORLD > 1:
+        dist.barrier()
+
+
+def born_in_parts(policy: nn.Module, base: Path) -> nn.Module | str:
+    """The policy whose base is spread as it is loaded, with the adapters of `policy`."""
+    if not isinstance(policy, PeftModel):
+        return str(base)
+    adapters = {name: value for name, value in policy.named_parameters() if "lora_" in name}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), policy.peft_config["default"])
+    with torch.no_grad():
+        for name, value in adapters.items():
+            model.get_parameter(name).copy_(value)
+    return model
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

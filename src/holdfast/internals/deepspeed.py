@@ -81,10 +81,21 @@ def forget_engine(module: nn.Module) -> None:
     """Takes from a model what an engine that was destroyed has left on its modules, so that the next one's backward
     pass does not run through the former's hooks."""
     for child in module.modules():
-        for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining"):
-            vars(child).pop(name, None)
+        for name in ENGINE_ATTRIBUTES & vars(child).keys():
+            delattr(child, name)
         if type(child._parameters).__name__ == "ZeROOrderedDict":
             child._parameters = dict(child._parameters.items())
+
+
+def without_engine(module: nn.Module) -> nn.Module:
+    """`module`, a copy of one that an engine runs, without that engine's hooks."""
+    for child in module.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = looked_up("torch", child, kind)
+            for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
+                del hooks[key]
+    forget_engine(module)
+    return module
 
 
 def _bounds(parameter: Tensor) -> tuple[int, int]:

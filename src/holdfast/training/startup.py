@@ -66,7 +66,7 @@ class Startup:
         """
         options = self._args.reference_options(is_stream=is_stream)
         if options.way != "none":
-            ref_models = move_all_to_device(ref_models, self._accelerator.device)
+            ref_models = move_all_to_device(ref_models, self._policy, self._accelerator.device)
         self._run_models = [self._policy, *filter(None, ref_models)]
         is_main = self._accelerator.is_main_process
         self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.torch import own_state
 from holdfast.policy.quantised import pin_quantised_layers
+from holdfast.policy.scoring_engine import copy_in_parts, is_partly_here
 from holdfast.reference.base import Scorer
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
@@ -98,7 +99,7 @@ def independent_copy(policy: nn.Module) -> nn.Module:
     Where somebody replaced a `forward` by a plain function, the function closes over the original module: the copy
     would compute with the policy's weights. Then a ValueError names the module.
     """
-    duplicate = copy.deepcopy(policy)
+    duplicate = copy_in_parts(policy) if is_partly_here(policy) else copy.deepcopy(policy)
     for name, child in duplicate.named_modules():
         forward = child.__dict__.get("forward")
         if isinstance(forward, types.MethodType) and forward.__self__ is child:
