@@ -21,6 +21,7 @@ TRAININGS = [
     "train_uneven_epochs",
     "train_with_accumulation",
     "train_with_checkpointing",
+    "evaluated_first",
     "train_stream",
     "train_stream_in_shards",
     "train_mixture",

@@ -3,6 +3,9 @@
 The policy is sharded when the trainer is made, so transformers finds it sharded when training begins. With ZeRO-3 it
 gets an engine that only scores. DeepSpeed has one engine for a model at a time, so the engine that trains takes its
 place. ZeRO-1 and ZeRO-2 leave the weights whole, and their engine is made when training begins.
+
+And a policy that was evaluated first must still be wrapped for training: accelerate takes one that it has prepared for
+evaluation as it is, so without DDP around it every process would train on its own.
 """
 
 import copy
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
 
+from holdfast.internals.accelerate import forget_preparation, is_prepared
 from holdfast.internals.deepspeed import forget_engine
 from holdfast.policy.sharding import is_sharded, shard_policy
 
@@ -27,6 +31,8 @@ class EngineTrainer(Trainer):
     _is_sharded: bool
     """Whether a process holds only a part of the policy's weights."""
 
+    _is_evaluated_first: bool = False
+    """Whether accelerate has prepared the policy for evaluation, where training wants it wrapped."""
     _parameters: Sequence[list[Tensor]] = ()
 
     @property
@@ -65,6 +71,9 @@ class EngineTrainer(Trainer):
         config.update(asked)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_evaluated_first:
+            self._is_evaluated_first = False
+            forget_preparation(self.accelerator, self.model)
         if self.is_deepspeed_enabled:  # the engine before was destroyed
             forget_engine(self.model)
             self.model_wrapped = self.model
@@ -73,21 +82,24 @@ class EngineTrainer(Trainer):
             self._keep_parameters()
         return prepared
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.evaluation_loop`. Before training, ZeRO-1 and ZeRO-2 have no engine, and none is
-        needed."""
-        needs_none = self.is_deepspeed_enabled and self.deepspeed is None
-        self.is_deepspeed_enabled = self.is_deepspeed_enabled and not needs_none
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.is_deepspeed_enabled = self.is_deepspeed_enabled or needs_none
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""
         optimizer = super().create_optimizer(*args, **kwargs)
         self._parameters = [list(group["params"]) for group in getattr(self.optimizer, "param_groups", [])]
         return optimizer
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.evaluation_loop`. Before training, ZeRO-1 and ZeRO-2 have no engine, and none is
+        needed."""
+        is_first = self.accelerator.num_processes > 1 and not is_prepared(self.model)
+        is_plain = self.is_deepspeed_enabled and self.deepspeed is None
+        self.is_deepspeed_enabled = self.is_deepspeed_enabled and not is_plain
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_deepspeed_enabled = self.is_deepspeed_enabled or is_plain
+        self._is_evaluated_first |= is_first and is_prepared(self.model)
+        return output
 
     def _keep_parameters(self) -> None:
         """Gives the optimizer its parameters again: accelerate takes parameters of which a process has nothing for one
