@@ -1,5 +1,5 @@
 """Private names of torch: a module's hooks, what it saves, dropout's base class, what `torch.compile` wraps a model in,
-and how a block mask is compiled.
+how a block mask is compiled, and where FSDP2 believes a forward pass to be.
 
 Given up: `torch.compile` of anything but a whole model.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
@@ -76,3 +77,15 @@ def compiled_block_mask(
         parameters = list(inspect.signature(make).parameters)
         raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
     return make(sees, num_rows, None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu")
+
+
+def end_forward(module: FSDPModule) -> None:
+    """Ends the forward pass in which FSDP2 believes `module` to be, as after an exception. Its values stay gathered
+    otherwise, and the next forward pass would compute with them."""
+    state = looked_up("torch", module, "_get_fsdp_state")()
+    groups = looked_up("torch", state, "_fsdp_param_groups")
+    for part in (state, *groups):
+        if looked_up("torch", part, "_training_state").name == "FORWARD":
+            part._training_state = type(part._training_state).IDLE
+    looked_up("torch", state, "_modules_to_run_forward").clear()
+    looked_up("torch", state, "_state_ctx").iter_forward_root = None

@@ -37,7 +37,7 @@ def spread_by_own_engine(module: nn.Module) -> nn.Module:
     return module
 
 
-def is_partly_here(module: nn.Module) -> bool:
+def is_spread_by_zero(module: nn.Module) -> bool:
     """Whether ZeRO-3 spreads the module's parameters."""
     return any(map(is_partitioned, module.parameters()))
 

@@ -9,19 +9,33 @@ Whatever gathers is a collective call: all processes must make it, in the same o
 are flat.
 """
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
-from holdfast.internals.deepspeed import gathered, is_partitioned, own_partition, partition_of, release
+from holdfast.internals.deepspeed import (
+    gathered,
+    is_partitioned,
+    num_partitions,
+    own_partition,
+    partition_of,
+    release,
+)
+from holdfast.internals.torch import end_forward
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only a part of one of the module's parameters."""
-    return any(is_part(parameter) for parameter in module.parameters())
+    """Whether this process holds only a part of one of the module's parameters. The same on all processes, also where
+    a forward pass has left its values gathered."""
+    return any(isinstance(child, FSDPModule) for child in module.modules()) or any(map(is_part, module.parameters()))
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -53,15 +67,64 @@ def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    part = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    return part.to(parameter.device)
 
 
 def give_back(module: nn.Module) -> None:
-    """Frees the values that forward passes have gathered, so that parameters are this process's parts again."""
+    """Frees the values that forward passes have gathered, so that parameters are this process's parts again. A forward
+    pass that an exception has ended is over."""
     release(module)
     for child in module.modules():
         if isinstance(child, FSDPModule):
+            end_forward(child)
             child.reshard()
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's parameters by name, none of them gathered."""
+    give_back(module)
+    return dict(module.named_parameters())
+
+
+def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Gives `parameter` the values `part` in this process; returns those that it had. No other process is asked.
+
+    Where the parameter is whole, storage is exchanged, which costs nothing. What is spread is gathered from storage
+    that belongs to FSDP or DeepSpeed, so there bytes are copied. DeepSpeed's fp32 weights are in other storage.
+    """
+    if not is_part(parameter):
+        former, parameter.data = parameter.data, part
+        return former
+    own = own_part(parameter)
+    former = own.clone()
+    own.copy_(part)
+    return former
+
+
+def total(terms: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of values, each of one tensor: of all its numbers, or of this process's part of them. Then it is the sum
+    over all parts, and collective."""
+    values, num_parts = [], []
+    for tensor, value in terms:
+        values.append(value)
+        num_parts.append(_num_parts(tensor))
+    if max(num_parts, default=1) == 1:
+        return sum(values)
+    state = PartialState()
+    own = sum(value * num / state.num_processes for value, num in zip(values, num_parts, strict=True))
+    everyones: Any = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), reduction="sum")
+    return float(everyones)
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """Into how many unlike parts a tensor is cut."""
+    if is_partitioned(tensor):
+        return num_partitions(tensor)
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = tensor.device_mesh.shape
+    return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:

@@ -30,8 +30,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP shards parameters of `model`. It gathers their values for a module's forward pass and frees them."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    """Whether FSDP or DeepSpeed shards parameters of `model`. They gather their values for a module's forward pass and
+    free them."""
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(map(is_partitioned, model.parameters()))
 
 
 def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:
@@ -54,7 +57,7 @@ def vocabulary_size(causal_lm: PreTrainedModel) -> int:
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
-    if type(head) is not nn.Linear or "forward" in vars(head) or is_partitioned(head.weight):
+    if type(head) is not nn.Linear or "forward" in vars(head):
         return False
     # Quantised and distributed weights are subclasses of Tensor with products of their own.
     return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES

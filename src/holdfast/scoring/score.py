@@ -23,6 +23,7 @@ from holdfast.scoring.attention import attending
 from holdfast.scoring.causal_lm import is_sharded, matrix_of, output_embeddings, unwrap, vocabulary_size
 from holdfast.scoring.completion_head import PER_TOKEN, CompletionHead, Projection
 from holdfast.scoring.forward import compiled_body
+from holdfast.scoring.transform import agree_on_transform
 
 CHUNK_LOGITS = 2**26
 """Most logits of a chunk: 256 MiB in fp32, which is 2,048 tokens of a 32k vocabulary and 441 of a 152k one."""
@@ -80,10 +81,12 @@ def score(
     default keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
     causal_lm = unwrap(model)
+    if is_model_sharded := is_sharded(model):
+        agree_on_transform(causal_lm)
     vocabulary, head = vocabulary_size(causal_lm), output_embeddings(causal_lm)
     projection = Projection(
         forward=head.forward,
-        matrix=None if is_sharded(model) else matrix_of(head),
+        matrix=None if is_model_sharded else matrix_of(head),
         chunk_tokens=chunk_tokens or max(CHUNK_TOKENS_MIN, CHUNK_LOGITS // vocabulary),
         with_statistics=statistics,
         any_order=batch.num_pairs == 0,  # such a batch is scored for the store, and compared with no policy

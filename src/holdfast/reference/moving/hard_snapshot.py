@@ -12,6 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from holdfast.policy.sharding import own_part, parameters_of, total
 from holdfast.reference.base import Moving
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.snapshot import ExactSnapshot, description, trainable
@@ -37,7 +38,7 @@ class HardSnapshot(ExactSnapshot, Moving):
                 "(hard). Set sync_ref_model and ref_model_mixup_alpha when the trainer is made."
             )
         self.before_policy_changes()
-        self.drift = _distance(trainable(self.policy), self.values)
+        self.drift = _distance(self.policy, self.values)
         self.exchange.is_policy = True
         self.version += 1
 
@@ -58,10 +59,12 @@ class HardSnapshot(ExactSnapshot, Moving):
         return description(self.where, when, f"moved {self.version} times")
 
 
-def _distance(policy: Mapping[str, Tensor], reference: OwnTensors) -> float:
+def _distance(policy: nn.Module, reference: OwnTensors) -> float:
     """L2 distance of policy and reference in weight space. One tensor of a file is in memory at a time."""
-    squares = (
-        float((policy[name].float() - value.to(policy[name].device).float()).double().square().sum())
-        for name, value in reference.items()
-    )
-    return math.sqrt(sum(squares))
+    parameters = parameters_of(policy)
+
+    def square(name: str, theirs: Tensor) -> float:
+        ours = own_part(parameters[name])
+        return float((ours.float() - theirs.to(ours.device).float()).double().square().sum())
+
+    return math.sqrt(total((parameters[name], square(name, value)) for name, value in reference.items()))

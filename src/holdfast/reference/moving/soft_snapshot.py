@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.sharding import is_sharded, parameters_of, total
 from holdfast.reference.base import InsidePolicy, LateCopy, Moving
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.average import Average
@@ -65,9 +66,17 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         if self._factor_names():
             products, squares = lora_products.synced_state(self.policy, dict(self._products.items()), mixup_alpha)
             self._products.write(products)
-        policy, lengths = self._plain_of_policy(), [math.sqrt(squares)]
-        self._plain.change(lambda name, value: lengths.append(Average().move({name: value}, policy, mixup_alpha)))
-        self.drift = math.hypot(*lengths)
+        policy, lengths = self._plain_of_policy(), dict[str, float]()
+
+        def move(name: str, value: Tensor) -> None:
+            lengths[name] = Average().move({name: value}, policy, mixup_alpha)
+
+        self._plain.change(move)
+        parameters = parameters_of(self.policy)
+        if is_sharded(self.policy):
+            squares += total((parameters[name], length**2) for name, length in lengths.items())
+            lengths = {}
+        self.drift = math.hypot(math.sqrt(squares), *lengths.values())
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,8 @@
 
 A reference differs from the policy only in the tensors that train. So full fine-tuning needs no second module, a partly
 frozen model needs the values of its trainable part alone, and a LoRA a few megabytes. The values are on the policy's
-device, in host memory or in a file. To score, the parameters' storage is exchanged, so optimizer, gradients and graphs
-stay as they are. Given up: sharded weights.
+device, in host memory or in a file. To score, the parameters' values are exchanged, so optimizer, gradients and graphs
+stay as they are. Where parameters are spread over processes, each process keeps and exchanges its own part of them.
 
 Until training is about to change the policy, the policy *is* the reference, and nothing is copied. The cost is a
 forward pass per batch. Values in host memory or a file are moved to the device once per `in_place` as well (see
@@ -17,6 +17,7 @@ from typing import final
 
 from torch import Tensor, nn
 
+from holdfast.policy.sharding import own_part, parameters_of
 from holdfast.reference.base import InsidePolicy, LateCopy
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
@@ -87,8 +88,8 @@ class Exchange:
 
 
 def trainable(policy: nn.Module) -> dict[str, Tensor]:
-    """The policy's trainable tensors, by name."""
-    return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    """The policy's trainable tensors, by name: this process's part of each."""
+    return {name: own_part(parameter) for name, parameter in parameters_of(policy).items() if parameter.requires_grad}
 
 
 def like_parameters(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
