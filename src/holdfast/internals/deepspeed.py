@@ -42,7 +42,7 @@ def partition_of(value: Tensor, parameter: Tensor) -> Tensor:
     return value.reshape(-1)[start : start + length]
 
 
-def gathered(parameter: Tensor) -> Tensor:
+def all_values(parameter: Tensor) -> Tensor:
     """All values of a parameter, in its shape. Collective."""
     padded = looked_up("deepspeed", parameter, "ds_tensor").detach().to(parameter.device)
     parts = padded.new_empty(padded.numel() * num_partitions(parameter))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
 from holdfast.internals.deepspeed import (
-    gathered,
+    all_values,
     is_partitioned,
     num_partitions,
     own_partition,
@@ -55,7 +55,7 @@ def own_part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All values of `tensor`, without gradients. Collective where it is spread."""
     if is_partitioned(tensor):
-        return gathered(tensor)
+        return all_values(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
