@@ -45,10 +45,10 @@ def partition_of(value: Tensor, parameter: Tensor) -> Tensor:
 def all_values(parameter: Tensor) -> Tensor:
     """All values of a parameter, in its shape. Collective."""
     padded = looked_up("deepspeed", parameter, "ds_tensor").detach().to(parameter.device)
-    parts = padded.new_empty(padded.numel() * num_partitions(parameter))
-    dist.all_gather_into_tensor(parts, padded, group=looked_up("deepspeed", parameter, "ds_process_group"))
-    shape = looked_up("deepspeed", parameter, "ds_shape")
-    return parts[: shape.numel()].view(shape)
+    parts = [torch.empty_like(padded) for _ in range(num_partitions(parameter))]
+    dist.all_gather(parts, padded, group=looked_up("deepspeed", parameter, "ds_process_group"))
+    shape = whole_shape(parameter)
+    return torch.cat(parts)[: shape.numel()].view(shape)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
