@@ -19,6 +19,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
+from holdfast.agreement import raised_together
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
@@ -118,7 +119,8 @@ class DPOTrainer(RenewableTrainer):
         num_ids = vocabulary_size(unwrap(policy))
         check_vocabulary(tokenizer, num_ids)
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
-        self._first_checksums = checksums(policy)
+        with raised_together():
+            self._first_checksums = checksums(policy)
         self._rows = train_dataset, eval_dataset
         date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows, args.columns)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
@@ -163,6 +165,8 @@ class DPOTrainer(RenewableTrainer):
         if broadcast_unlike_tensors(policy):
             self._first_checksums = checksums(policy)
         self._begin_engine(policy)
+        if is_sharded(policy):  # each process has a part of what was summed before
+            self._first_checksums = checksums(policy)
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> None:
         self._startup = Startup(

@@ -5,7 +5,7 @@ engine, how many numbers of the policy a process holds, and how far the referenc
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +54,45 @@ def names(engine: str) -> Iterator[str]:
 
 def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
-    engine, kind, holding, motion = name.split("/")
+    ours = made(name, folder, **changed)
+    ours.train()
+    return outcome(name, ours, folder)
+
+
+def made(
+    name: str, folder: Path, *, change: Callable[[nn.Module, dict[str, Any]], None] | None = None, **changed: Any
+) -> DPOTrainer:
+    """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
+    engine, kind, holding, motion = name.split("/")[:4]
     options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    whole_policy = POLICIES[kind]()
-    num_whole = sum(parameter.numel() for parameter in whole_policy.parameters())
+    policy: Any = POLICIES[kind]()
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
     if holding.startswith("chosen"):
         parts["ref_model"] = tiny_model(seed=5)
-        if holding == "chosen_path":
-            save(parts["ref_model"], folder / "ref")
-            parts["ref_model"] = str(folder / "ref")
-    if engine.endswith("born"):
-        save(tiny_model(), folder / "base")
-    args = config(
-        folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
-        **options,
-    )  # fmt: skip
-    policy: Any = born_in_parts(whole_policy, folder / "base") if engine.endswith("born") else whole_policy
+    if change is not None:
+        change(policy, parts)
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
-    ours = trainer(policy, args, **parts)
-    ours.train()
+    if engine.endswith("born"):
+        save(policy if kind == "full" else tiny_model(), folder / "base")
+    if holding == "chosen_path":
+        save(parts["ref_model"], folder / "ref")
+        parts["ref_model"] = str(folder / "ref")
+    args = config(folder, **{
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
+        "seed": 3,
+    } | options)  # fmt: skip
+    if engine.endswith("born"):
+        policy = born_in_parts(policy, folder / "base")
+    return trainer(policy, args, **parts)
+
+
+def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+    """What a run came to, and the facts about its engine."""
+    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": num_whole,
+        "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "gap": gather_object([gap(ours)]),
     }

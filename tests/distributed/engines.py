@@ -28,11 +28,14 @@ _ENVIRONMENT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_", "ACC
 
 
 def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
-    """The options of `DPOConfig` with which a run uses this engine; the next run of this process may use another."""
+    """The options of `DPOConfig` with which a run uses this engine; the next run of this process may use another.
+    `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process."""
     for name in [name for name in os.environ if name.startswith(_ENVIRONMENT)]:
         del os.environ[name]
     _forget_deepspeed()
-    if engine == "fsdp2":
+    if engine == "fsdp2_parts":
+        fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | fsdp_config
+    if engine.startswith("fsdp2"):
         shard_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):

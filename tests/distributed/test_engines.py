@@ -23,7 +23,8 @@ SHARDING = ("fsdp2", "native", "zero3")
 
 def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[str]:
     """What differs between a run of one process and the same over an engine, and what makes the latter dishonest."""
-    engine, _, _, motion = name.split("/")
+    engine, _, _, motion = name.split("/")[:4]
+    engine = engine.removesuffix("_parts")
     if errors := several.get("errors") or one.get("errors"):
         yield f"it failed: {errors}"
         return

@@ -42,9 +42,13 @@ def partition_of(value: Tensor, parameter: Tensor) -> Tensor:
     return value.reshape(-1)[start : start + length]
 
 
-def all_values(parameter: Tensor) -> Tensor:
-    """All values of a parameter, in its shape. Collective."""
+def all_values(parameter: Tensor, part: Tensor | None = None) -> Tensor:
+    """All values of a parameter, in its shape; of another tensor that is spread likewise where its `part` in this
+    process is given. Collective."""
     padded = looked_up("deepspeed", parameter, "ds_tensor").detach().to(parameter.device)
+    if part is not None:
+        padded = torch.zeros_like(padded, dtype=part.dtype)
+        padded[: part.numel()] = part
     parts = [torch.empty_like(padded) for _ in range(num_partitions(parameter))]
     dist.all_gather(parts, padded, group=looked_up("deepspeed", parameter, "ds_process_group"))
     shape = whole_shape(parameter)

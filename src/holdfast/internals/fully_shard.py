@@ -4,7 +4,7 @@ FSDP2 turns a module into one of a class of its own and hangs hooks and a record
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -74,10 +74,10 @@ def as_plain_modules(module: nn.Module) -> Iterator[None]:
 
 def _without_own_hooks(hooks: Any) -> Any:
     """Hooks by number, or modules' attributes of another kind, without those that FSDP2 has registered."""
-    if not isinstance(hooks, Mapping):
+    if not isinstance(hooks, dict):
         return hooks
-    own = [key for key, hook in hooks.items() if str(getattr(hook, "__module__", "")).startswith(_PACKAGE)]
-    left = type(hooks)(hooks)
-    for key in own:
-        del left[key]
-    return left
+    others = hooks.copy()
+    for key, hook in hooks.items():
+        if str(getattr(hook, "__module__", "")).startswith(_PACKAGE):
+            del others[key]
+    return others

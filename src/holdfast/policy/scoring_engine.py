@@ -6,14 +6,14 @@ the options (bf16, fp16 or fp32), as the policy's does.
 """
 
 import copy
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
-from holdfast.internals.deepspeed import is_partitioned, spread_like, without_engine
-from holdfast.policy.sharding import whole
+from holdfast.internals.deepspeed import is_partitioned, spread_like
 
 _SIZES = {
     "reduce_bucket_size": lambda hidden: hidden * hidden,
@@ -42,12 +42,17 @@ def is_spread_by_zero(module: nn.Module) -> bool:
     return any(map(is_partitioned, module.parameters()))
 
 
-def copy_in_parts(module: nn.Module) -> nn.Module:
-    """A copy of a spread `module`, spread by an engine of its own. One whole tensor at a time is in memory.
-    Collective."""
-    spread = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
-    memo: Any = {id(parameter): spread_like(whole(parameter), parameter) for parameter in spread}
-    return spread_by_own_engine(without_engine(copy.deepcopy(module, memo)))
+def filled_by_zero(blank: nn.Module, policy: nn.Module, values: Iterable[tuple[str, Tensor]]) -> nn.Module:
+    """The module `blank` with the whole `values` by name, spread as `policy` is by an engine of its own. One value at a
+    time is whole in memory, if they come one by one. Collective."""
+    like = next(filter(is_partitioned, policy.parameters()))
+    spread: dict[int, nn.Parameter] = {}
+    for name, value in values:
+        spread[id(blank.get_parameter(name))] = spread_like(value, like)
+    for child in blank.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            setattr(child, name, spread[id(parameter)])
+    return spread_by_own_engine(blank)
 
 
 def _width(module: nn.Module) -> int:

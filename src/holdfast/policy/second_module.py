@@ -10,23 +10,20 @@ follows. Given up: quantised modules and those with a `device_map`, of which eac
 """
 
 import copy
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from holdfast.internals.deepspeed import is_partitioned
+from holdfast.internals.deepspeed import is_partitioned, num_partitions, without_engine
 from holdfast.internals.fully_shard import as_plain_modules, meshes, sharding_options
 from holdfast.internals.transformers import layer_classes
 from holdfast.policy.quantised import is_quantised
-from holdfast.policy.scoring_engine import copy_in_parts, is_spread_by_zero, spread_by_own_engine
-from holdfast.policy.sharding import cut_like, give_back, is_part, is_sharded, own_part, whole
+from holdfast.policy.scoring_engine import filled_by_zero, is_spread_by_zero, spread_by_own_engine
+from holdfast.policy.sharding import cut_like, give_back, own_part, shape_of, whole
 from holdfast.scoring.causal_lm import unwrap
-
-logger = logging.getLogger(__name__)
 
 
 def shard_beside(module: nn.Module, policy: nn.Module) -> nn.Module:
@@ -36,7 +33,8 @@ def shard_beside(module: nn.Module, policy: nn.Module) -> nn.Module:
     options = sharding_options(policy)._asdict()
     for part in _parts_gathered_apart(module):
         fully_shard(part, reshard_after_forward=True, **options)
-    return fully_shard(module, reshard_after_forward=True, **options)
+    fully_shard(module, reshard_after_forward=True, **options)
+    return module
 
 
 def _parts_gathered_apart(module: nn.Module) -> Iterator[nn.Module]:
@@ -56,11 +54,7 @@ def _parts_gathered_apart(module: nn.Module) -> Iterator[nn.Module]:
 
 def sharded_copy(policy: nn.Module) -> nn.Module:
     """A copy of the sharded `policy` as it is now, sharded likewise. ValueError where the policy is quantised."""
-    if is_spread_by_zero(policy):
-        return copy_in_parts(policy)
-    duplicate = shard_beside(blank_copy(policy), policy)
-    fill(duplicate, policy, dict(policy.named_parameters()).__getitem__)
-    return duplicate
+    return filled(blank_copy(policy), policy, policy.named_parameters())
 
 
 def blank_copy(policy: nn.Module) -> nn.Module:
@@ -74,31 +68,50 @@ def blank_copy(policy: nn.Module) -> nn.Module:
     give_back(policy)
     blank = {
         id(parameter): nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
+            torch.empty(shape_of(parameter), dtype=parameter.dtype, device="meta"), requires_grad=False
         )
         for parameter in policy.parameters()
     }
     with as_plain_modules(policy):
-        return copy.deepcopy(policy, {**meshes(policy), **blank})
+        return without_engine(copy.deepcopy(policy, {**meshes(policy), **blank}))
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module`, a part of a sharded policy, with whole values. Collective."""
+    whole_values = {
+        id(parameter): nn.Parameter(whole(parameter).clone(), requires_grad=False) for parameter in module.parameters()
+    }
+    with as_plain_modules(module):
+        return without_engine(copy.deepcopy(module, {**meshes(module), **whole_values}))
 
 
 @torch.no_grad()
-def fill(module: nn.Module, policy: nn.Module, value_of: Callable[[str], Tensor]) -> None:
-    """Gives the sharded `module`, whose parameters have no values, those of `value_of(name)`: whole ones, or parts cut
-    as the policy's are. Its memory is on the policy's device."""
+def filled(blank: nn.Module, policy: nn.Module, values: Iterable[tuple[str, Tensor]]) -> nn.Module:
+    """The module `blank`, whose parameters have no values, sharded as `policy` is and with `values` on its device: by
+    name whole ones, or parts cut as the policy's are. Of a tensor with several names the last one counts."""
+    if is_spread_by_zero(policy):
+        return filled_by_zero(blank, policy, ((name, whole(value)) for name, value in values))
+    module = shard_beside(blank, policy)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to_empty(device=own_part(next(policy.parameters())).device)
     for name, buffer in module.named_buffers():
         buffer.copy_(buffers[name])
-    for name, parameter in module.named_parameters():
-        own_part(parameter).copy_(part_like(value_of(name), parameter))
+    lacking = {id(parameter): name for name, parameter in module.named_parameters()}
+    for name, value in values:
+        parameter = module.get_parameter(name)
+        own_part(parameter).copy_(part_like(value, parameter))
+        lacking.pop(id(parameter), None)
+    assert not lacking, lacking
+    return module
 
 
 def part_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of `value`, cut as `parameter` is. Collective where `value` is spread in another way."""
-    if isinstance(value, DTensor) and isinstance(parameter, DTensor):
-        if (value.device_mesh, value.placements) == (parameter.device_mesh, parameter.placements):
-            return own_part(value)
-    if is_partitioned(value) and is_partitioned(parameter):
-        return own_part(value)
-    return cut_like(whole(value), parameter)
+    return own_part(value) if _cut(value) == _cut(parameter) else cut_like(whole(value), parameter)
+
+
+def _cut(tensor: Tensor) -> object:
+    """Over which processes a tensor is cut, and how; None where it is whole."""
+    if is_partitioned(tensor):
+        return num_partitions(tensor)
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None

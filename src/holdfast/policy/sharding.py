@@ -28,6 +28,7 @@ from holdfast.internals.deepspeed import (
     own_partition,
     partition_of,
     release,
+    whole_shape,
 )
 from holdfast.internals.torch import end_forward
 
@@ -58,6 +59,11 @@ def whole(tensor: Tensor) -> Tensor:
         return all_values(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of all values of `tensor`."""
+    return whole_shape(tensor) if is_partitioned(tensor) else tensor.shape
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -125,6 +131,16 @@ def _num_parts(tensor: Tensor) -> int:
         return 1
     sizes = tensor.device_mesh.shape
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
+
+
+def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
+    if is_partitioned(parameter):
+        return all_values(parameter, part)
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:

@@ -50,7 +50,7 @@ from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
 from holdfast.training.by_source import BySource
-from holdfast.training.engine_trainer import EngineTrainer
+from holdfast.training.engine_checkpoints import EngineCheckpoints
 from holdfast.training.handed_batches import HandedBatch
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
@@ -58,7 +58,7 @@ from holdfast.training_arguments import check_optimizer
 logger = logging.getLogger(__name__)
 
 
-class PairTrainer(EngineTrainer):
+class PairTrainer(EngineCheckpoints):
     """Trains, evaluates and logs over batches of pairs. `DPOTrainer` makes the attributes and says what the loss is."""
 
     args: DPOConfig
@@ -189,7 +189,7 @@ class PairTrainer(EngineTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._saves_together or not self._makes_optimizer:
+        if checkpoint is None or not self._makes_optimizer:
             return
         before = heed_learning_rate(self.args.learning_rate, self.optimizer, self.lr_scheduler)
         if before is not None and self.is_world_process_zero():
@@ -360,7 +360,7 @@ class PairTrainer(EngineTrainer):
         check_finite(
             policy=self.model,
             optimizer=self.optimizer,
-            reference=self.reference if self.args.should_save else None,
+            reference=self.reference if self.args.should_save or self._is_sharded else None,
             loss=loss,
             masks=self._masks(),
             step=self.state.global_step,
@@ -370,6 +370,10 @@ class PairTrainer(EngineTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `transformers.Trainer.save_model`. ValueError where a tensor of the policy is not finite."""
+        self._check_model()
+        super().save_model(output_dir, _internal_call)
+
+    def _check_model(self) -> None:
         check_model(
             self.model,
             masks=self._masks(),
@@ -377,7 +381,6 @@ class PairTrainer(EngineTrainer):
             folder=self._folder,
             is_sharded=self._is_sharded,
         )
-        super().save_model(output_dir, _internal_call)
 
     def save_state(self) -> None:
         """See `transformers.Trainer.save_state`. ValueError where a number in it is not finite."""

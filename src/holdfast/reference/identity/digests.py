@@ -11,10 +11,17 @@ import torch
 import xxhash
 from torch import Tensor
 
+from holdfast.policy.sharding import is_part, whole
+
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A digest of the names, dtypes, shapes and bytes of tensors (law L2): BLAKE2b of each one's `tensor_digest`."""
-    lines = sorted(f"{name} {text}" for name, text in _each_digest(list(tensors)))
+    return digest_of_each(_each_digest(list(tensors)))
+
+
+def digest_of_each(digests: Iterable[tuple[str, str]]) -> str:
+    """The digest of tensors of which each one's `tensor_digest` is known by name."""
+    lines = sorted(f"{name} {text}" for name, text in digests)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -32,6 +39,9 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _each_digest(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
+    if any(is_part(tensor) for _, tensor in tensors):
+        yield from ((name, tensor_digest(whole(tensor))) for name, tensor in tensors)
+        return
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         digests = threads.map(lambda item: tensor_digest(item[1]), tensors)
         yield from zip((name for name, _ in tensors), digests, strict=True)
