@@ -56,7 +56,7 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     ours = made(name, folder, **changed)
     ours.train()
-    return outcome(name, ours, folder)
+    return outcome(ours, folder)
 
 
 def made(
@@ -87,12 +87,11 @@ def made(
     return trainer(policy, args, **parts)
 
 
-def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
     """What a run came to, and the facts about its engine."""
-    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
+        "num_whole": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in ours.model.parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "gap": gather_object([gap(ours)]),
     }
