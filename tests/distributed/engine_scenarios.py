@@ -6,13 +6,14 @@ engine, how many numbers of the policy a process holds, and how far the referenc
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from engines import loaded_in_shards, options_of, own_numel, whole
+from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
@@ -35,6 +36,26 @@ HOLDINGS: dict[str, dict[str, Any]] = {
     "chosen": {},
     "chosen_path": {},
 }
+REF_MODELS: dict[str, Callable[[], Any]] = {
+    "chosen": lambda: tiny_model(seed=5),
+    "chosen_path": lambda: tiny_model(seed=5),
+    "chosen_precomputed": lambda: tiny_model(seed=5),
+    "chosen_half": lambda: tiny_model(seed=5).bfloat16(),
+    "chosen_tied": lambda: tiny_model("llama_tied", seed=5),
+    "chosen_family": lambda: tiny_model("gpt2", seed=5),
+    "mixture": lambda: [None, tiny_model(seed=5), tiny_model("qwen3", seed=6)],
+    "mixture_precomputed": lambda: [tiny_model(seed=5), None],
+}
+"""The references that a run chooses, by the name of the holding."""
+MORE_HOLDINGS: dict[str, dict[str, Any]] = {
+    "chosen_precomputed": {"reference": "precomputed"},
+    "mixture_precomputed": {"reference": "precomputed"},
+    **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
+}
+MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
+    family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "qwen3_moe")
+}
+"""Policies and holdings beyond those of `names`."""
 MOTIONS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "hard": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0},
@@ -64,11 +85,11 @@ def made(
 ) -> DPOTrainer:
     """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
     engine, kind, holding, motion = name.split("/")[:4]
-    options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    policy: Any = POLICIES[kind]()
+    options = (HOLDINGS | MORE_HOLDINGS)[holding] | MOTIONS[motion] | options_of(engine) | changed
+    policy: Any = MORE_POLICIES[kind]()
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
-    if holding.startswith("chosen"):
-        parts["ref_model"] = tiny_model(seed=5)
+    if holding in REF_MODELS:
+        parts["ref_model"] = REF_MODELS[holding]()
     if change is not None:
         change(policy, parts)
     if engine == "native":
@@ -93,6 +114,7 @@ def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
         "num_whole": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in ours.model.parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
+        "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
     }
     return {

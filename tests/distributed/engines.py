@@ -5,6 +5,7 @@ its own FSDP2 path over gloo, and `deepspeed_on_cpu` its DeepSpeed path. Both re
 fail where these are gone.
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -106,6 +107,22 @@ def _forget_deepspeed() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+def alive_bytes() -> int:
+    """The bytes of all floating-point tensors that this process has in memory, wherever they are held.
+
+    They are read from storages: a part of a larger memory counts as all of it, and what tensors share counts once.
+    """
+    gc.collect()
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if isinstance(found, Tensor) and found.is_floating_point() and not found.is_meta:
+            held: Any = found
+            storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def own_numel(tensor: Tensor) -> int:

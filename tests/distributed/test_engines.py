@@ -40,6 +40,9 @@ def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[
         yield f"the engine was {facts['engine']}"
     if engine.startswith(SHARDING) and max(facts["num_own"]) > 0.7 * facts["num_whole"]:
         yield f"a process held {facts['num_own']} of {facts['num_whole']} numbers"
+    whole_bytes, num_processes = one["facts of each_process"]["alive"][0], len(facts["alive"])
+    if engine in SHARDING and max(facts["alive"]) > 1.1 * whole_bytes / num_processes:
+        yield f"a process had {facts['alive']} of {whole_bytes} bytes in memory"
     gaps = facts["gap"]
     if motion == "fixed" and min(gaps) < 1e-3:
         yield f"the reference was the policy: {gaps}"
@@ -57,10 +60,14 @@ def test_faults_of_a_run_are_found(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5]}
-    one = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
+    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5], "alive": [54, 50]}
+    two = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
+    one = two | {"facts of each_process": facts | {"alive": [100]}}
     name = "fsdp2/full/device/fixed"
-    assert list(faults(one, one, name)) == []
-    assert len(list(faults(one, one | {"logs": [{"loss": 0.6}]}, name))) == 1
-    for changed in ({"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]}):
-        assert list(faults(one, one | {"facts of each_process": facts | changed}, name)) != [], changed
+    assert list(faults(one, two, name)) == []
+    assert len(list(faults(one, two | {"logs": [{"loss": 0.6}]}, name))) == 1
+    dishonest: list[dict[str, Any]] = [
+        {"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"alive": [54, 60]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]},
+    ]  # fmt: skip
+    for changed in dishonest:
+        assert list(faults(one, two | {"facts of each_process": facts | changed}, name)) != [], changed

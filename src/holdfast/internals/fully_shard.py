@@ -1,13 +1,13 @@
-"""Private names of torch's FSDP2: how a module was sharded, and the plain module beneath.
+"""Private names of torch's FSDP2: how a module was sharded, the plain module beneath, and other memory for its parts.
 
 FSDP2 turns a module into one of a class of its own and hangs hooks and a record on it, which cannot be copied.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
@@ -46,6 +46,11 @@ def meshes(module: nn.Module) -> dict[int, object]:
 
 def _holds_mesh(value: Any) -> bool:
     return any(isinstance(own, DeviceMesh) for own in getattr(value, "__dict__", {}).values())
+
+
+def replace_tensors(module: nn.Module, made_of: Callable[[Tensor], Tensor]) -> None:
+    """Replaces each tensor of `module` by the one that is `made_of` it. Parameters stay the objects that they are."""
+    looked_up("torch", module, "_apply")(made_of)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from holdfast.internals.deepspeed import (
     release,
     whole_shape,
 )
+from holdfast.internals.fully_shard import replace_tensors
 from holdfast.internals.torch import end_forward
 
 
@@ -143,10 +144,22 @@ def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
+def free_other_parts(module: nn.Module) -> None:
+    """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
+    cuts them out of whole tensors, which would stay in memory with them."""
+    parts = [own_part(parameter) for parameter in parameters_of(module).values() if isinstance(parameter, DTensor)]
+    if any(part.untyped_storage().nbytes() > 1.5 * part.nbytes for part in parts if part.numel()):
+        del parts
+        replace_tensors(module, Tensor.clone)
+
+
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
     """Shards `policy` in place where `accelerator` is to shard it with FSDP2, as its `prepare` would when training
-    begins. `prepare` then finds it sharded."""
-    if not accelerator.is_fsdp2 or is_sharded(policy):
+    begins. `prepare` then finds it sharded. One that was sharded as it was loaded only frees what it does not need."""
+    if is_sharded(policy):
+        free_other_parts(policy)
+        return
+    if not accelerator.is_fsdp2:
         return
     stand_in = torch.optim.SGD(policy.parameters())  # accelerate shards a model together with its optimizer only
     accelerator.prepare(policy, stand_in)
