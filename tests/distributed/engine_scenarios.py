@@ -116,6 +116,7 @@ def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
+        "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
     return {
         "logs": numbers(ours.state.log_history),

@@ -1,15 +1,17 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, what `torch.compile` wraps a model in,
-how a block mask is compiled, and where FSDP2 believes a forward pass to be.
+"""Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
+recomputation), how a block mask is compiled, and where FSDP2 believes a forward pass to be.
 
 Given up: `torch.compile` of anything but a whole model.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
@@ -30,6 +32,26 @@ def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:
 def hooks_after(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run after the module's forward pass."""
     return list(looked_up("torch", module, "_forward_hooks").values())
+
+
+@contextlib.contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """A context within which nothing runs before or after the forward pass of `module` or of a module in it."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    tables = [looked_up("torch", child, name) for child in module.modules() for name in names]
+    hooks = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, own in zip(tables, hooks, strict=True):
+            table.update(own)
+
+
+def recomputed(module: nn.Module) -> nn.Module:
+    """The module whose activations `module` recomputes, where that is all that it does; else `module` itself."""
+    return looked_up("torch", module, "_checkpoint_wrapped_module") if isinstance(module, CheckpointWrapper) else module
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

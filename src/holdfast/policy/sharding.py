@@ -9,8 +9,9 @@ Whatever gathers is a collective call: all processes must make it, in the same o
 are flat.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from holdfast.internals.deepspeed import (
     whole_shape,
 )
 from holdfast.internals.fully_shard import replace_tensors
-from holdfast.internals.torch import end_forward
+from holdfast.internals.torch import end_forward, without_hooks
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -107,6 +108,31 @@ def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
     former = own.clone()
     own.copy_(part)
     return former
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before FSDP2 gave it one of its own."""
+    kind = type(module)
+    return kind.__mro__[kind.__mro__.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else kind
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A context within which the module's parameters are whole, and its forward pass gathers nothing. They are copies,
+    which are lost on leaving. Collective where they are spread over processes."""
+    if not is_sharded(module):
+        yield
+        return
+    give_back(module)
+    former = [(child, name, p) for child in module.modules() for name, p in child.named_parameters(recurse=False)]
+    with without_hooks(module):
+        try:
+            for child, name, parameter in former:
+                setattr(child, name, nn.Parameter(whole(parameter), requires_grad=False))
+            yield
+        finally:
+            for child, name, parameter in former:
+                setattr(child, name, parameter)
 
 
 def total(terms: Iterable[tuple[Tensor, float]]) -> float:
