@@ -231,7 +231,7 @@ class DPOTrainer(RenewableTrainer):
             self._provenance = Provenance.of_run(
                 args=self.args,
                 policy=self.model,
-                reference_identity=None if self.is_deepspeed_enabled else self.reference.identity(),
+                reference_identity=self.reference.identity(),
                 train_dataset=self.train_dataset,
                 first_pair=self._collated(self._first_rows()[:1]),
                 layout=self._layout_name(),
