@@ -23,6 +23,7 @@ from holdfast.agreement import raised_together
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
+from holdfast.checkpoint.hosts import heed_hosts
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
@@ -43,6 +44,7 @@ from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
+from holdfast.options.engines import check_engine
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
@@ -108,7 +110,7 @@ class DPOTrainer(RenewableTrainer):
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
-        args = self._early_options(args)
+        args = heed_hosts(self._early_options(args))
         hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
         self.model_init = model_init
@@ -138,6 +140,7 @@ class DPOTrainer(RenewableTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        check_engine(args, self.accelerator, optimizers)
         self.model_init, self._is_fresh = model_init, model_init is not None  # transformers has None: it got a model
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it

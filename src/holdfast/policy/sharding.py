@@ -1,9 +1,9 @@
 """Weights that are spread over processes: which they are, this process's part of them, and their whole values.
 
 FSDP2 makes a parameter a DTensor, of which each process holds the rows of its own; ZeRO-3 gives each process a stretch
-of its flat values (see `internals.deepspeed`). A module's forward pass gathers the values that it needs and frees them. The policy is sharded when the trainer is made, before anything is scored, so that
-no forward pass of the run needs the whole model in one process. From then on every forward pass is one of all processes
-together.
+of its flat values (see `internals.deepspeed`). A module's forward pass gathers the values that it needs and frees them.
+The policy is sharded when the trainer is made, before anything is scored, so that no forward pass of the run needs the
+whole model in one process. From then on every forward pass is one of all processes together.
 
 Whatever gathers is a collective call: all processes must make it, in the same order. Given up: FSDP1, whose parameters
 are flat.

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 
 from holdfast.internals.accelerate import forget_preparation, is_prepared
 from holdfast.internals.deepspeed import forget_engine
+from holdfast.internals.transformers import saving_where_asked
 from holdfast.policy.sharding import is_sharded, shard_policy
 
 
@@ -100,6 +101,11 @@ class EngineTrainer(Trainer):
             self.is_deepspeed_enabled = self.is_deepspeed_enabled or is_plain
         self._is_evaluated_first |= is_first and is_prepared(self.model)
         return output
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Writes the model; with `save_on_each_node` on each host."""
+        with saving_where_asked(self.model, self.args):
+            super()._save(output_dir, state_dict)
 
     def _keep_parameters(self) -> None:
         """Gives the optimizer its parameters again: accelerate takes parameters of which a process has nothing for one
