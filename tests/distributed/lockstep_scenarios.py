@@ -25,9 +25,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast import DataCollatorForPreference, DPOTrainer, Reference
+from holdfast import DataCollatorForPreference, DPOTrainer, Reference, agreement
 from holdfast.batch import PairBatch
 from holdfast.data import completions
+from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.reference import audit, look_ahead
 from holdfast.reference import reference as reference_module
 from holdfast.reference.sources import lockstep
@@ -122,7 +123,7 @@ def raised(act: Callable[[], Any]) -> str:
 
 def batch_of(row: int) -> PairBatch:
     """One pair, padded."""
-    return PairBatch.from_tensors(DataCollatorForPreference(pad_token_id=0)([rows(9)[row]]))
+    return PairBatch.from_tensors(PaddedLayout(0)([rows(9)[row]]))
 
 
 # --- what one process knows -----------------------------------------------------------------------------------------
@@ -376,9 +377,35 @@ def signal_to_one(engine: str, folder: Path) -> Any:
     return found | {"messages": messages, "kept_of_each_process": gather_object([kept])}
 
 
+def agreement_itself(engine: str, folder: Path) -> Any:
+    """What `holdfast.agreement` does with a value, a flag, and an error of one process, of some or of all."""
+
+    def fail(who: Callable[[int], bool], kind: type[Exception], text: str) -> str:
+        def act() -> None:
+            with agreement.raised_together(), agreement.raised_together():
+                if who(RANK):
+                    raise kind(text)
+
+        return raised(act)
+
+    last = WORLD - 1
+    found = {
+        "values": agreement.of_all(RANK),
+        "flags": [agreement.any_of_all(RANK == last), agreement.any_of_all(False)],
+        "largest": agreement.largest_of_all([float(RANK), -float(RANK)]),
+        "of one": fail(lambda rank: rank == last, ValueError, "a"),
+        "of some": fail(lambda rank: rank > 0, ValueError, f"of {RANK}"),
+        "of all": fail(lambda rank: True, TypeError, "b"),
+        "of the disk": fail(lambda rank: rank == last, OSError, "c"),
+        "of none": fail(lambda rank: False, ValueError, "d"),
+    }
+    return {"found_by_each_process": gather_object([found])}
+
+
 SCENARIOS: dict[str, Scenario] = {
     function.__name__: function
     for function in (
+        agreement_itself,
         plain,
         transform_known_to_one,
         transform_known_to_one_without_reference,
@@ -401,5 +428,3 @@ SCENARIOS: dict[str, Scenario] = {
         signal_to_one,
     )
 }
-FAILING = {"nan_of_one", "wrong_weights_of_one", "audit_of_one", "disk_of_one_full"}
-"""The scenarios that end with an error, on all processes."""

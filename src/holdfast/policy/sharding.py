@@ -11,7 +11,7 @@ are flat.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,10 +57,18 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All values of `tensor`, without gradients. Collective where it is spread."""
-    if is_partitioned(tensor):
-        return all_values(tensor)
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole_from_part(own_part(tensor), tensor)
+
+
+def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
+    if is_partitioned(parameter):
+        return all_values(parameter, part)
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    on_mesh = part.to(mesh.device_type)  # it may wait in host memory
+    return DTensor.from_local(on_mesh, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -110,7 +118,7 @@ def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return former
 
 
-def class_of(module: nn.Module) -> type[nn.Module]:
+def class_of(module: Any) -> type[nn.Module]:
     """The class of a module before FSDP2 gave it one of its own."""
     kind = type(module)
     return kind.__mro__[kind.__mro__.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else kind
@@ -123,16 +131,27 @@ def gathered(module: nn.Module) -> Iterator[None]:
     if not is_sharded(module):
         yield
         return
+    values = {name: whole(parameter) for name, parameter in parameters_of(module).items()}
+    with without_hooks(module), standing_in(module, values):
+        yield
+
+
+@contextlib.contextmanager
+def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context within which other parameters are in the place of those named in `values`, with these values. They may
+    have any shape. The module's parameters themselves are untouched."""
     give_back(module)
-    former = [(child, name, p) for child in module.modules() for name, p in child.named_parameters(recurse=False)]
-    with without_hooks(module):
-        try:
-            for child, name, parameter in former:
-                setattr(child, name, nn.Parameter(whole(parameter), requires_grad=False))
-            yield
-        finally:
-            for child, name, parameter in former:
-                setattr(child, name, parameter)
+    places: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for path, value in values.items():
+            owner, _, name = path.rpartition(".")
+            child = module.get_submodule(owner)
+            places.append((child, name, getattr(child, name)))
+            setattr(child, name, nn.Parameter(value, requires_grad=False))
+        yield
+    finally:
+        for child, name, parameter in places:
+            setattr(child, name, parameter)
 
 
 def total(terms: Iterable[tuple[Tensor, float]]) -> float:
@@ -158,16 +177,6 @@ def _num_parts(tensor: Tensor) -> int:
         return 1
     sizes = tensor.device_mesh.shape
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
-
-
-def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
-    if is_partitioned(parameter):
-        return all_values(parameter, part)
-    if not isinstance(parameter, DTensor):
-        return part
-    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-    return DTensor.from_local(part, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
 def free_other_parts(module: nn.Module) -> None:

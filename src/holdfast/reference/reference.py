@@ -236,6 +236,10 @@ class Reference:
             self.stored.flush()
         return {} if self._moving is None else self._moving.state_dict()
 
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of `state_dict`, of each this process's part (see `Moving.parts`)."""
+        return {} if self._moving is None else self._moving.parts()
+
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """Restores the reference after `version` syncs, bit for bit. The last sync moved it by `drift`."""
         if self._moving is None:

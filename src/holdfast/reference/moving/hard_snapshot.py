@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from holdfast.policy.sharding import own_part, parameters_of, total
 from holdfast.reference.base import Moving
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.scorers.snapshot import ExactSnapshot, description, trainable
+from holdfast.reference.scorers.snapshot import ExactSnapshot, description, parts_of_state, trainable, whole_state
 from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice
 from holdfast.scoring.frozen import Autocast
 
@@ -42,15 +42,18 @@ class HardSnapshot(ExactSnapshot, Moving):
         self.exchange.is_policy = True
         self.version += 1
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Moving.state_dict`: the values, which are the policy's tensors while the reference is the policy."""
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`: the values, which are the policy's tensors while the reference is the policy."""
         return trainable(self.policy) if self.exchange.is_policy else dict(self.values.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Moving.state_dict`."""
+        return whole_state(self.policy, self.parts())
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
         if state:
-            own = trainable(self.policy)
-            self.values.write({name: state[name].to(value.device) for name, value in own.items()})
+            self.values.write(parts_of_state(self.policy, {name: state[name] for name in trainable(self.policy)}))
             self.exchange.is_policy = False
         self.version, self.drift = version, drift
 

@@ -91,6 +91,10 @@ class MovingModel(Scorer, Moving):
         """See `Scorer.identity`."""
         return Identity.of(self.module)
 
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`."""
+        return self._own_parts() | dict(self._average.tensors())
+
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`: the module's parameters, and their fp32 state."""
         if not is_sharded(self.module):
