@@ -7,9 +7,11 @@ by every run. DeepSpeed's stay as they are. Where one process cannot write, all 
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
@@ -29,6 +31,17 @@ from holdfast.training.engine_trainer import EngineTrainer
 
 class EngineCheckpoints(EngineTrainer):
     """Saves and loads a policy and an optimizer that may be in parts."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        is_sharded_at_load = getattr(options["model"], "is_distributed_loading_by_transformers", False)
+        own = options["args"].save_only_model
+        options["args"].save_only_model = (
+            own or is_sharded_at_load
+        )  # transformers has no optimizer's state of such a run
+        try:
+            super().__init__(*args, **options)
+        finally:
+            options["args"].save_only_model = own
 
     @property
     def _is_in_parts(self) -> bool:
@@ -99,8 +112,14 @@ class EngineCheckpoints(EngineTrainer):
                 in_turn(lambda: Trainer._load_optimizer_and_scheduler(self, checkpoint))
         elif (Path(checkpoint) / SCHEDULER_NAME).is_file():
             parts.load_optimizer(Path(checkpoint), self.model, self.optimizer)
-            with self._standing_in(is_deepspeed_enabled=True):  # for which transformers reads the schedule alone
-                Trainer._load_optimizer_and_scheduler(self, checkpoint)
+            self._load_schedule(Path(checkpoint))
+
+    def _load_schedule(self, checkpoint: Path) -> None:
+        """Has transformers load the schedule, which it only does beside an optimizer: here beside an empty one."""
+        with TemporaryDirectory() as folder, self._standing_in(optimizer=_Nothing(), is_fsdp_enabled=False):
+            torch.save({}, Path(folder) / OPTIMIZER_NAME)
+            shutil.copyfile(checkpoint / SCHEDULER_NAME, Path(folder) / SCHEDULER_NAME)
+            Trainer._load_optimizer_and_scheduler(self, folder)
 
     @contextlib.contextmanager
     def _standing_in(self, **attributes: Any) -> Iterator[None]:
@@ -133,6 +152,14 @@ class _Cutting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a whole state dict."""
         self._optimizer.load_state_dict(cut_optimizer(state, self._optimizer))
+
+
+@final
+class _Nothing:
+    """What transformers takes for the optimizer where that is loaded already."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads nothing."""
 
 
 @final
