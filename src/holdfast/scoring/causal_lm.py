@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from holdfast.internals.deepspeed import is_partitioned
+from holdfast.internals.deepspeed import is_partitioned, whole_shape
 from holdfast.internals.torch import has_hooks
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,8 @@ def vocabulary_size(causal_lm: PreTrainedModel) -> int:
     """Number of logits per token, after any resizing of the embeddings."""
     head = output_embeddings(causal_lm)
     size = getattr(head, "out_features", None)
-    return size if isinstance(size, int) else len(cast(Tensor, head.weight))
+    weight = cast(Tensor, head.weight)
+    return size if isinstance(size, int) else (whole_shape(weight) if is_partitioned(weight) else weight.shape)[0]
 
 
 def is_plain_linear(head: nn.Module) -> bool:
