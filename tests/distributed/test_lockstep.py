@@ -4,9 +4,6 @@ The scenarios are those of `lockstep_scenarios`. A hang is a failure, since the 
 limited time.
 """
 
-import fcntl
-import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,45 +43,18 @@ SCENARIOS = {
 WAYS = [(2, "fsdp2"), (4, "fsdp2"), (2, "native")]
 OF_EACH = ("weights", "messages", "seconds")
 
-Outcome = Callable[[int, str, str], dict[str, Any]]
+Outcome = Callable[[int, str], dict[str, Any]]
 
 table = pytest.mark.parametrize(
-    ("num_processes", "engine", "scenario"),
+    ("num_processes", "run"),
     [
-        pytest.param(n, engine, name, marks=() if is_quick and (n, engine) == WAYS[0] else pytest.mark.nightly)
+        pytest.param(
+            n, f"{engine}/lockstep/{name}", marks=() if is_quick and (n, engine) == WAYS[0] else pytest.mark.nightly
+        )
         for n, engine in WAYS
         for name, is_quick in SCENARIOS.items()
     ],
 )
-
-
-@pytest.fixture(scope="session")
-def outcome(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcome:
-    """`outcome(num_processes, engine, scenario)`: what it came to. One launch for each way runs all that is asked."""
-    from conftest import launch_engines
-
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
-    asked = {
-        tuple(item.callspec.params[name] for name in ("num_processes", "engine", "scenario"))
-        for item in request.session.items
-        if "scenario" in getattr(getattr(item, "callspec", None), "params", {})
-    }
-
-    def find(num_processes: int, engine: str, scenario: str) -> dict[str, Any]:
-        folder = root / f"lockstep {num_processes} {engine}"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{engine}.lockstep.{scenario}.json"
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it, or have finished
-            if not file.exists():
-                own = {name for n, way, name in asked if (n, way) == (num_processes, engine) or engine == "one"}
-                launch_engines(
-                    num_processes, folder, [f"{engine}/lockstep/{name}" for name in sorted(own | {scenario})]
-                )
-        return json.loads(file.read_text())
-
-    return find
 
 
 def faults(one: dict[str, Any], several: dict[str, Any]) -> Iterator[str]:
@@ -106,13 +76,12 @@ def faults(one: dict[str, Any], several: dict[str, Any]) -> Iterator[str]:
 
 
 @table
-def test_all_go_on_to_the_numbers_of_one_process(
-    num_processes: int, engine: str, scenario: str, outcome: Outcome
-) -> None:
+def test_all_go_on_to_the_numbers_of_one_process(num_processes: int, run: str, engine_outcome: Outcome) -> None:
     """Losses, gradient norms, metrics, evaluations, weights, and all that is stored, under the same key."""
-    found = outcome(num_processes, engine, scenario)
-    assert list(faults(outcome(1, "one", scenario), found)) == []
-    if check := CHECKS.get(scenario):
+    rest = run.split("/", 1)[1]
+    found = engine_outcome(num_processes, run)
+    assert list(faults(engine_outcome(1, f"one/{rest}"), found)) == []
+    if check := CHECKS.get(rest.removeprefix("lockstep/")):
         check(found, num_processes)
 
 
