@@ -81,7 +81,7 @@ def _resume(name: str, folder: Path) -> dict[str, Any]:
     """The numbers of a run that was taken up from its second step, those of the uninterrupted one, and the rest."""
     ours = made(name, folder / "run", **SAVING)
     ours.train()
-    uninterrupted = outcome(name, ours, folder / "run")
+    uninterrupted = outcome(ours, folder / "run")
     ours.save_model(str(folder / "final"))
     checkpoint = folder / "run" / "checkpoint-2"
     second = next(entry for entry in uninterrupted["logs"] if entry["step"] == 2 and "eval_loss" in entry)
@@ -125,7 +125,7 @@ def _full_disk(name: str, folder: Path, rank: int) -> dict[str, Any]:
 def _taken_up(name: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     ours = made(name, folder / "again", **SAVING)
     ours.train(resume_from_checkpoint=str(checkpoint))
-    return outcome(name, ours, folder / "again")
+    return outcome(ours, folder / "again")
 
 
 def _other_base(policy: nn.Module, parts: dict[str, Any]) -> None:

@@ -17,8 +17,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3")
-"""The engines by name. `native` is a model that transformers has sharded as it was loaded."""
+ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3", "zero3born", "zero3kept", "zero3host")
+"""The engines by name. `native` is a model that transformers has sharded as it was loaded. With `zero3born` the models
+are made when the arguments exist, so transformers has spread them already when the trainer gets them. With `zero3kept`
+values stay gathered after a pass, as DeepSpeed's defaults have it for small models. With `zero3host` weights and
+optimizer are in host memory."""
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -38,13 +41,19 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):
         deepspeed_on_cpu()
-        return {"deepspeed": deepspeed_config(int(engine.removeprefix("zero"))), "use_cpu": False}
+        return {"deepspeed": deepspeed_config(int(engine[4]), engine[5:]), "use_cpu": False}
     return {}
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, variant: str = "") -> dict[str, Any]:
     """A configuration that shards tiny models as well: nothing stays gathered because it is small."""
-    nothing = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3 and variant != "kept":
+        zero |= dict.fromkeys(
+            ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size"), 0
+        )
+    if variant == "host":
+        zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -52,7 +61,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage} | (dict.fromkeys(nothing, 0) if stage == 3 else {}),
+        "zero_optimization": zero,
     }
 
 

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
 from torch import nn
 
+from holdfast.policy.sharding import is_part
+
 
 @torch.no_grad()
 def broadcast_unlike_tensors(module: nn.Module) -> list[str]:
@@ -25,7 +27,7 @@ def broadcast_unlike_tensors(module: nn.Module) -> list[str]:
     sums = {
         name: (float(tensor.float().sum()), float(tensor.float().norm()))
         for name, tensor in tensors.items()
-        if not tensor.is_meta and not hasattr(tensor, "full_tensor")  # shards differ between processes
+        if not tensor.is_meta and not is_part(tensor)  # parts differ between processes
     }
     first, *others = gather_object([sums])
     unlike = [name for name in first if any(name in other and other[name] != first[name] for other in others)]

@@ -38,7 +38,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from holdfast.policy.sharding import class_of, give_back, is_part, whole
+from holdfast.policy.sharding import class_of, give_back, is_part, shape_of, whole
 from holdfast.reference.moving.rank import TOLERANCE, bound_rank, break_even_rank
 
 SMALLEST_SCALE = 1e-9
@@ -337,7 +337,7 @@ def _mix(layer: Layer, ours: LayerState, theirs: LayerState, difference: Tensor 
         rank = down.shape[0]
         up = torch.cat([(1 - alpha) * up, alpha * ours.up], dim=1)
         down = torch.cat([down, ours.down])
-        up, down = bound_rank(up, down, rank, layer.down.shape[0], TOLERANCE * (1 - (1 - alpha) ** 4))
+        up, down = bound_rank(up, down, rank, shape_of(layer.down)[0], TOLERANCE * (1 - (1 - alpha) ** 4))
     if ours.scale is None:
         return LayerState(up=up, down=down)
     assert theirs.scale is not None
