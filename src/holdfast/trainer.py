@@ -43,7 +43,7 @@ from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
-from holdfast.policy.broadcast import broadcast_unlike_tensors
+from holdfast.policy.broadcast import broadcast_unlike_tensors, is_loaded_once
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
 from holdfast.policy.sharding import is_sharded, shard_policy
@@ -120,7 +120,7 @@ class DPOTrainer(RenewableTrainer):
         check_vocabulary(tokenizer, num_ids)
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
         with raised_together():
-            self._first_checksums = checksums(policy)
+            self._first_checksums = checksums(policy) if args.process_index == 0 or not is_loaded_once() else {}
         self._rows = train_dataset, eval_dataset
         date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows, args.columns)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
@@ -162,7 +162,7 @@ class DPOTrainer(RenewableTrainer):
         self._full_eval = FullEval(policy)
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
-        if not self._is_sharded and broadcast_unlike_tensors(policy):
+        if not self.is_deepspeed_enabled and not is_loaded_once() and broadcast_unlike_tensors(policy):
             self._first_checksums = checksums(policy)
         shard_policy(policy, self.accelerator)
         if is_sharded(policy):  # each process has a part of what was summed before
@@ -312,11 +312,14 @@ class DPOTrainer(RenewableTrainer):
         is_training = self.model.training
         if not self._startup.is_introduced and is_training and self.state.global_step == 0:
             self._introduce(batch)
+        # Before the policy's forward pass, so that no values which it gathered are in the reference's way.
+        early = self._reference_logps(self._real_pairs(batch)[0]) if self._is_sharded else None
         with self.accelerator.autocast():
             scores = score_within_limit(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
         assert (statistics := scores.statistics) is not None  # noqa: RUF018
         batch, is_filled = self._real_pairs(batch)
-        policy, reference = pair_logps(scores.logps, batch, self.args.ld_alpha), self._reference_logps(batch)
+        policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
+        reference = early if self._is_sharded else self._reference_logps(batch)
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
 

@@ -156,6 +156,18 @@ def _num_parts(tensor: Tensor) -> int:
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
 
 
+def average_gradients(module: nn.Module) -> None:
+    """Gives all processes the mean of their gradients of each parameter that is whole in a sharded module, such as an
+    adapter that was added after the module was loaded in parts. The engine averages the others. Collective."""
+    if not is_sharded(module):
+        return
+    for parameter in parameters_of(module).values():
+        if parameter.requires_grad and not is_part(parameter):
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean: Any = reduce(own, reduction="mean")
+            parameter.grad = mean
+
+
 def free_other_parts(module: nn.Module) -> None:
     """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
     cuts them out of whole tensors, which would stay in memory with them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from holdfast.internals.accelerate import forget_preparation, is_prepared
-from holdfast.policy.sharding import is_sharded
+from holdfast.policy.sharding import average_gradients, is_sharded
 
 
 class EngineTrainer(Trainer):
@@ -35,6 +35,13 @@ class EngineTrainer(Trainer):
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
         return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.training_step`."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            average_gradients(self.model)
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""
