@@ -196,7 +196,9 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, Traini
             NotImplementedError,
         ) as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            raise ValueError(f"The options were refused by transformers: {kind}{error}") from error
+            is_missing = isinstance(error, ImportError) and "deepspeed" in str(error).lower()
+            remedy = " Install it: pip install 'holdfast[deepspeed]'." if is_missing else ""
+            raise ValueError(f"The options were refused by transformers: {kind}{error}{remedy}") from error
 
     def check(self) -> None:
         """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have

@@ -23,6 +23,7 @@ from holdfast.agreement import raised_together
 from holdfast.arguments import checked_arguments, prepare_device, router_aux_loss_coef
 from holdfast.batch import PairBatch
 from holdfast.callbacks import SyncCallback
+from holdfast.checkpoint.hosts import heed_hosts
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.placed import remove_what_a_kill_left
 from holdfast.checkpoint.provenance import Provenance
@@ -43,10 +44,11 @@ from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
+from holdfast.options.engines import check_engine
 from holdfast.policy.broadcast import broadcast_unlike_tensors, is_loaded_once
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
-from holdfast.policy.sharding import is_sharded, shard_policy
+from holdfast.policy.sharding import is_sharded
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import checksums
@@ -108,7 +110,7 @@ class DPOTrainer(RenewableTrainer):
         args = checked_arguments(
             args, model, ref_model, train_dataset, eval_dataset, data_collator, compute_metrics, callbacks
         )
-        args = self._early_options(args)
+        args = heed_hosts(self._early_options(args))
         hooks = self._overridden_hooks(args)
         set_seed(args.seed)  # a fresh adapter draws its weights
         self.model_init = model_init
@@ -138,6 +140,7 @@ class DPOTrainer(RenewableTrainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        check_engine(args, self.accelerator, optimizers)
         self.model_init, self._is_fresh = model_init, model_init is not None  # transformers has None: it got a model
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
@@ -158,13 +161,13 @@ class DPOTrainer(RenewableTrainer):
 
     def _place_policy(self, policy: nn.Module) -> None:
         prepare_device(self.args)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)
         self._full_eval = FullEval(policy)
-        if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+        is_spread = self._has_engine or is_sharded(policy)
+        if check_full_eval(self.args, policy, is_sharded=is_spread) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
-        if not self.is_deepspeed_enabled and not is_loaded_once() and broadcast_unlike_tensors(policy):
+        if not is_loaded_once() and broadcast_unlike_tensors(policy):
             self._first_checksums = checksums(policy)
-        shard_policy(policy, self.accelerator)
+        self._begin_engine(policy)
         if is_sharded(policy):  # each process has a part of what was summed before
             self._first_checksums = checksums(policy)
 
@@ -231,7 +234,7 @@ class DPOTrainer(RenewableTrainer):
             self._provenance = Provenance.of_run(
                 args=self.args,
                 policy=self.model,
-                reference_identity=None if self.is_deepspeed_enabled else self.reference.identity(),
+                reference_identity=self.reference.identity(),
                 train_dataset=self.train_dataset,
                 first_pair=self._collated(self._first_rows()[:1]),
                 layout=self._layout_name(),

@@ -6,16 +6,19 @@ engine, how many numbers of the policy a process holds, and how far the referenc
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from engines import alive_bytes, loaded_in_shards, options_of, own_bytes, own_numel, whole
+from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from families import tiny_model
 from holdfast import DPOTrainer
@@ -33,6 +36,26 @@ HOLDINGS: dict[str, dict[str, Any]] = {
     "chosen": {},
     "chosen_path": {},
 }
+REF_MODELS: dict[str, Callable[[], Any]] = {
+    "chosen": lambda: tiny_model(seed=5),
+    "chosen_path": lambda: tiny_model(seed=5),
+    "chosen_precomputed": lambda: tiny_model(seed=5),
+    "chosen_half": lambda: tiny_model(seed=5).bfloat16(),
+    "chosen_tied": lambda: tiny_model("llama_tied", seed=5),
+    "chosen_family": lambda: tiny_model("gpt2", seed=5),
+    "mixture": lambda: [None, tiny_model(seed=5), tiny_model("qwen3", seed=6)],
+    "mixture_precomputed": lambda: [tiny_model(seed=5), None],
+}
+"""The references that a run chooses, by the name of the holding."""
+MORE_HOLDINGS: dict[str, dict[str, Any]] = {
+    "chosen_precomputed": {"reference": "precomputed"},
+    "mixture_precomputed": {"reference": "precomputed"},
+    **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
+}
+MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
+    family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "qwen3_moe")
+}
+"""Policies and holdings beyond those of `names`."""
 MOTIONS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "hard": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0},
@@ -54,7 +77,7 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     ours = made(name, folder, **changed)
     ours.train()
-    return outcome(name, ours, folder)
+    return outcome(ours, folder)
 
 
 def made(
@@ -62,36 +85,35 @@ def made(
 ) -> DPOTrainer:
     """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
     engine, kind, holding, motion = name.split("/")[:4]
-    options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    args = config(folder, **{
-        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
-        "seed": 3,
-    } | options)  # fmt: skip
-    policy = POLICIES[kind]()
+    options = (HOLDINGS | MORE_HOLDINGS)[holding] | MOTIONS[motion] | options_of(engine) | changed
+    policy: Any = MORE_POLICIES[kind]()
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
-    if holding.startswith("chosen"):
-        parts["ref_model"] = tiny_model(seed=5)
+    if holding in REF_MODELS:
+        parts["ref_model"] = REF_MODELS[holding]()
     if change is not None:
         change(policy, parts)
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
+    if engine.endswith("born"):
+        save(policy if kind == "full" else tiny_model(), folder / "base")
     if holding == "chosen_path":
-        if RANK == 0:
-            parts["ref_model"].save_pretrained(folder / "ref")
-        if WORLD > 1:
-            dist.barrier()
+        save(parts["ref_model"], folder / "ref")
         parts["ref_model"] = str(folder / "ref")
+    args = config(folder, **{
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
+        "seed": 3,
+    } | options)  # fmt: skip
+    if engine.endswith("born"):
+        policy = born_in_parts(policy, folder / "base")
     return trainer(policy, args, **parts)
 
 
-def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
     """What a run came to, and the facts about its engine."""
-    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": sum(parameter.numel() for parameter in POLICIES[kind]().parameters()),
+        "num_whole": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in ours.model.parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
-        "bytes": gather_object([held_bytes(ours)]),
         "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
         "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
@@ -106,13 +128,25 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
     }
 
 
-def held_bytes(ours: DPOTrainer) -> int:
-    """The bytes that policy and reference have in this process, as a step leaves them."""
-    scorer = ours.reference.scorer
-    scorers = [] if scorer is None else getattr(scorer, "references", [scorer])
-    modules = [module for each in scorers if (module := each.module) is not None]
-    groups = [module.named_parameters() for module in (ours.model, *modules)]
-    return own_bytes(*groups, ours.reference.tensors())
+def save(model: nn.Module, folder: Path) -> None:
+    """Writes a model that is whole in each process."""
+    untyped: Any = model
+    if RANK == 0:
+        untyped.save_pretrained(folder)
+    if WORLD > 1:
+        dist.barrier()
+
+
+def born_in_parts(policy: nn.Module, base: Path) -> nn.Module | str:
+    """The policy whose base is spread as it is loaded, with the adapters of `policy`."""
+    if not isinstance(policy, PeftModel):
+        return str(base)
+    adapters = {name: value for name, value in policy.named_parameters() if "lora_" in name}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), policy.peft_config["default"])
+    with torch.no_grad():
+        for name, value in adapters.items():
+            model.get_parameter(name).copy_(value)
+    return model
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import copy
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3")
-"""The engines by name. `native` is a model that transformers has sharded as it was loaded."""
+ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3", "zero3born", "zero3kept", "zero3host")
+"""The engines by name. `native` is a model that transformers has sharded as it was loaded. With `zero3born` the models
+are made when the arguments exist, so transformers has spread them already when the trainer gets them. With `zero3kept`
+values stay gathered after a pass, as DeepSpeed's defaults have it for small models. With `zero3host` weights and
+optimizer are in host memory."""
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -41,13 +43,19 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):
         deepspeed_on_cpu()
-        return {"deepspeed": deepspeed_config(int(engine.removeprefix("zero"))), "use_cpu": False}
+        return {"deepspeed": deepspeed_config(int(engine[4]), engine[5:]), "use_cpu": False}
     return {}
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, variant: str = "") -> dict[str, Any]:
     """A configuration that shards tiny models as well: nothing stays gathered because it is small."""
-    nothing = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3 and variant != "kept":
+        zero |= dict.fromkeys(
+            ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size"), 0
+        )
+    if variant == "host":
+        zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -55,7 +63,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage} | (dict.fromkeys(nothing, 0) if stage == 3 else {}),
+        "zero_optimization": zero,
     }
 
 
@@ -109,25 +117,20 @@ def _forget_deepspeed() -> None:
     unset_hf_deepspeed_config()
 
 
-def own_bytes(*groups: Iterable[tuple[str, Tensor]]) -> int:
-    """The bytes of the memory that tensors have in this process, read from their storages: a part of a larger memory
-    counts as all of it, and what several tensors share counts once."""
-    storages: dict[int, int] = {}
-    for tensor in (tensor for group in groups for _, tensor in group):
-        untyped: Any = tensor
-        held = untyped.ds_tensor if hasattr(tensor, "ds_tensor") else untyped
-        storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def alive_bytes() -> int:
-    """The bytes of all floating-point tensors that Python knows in this process, each memory once."""
+    """The bytes of all floating-point tensors that this process has in memory, wherever they are held.
+
+    They are read from storages: a part of a larger memory counts as all of it, and what tensors share counts once.
+    """
     gc.collect()
-    tensors = [found for found in gc.get_objects() if isinstance(found, Tensor)]
-    plain = [(("", tensor)) for tensor in tensors if tensor.is_floating_point() and tensor.device.type == "cpu"]
-    return own_bytes(plain)
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if isinstance(found, Tensor) and found.is_floating_point() and not found.is_meta:
+            held: Any = found
+            storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def own_numel(tensor: Tensor) -> int:

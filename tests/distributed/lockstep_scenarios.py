@@ -1,8 +1,8 @@
 """Runs in which one process knows, finds, measures or meets what the others do not: `<engine>/lockstep/<scenario>`.
 
 Where weights are spread over processes, all of them must go on together all the same, to the numbers of one process.
-The audit is off, since its forward passes would hide some unlike beginnings. What differs between processes by nature is
-under names that end in `each_process`.
+The audit is off, since its forward passes would hide some unlike beginnings. What differs between processes by nature
+is under names that end in `each_process`.
 """
 
 import contextlib

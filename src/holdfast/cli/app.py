@@ -170,15 +170,15 @@ def demo(
 
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
     """The metrics of a run that is trained, saved into `folder` and evaluated."""
-    from holdfast.checkpoint.folder import checkpoint_to_resume
+    from holdfast.checkpoint.hosts import agreed_checkpoint
     from holdfast.checkpoint.placed import write_text
-    from holdfast.checkpoint.sound import check_sound, last_complete, resuming
+    from holdfast.checkpoint.sound import check_together, last_complete, resuming
     from holdfast.cli.assembly import trainer_of
 
-    checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, folder)
+    checkpoint = agreed_checkpoint(arguments.resume_from_checkpoint, folder)
     if checkpoint is not None:
         adopts = arguments.adopt_checkpoint
-        check_sound(checkpoint, resuming(checkpoint), reads_all=False, adopts=adopts)  # before anything is loaded
+        check_together(checkpoint, resuming(checkpoint), reads_all=False, adopts=adopts)  # before anything is loaded
     with interruption.saying("Nothing is trained yet."):
         trainer = trainer_of(run, arguments)
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
 
 from holdfast.batch import ContentId, PairBatch
 from holdfast.cli.runfile import RunFile
@@ -28,7 +29,11 @@ def trainer_of(run: RunFile, args: DPOConfig, *, uses_user_logps: bool = True) -
     if not uses_user_logps:
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = _without_user_logps(arguments.get(name))
-    return DPOTrainer(**arguments)
+    trainer = DPOTrainer(**arguments)
+    if not trainer.is_world_process_zero():  # transformers would print the logs of each host's first process
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+    return trainer
 
 
 def _without_user_logps(dataset: Any) -> Any:

@@ -6,8 +6,9 @@ A method that replaces nothing is dead code, and the run silently becomes anothe
 tables below with the installed `Trainer` whenever a trainer is made. Given up: checking what the methods do.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,24 @@ def _is_called(name: str) -> bool:
 
 def _reads(code: Any, name: str) -> bool:
     return name in code.co_names or any(_reads(inner, name) for inner in code.co_consts if hasattr(inner, "co_names"))
+
+
+@contextlib.contextmanager
+def saving_where_asked(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """A context in which a model is written by every process that `args` have save. Without it transformers writes a
+    model in the first process of all, so `save_on_each_node` would leave other hosts checkpoints without weights."""
+    causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (args.save_on_each_node and args.should_save and hasattr(causal_lm, _SAVES_HERE)):
+        yield
+        return
+    setattr(causal_lm, _SAVES_HERE, bool)
+    try:
+        yield
+    finally:
+        delattr(causal_lm, _SAVES_HERE)
+
+
+_SAVES_HERE = "should_save_on_this_rank"
 
 
 def unlogged_loss(trainer: Trainer) -> tuple[float, int]:

@@ -13,10 +13,10 @@ from accelerate import ParallelismConfig
 from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.checkpoint import checkpoint
 from transformers.trainer_utils import IntervalStrategy
-from transformers.training_args import ParallelMode
 
 from holdfast.data.shapes.mapping import check_mapping
 from holdfast.losses.options import shown
+from holdfast.options.engines import check_engine_options
 from holdfast.options.ranges import count
 from holdfast.policy.init_names import present_names
 
@@ -64,11 +64,7 @@ def _check_processes(args: Any) -> None:
             f"parallelism_config={shown(args.parallelism_config)} was asked for; it is an "
             "`accelerate.ParallelismConfig`. Make one, or leave it out."
         )
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise ValueError(
-            f"fsdp={shown(args.fsdp)} was asked for in a single process, and FSDP shards a model over several. Launch "
-            "with `accelerate launch` or `torchrun`, or drop it."
-        )
+    check_engine_options(args)
 
 
 def _check_mappings(args: Any) -> None:

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from torch import nn
 
+from holdfast.policy.sharding import is_part
+
 
 def is_loaded_once() -> bool:
     """Whether one process has the weights of models, and the others get them when FSDP2 shards a model
@@ -32,7 +34,7 @@ def broadcast_unlike_tensors(module: nn.Module) -> list[str]:
     sums = {
         name: (float(tensor.float().sum()), float(tensor.float().norm()))
         for name, tensor in tensors.items()
-        if not tensor.is_meta and not hasattr(tensor, "full_tensor")  # shards differ between processes
+        if not tensor.is_meta and not is_part(tensor)  # parts differ between processes
     }
     first, *others = gather_object([sums])
     unlike = [name for name in first if any(name in other and other[name] != first[name] for other in others)]

@@ -15,6 +15,7 @@ from transformers import (
 from holdfast.internals.peft import activate
 from holdfast.internals.torch import dropout_class
 from holdfast.policy.adapters import check_adapter, check_policy_adapters, is_adapted
+from holdfast.policy.divided import check_undivided
 from holdfast.policy.load import PolicyOptions, load_policy
 from holdfast.policy.quantised import check_not_repacked, is_quantised, pin_quantised_layers
 from holdfast.scoring.causal_lm import unwrap
@@ -27,6 +28,7 @@ def make_policy(
 ) -> nn.Module:
     """The policy ready to train: loaded, with its adapter, without dropout where that is asked for."""
     policy = load_policy(model, args, quantization_config)
+    check_undivided(policy, "model")
     check_not_repacked(policy)
     check_policy_adapters(policy)
     policy = with_adapter(pin_quantised_layers(policy), peft_config, args.model_adapter_name)

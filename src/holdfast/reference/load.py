@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from torch import nn
 
 from holdfast.losses import LossOptions
+from holdfast.policy.divided import check_undivided
 from holdfast.policy.load import PolicyOptions, init_mapping, load_model
 from holdfast.reference.scorers.mixture import check_mixture, mixture_shares
 
@@ -80,8 +81,11 @@ def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOpt
 
 def load_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOptions) -> list[nn.Module | None]:
     """The reference modules that a user chose. Each path or hub id is loaded with `ref_model_init_kwargs`. None stands
-    for the policy as it starts to train."""
-    return [_load_ref_model(entry, args) for entry in ref_model_entries(ref_model)]
+    for the policy as it starts to train. ValueError where one is divided among processes."""
+    modules = [_load_ref_model(entry, args) for entry in ref_model_entries(ref_model)]
+    for module in filter(None, modules):
+        check_undivided(module, "ref_model")
+    return modules
 
 
 def _load_ref_model(ref_model: RefModel, args: RefModelOptions) -> nn.Module | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from holdfast.internals.deepspeed import is_partitioned
 from holdfast.internals.torch import has_hooks
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
     free them."""
     if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(map(is_partitioned, model.parameters()))
 
 
 def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:

@@ -7,9 +7,11 @@ by every run. DeepSpeed's stay as they are. Where one process cannot write, all 
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import torch
@@ -21,6 +23,7 @@ from holdfast.agreement import of_all, raise_first, raised_together
 from holdfast.checkpoint import parts
 from holdfast.checkpoint.engine import PARTS, WHOLE, ZERO, Engine
 from holdfast.checkpoint.policy_state import load_whole_policy
+from holdfast.checkpoint.shared_folder import check_shared
 from holdfast.checkpoint.whole import cut_optimizer, whole_optimizer, whole_policy
 from holdfast.policy.sharding import is_sharded
 from holdfast.scoring.causal_lm import unwrap
@@ -29,6 +32,17 @@ from holdfast.training.engine_trainer import EngineTrainer
 
 class EngineCheckpoints(EngineTrainer):
     """Saves and loads a policy and an optimizer that may be in parts."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        is_sharded_at_load = getattr(options["model"], "is_distributed_loading_by_transformers", False)
+        own = options["args"].save_only_model
+        options["args"].save_only_model = (
+            own or is_sharded_at_load
+        )  # transformers has no optimizer's state of such a run
+        try:
+            super().__init__(*args, **options)
+        finally:
+            options["args"].save_only_model = own
 
     @property
     def _is_in_parts(self) -> bool:
@@ -51,6 +65,30 @@ class EngineCheckpoints(EngineTrainer):
             name = "DDP" if self.args.world_size > 1 else "no engine"
         form = ZERO if self.is_deepspeed_enabled else PARTS if self._saves_parts else WHOLE
         return Engine(name=name, num_processes=self.args.world_size, state_dicts=form)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_folder()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _check_folder(self) -> None:
+        """ValueError where processes on several machines need one folder, and have several."""
+        args = self.args
+        if args.world_size == 1:
+            return
+        folder, request, remedy = Path(str(args.output_dir)), None, "set load_best_model_at_end=False"
+        if self._saves_parts:
+            request = "Checkpoints in parts were asked for (state_dict_type='SHARDED_STATE_DICT' in fsdp_config)"
+            remedy = "set state_dict_type='FULL_STATE_DICT': then one process writes all of it"
+        elif self.is_deepspeed_enabled and not args.save_on_each_node:
+            request, remedy = "DeepSpeed's checkpoints have a part of each process", "set save_on_each_node=True"
+        elif args.load_best_model_at_end and not args.save_on_each_node:
+            request = "load_best_model_at_end=True was asked for"
+        if self._saves_parts and args.save_on_each_node:
+            raise ValueError(
+                f"{request}, and save_on_each_node=True, but these are one checkpoint. Drop one of the two."
+            )
+        if request is not None:
+            check_shared(folder, request, remedy)
 
     # --- written ------------------------------------------------------------------------------------------------------
 
@@ -99,8 +137,14 @@ class EngineCheckpoints(EngineTrainer):
                 in_turn(lambda: Trainer._load_optimizer_and_scheduler(self, checkpoint))
         elif (Path(checkpoint) / SCHEDULER_NAME).is_file():
             parts.load_optimizer(Path(checkpoint), self.model, self.optimizer)
-            with self._standing_in(is_deepspeed_enabled=True):  # for which transformers reads the schedule alone
-                Trainer._load_optimizer_and_scheduler(self, checkpoint)
+            self._load_schedule(Path(checkpoint))
+
+    def _load_schedule(self, checkpoint: Path) -> None:
+        """Has transformers load the schedule, which it only does beside an optimizer: here beside an empty one."""
+        with TemporaryDirectory() as folder, self._standing_in(optimizer=_Nothing(), is_fsdp_enabled=False):
+            torch.save({}, Path(folder) / OPTIMIZER_NAME)
+            shutil.copyfile(checkpoint / SCHEDULER_NAME, Path(folder) / SCHEDULER_NAME)
+            Trainer._load_optimizer_and_scheduler(self, folder)
 
     @contextlib.contextmanager
     def _standing_in(self, **attributes: Any) -> Iterator[None]:
@@ -133,6 +177,14 @@ class _Cutting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a whole state dict."""
         self._optimizer.load_state_dict(cut_optimizer(state, self._optimizer))
+
+
+@final
+class _Nothing:
+    """What transformers takes for the optimizer where that is loaded already."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads nothing."""
 
 
 @final

@@ -23,11 +23,11 @@ from holdfast.checkpoint.engine import Engine, check_engine
 from holdfast.checkpoint.finite import check_state
 from holdfast.checkpoint.folder import (
     best_checkpoint,
-    checkpoint_to_resume,
     keeping_checkpoints,
     leave_only,
     save_complete,
 )
+from holdfast.checkpoint.hosts import agreed_checkpoint
 from holdfast.checkpoint.manifest import read_manifest, recorded
 from holdfast.checkpoint.placed import remove_cut_copies
 from holdfast.checkpoint.policy_state import (
@@ -195,7 +195,7 @@ class ResumableTrainer(SavingTrainer):
 
     def _to_resume(self, resume_from_checkpoint: Any) -> Path | None:
         """The checkpoint to resume or to restore, or None. ValueError where it is not as it was saved."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = agreed_checkpoint(resume_from_checkpoint, self.args.output_dir)
         adopts = self.args.adopt_checkpoint
         if checkpoint is not None:
             check_together(checkpoint, resuming(checkpoint), reads_all=self.is_local_process_zero(), adopts=adopts)

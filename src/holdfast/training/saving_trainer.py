@@ -48,17 +48,17 @@ class SavingTrainer(PairTrainer):
                     with self._placed(folder, "the trained model") as staged:
                         keep_copy(folder / "README.md", staged)  # peft adds to it
                         self._write_whole(str(staged), state)
-        elif self._is_sharded and self.args.save_on_each_node:  # to disks of which nobody knows the others'
+        elif self.is_deepspeed_enabled and self.args.save_on_each_node:  # to disks of which nobody knows the others'
             super().save_model(str(folder), _internal_call=True)
-        elif self.args.should_save and not (self._is_sharded and self.args.process_index > 0):
+        elif self.args.should_save and not (self.is_deepspeed_enabled and self.args.process_index > 0):
             with self._placed(folder, "the trained model") as staged:
                 keep_copy(folder / "README.md", staged)
                 super().save_model(self._agreed(staged), _internal_call=True)
-                if self._is_sharded:
+                if self.is_deepspeed_enabled:
                     self.accelerator.wait_for_everyone()
         else:
             super().save_model(self._agreed(folder), _internal_call=True)
-            if self._is_sharded:
+            if self.is_deepspeed_enabled:
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -66,7 +66,7 @@ class SavingTrainer(PairTrainer):
     def _agreed(self, folder: Path) -> str:
         """The folder of the first process, where all processes write one model; else this process's own."""
         names = [str(folder)]
-        return broadcast_object_list(names)[0] if self._is_sharded else names[0]
+        return broadcast_object_list(names)[0] if self.is_deepspeed_enabled else names[0]
 
     def save_state(self) -> None:
         """See `transformers.Trainer.save_state`. ValueError where the file cannot be written; an older one stays."""
