@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +97,32 @@ def _read(folder: Path) -> dict[str, Any]:
     if not (folder / "results.json").exists():
         pytest.fail(f"{folder.name} failed; the first test that needed it says how", pytrace=False)
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def engine_outcome(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[int, str], dict[str, Any]]:
+    """`engine_outcome(num_processes, run)`: what a run of `engine_main` came to.
+
+    One launch for each number of processes runs all that tests ask for in their parameters `num_processes` and `run`;
+    the runs of one process are those without the engine.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
+    asked = sorted({(each["num_processes"], each["run"]) for each in parameters if "run" in each})
+
+    def find(num_processes: int, name: str) -> dict[str, Any]:
+        folder = root / f"engines with {num_processes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name.replace('/', '.')}.json"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it, or have finished
+            if not file.exists():
+                rest = {f"one/{run.split('/', 1)[1]}" for _, run in asked if "/mutated/" not in run}
+                own = rest if num_processes == 1 else {run for n, run in asked if n == num_processes}
+                launch_engines(num_processes, folder, sorted(own | {name}))
+        return json.loads(file.read_text())
+
+    return find
