@@ -82,7 +82,10 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     ours = made(name, folder, **changed)
     ours.train()
-    return outcome(ours, folder)
+    found = outcome(ours, folder)
+    for parameter in ours.model.parameters():  # transformers' hooks hold the trainer, which nothing would free
+        (parameter._post_accumulate_grad_hooks or {}).clear()
+    return found
 
 
 def made(

@@ -5,6 +5,7 @@ its own FSDP2 path over gloo, and `deepspeed_on_cpu` its DeepSpeed path. Both re
 fail where these are gone.
 """
 
+import copy
 import gc
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import accelerate.state
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -66,14 +68,20 @@ def deepspeed_config(stage: int, variant: str = "") -> dict[str, Any]:
 
 
 def loaded_in_shards(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` as transformers loads it from a folder when it shards it over all processes."""
+    """`model` as transformers loads it from a folder when it shards it over all processes, and peft its adapter."""
     from transformers.distributed import DistributedConfig
 
+    adapters = folder / "adapters"
     if dist.get_rank() == 0:
-        model.save_pretrained(folder)
+        base: Any = model
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(adapters))
+            base = copy.deepcopy(model).unload()
+        base.save_pretrained(folder)
     dist.barrier()
     config = DistributedConfig(fsdp_size=dist.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype="float32")
+    return PeftModel.from_pretrained(loaded, str(adapters), is_trainable=True) if adapters.exists() else loaded
 
 
 def shard_on_cpu() -> None:

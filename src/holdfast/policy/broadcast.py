@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from torch import nn
 
 from holdfast.policy.sharding import is_part
+
+
+def is_loaded_once() -> bool:
+    """Whether one process has the weights of models, and the others get them when FSDP2 shards a model
+    (`cpu_ram_efficient_loading`). Until then the values of the others mean nothing."""
+    names = "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    return PartialState().num_processes > 1 and all(parse_flag_from_env(name) for name in names)
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ are flat.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -177,6 +177,35 @@ def _num_parts(tensor: Tensor) -> int:
         return 1
     sizes = tensor.device_mesh.shape
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
+
+
+def cut_evenly(value: Tensor) -> Tensor:
+    """This process's share of a tensor that all processes have whole: a stretch of its flat values, a copy."""
+    state, flat = PartialState(), value.reshape(-1)
+    length = math.ceil(len(flat) / state.num_processes)
+    return flat[state.process_index * length :][:length].clone()
+
+
+def joined(share: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor of that shape of which `share` is this process's share. Collective."""
+    state, num = PartialState(), math.prod(shape)
+    padded = share.new_zeros(math.ceil(num / state.num_processes), device=state.device)
+    padded[: len(share)] = share
+    everyones: Any = gather(padded)
+    return everyones[:num].view(*shape)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Gives all processes the mean of their gradients of each parameter that is whole in a sharded module, such as an
+    adapter that was added after the module was loaded in parts. The engine averages the others. Collective."""
+    if not is_sharded(module):
+        return
+    for parameter in parameters_of(module).values():
+        is_averaged = getattr(parameter, "_replicated_grad_hook_registered", False)  # by transformers
+        if parameter.requires_grad and not is_part(parameter) and not is_averaged:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean: Any = reduce(own, reduction="mean")
+            parameter.grad = mean
 
 
 def free_other_parts(module: nn.Module) -> None:

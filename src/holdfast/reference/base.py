@@ -102,7 +102,7 @@ class Moving(abc.ABC):
 
     @abc.abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of `state_dict`, of each this process's part. No other process is asked."""
+        """The tensors of `state_dict`, of each this process's part."""
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from holdfast.internals.accelerate import forget_preparation, is_prepared
 from holdfast.internals.deepspeed import forget_engine
 from holdfast.internals.transformers import saving_where_asked
-from holdfast.policy.sharding import give_back, is_sharded, shard_policy
+from holdfast.policy.sharding import average_gradients, give_back, is_sharded, shard_policy
 
 
 class EngineTrainer(Trainer):
@@ -83,6 +83,13 @@ class EngineTrainer(Trainer):
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
         return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.training_step`."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            average_gradients(self.model)
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""

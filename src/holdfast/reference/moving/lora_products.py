@@ -12,8 +12,8 @@ the product instead, which is exact. So a layer takes at most `in * out` numbers
 moves little between syncs. Given up: a fixed rank. It would need a tolerance that grows with the motion, so the
 reference would be silently wrong just where the policy has moved far.
 
-Factors that are spread over processes have a fixed shape, and are gathered to be mixed. All processes compute and keep
-the same pair, and add its product to the layer's output to score (see `moving.added_products`).
+Factors that are spread over processes have a fixed shape, and are gathered to be mixed. All processes compute the same
+pair, keep a share of it each, and add its product to the layer's output to score (see `moving.added_products`).
 
 DoRA's effective weight is `diag(m / n) (W + s B A)`, where n are the row norms of the bracket (Liu et al. 2024, Eq. 5,
 arXiv:2402.09353). The mix of two is `diag(d) W + s up down`, where d is the mix of the two m / n, and where
