@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from families import tiny_model
 from holdfast import DPOTrainer
+from holdfast.policy.sharding import give_back
 from holdfast.scoring.frozen import frozen_logps
 from policies import POLICIES, config, rows, trainer
 
@@ -150,6 +151,7 @@ def gap(ours: DPOTrainer) -> float:
 def saved(model: nn.Module, folder: Path) -> str:
     """Writes the trained tensors, gathered, into a file whose path it returns."""
     weights: dict[str, Tensor] = {}
+    give_back(model)  # while they are gathered, tied weights may be several tensors
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             weights[name] = whole(parameter)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
-from holdfast.internals.fully_shard import replace_tensors
+from holdfast.internals.fully_shard import replace_tensors, share_tied_parts
 from holdfast.internals.torch import end_forward, without_hooks
 
 
@@ -158,11 +158,12 @@ def _num_parts(tensor: Tensor) -> int:
 
 def free_other_parts(module: nn.Module) -> None:
     """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
-    cuts them out of whole tensors, which would stay in memory with them."""
+    cuts them out of whole tensors, which would stay in memory with them. Weights that it has tied stay tied."""
     parts = [own_part(parameter) for parameter in parameters_of(module).values() if is_part(parameter)]
     if any(part.untyped_storage().nbytes() > 1.5 * part.nbytes for part in parts if part.numel()):
         del parts
         replace_tensors(module, Tensor.clone)
+    share_tied_parts(module)
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
