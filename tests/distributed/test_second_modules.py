@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from engine_mutations import RUN_OF
+from test_engines import faults
 
 pytestmark = pytest.mark.slow
 
 Outcome = Callable[[int, str], dict[str, Any]]
 
 ROWS = {
-    "full/model/fixed": True,
+    "full/model/fixed": False,
     "full/model/hard": False,
     "full/model/soft": True,
     "full/chosen/fixed": True,
@@ -24,16 +26,16 @@ ROWS = {
     "full/chosen_path/hard": False,
     "full/chosen_path/soft": False,
     "full/chosen_half/fixed": False,
-    "full/chosen_half/soft": True,
+    "full/chosen_half/soft": False,
     "full/chosen_family/fixed": False,
     "full/chosen_precomputed/fixed": True,
-    "full/mixture/fixed": True,
+    "full/mixture/fixed": False,
     "full/mixture_precomputed/fixed": False,
     "full/padded/fixed": False,
     "full/packed/fixed": False,
     "full/packed_limited/soft": True,
     "full/padding_free/fixed": False,
-    "full/limited/fixed": True,
+    "full/limited/fixed": False,
     "llama_tied/model/fixed": False,
     "llama_tied/model/soft": True,
     "llama_tied/chosen_tied/soft": False,
