@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from families import tiny_model
 from holdfast import DPOTrainer
+from holdfast.policy.sharding import give_back
 from holdfast.scoring.frozen import frozen_logps
 from policies import POLICIES, config, rows, trainer
 
@@ -176,6 +177,7 @@ def gap(ours: DPOTrainer) -> float:
 def saved(model: nn.Module, folder: Path) -> str:
     """Writes the trained tensors, gathered, into a file whose path it returns."""
     weights: dict[str, Tensor] = {}
+    give_back(model)  # while they are gathered, tied weights may be several tensors
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             weights[name] = whole(parameter)

@@ -31,7 +31,7 @@ from holdfast.internals.deepspeed import (
     release,
     whole_shape,
 )
-from holdfast.internals.fully_shard import replace_tensors
+from holdfast.internals.fully_shard import replace_tensors, share_tied_parts
 from holdfast.internals.torch import end_forward, without_hooks
 
 
@@ -210,11 +210,12 @@ def average_gradients(module: nn.Module) -> None:
 
 def free_other_parts(module: nn.Module) -> None:
     """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
-    cuts them out of whole tensors, which would stay in memory with them."""
+    cuts them out of whole tensors, which would stay in memory with them. Weights that it has tied stay tied."""
     parts = [own_part(parameter) for parameter in parameters_of(module).values() if isinstance(parameter, DTensor)]
     if any(part.untyped_storage().nbytes() > 1.5 * part.nbytes for part in parts if part.numel()):
         del parts
         replace_tensors(module, Tensor.clone)
+    share_tied_parts(module)
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
