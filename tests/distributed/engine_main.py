@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
+import engine_mutations
 import engine_resumes
 import engine_scenarios
 import lockstep_scenarios
@@ -43,6 +44,7 @@ def main() -> None:
         try:
             resumed = engine_resumes.run if name.count("/") > 3 else engine_scenarios.run
             run = lockstep_scenarios.run if "/lockstep/" in name else resumed
+            run = engine_mutations.run if "/mutated/" in name else run
             outcome = run(name, own)
         except Exception:
             outcome = {"error": traceback.format_exc()}

@@ -5,6 +5,8 @@
 the name of its folder beside this launch's.
 """
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from scenarios import RANK, evaluated
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from families import tiny_model
 from holdfast import DPOTrainer
+from holdfast.checkpoint.folder import complete_checkpoints
 
 SAVING: dict[str, Any] = {
     "optim": "adamw_torch",
@@ -41,6 +44,10 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         parts = name.split("/")
         saved = folder.parents[4].parent / launch / "/".join([engine, *parts[1:4], "resume"]) / "run" / "checkpoint-2"
         return _taken_up(name, saved, folder)
+    if action.startswith("full-"):
+        return _full_disk(name, folder, int(action.removeprefix("full-")))
+    if action == "apart":
+        return {"said": gather_object([_refused(made(name, folder / f"host{RANK}", **SAVING), None)])}
     return _resume(name, folder)
 
 
@@ -67,6 +74,28 @@ def _resume(name: str, folder: Path) -> dict[str, Any]:
     return taken_up
 
 
+def _full_disk(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    """What all processes say where torch finds no room in one of them after the third step, and what is left."""
+    plain = torch.save
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rank == RANK and state.global_step == 3:
+                torch.save = full
+
+    ours = made(name, folder / "run", **SAVING)
+    ours.add_callback(Full())
+    try:
+        said = _refused(ours, None)
+    finally:
+        torch.save = plain
+    left = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
+    return {"said": gather_object([said]), "left": left, "complete": len(complete_checkpoints(folder / "run"))}
+
+
 def _taken_up(name: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     ours = made(name, folder / "again", **SAVING)
     ours.train(resume_from_checkpoint=str(checkpoint))
@@ -80,10 +109,10 @@ def _other_base(policy: nn.Module, parts: dict[str, Any]) -> None:
         next(parameter for name, parameter in changed.named_parameters() if "embed_tokens" in name).add_(0.01)
 
 
-def _refused(ours: DPOTrainer, checkpoint: Path) -> str:
-    """What the trainer says where it is to take up a run that it may not; empty where it does."""
+def _refused(ours: DPOTrainer, checkpoint: Path | None) -> str:
+    """The ValueError of a run, taken up from `checkpoint` if there is one; empty where there is none."""
     try:
-        ours.train(resume_from_checkpoint=str(checkpoint))
+        ours.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ValueError as error:
         return str(error)
     return ""

@@ -50,10 +50,15 @@ REF_MODELS: dict[str, Callable[[], Any]] = {
 MORE_HOLDINGS: dict[str, dict[str, Any]] = {
     "chosen_precomputed": {"reference": "precomputed"},
     "mixture_precomputed": {"reference": "precomputed"},
+    "limited": {"reference": "model", "tokens_per_batch": 30},
+    "packed": {"reference": "model", "layout": "packed"},
+    "packed_limited": {"reference": "model", "layout": "packed", "tokens_per_batch": 25},
+    "padding_free": {"reference": "model", "padding_free": True},
+    "padded": {"reference": "model", "layout": "padded"},
     **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
 }
 MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
-    family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "qwen3_moe")
+    family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "lfm2")
 }
 """Policies and holdings beyond those of `names`."""
 MOTIONS: dict[str, dict[str, Any]] = {
@@ -122,6 +127,7 @@ def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "logs": numbers(ours.state.log_history),
         "evaluation": evaluated(ours.evaluate()),
         "weights": saved(ours.model, folder),
+        "layout": ours._layout_name(),
         "version": ours.reference.version,
         "drift": ours.reference.drift,
         "facts of each_process": facts,

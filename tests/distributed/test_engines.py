@@ -62,8 +62,14 @@ def test_faults_of_a_run_are_found(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5], "alive": [54, 50]}
-    facts["digest"] = ["a", "a"]
+    facts = {
+        "engine": "FSDP",
+        "num_own": [50, 50],
+        "num_whole": 100,
+        "gap": [0.5, 0.5],
+        "alive": [54, 50],
+        "digest": ["a", "a"],
+    }
     two = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
     one = two | {"facts of each_process": facts | {"alive": [100]}}
     name = "fsdp2/full/device/fixed"

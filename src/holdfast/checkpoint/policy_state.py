@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.whole import load_files, put_whole
 from holdfast.policy.adapters import is_adapted
-from holdfast.policy.sharding import give_back, is_part, state_of, whole
-from holdfast.reference.identity.digests import digest, digest_of_each, tensor_digest
+from holdfast.policy.sharding import give_back, state_of
+from holdfast.reference.identity.digests import digest
 
 
 def _saved_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -42,10 +42,7 @@ def policy_digest(policy: nn.Module) -> str | None:
     give_back(policy)
     if any(p.is_meta for p in policy.parameters()):
         return None
-    tensors = _saved_tensors(policy)
-    if not any(map(is_part, tensors.values())):
-        return digest(tensors.items())
-    return digest_of_each((name, tensor_digest(whole(tensor))) for name, tensor in tensors.items())
+    return digest(_saved_tensors(policy).items())
 
 
 def load_whole_policy(checkpoint: Path, policy: nn.Module) -> None:

@@ -24,7 +24,7 @@ class _Refusal:
 _REFUSALS = (
     _Refusal(
         name="zero_optimization.offload_param.device",
-        reason="weights would wait in files, where a reference cannot take their place. Use \"cpu\"",
+        reason='weights would wait in files, where a reference cannot take their place. Use "cpu"',
         is_asked=lambda device: device == "nvme",
     ),
     _Refusal(

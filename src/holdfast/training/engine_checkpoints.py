@@ -23,6 +23,7 @@ from holdfast.agreement import of_all, raise_first, raised_together
 from holdfast.checkpoint import parts
 from holdfast.checkpoint.engine import PARTS, WHOLE, ZERO, Engine
 from holdfast.checkpoint.policy_state import load_whole_policy
+from holdfast.checkpoint.shared_folder import check_shared
 from holdfast.checkpoint.whole import cut_optimizer, whole_optimizer, whole_policy
 from holdfast.policy.sharding import is_sharded
 from holdfast.scoring.causal_lm import unwrap
@@ -64,6 +65,30 @@ class EngineCheckpoints(EngineTrainer):
             name = "DDP" if self.args.world_size > 1 else "no engine"
         form = ZERO if self.is_deepspeed_enabled else PARTS if self._saves_parts else WHOLE
         return Engine(name=name, num_processes=self.args.world_size, state_dicts=form)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_folder()
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _check_folder(self) -> None:
+        """ValueError where processes on several machines need one folder, and have several."""
+        args = self.args
+        if args.world_size == 1:
+            return
+        folder, request, remedy = Path(str(args.output_dir)), None, "set load_best_model_at_end=False"
+        if self._saves_parts:
+            request = "Checkpoints in parts were asked for (state_dict_type='SHARDED_STATE_DICT' in fsdp_config)"
+            remedy = "set state_dict_type='FULL_STATE_DICT': then one process writes all of it"
+        elif self.is_deepspeed_enabled and not args.save_on_each_node:
+            request, remedy = "DeepSpeed's checkpoints have a part of each process", "set save_on_each_node=True"
+        elif args.load_best_model_at_end and not args.save_on_each_node:
+            request = "load_best_model_at_end=True was asked for"
+        if self._saves_parts and args.save_on_each_node:
+            raise ValueError(
+                f"{request}, and save_on_each_node=True, but these are one checkpoint. Drop one of the two."
+            )
+        if request is not None:
+            check_shared(folder, request, remedy)
 
     # --- written ------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from holdfast.internals.accelerate import forget_preparation, is_prepared
 from holdfast.internals.deepspeed import forget_engine
 from holdfast.internals.transformers import saving_where_asked
-from holdfast.policy.sharding import is_sharded, shard_policy
+from holdfast.policy.sharding import give_back, is_sharded, shard_policy
 
 
 class EngineTrainer(Trainer):
@@ -75,6 +75,7 @@ class EngineTrainer(Trainer):
         if self._is_evaluated_first:
             self._is_evaluated_first = False
             forget_preparation(self.accelerator, self.model)
+        give_back(self.model)  # an optimizer that is made of gathered values would move those alone
         if self.is_deepspeed_enabled:  # the engine before was destroyed
             forget_engine(self.model)
             self.model_wrapped = self.model
@@ -85,6 +86,7 @@ class EngineTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""
+        give_back(self.model)
         optimizer = super().create_optimizer(*args, **kwargs)
         self._parameters = [list(group["params"]) for group in getattr(self.optimizer, "param_groups", [])]
         return optimizer

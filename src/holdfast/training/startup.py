@@ -19,6 +19,7 @@ from holdfast.data.layouts.trial import LayoutTrial
 from holdfast.policy.independence import Dependence, check_resumable, find_dependence
 from holdfast.policy.placement import place_reference_models
 from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.sharding import give_back
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import Checksums, audit, introduction
 from holdfast.reference.build import build_reference
@@ -103,6 +104,8 @@ class Startup:
             for model in self._run_models:
                 stack.enter_context(untouched(model))
             chosen = choose_layout(collator, self._args, trial)
+        for model in self._run_models:
+            give_back(model)
         self._run_models = [self._policy]  # a reference model that is scored ahead may be let go
         return chosen
 

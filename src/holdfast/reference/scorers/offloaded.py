@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from holdfast.agreement import raised_together
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.internals.fully_shard import replace_tensors
 from holdfast.policy.sharding import is_sharded, own_part, parameters_of
 from holdfast.reference.base import Scorer
 from holdfast.reference.identity.identity import Identity
@@ -69,10 +70,16 @@ class OffloadedReference(Scorer):
 
     def _free(self) -> None:
         """Frees the memory of this process's parts of a sharded module."""
-        storages = [own_part(parameter).untyped_storage() for parameter in parameters_of(self._module).values()]
-        self._storages = [(storage, storage.nbytes()) for storage in storages if storage.resizable()]
+        storages = self._storages_of_parts()
+        if not all(storage.resizable() for storage in storages):  # numpy has read it, for a digest
+            replace_tensors(self._module, Tensor.clone)
+            storages = self._storages_of_parts()
+        self._storages = [(storage, storage.nbytes()) for storage in storages]
         for storage, _ in self._storages:
             storage.resize_(0)
+
+    def _storages_of_parts(self) -> list[torch.UntypedStorage]:
+        return [own_part(parameter).untyped_storage() for parameter in parameters_of(self._module).values()]
 
     @contextlib.contextmanager
     def _parts_in_place(self) -> Iterator[None]:
