@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from accelerate.utils import gather_object
 from engine_scenarios import made, outcome
+from engines import forget_deepspeed
 from peft import PeftModel
 from safetensors.torch import load_file
 from scenarios import RANK, WORLD, evaluated
@@ -147,6 +148,7 @@ def _refused(ours: DPOTrainer, checkpoint: Path | None) -> str:
 def _loaded_equals(folder: Path, weights: str, name: str) -> bool:
     """Whether a plain folder holds the trained weights, as a single process would load them."""
     model: nn.Module
+    forget_deepspeed()
     if (folder / "adapter_config.json").exists():
         model = PeftModel.from_pretrained(tiny_model(), folder, is_trainable=True)
     else:

@@ -35,7 +35,7 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
     `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process."""
     for name in [name for name in os.environ if name.startswith(_ENVIRONMENT)]:
         del os.environ[name]
-    _forget_deepspeed()
+    forget_deepspeed()
     if engine == "fsdp2_parts":
         fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | fsdp_config
     if engine.startswith("fsdp2"):
@@ -54,6 +54,8 @@ def deepspeed_config(stage: int, variant: str = "") -> dict[str, Any]:
         zero |= dict.fromkeys(
             ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size"), 0
         )
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     if variant == "host":
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
@@ -110,7 +112,7 @@ def deepspeed_on_cpu() -> None:
     kind._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 
-def _forget_deepspeed() -> None:
+def forget_deepspeed() -> None:
     """A config that transformers remembers would have the next model born in parts."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

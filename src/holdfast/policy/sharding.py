@@ -103,6 +103,12 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict, in which parameters stand themselves: a copy would not know which part it is."""
+    give_back(module)
+    return module.state_dict() | dict(module.named_parameters(remove_duplicate=False))
+
+
 def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """Gives `parameter` the values `part` in this process; returns those that it had. No other process is asked.
 

@@ -160,7 +160,7 @@ class EngineCheckpoints(EngineTrainer):
         """Loads the policy if it is in parts, here or in the checkpoint. Whether it was."""
         if parts.has_parts(checkpoint):
             parts.load_policy(checkpoint, self.model)
-        elif self._is_in_parts:
+        elif is_sharded(self.model):
             load_whole_policy(checkpoint, self.model)
         else:
             return False

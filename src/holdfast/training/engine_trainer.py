@@ -75,10 +75,10 @@ class EngineTrainer(Trainer):
         if self._is_evaluated_first:
             self._is_evaluated_first = False
             forget_preparation(self.accelerator, self.model)
+        give_back(self.model)  # an optimizer that is made of gathered values would move those alone
         if self.is_deepspeed_enabled:  # the engine before was destroyed
             forget_engine(self.model)
             self.model_wrapped = self.model
-        give_back(self.model)  # an optimizer that is made of gathered values would move those alone
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()

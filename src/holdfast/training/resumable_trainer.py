@@ -249,7 +249,9 @@ class ResumableTrainer(SavingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if not self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:  # its engine has just loaded the policy
+            check_loaded(self.model, Path(checkpoint))
+        else:
             check_same_optimizer(Path(checkpoint), read_manifest(Path(checkpoint)).get("optimizer"), self.optimizer)
         content = "the state of the optimizer and of the learning rate's schedule"
         with loading(Path(checkpoint), content, "optimizer.pt and scheduler.pt"):
