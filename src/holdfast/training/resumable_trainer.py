@@ -49,6 +49,7 @@ from holdfast.checkpoint.training_state import (
 )
 from holdfast.data.progress import bars
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
+from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
@@ -78,6 +79,7 @@ class ResumableTrainer(PairTrainer):
                 dataset=dataset_name, tags=tags, metadata=metadata,
             )  # fmt: skip
 
+    @doing("saving a checkpoint", is_long=True)
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         loss = self._tallies["train"].total("loss", self._sum_over_processes)
@@ -167,6 +169,7 @@ class ResumableTrainer(PairTrainer):
 
     # --- what is written into the output folder -----------------------------------------------------------------------
 
+    @doing("saving the model", is_long=True)
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `transformers.Trainer.save_model`. ValueError where the disk is full or cannot be written to; the model
         that was in the folder before is then as it was."""
@@ -328,6 +331,7 @@ class ResumableTrainer(PairTrainer):
                 super()._load_rng_state(checkpoint)
         self._interruption.evaluate_if_due()
 
+    @doing("loading a checkpoint", is_long=True)
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         with loading(checkpoint, "the policy", "model or adapter files"):
