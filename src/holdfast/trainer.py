@@ -46,6 +46,7 @@ from holdfast.peers.guard import guarded
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
+from holdfast.policy.sharding import is_sharded, shard_policy
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import checksums
@@ -157,12 +158,13 @@ class DPOTrainer(RenewableTrainer):
 
     def _place_policy(self, policy: nn.Module) -> None:
         prepare_device(self.args)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)
         self._full_eval = FullEval(policy)
         if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
         if not self._is_sharded and broadcast_unlike_tensors(policy):
             self._first_checksums = checksums(policy)
+        shard_policy(policy, self.accelerator)
 
     def _make_reference(self, ref_models: list[nn.Module | None]) -> None:
         self._startup = Startup(

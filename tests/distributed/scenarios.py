@@ -138,6 +138,20 @@ def train_with_checkpointing(folder: Path) -> Any:
     return trained(make(folder, POLICIES["lora_fresh"](), activation_checkpointing=True), folder)
 
 
+def evaluated_first(folder: Path) -> Any:
+    """Evaluated before it trains: accelerate must wrap the policy in DDP all the same. In bf16 as well, where it has
+    wrapped the forward pass for the evaluation."""
+    found: dict[str, Any] = {}
+    for name, options in {"bf16": {"bf16": True, "max_steps": 1}, "fp32": {}}.items():
+        ours = make(folder, tiny_model(), eval_dataset=rows(5, seed=1), **options)
+        found[f"{name} at first"] = evaluated(ours.evaluate())
+        found[name] = trained(ours, folder)
+        if WORLD > 1:
+            assert type(ours.model_wrapped).__name__ == "DistributedDataParallel"
+    of_bf16 = {key: found.pop(key) for key in ("bf16", "bf16 at first")}
+    return found.pop("fp32") | found | {"bf16 of each_process": of_bf16}
+
+
 def _from_reference(kind: str, **options: Any) -> Scenario:
     def run(folder: Path) -> Any:
         return trained(make(folder, POLICIES[kind](), **options), folder)
@@ -502,6 +516,7 @@ SCENARIOS: dict[str, Scenario] = (
             train_uneven_epochs,
             train_with_accumulation,
             train_with_checkpointing,
+            evaluated_first,
             reference_chosen,
             unlike_beginnings,
             unlike_beginnings_captured,

@@ -1,7 +1,6 @@
 """Law L7: N processes = 1 process, for losses, weights, metrics, references and reports (see `scenarios.py`)."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from differences import differences
 from holdfast.options.metric_names import METRICS_BY_SOURCE
 from policies import rows
 
@@ -21,6 +21,7 @@ TRAININGS = [
     "train_uneven_epochs",
     "train_with_accumulation",
     "train_with_checkpointing",
+    "evaluated_first",
     "train_stream",
     "train_stream_in_shards",
     "train_mixture",
@@ -54,26 +55,6 @@ NOT_AT_ZERO_MARGIN = {"reference_none", "reference_chosen", "unlike_beginnings"}
 
 def of(runs: Runs, name: str, num_processes: int = 2) -> Any:
     return runs[num_processes][1][name]
-
-
-def differences(one: Any, two: Any, path: str = "") -> Iterator[str]:
-    """Where two results differ by more than rounding; entries that end in `each_process` differ by nature. At margins
-    of zero rounding decides which reward is the higher."""
-    if isinstance(one, dict) and isinstance(two, dict):
-        has_ties = all(abs(entry.get("rewards/margins", 1.0)) < 1e-5 for entry in (one, two))
-        for name in sorted((one.keys() | two.keys()) - ({"rewards/accuracies"} if has_ties else set())):
-            if name not in one or name not in two:
-                yield f"{path}/{name}: only with {'one process' if name in one else 'two processes'}"
-            elif not name.endswith("each_process"):
-                yield from differences(one[name], two[name], f"{path}/{name}")
-    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        for index, pair in enumerate(zip(one, two, strict=True)):
-            yield from differences(*pair, f"{path}/{index}")
-    elif isinstance(one, float | int) and isinstance(two, float | int):
-        if not math.isclose(one, two, rel_tol=1e-5, abs_tol=1e-5):
-            yield f"{path}: {one} with one process, {two} with two"
-    elif one != two:
-        yield f"{path}: {one!r} with one process, {two!r} with two"
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from holdfast.checkpoint.folder import complete_checkpoints
+from holdfast.policy.sharding import own_part
 from holdfast.reference.reference import Reference
 
 Masks = Mapping[str, bool]
@@ -58,7 +59,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]], masks: Masks = NO_MASKS) -
     neither. Of a sharded tensor this process's shard is read; a tensor without storage is not read."""
     by_device: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
     for name, tensor in tensors:
-        for values in _plain(tensor.detach()):
+        for values in _plain(own_part(tensor)):
             names, bounds = by_device.setdefault(values.device, ([], []))
             names.append(name)
             bounds.append(_bounds(values))
@@ -74,11 +75,12 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]], masks: Masks = NO_MASKS) -
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The plain floating-point tensors that `tensor` is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):  # sharded, or quantised by torchao
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised by torchao
         composite: Any = tensor
         names, _ = composite.__tensor_flatten__()
         for name in names:
-            yield from _plain(getattr(tensor, name))
+            if isinstance(part := getattr(tensor, name), Tensor):
+                yield from _plain(part)
     elif not tensor.is_meta and tensor.numel() > 0 and tensor.dtype in (*_DTYPES, *_DTYPES_OF_8_BITS):
         yield tensor
 

@@ -54,6 +54,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_load_scaler": ("checkpoint",),
     "_maybe_log_save_evaluate": ("tr_loss", "grad_norm"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),

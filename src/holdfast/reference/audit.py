@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.policy.sharding import own_part
 from holdfast.reference.base import num_bytes
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.reference import Reference
@@ -55,7 +56,7 @@ def checksums(policy: nn.Module) -> Checksums:
         if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         total = square = 0.0
-        for chunk in _chunks(tensor.detach()):
+        for chunk in _chunks(own_part(tensor)):
             values = chunk.float()
             total, square = total + float(values.sum()), square + float(torch.dot(values, values))
         sums[name] = (total, square**0.5)

@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
 
 from holdfast.batch import PairBatch
 from holdfast.checkpoint.finite import (
@@ -53,6 +52,7 @@ from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
 from holdfast.training.by_source import BySource
+from holdfast.training.engine_trainer import EngineTrainer
 from holdfast.training.handed_batches import HandedBatch
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
@@ -60,7 +60,7 @@ from holdfast.training_arguments import check_optimizer
 logger = logging.getLogger(__name__)
 
 
-class PairTrainer(Trainer):
+class PairTrainer(EngineTrainer):
     """Trains, evaluates and logs over batches of pairs. `DPOTrainer` makes the attributes and says what the loss is."""
 
     args: DPOConfig
@@ -79,7 +79,6 @@ class PairTrainer(Trainer):
     _stream_position: StreamPosition
     _resumed: Path | None = None
     """The checkpoint that the run was taken up from."""
-    _is_sharded: bool
     _step_record: StepRecord = StepRecord()
     _has_said_still: bool = False
     _makes_optimizer: bool = False
