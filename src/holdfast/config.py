@@ -26,7 +26,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
-from holdfast.peers.joining import join
+from holdfast.peers.joining import join, meet
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -190,6 +190,7 @@ class DPOConfig(
                 warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
                 join(self)
                 super().__post_init__()
+                meet()
         except (
             ValueError,
             TypeError,

@@ -43,7 +43,7 @@ class Beat:
 
     def line(self) -> bytes:
         """The beat as a line of JSON; what is empty is left out."""
-        return _line("beat", {name: value for name, value in asdict(self).items() if value not in (None, "", False)})
+        return _line("beat", {name: value for name, value in asdict(self).items() if not _is_empty(value)})
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Self:
@@ -64,6 +64,10 @@ class Verdict:
     def line(self) -> bytes:
         """The verdict as a line of JSON."""
         return _line("verdict", asdict(self))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value == ""
 
 
 def _line(kind: str, record: dict[str, Any]) -> bytes:

@@ -4,12 +4,17 @@ transformers makes the process group as soon as it asks for the device. On a CPU
 group is made here first; what transformers does then is the same as in a script that has made it.
 """
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any, Protocol
 
 from holdfast.peers import watch
 from holdfast.peers.phase import doing
+
+logger = logging.getLogger(__name__)
+
+MEETING_SECONDS = 10.0
 
 
 class JoiningOptions(Protocol):
@@ -41,6 +46,21 @@ def join(options: JoiningOptions) -> None:
         with doing("joining the other processes", waits=True):
             timeout = timedelta(seconds=options.ddp_timeout)
             PartialState(cpu=True, backend=options.ddp_backend, timeout=timeout)
+
+
+def meet() -> None:
+    """Waits a moment until this process and those that it watches know each other, once all have joined. A warning
+    names those that it cannot reach: their end is then noticed by others, or by `ddp_timeout`."""
+    import torch.distributed
+
+    own = watch.current()
+    if own is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if missing := own.meet(MEETING_SECONDS):
+        logger.warning(
+            "Rank %d cannot reach the ranks %s on their own ports, so it will not notice when they end. A firewall may "
+            "be between them.", own.rank, missing,
+        )  # fmt: skip
 
 
 def _is_one_of_several() -> bool:

@@ -28,7 +28,7 @@ from holdfast.peers.beat import Beat, Verdict
 from holdfast.peers.phase import words
 
 WAIT_SECONDS = 10.0
-"""Others must have waited for a process for so long before it can hang."""
+"""Others must have waited for a process for so long, or for the limit where that is less, before it can hang."""
 
 
 @final
@@ -86,7 +86,7 @@ def judge(peer: Peer, num_ranks: int, now: float, limit: float) -> Verdict | Non
     if not is_over and silence >= limit and beat.name is not None and peer.same_machine != "computes":
         why = "it is stopped (SIGSTOP)" if peer.same_machine == "stopped" else "it is stopped, or its host is gone"
         return _verdict(beat, num_ranks, f"was last seen {silence:.0f} s ago, {where}; {why}")
-    awaited = peer.awaited_since is not None and now - peer.awaited_since >= WAIT_SECONDS
+    awaited = peer.awaited_since is not None and now - peer.awaited_since >= min(WAIT_SECONDS, limit)
     if not is_over and awaited and is_hung(beat, limit):
         at = f" at {beat.at}" if beat.at else ""
         return _verdict(beat, num_ranks, f"hangs {where}: it has slept for {beat.idle:.0f} s{at}")

@@ -35,6 +35,8 @@ from holdfast.peers.verdict import Peer, gone, is_behind, judge
 LIMIT_SECONDS = 30.0
 """How long a process may be silent, or hang."""
 BEAT_SECONDS = 1.0
+MEETING_TURN_SECONDS = 0.05
+"""How often a process looks for others before it knows them all."""
 GRACE_SECONDS, SAVING_SECONDS = 5.0, 15.0
 """How long the main thread may take to end by itself once a process is lost; the latter where it writes files."""
 STUCK_SECONDS = 20.0
@@ -72,6 +74,7 @@ class Watch:
         self._moved_at = time.monotonic()
         self._position: tuple[Any, ...] = ()
         self._is_published = False
+        self._is_meeting = True
         self._changed = threading.Condition()
 
     def start(self) -> None:
@@ -114,6 +117,20 @@ class Watch:
             self._conclude(found)
         return self.verdict
 
+    def meet(self, seconds: float) -> list[int]:
+        """Waits until all processes that this one watches were heard of; the ranks that were not after `seconds`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_met_all() or self.verdict is not None, timeout=seconds)
+        self._is_meeting = False
+        return [rank for rank in self._neighbours if rank not in self._peers]
+
+    def _has_met_all(self) -> bool:
+        return not self._is_meeting or all(rank in self._peers for rank in self._neighbours)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _send_surely(self) -> None:
         """Sends what this process is at, and waits a moment where the network is slow."""
         until = time.monotonic() + 1.0
@@ -148,7 +165,8 @@ class Watch:
         self._look()
         self._connect()
         self.tell()
-        until = now + BEAT_SECONDS
+        self._notify()
+        until = now + (BEAT_SECONDS if self._has_met_all() else MEETING_TURN_SECONDS)
         while (left := until - time.monotonic()) > 0:
             self._listen(left)
         self._judge(time.monotonic())
@@ -208,6 +226,7 @@ class Watch:
         peer.beat, peer.heard_at, peer.is_connected, peer.lost_at, peer.same_machine = beat, now, True, 0.0, None
         if is_news and phase.current()[0] is not None and not interruption.is_asked_anywhere():
             _pass_on(beat.signal)
+        self._notify()
         if beat.has_ended or beat.error:
             self._judge(now)
 
@@ -299,7 +318,8 @@ class Watch:
     def line(self, verdict: Verdict) -> str:
         """The last line of this process, about a process that is lost."""
         with contextlib.suppress(Exception):
-            return f"{verdict.text} Rank {self.rank} cannot go on without it. {self.advice()}".strip()
+            others = "" if verdict.rank == self.rank else f" Rank {self.rank} cannot go on without it."
+            return f"{verdict.text}{others} {self.advice()}".strip()
         return verdict.text
 
     def say_and_exit(self, verdict: Verdict) -> None:
@@ -367,7 +387,7 @@ def described(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code if error.code is not None else ''})"
     first = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    text = f"{type(error).__name__}: {first.rstrip('.')}" if first else type(error).__name__
     return "".join(letter if letter.isprintable() else " " for letter in text[:300])
 
 

@@ -60,6 +60,8 @@ class InterruptionCallback(TrainerCallback):
         try:
             interruption.at_once()
             yield
+            if self._accelerator.num_processes > 1:  # a signal may have come since the vote of the last step
+                self._count(self._vote())
             interruption.check()
             return
         except BaseException as error:
