@@ -6,8 +6,9 @@ fork the ranks. So a run costs little more than its work.
 Asked: `{"folder", "launchers", "where", "how", "rank", "engine", "resume", "options"}`: `launchers` is the number of
 ranks of each, `where` and `how` say how the process `rank` ends (empty: it does not), `engine` names an entry of
 `ENGINES`, and `options` are more options of the run.
-Answered: `{"seconds", "codes", "last", "said", "pids", "weights"}`: how long it took until no rank was left, and by
-rank its exit code, its last line on stderr, all that it said, its process number, and a digest of its weights.
+Answered: `{"seconds", "codes", "last", "said", "pids", "weights", "timeouts"}`: how long it took until no rank was
+left; by rank its exit code, its last line on stderr, all that it said, its process number, and a digest of its weights;
+and the time-outs of their groups.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import holdfast.cli.assembly  # noqa: F401  # everything is imported once, before the forks
@@ -171,6 +173,10 @@ def run(asked: dict[str, Any]) -> None:
 def script(out: Path, folder: Path, asked: dict[str, Any]) -> None:
     """What a user's script does."""
     args = config(out, **options(asked["where"], asked["engine"], asked.get("options", {})))
+    group: Any = dist.group.WORLD
+    (folder / f"timeout-{os.environ['RANK']}.txt").write_text(
+        str(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+    )
     held_out = {"eval_dataset": rows(6, seed=1)} if asked["where"] == "evaluate" else {}
     ours = trainer(str(folder / "model"), args, train_dataset=rows(12), **held_out)
     ours.train(resume_from_checkpoint=asked["resume"])
@@ -206,7 +212,7 @@ def lived(asked: dict[str, Any]) -> dict[str, Any]:
     """Runs what is asked for, and says how it ended."""
     folder, began = Path(asked["folder"]), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*folder.glob("rank-*"), *folder.glob("code-*"), *folder.glob("weights-*")]:
+    for path in [*folder.glob("rank-*"), *folder.glob("code-*"), *folder.glob("weights-*"), *folder.glob("timeout-*")]:
         path.unlink()
     if not (folder / "model").exists():
         tiny_model().save_pretrained(folder / "model")
@@ -237,7 +243,16 @@ def lived(asked: dict[str, Any]) -> dict[str, Any]:
         rank: next((line for line in reversed(text.splitlines()) if line.strip()), "") for rank, text in said.items()
     }
     weights = {path.stem.partition("-")[2]: path.read_text() for path in folder.glob("weights-*")}
-    return {"seconds": seconds, "codes": codes, "last": last, "said": said, "pids": pid_of, "weights": weights}
+    timeouts = [float(path.read_text()) for path in folder.glob("timeout-*")]
+    return {
+        "timeouts": timeouts,
+        "seconds": seconds,
+        "codes": codes,
+        "last": last,
+        "said": said,
+        "pids": pid_of,
+        "weights": weights,
+    }
 
 
 def _alive(pids: list[int]) -> list[int]:

@@ -116,8 +116,9 @@ def check_end(answer: dict[str, Any], where: str, how: str, rank: int, num_ranks
 def test_a_lost_process_ends_the_run_on_all(
     where: str, how: str, launchers: list[int], lived: Lived, whole: Any, tmp_path: Path
 ) -> None:
-    options = {"peer_timeout": 5} if how in HANGS else {}
+    options = ({"peer_timeout": 5} if how in HANGS else {}) | {"ddp_timeout": 321}
     answer = lived(where, how, launchers, tmp_path / "run", options=options)
+    assert {*answer["timeouts"]} == {321.0}  # on a CPU too
     check_end(answer, where, how, sum(launchers) - 1, sum(launchers))
     if where in HAS_CHECKPOINT:
         resumed = lived(where, "", launchers, tmp_path / "run", resume=True)

@@ -31,6 +31,7 @@ def guarded(name: str) -> Iterator[None]:
         with phase.doing(name):
             yield
         return
+    phase.at_step(None)
     if (own := watch.current()) is not None:
         own.enter()
         if own.verdict is not None:
@@ -71,8 +72,7 @@ def _behind(own: watch.Watch, error: BaseException, interrupted: Interrupted | N
 def is_of_communication(error: BaseException) -> bool:
     """Whether the error, or one that it came of, was raised where processes communicate."""
     return any(
-        isinstance(each, ConnectionError)
-        or type(each).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
+        type(each).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
         or (isinstance(each, RuntimeError) and _OF_COMMUNICATION.search(str(each)) is not None)
         for each in phase.chain(error)
     )

@@ -81,7 +81,7 @@ class Links:
         self.links: dict[int, Link] = {}
         self.addresses: dict[int, dict[str, Any]] = {}
         self._token = secrets.token_hex(8)
-        self._listener = socket.create_server(("", 0), backlog=128)
+        self._listener = _listener()
         self._listener.setblocking(False)
         self._store: Any = None
         self._waiting: list[tuple[socket.socket, bytes, float]] = []
@@ -191,6 +191,13 @@ class Links:
         for each in self.sockets():
             with contextlib.suppress(OSError):
                 os.close(each.fileno())
+
+
+def _listener() -> socket.socket:
+    """A socket that listens on a free port of every address of this host."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
+    return socket.create_server(("", 0), backlog=128)
 
 
 def _own_addresses(master: tuple[str, int]) -> list[str]:

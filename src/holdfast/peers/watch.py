@@ -327,6 +327,8 @@ class Watch:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
+        for child in _children():
+            child.terminate()
         os.write(2, f"\n{self.line(verdict)}\n".encode(errors="replace"))
         os._exit(verdict.exit_code)
 
@@ -389,6 +391,12 @@ def described(error: BaseException) -> str:
     first = next(iter(str(error).strip().splitlines()), "")
     text = f"{type(error).__name__}: {first.rstrip('.')}" if first else type(error).__name__
     return "".join(letter if letter.isprintable() else " " for letter in text[:300])
+
+
+def _children() -> list[Any]:
+    """The processes that this one has started to read or prepare data. Some would outlive it."""
+    modules = [sys.modules.get(name) for name in ("multiprocessing", "multiprocess")]
+    return [child for module in modules if module is not None for child in module.active_children()]
 
 
 def _machine() -> str:
