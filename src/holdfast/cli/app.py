@@ -31,8 +31,8 @@ from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
 from holdfast.interruption import SIGNALS, Interrupted
 from holdfast.peers.guard import advise
+from holdfast.peers.own_watch import begin
 from holdfast.peers.phase import doing
-from holdfast.peers.watch import begin
 from holdfast.secrets import masked
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from holdfast.interruption import Interrupted, interruption_behind
-from holdfast.peers import phase, watch
+from holdfast.peers import own_watch, phase
 from holdfast.peers.beat import Verdict
 from holdfast.peers.lost import LostPeerError
+from holdfast.peers.watch import Watch
 
 CERTAIN_SECONDS = 15.0
 """How long it may take to learn which process has ended, once an error of communication shows that one has."""
-SIGNAL_SECONDS = 1.0
+SIGNAL_SECONDS = 5.0
 """The same after a signal, which launchers send to the others when a process has failed."""
 _OF_COMMUNICATION = re.compile(
     r"gloo|NCCL|c10d|Connection (closed|reset|refused)|Broken pipe|[Ss]ocket|Timed out waiting|ProcessGroup|TCPStore"
@@ -32,7 +33,7 @@ def guarded(name: str) -> Iterator[None]:
             yield
         return
     phase.at_step(None)
-    if (own := watch.current()) is not None:
+    if (own := own_watch.current()) is not None:
         own.enter()
         if own.verdict is not None:
             raise LostPeerError(own.line(own.verdict), own.verdict)
@@ -40,15 +41,15 @@ def guarded(name: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            own = watch.current()  # it may have begun meanwhile
+            own = own_watch.current()  # it may have begun meanwhile
             if own is not None:
                 _leave(own, error)
             raise
-    if (own := watch.current()) is not None:
+    if (own := own_watch.current()) is not None:
         own.leave(None)
 
 
-def _leave(own: watch.Watch, error: BaseException) -> None:
+def _leave(own: Watch, error: BaseException) -> None:
     """Tells the others how this process leaves what it did. LostPeerError where one of them has ended before."""
     if isinstance(error, LostPeerError):
         raise error
@@ -59,7 +60,7 @@ def _leave(own: watch.Watch, error: BaseException) -> None:
     own.leave(error, interrupted.number if interrupted is not None else 0)
 
 
-def _behind(own: watch.Watch, error: BaseException, interrupted: Interrupted | None) -> Verdict | None:
+def _behind(own: Watch, error: BaseException, interrupted: Interrupted | None) -> Verdict | None:
     """The lost process of which `error` is a consequence; None where it is this process's own."""
     if interrupted is not None:
         verdict = own.wait_for_verdict(SIGNAL_SECONDS, needs_all=False)
@@ -80,13 +81,13 @@ def is_of_communication(error: BaseException) -> bool:
 
 def say_and_exit(error: LostPeerError) -> None:
     """Ends the process at once, with the line about the lost process as its last on stderr."""
-    if (own := watch.current()) is not None:
+    if (own := own_watch.current()) is not None:
         own.say_and_exit(error.verdict)
 
 
 def advise(advice: Callable[[], str], *, is_default: bool = False) -> None:
     """Has the last line about a lost process end with what `advice` returns: how the run goes on. A default yields to
     what was said before."""
-    own = watch.current()
+    own = own_watch.current()
     if own is not None and not (is_default and own.is_advised):
         own.advice, own.is_advised = advice, not is_default

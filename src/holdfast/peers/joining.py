@@ -9,7 +9,7 @@ import os
 from datetime import timedelta
 from typing import Any, Protocol
 
-from holdfast.peers import watch
+from holdfast.peers import own_watch
 from holdfast.peers.phase import doing
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ def join(options: JoiningOptions) -> None:
     run of one process, or where the group is there already."""
     if not _is_one_of_several():
         return
-    watch.begin()
-    if (own := watch.current()) is not None:
+    own_watch.begin()
+    if (own := own_watch.current()) is not None:
         own.limit = float(options.peer_timeout)
     import torch.distributed
 
@@ -53,7 +53,7 @@ def meet() -> None:
     names those that it cannot reach: their end is then noticed by others, or by `ddp_timeout`."""
     import torch.distributed
 
-    own = watch.current()
+    own = own_watch.current()
     if own is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if missing := own.meet(MEETING_SECONDS):

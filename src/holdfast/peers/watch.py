@@ -1,6 +1,6 @@
 """The thread that tells the other processes of the run that this one lives, and ends this one when one of them is lost.
 
-`begin` starts it, in a run of several processes that a launcher started. It touches no collective operation. When it
+It runs in a run of several processes, once `own_watch.begin` has started it, and touches no collective operation. When it
 finds by the rule in `verdict` that another process is lost, or hears it from one that did, it tells the others, and
 gives the main thread `GRACE_SECONDS` to come to its own error and unwind. A main thread that does not, since it waits
 in a collective operation where no signal and no exception reaches it, is ended with the process: the last line on
@@ -10,9 +10,7 @@ launcher would wait for it. Nothing is ended while this process does nothing of 
 Given up: processes that the launcher starts and that are lost before they come here, while they import.
 """
 
-import atexit
 import contextlib
-import faulthandler
 import os
 import selectors
 import signal
@@ -28,7 +26,6 @@ from holdfast import interruption
 from holdfast.peers import phase
 from holdfast.peers.beat import Beat, Verdict
 from holdfast.peers.links import Link, Links, neighbours
-from holdfast.peers.lost import LostPeerError
 from holdfast.peers.signs import Signs, born, seconds_used, state_of
 from holdfast.peers.verdict import Peer, gone, is_behind, judge
 
@@ -43,15 +40,13 @@ STUCK_SECONDS = 20.0
 """How long this process may stand still after another one has ended, before it counts as unable to go on."""
 RECONNECT_SECONDS = 4.0
 """How long the end of a connection may be the network's, where the other process is on another machine."""
-ENDING_SECONDS = 15.0
-"""How long a process that has failed may take to end once its script has."""
 SUSPENDED_SECONDS = 5.0
 """Where this thread itself did not run for so long, this process was suspended, and what it missed proves nothing."""
 
 
 @final
 class Watch:
-    """The watch of one process over the others. All but `begin` may be called from any thread."""
+    """The watch of one process over the others. Any thread may call it."""
 
     def __init__(self, rank: int, num_ranks: int, master: tuple[str, int]) -> None:
         self.rank, self.num_ranks = rank, num_ranks
@@ -110,9 +105,17 @@ class Watch:
 
     def wait_for_verdict(self, seconds: float, *, needs_all: bool) -> Verdict | None:
         """Which process is lost, once that is known, at most after `seconds`; None where none is. With `needs_all`,
-        this process cannot go on without any of them, so one that has just ended is lost."""
+        this process cannot go on without any of them, so one that has just ended is lost. Otherwise it is known that
+        none is as soon as all have been heard of."""
+        began = time.monotonic()
+
+        def is_known() -> bool:
+            if self.verdict is not None or needs_all:
+                return self.verdict is not None or self._gone() is not None
+            return all(_is_settled(peer, began) for peer in [*self._peers.values()])
+
         with self._changed:
-            self._changed.wait_for(lambda: self.verdict is not None or (needs_all and self._gone()), timeout=seconds)
+            self._changed.wait_for(is_known, timeout=seconds)
         if self.verdict is None and needs_all and (found := self._gone()) is not None:
             self._conclude(found)
         return self.verdict
@@ -333,55 +336,10 @@ class Watch:
         os._exit(verdict.exit_code)
 
 
-_watch: Watch | None = None
-
-
-def begin() -> None:
-    """Begins to watch the other processes of the run, once; nothing in a run of one process."""
-    global _watch
-    environment = os.environ
-    if _watch is not None and _watch.process == os.getpid():
-        return
-    try:
-        rank, num_ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        master = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        if not 0 <= rank < num_ranks or num_ranks < 2:
-            return
-        import holdfast.internals.torch  # noqa: F401  in the main thread, before another thread does
-
-        _watch = Watch(rank, num_ranks, master)
-    except (KeyError, ValueError, OSError):
-        return
-    atexit.register(_end)
-    hook = sys.excepthook
-    sys.excepthook = lambda kind, error, traceback: _uncaught(hook, kind, error, traceback)
-    _watch.start()
-
-
-def _uncaught(hook: Callable[..., Any], kind: Any, error: BaseException, traceback: Any) -> None:
-    """`sys.excepthook`: of a process that is lost, only its name is said; any other error is said, and told."""
-    watch = current()
-    if watch is not None and isinstance(error, LostPeerError):
-        watch.say_and_exit(error.verdict)
-    hook(kind, error, traceback)
-    _end()
-
-
 def _pass_on(number: int) -> None:
     """The main thread ends as another process does that got a signal, where it handles that signal."""
     if callable(signal.getsignal(number)):
         os.kill(os.getpid(), number)
-
-
-def current() -> Watch | None:
-    """The watch of this process; None where there is none."""
-    return _watch if _watch is not None and _watch.process == os.getpid() else None
-
-
-def _end() -> None:
-    """Tells the others that this process ends. One that ends by an error may not hang while it does."""
-    if (watch := current()) is not None and watch.end():
-        faulthandler.dump_traceback_later(ENDING_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
 
 
 def described(error: BaseException) -> str:
@@ -391,6 +349,11 @@ def described(error: BaseException) -> str:
     first = next(iter(str(error).strip().splitlines()), "")
     text = f"{type(error).__name__}: {first.rstrip('.')}" if first else type(error).__name__
     return "".join(letter if letter.isprintable() else " " for letter in text[:300])
+
+
+def _is_settled(peer: Peer, since: float) -> bool:
+    """Whether a process was heard of since then, or has said before how it ends."""
+    return peer.heard_at > since or peer.beat.has_ended or peer.beat.signal != 0 or not peer.is_connected
 
 
 def _children() -> list[Any]:
