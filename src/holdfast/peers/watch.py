@@ -1,11 +1,11 @@
 """The thread that tells the other processes of the run that this one lives, and ends this one when one of them is lost.
 
-It runs in a run of several processes, once `own_watch.begin` has started it, and touches no collective operation. When it
-finds by the rule in `verdict` that another process is lost, or hears it from one that did, it tells the others, and
-gives the main thread `GRACE_SECONDS` to come to its own error and unwind. A main thread that does not, since it waits
-in a collective operation where no signal and no exception reaches it, is ended with the process: the last line on
-stderr then names the process that was lost. A lost process of this machine that is stopped is killed, since its own
-launcher would wait for it. Nothing is ended while this process does nothing of this package.
+`own_watch.begin` starts it in a run of several processes. It touches no collective operation. When it finds by the rule
+in `verdict` that another process is lost, or hears it from one that did, it tells the others, and gives the main thread
+`GRACE_SECONDS` to come to its own error and unwind. A main thread that does not, since it waits in a collective
+operation where no signal and no exception reaches it, is ended with the process: the last line on stderr then names the
+process that was lost. A lost process of this machine that is stopped is killed, since its own launcher would wait for
+it. Nothing is ended while this process does nothing of this package.
 
 Given up: processes that the launcher starts and that are lost before they come here, while they import.
 """
