@@ -44,6 +44,7 @@ from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.options.engines import check_engine
+from holdfast.peers.guard import guarded
 from holdfast.policy.broadcast import broadcast_unlike_tensors, is_loaded_once
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
@@ -88,6 +89,7 @@ class DPOTrainer(RenewableTrainer):
 
     @refusing_unknown_arguments
     @interruptible()
+    @guarded("making the trainer")
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module | None = None,
@@ -252,6 +254,7 @@ class DPOTrainer(RenewableTrainer):
     # --- a run --------------------------------------------------------------------------------------------------------
 
     @interruptible()
+    @guarded("training")
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`.
 

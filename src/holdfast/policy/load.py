@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.data.progress import bars
 from holdfast.internals.transformers import has_file
+from holdfast.peers.phase import doing
 from holdfast.policy.init_names import present_names
 from holdfast.policy.reading import reading
 from holdfast.policy.sharding import shape_of
@@ -55,6 +56,7 @@ def load_model(
     request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
     subfolder = where.get("subfolder")
     with (
+        doing(f"loading {'the model' if is_trainable else 'a reference model'}", is_long=True),
         reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=subfolder),
         bars(are_shown=not args.disable_tqdm),
     ):

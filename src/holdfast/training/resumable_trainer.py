@@ -49,6 +49,7 @@ from holdfast.checkpoint.training_state import (
     starting_afresh,
 )
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
+from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
@@ -78,6 +79,7 @@ class ResumableTrainer(SavingTrainer):
                 dataset=dataset_name, tags=tags, metadata=metadata,
             )  # fmt: skip
 
+    @doing("saving a checkpoint", is_long=True)
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         loss = self._tallies["train"].total("loss", self._sum_over_processes)
@@ -268,6 +270,7 @@ class ResumableTrainer(SavingTrainer):
                 super()._load_rng_state(checkpoint)
         self._interruption.evaluate_if_due()
 
+    @doing("loading a checkpoint", is_long=True)
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         with loading(checkpoint, "the policy", "model or adapter files"):

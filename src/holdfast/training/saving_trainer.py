@@ -18,6 +18,7 @@ from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed
 from holdfast.checkpoint.sound import last_complete
 from holdfast.checkpoint.whole import whole_policy
 from holdfast.data.progress import bars
+from holdfast.peers.phase import doing
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.pair_trainer import PairTrainer
 
@@ -31,6 +32,7 @@ class SavingTrainer(PairTrainer):
             super()._save(output_dir, state_dict)
         hide_paths(Path(str(output_dir or self.args.output_dir)))
 
+    @doing("saving the model", is_long=True)
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `transformers.Trainer.save_model`. ValueError where the disk is full or cannot be written to; the model
         that was in the folder before is then as it was. Collective where the policy is in parts."""
