@@ -45,7 +45,7 @@ def policy_digest(policy: nn.Module) -> str | None:
     return digest(_saved_tensors(policy).items())
 
 
-def load_whole_policy(checkpoint: Path, policy: nn.Module) -> None:
+def load_whole_policy(checkpoint: Path, policy: Any) -> None:
     """Loads whole tensors into a policy in parts: every process takes its own part. ValueError where the checkpoint
     lacks an adapter, or has a tensor of another shape."""
     give_back(policy)

@@ -57,6 +57,6 @@ def filled_by_zero(blank: nn.Module, policy: nn.Module, values: Iterable[tuple[s
 
 def _width(module: nn.Module) -> int:
     """The width of a model's hidden states; 0 where its config names none."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", 0)

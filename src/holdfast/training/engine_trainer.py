@@ -28,6 +28,7 @@ class EngineTrainer(Trainer):
 
     model: Any
     optimizer: Any
+    lr_scheduler: Any
     deepspeed: Any
     _is_sharded: bool
     """Whether a process holds only a part of the policy's weights."""
@@ -50,7 +51,7 @@ class EngineTrainer(Trainer):
         """Brings the policy to where, and how, its engine computes with it. `_is_sharded` is set."""
         shard_policy(policy, self.accelerator)
         if self.is_deepspeed_enabled:
-            dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+            dtype = self._deepspeed_plugin.hf_ds_config.dtype()
             if self._is_zero3:
                 self._make_scoring_engine()
             else:
@@ -59,12 +60,16 @@ class EngineTrainer(Trainer):
         self._is_sharded = self.is_fsdp_enabled or is_sharded(policy)
 
     @property
+    def _deepspeed_plugin(self) -> Any:
+        return self.accelerator.state.deepspeed_plugin
+
+    @property
     def _is_zero3(self) -> bool:
-        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.is_deepspeed_enabled and self._deepspeed_plugin.zero_stage == 3
 
     def _make_scoring_engine(self) -> None:
         """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. Its options are forgotten."""
-        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        config = self._deepspeed_plugin.hf_ds_config.config
         asked = copy.deepcopy(config)
         deepspeed_init(self, num_training_steps=0, inference=True)
         self.deepspeed = self.accelerator.prepare(self.model)
