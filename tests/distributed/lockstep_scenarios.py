@@ -48,6 +48,7 @@ Scenario = Callable[[str, Path], Any]
 def run(name: str, folder: Path) -> dict[str, Any]:
     """What the scenario `name` came to."""
     engine, _, scenario = name.split("/")
+    options_of(engine)  # what the run before has left is forgotten
     return SCENARIOS[scenario](engine, folder)
 
 
