@@ -110,8 +110,8 @@ def agreed_checkpoint(resume_from_checkpoint: Any, output_dir: Any) -> Path | No
 def _lacking(of_all: list[tuple[str | None, str | None, Any]], asked: Any, output_dir: Any) -> str:
     """The message of all processes: the first error where all have it, else who has what."""
     messages = [message for message, _, _ in of_all]
-    if all(message == messages[0] for message in messages):
-        return str(messages[0])
+    if messages[0] is not None and all(message == messages[0] for message in messages):
+        return messages[0]
     found = ", ".join(f"process {i}: {name or 'none'}" for i, (_, name, _) in enumerate(of_all))
     return (
         f"Resuming was asked for (resume_from_checkpoint={asked!r}), and the processes find different checkpoints "
