@@ -26,7 +26,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
-from holdfast.peers.joining import join, meet
+from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -184,13 +184,11 @@ class DPOConfig(
         if self.report_to is None:
             self.report_to = "none"
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), joining(self):
                 # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which
                 # wins where it is set.
                 warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-                join(self)
                 super().__post_init__()
-                meet()
         except (
             ValueError,
             TypeError,
@@ -293,9 +291,9 @@ class DPOConfig(
                 raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")
 
     def _check_gathering(self) -> None:
-        """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along
-        its first dimension, but pairs, sequences and tokens differ in theirs. And transformers puts gathered objects of
-        several batches together wrongly."""
+        """Three options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch
+        along its first dimension, but pairs, sequences and tokens differ in theirs. transformers puts gathered objects
+        of several batches together wrongly. Processes with unlike numbers of batches or pairs cannot step together."""
         if self.eval_use_gather_object:
             raise ValueError(
                 "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
@@ -306,6 +304,12 @@ class DPOConfig(
             raise ValueError(
                 "dispatch_batches=True was asked for, which cuts a batch's tensors into equal parts, but "
                 "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
+            )
+        if not options.even_batches and self.world_size > 1:
+            raise ValueError(
+                f"even_batches=False was asked for on {self.world_size} processes, but they step together, and some "
+                "would have fewer batches or pairs than others. Leave even_batches out: the pairs that fill up the "
+                "last batches count for nothing."
             )
         options.dispatch_batches = False
         self.accelerator_config = options

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ HERE = Path(__file__).parent
 TIMEOUT_SECONDS = 300
 
 
-def launch(num_processes: int, folder: Path, *names: str) -> subprocess.Popen[str]:
-    """Starts `main.py` with that many processes on the loopback device; its output goes to FOLDER/output.txt."""
-    folder.mkdir(parents=True)
+def launch(num_processes: int, folder: Path, *names: str, script: str = "main.py") -> subprocess.Popen[str]:
+    """Starts a script with that many processes on the loopback device; its output goes to FOLDER/output.txt."""
+    folder.mkdir(parents=True, exist_ok=script != "main.py")
     command = [sys.executable]
     if num_processes > 1:
         # --standalone has torch find a free port.
@@ -33,7 +34,7 @@ def launch(num_processes: int, folder: Path, *names: str) -> subprocess.Popen[st
     }
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(
-            [*command, str(HERE / "main.py"), str(folder), *names],
+            [*command, str(HERE / script), str(folder), *names],
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
@@ -74,7 +75,54 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, dict
     return {n: (folder, _read(folder)) for n, folder in folders.items()}
 
 
+def launch_engines(num_processes: int, folder: Path, names: Sequence[str]) -> None:
+    """Runs what `engine_main` runs. Where processes part, the launch ends, and another follows for what is left."""
+    files = [folder / f"{name.replace('/', '.')}.json" for name in names]
+    for _ in names:
+        if all(file.exists() for file in files):
+            return
+        process = launch(num_processes, folder, *names, script="engine_main.py")
+        try:
+            process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
+    if missing:
+        said = (folder / "output.txt").read_text(errors="replace")
+        pytest.fail(f"no outcome of {missing}:\n{said[-6000:]}", pytrace=False)
+
+
 def _read(folder: Path) -> dict[str, Any]:
     if not (folder / "results.json").exists():
         pytest.fail(f"{folder.name} failed; the first test that needed it says how", pytrace=False)
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def engine_outcome(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[int, str], dict[str, Any]]:
+    """`engine_outcome(num_processes, run)`: what a run of `engine_main` came to.
+
+    One launch for each number of processes runs all that tests ask for in their parameters `num_processes` and `run`;
+    the runs of one process are those without the engine.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
+    parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
+    asked = sorted({(each["num_processes"], each["run"]) for each in parameters if "run" in each})
+
+    def find(num_processes: int, name: str) -> dict[str, Any]:
+        folder = root / f"engines with {num_processes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name.replace('/', '.')}.json"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it, or have finished
+            if not file.exists():
+                rest = {f"one/{run.split('/', 1)[1]}" for _, run in asked if "/mutated/" not in run}
+                own = rest if num_processes == 1 else {run for n, run in asked if n == num_processes}
+                launch_engines(num_processes, folder, sorted(own | {name}))
+        return json.loads(file.read_text())
+
+    return find

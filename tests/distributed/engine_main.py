@@ -13,7 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
+import engine_mutations
+import engine_resumes
 import engine_scenarios
+import lockstep_scenarios
 import torch
 import torch.distributed as dist
 from scenarios import RANK, WORLD
@@ -39,7 +42,10 @@ def main() -> None:
         own.mkdir(parents=True, exist_ok=True)
         os.environ["HOLDFAST_HOME"] = str(own / "home")
         try:
-            outcome = engine_scenarios.run(name, own)
+            resumed = engine_resumes.run if name.count("/") > 3 else engine_scenarios.run
+            run = lockstep_scenarios.run if "/lockstep/" in name else resumed
+            run = engine_mutations.run if "/mutated/" in name else run
+            outcome = run(name, own)
         except Exception:
             outcome = {"error": traceback.format_exc()}
         outcomes = [outcome.get("error")]
@@ -54,11 +60,16 @@ def main() -> None:
         if RANK == 0:
             sys.stdout.write(f"{name}: {'ok' if not any(said) else said} {time.time() - began:.1f} s\n")
             sys.stdout.flush()
-        if any(outcomes) and not all(outcomes):
+        if any(outcomes) and (not all(outcomes) or any(error and is_of_the_group(error) for error in outcomes)):
             os._exit(AGAIN)
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_of_the_group(error: str) -> bool:
+    """Whether an error says that the processes no longer reach each other."""
+    return "gloo" in error.splitlines()[-1] or "pair closure" in error
 
 
 if __name__ == "__main__":

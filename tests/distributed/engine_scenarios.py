@@ -5,14 +5,15 @@ engine, how many numbers of the policy a process holds, and how far the referenc
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from engines import loaded_in_shards, options_of, own_numel, whole
+from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
@@ -33,6 +34,31 @@ HOLDINGS: dict[str, dict[str, Any]] = {
     "chosen": {},
     "chosen_path": {},
 }
+REF_MODELS: dict[str, Callable[[], Any]] = {
+    "chosen": lambda: tiny_model(seed=5),
+    "chosen_path": lambda: tiny_model(seed=5),
+    "chosen_precomputed": lambda: tiny_model(seed=5),
+    "chosen_half": lambda: tiny_model(seed=5).bfloat16(),
+    "chosen_tied": lambda: tiny_model("llama_tied", seed=5),
+    "chosen_family": lambda: tiny_model("gpt2", seed=5),
+    "mixture": lambda: [None, tiny_model(seed=5), tiny_model("qwen3", seed=6)],
+    "mixture_precomputed": lambda: [tiny_model(seed=5), None],
+}
+"""The references that a run chooses, by the name of the holding."""
+MORE_HOLDINGS: dict[str, dict[str, Any]] = {
+    "chosen_precomputed": {"reference": "precomputed"},
+    "mixture_precomputed": {"reference": "precomputed"},
+    "limited": {"reference": "model", "tokens_per_batch": 30},
+    "packed": {"reference": "model", "layout": "packed"},
+    "packed_limited": {"reference": "model", "layout": "packed", "tokens_per_batch": 25},
+    "padding_free": {"reference": "model", "padding_free": True},
+    "padded": {"reference": "model", "layout": "padded"},
+    **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
+}
+MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
+    family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "lfm2")
+}
+"""Policies and holdings beyond those of `names`."""
 MOTIONS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "hard": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0},
@@ -52,37 +78,54 @@ def names(engine: str) -> Iterator[str]:
 
 def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
-    engine, kind, holding, motion = name.split("/")
-    options = HOLDINGS[holding] | MOTIONS[motion] | options_of(engine) | changed
-    args = config(
-        folder, per_device_train_batch_size=GLOBAL_BATCH // WORLD, per_device_eval_batch_size=2, max_steps=4, seed=3,
-        **options,
-    )  # fmt: skip
-    policy = POLICIES[kind]()
+    ours = made(name, folder, **changed)
+    ours.train()
+    return outcome(name, ours, folder)
+
+
+def made(
+    name: str, folder: Path, *, change: Callable[[nn.Module, dict[str, Any]], None] | None = None, **changed: Any
+) -> DPOTrainer:
+    """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
+    engine, kind, holding, motion = name.split("/")[:4]
+    options = (HOLDINGS | MORE_HOLDINGS)[holding] | MOTIONS[motion] | options_of(engine) | changed
+    args = config(folder, **{
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
+        "seed": 3,
+    } | options)  # fmt: skip
+    policy = MORE_POLICIES[kind]()
+    parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
+    if holding in REF_MODELS:
+        parts["ref_model"] = REF_MODELS[holding]()
+    if change is not None:
+        change(policy, parts)
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
-    num_whole = sum(parameter.numel() for parameter in POLICIES[kind]().parameters())
-    parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
-    if holding.startswith("chosen"):
-        parts["ref_model"] = tiny_model(seed=5)
-        if holding == "chosen_path":
-            if RANK == 0:
-                parts["ref_model"].save_pretrained(folder / "ref")
-            if WORLD > 1:
-                dist.barrier()
-            parts["ref_model"] = str(folder / "ref")
-    ours = trainer(policy, args, **parts)
-    ours.train()
+    if holding == "chosen_path":
+        if RANK == 0:
+            parts["ref_model"].save_pretrained(folder / "ref")
+        if WORLD > 1:
+            dist.barrier()
+        parts["ref_model"] = str(folder / "ref")
+    return trainer(policy, args, **parts)
+
+
+def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+    """What a run came to, and the facts about its engine."""
+    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": num_whole,
+        "num_whole": sum(parameter.numel() for parameter in MORE_POLICIES[kind]().parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
+        "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
+        "digest": gather_object([ours._provenance.weights]) if ours._provenance is not None else [],
     }
     return {
         "logs": numbers(ours.state.log_history),
         "evaluation": evaluated(ours.evaluate()),
         "weights": saved(ours.model, folder),
+        "layout": ours._layout_name(),
         "version": ours.reference.version,
         "drift": ours.reference.drift,
         "facts of each_process": facts,

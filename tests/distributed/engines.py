@@ -5,6 +5,7 @@ its own FSDP2 path over gloo, and `deepspeed_on_cpu` its DeepSpeed path. Both re
 fail where these are gone.
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -25,11 +26,14 @@ _ENVIRONMENT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_", "ACC
 
 
 def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
-    """The options of `DPOConfig` with which a run uses this engine; the next run of this process may use another."""
+    """The options of `DPOConfig` with which a run uses this engine; the next run of this process may use another.
+    `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process."""
     for name in [name for name in os.environ if name.startswith(_ENVIRONMENT)]:
         del os.environ[name]
     _forget_deepspeed()
-    if engine == "fsdp2":
+    if engine == "fsdp2_parts":
+        fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | fsdp_config
+    if engine.startswith("fsdp2"):
         shard_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):
@@ -94,6 +98,22 @@ def _forget_deepspeed() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+def alive_bytes() -> int:
+    """The bytes of all floating-point tensors that this process has in memory, wherever they are held.
+
+    They are read from storages: a part of a larger memory counts as all of it, and what tensors share counts once.
+    """
+    gc.collect()
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if isinstance(found, Tensor) and found.is_floating_point() and not found.is_meta:
+            held: Any = found
+            storage = (held.to_local() if hasattr(held, "to_local") else held).untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def own_numel(tensor: Tensor) -> int:

@@ -23,7 +23,8 @@ SHARDING = {"fsdp2", "native", "zero3"}
 
 def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[str]:
     """What differs between a run of one process and the same over an engine, and what makes the latter dishonest."""
-    engine, _, _, motion = name.split("/")
+    engine, _, _, motion = name.split("/")[:4]
+    engine = engine.removesuffix("_parts")
     if errors := several.get("errors") or one.get("errors"):
         yield f"it failed: {errors}"
         return
@@ -39,6 +40,11 @@ def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[
         yield f"the engine was {facts['engine']}"
     if engine in SHARDING and max(facts["num_own"]) > 0.7 * facts["num_whole"]:
         yield f"a process held {facts['num_own']} of {facts['num_whole']} numbers"
+    whole_bytes, num_processes = one["facts of each_process"]["alive"][0], len(facts["alive"])
+    if engine in SHARDING and max(facts["alive"]) > 1.1 * whole_bytes / num_processes:
+        yield f"a process had {facts['alive']} of {whole_bytes} bytes in memory"
+    if set(facts["digest"]) != set(one["facts of each_process"]["digest"]):
+        yield f"the reference's digest is {facts['digest']}, not {one['facts of each_process']['digest']}"
     gaps = facts["gap"]
     if motion == "fixed" and min(gaps) < 1e-3:
         yield f"the reference was the policy: {gaps}"
@@ -56,10 +62,22 @@ def test_faults_of_a_run_are_found(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    facts = {"engine": "FSDP", "num_own": [50, 50], "num_whole": 100, "gap": [0.5, 0.5]}
-    one = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
+    facts = {
+        "engine": "FSDP",
+        "num_own": [50, 50],
+        "num_whole": 100,
+        "gap": [0.5, 0.5],
+        "alive": [54, 50],
+        "digest": ["a", "a"],
+    }
+    two = {"logs": [{"loss": 0.5}], "weights": str(tmp_path / "weights.safetensors"), "facts of each_process": facts}
+    one = two | {"facts of each_process": facts | {"alive": [100]}}
     name = "fsdp2/full/device/fixed"
-    assert list(faults(one, one, name)) == []
-    assert len(list(faults(one, one | {"logs": [{"loss": 0.6}]}, name))) == 1
-    for changed in ({"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]}):
-        assert list(faults(one, one | {"facts of each_process": facts | changed}, name)) != [], changed
+    assert list(faults(one, two, name)) == []
+    assert len(list(faults(one, two | {"logs": [{"loss": 0.6}]}, name))) == 1
+    dishonest: list[dict[str, Any]] = [
+        {"engine": "MULTI_CPU"}, {"num_own": [100, 100]}, {"alive": [54, 60]}, {"gap": [0.0, 0.0]}, {"gap": [0.5, 0.6]},
+        {"digest": ["a", "b"]},
+    ]  # fmt: skip
+    for changed in dishonest:
+        assert list(faults(one, two | {"facts of each_process": facts | changed}, name)) != [], changed

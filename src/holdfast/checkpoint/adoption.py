@@ -24,7 +24,7 @@ from holdfast.checkpoint.foreign import OWN, writer_of
 from holdfast.checkpoint.manifest import is_complete, read_manifest
 from holdfast.checkpoint.policy_state import needs_conversion
 from holdfast.checkpoint.provenance import Provenance
-from holdfast.checkpoint.reference_state import save_reference
+from holdfast.checkpoint.reference_state import save_reference, state_of
 from holdfast.checkpoint.sound import resuming
 from holdfast.policy.adapters import is_adapted
 from holdfast.reference.reference import Reference
@@ -75,7 +75,7 @@ def adopt(
         "adopted": manifest.get("adopted", writer),
     }
     with writing(f"the record of the reference of {checkpoint.name}", checkpoint, lambda: "resume it again"):
-        save_reference(checkpoint, reference, provenance, record)
+        save_reference(checkpoint, reference, provenance, record, state_of(reference))
     begins = " It holds no moved reference, so this run's begins as `model` again." if moves else ""
     return (
         f"{checkpoint} (step {step}, written by {record['adopted']}) is adopted: policy, optimizer, schedule and "

@@ -17,7 +17,7 @@ from typing import final
 from holdfast.store.files import free_bytes
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_NUMBER = re.compile(r"os error (\d+)")
+_NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
 _CUT = ("unexpected pos", "PytorchStreamWriter", "inline_container", "file write failed", "iostream error")
 """What torch says where its archive could not be written whole."""
 

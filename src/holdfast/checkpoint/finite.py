@@ -115,9 +115,9 @@ def optimizer_tensors(optimizer: Any, policy: nn.Module) -> Iterator[tuple[str, 
 
 
 def reference_tensors(reference: Reference | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a reference that has moved, as a checkpoint holds them."""
+    """The tensors of a reference that has moved, as a checkpoint holds them; of each this process's part."""
     if reference is not None and reference.version > 0:
-        for name, tensor in reference.state_dict().items():
+        for name, tensor in reference.parts().items():
             yield f"the moved reference's `{name}`", tensor
 
 

@@ -19,11 +19,12 @@ import torch
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from holdfast.agreement import raised_together
 from holdfast.checkpoint.disk_error import writing
 from holdfast.checkpoint.foreign import OWN, foreign_checkpoints
 from holdfast.checkpoint.manifest import complete_checkpoints, mark_incomplete, step_of
 from holdfast.checkpoint.provenance import Provenance
-from holdfast.checkpoint.reference_state import save_reference
+from holdfast.checkpoint.reference_state import save_reference, state_of
 from holdfast.checkpoint.sound import last_complete
 from holdfast.reference.reference import Reference
 from holdfast.secrets import without_secrets_on_disk
@@ -89,27 +90,32 @@ def save_complete(
     reference: Reference | None,
     provenance: Provenance | None,
     run_record: Callable[[], Mapping[str, Any]],
+    is_sharded: bool = False,
     uploading: Collection[str] = (),
 ) -> None:
     """Writes `checkpoint`: first what `save()` of the trainer writes, then the reference and the manifest. Older
     checkpoints are deleted once this one is complete, except for those named in `uploading`.
 
-    `run_record()` is what the manifest says beside the reference. ValueError where the disk is full or cannot be
-    written to: then, as after any other error, this checkpoint is removed and older ones are as they were.
+    `run_record()` is what the manifest says beside the reference. ValueError on all processes where the disk is full or
+    cannot be written to: then, as after any other error, this checkpoint is removed and older ones are as they were.
+    With `is_sharded` every process gathers what one of them writes.
     """
     args: Any = trainer.args
     with _removed_on_error(checkpoint, is_writer=args.should_save), _writing(checkpoint):
-        if args.should_save:
-            remove(checkpoint)  # files of an earlier run would count as part of this checkpoint
-        trainer.accelerator.wait_for_everyone()
-        with keeping_checkpoints(trainer):
+        with raised_together():
+            if args.should_save:
+                remove(checkpoint)  # files of an earlier run would count as part of this checkpoint
+        with raised_together(), keeping_checkpoints(trainer):
             save()
-        trainer.accelerator.wait_for_everyone()  # the manifest also speaks for what the other processes write
-        if args.should_save:
-            if (checkpoint / TRAINING_ARGS_NAME).is_file():
-                with without_secrets_on_disk(args):
-                    torch.save(args, checkpoint / TRAINING_ARGS_NAME)
-            save_reference(checkpoint, reference, provenance, run_record())
+        is_needed = args.should_save or is_sharded
+        state = state_of(reference) if is_needed else {}  # the manifest also speaks for what the other processes wrote
+        record = run_record() if is_needed else {}
+        with raised_together():
+            if args.should_save:
+                if (checkpoint / TRAINING_ARGS_NAME).is_file():
+                    with without_secrets_on_disk(args):
+                        torch.save(args, checkpoint / TRAINING_ARGS_NAME)
+                save_reference(checkpoint, reference, provenance, record, state)
     if args.should_save:
         best = trainer.state.best_model_checkpoint
         rotate(checkpoint.parent, limit=args.save_total_limit, best=best, uploading=uploading)

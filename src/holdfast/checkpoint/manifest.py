@@ -29,6 +29,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "template_date": (str, type(None)),
     "files": (dict,),
     "optimizer": (dict, type(None)),
+    "engine": (dict,),
     "version": (int,),
     "drift": (int, float, type(None)),
     "state": (str, type(None)),

@@ -3,7 +3,7 @@
 transformers' own loading has three gaps. It loads the first active adapter alone. It loads the best model's adapter
 only where that is called "default". And it only warns where the tensors of a file have other names than those of the
 model, as for the experts of a Mixtral. So adapters and such models are loaded here. Given up: a digest where weights
-are sharded or offloaded.
+are offloaded, or divided by DeepSpeed.
 """
 
 import copy
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.checkpoint.manifest import read_manifest
+from holdfast.checkpoint.whole import load_files, put_whole
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.sharding import give_back
 from holdfast.reference.identity.digests import digest
 
 
@@ -34,26 +36,45 @@ def _saved_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def policy_digest(policy: nn.Module, *, is_sharded: bool) -> str | None:
-    """The digest of the tensors that a checkpoint must bring back; None where this process does not have all of them
-    whole."""
-    if is_sharded or any(p.is_meta or hasattr(p, "full_tensor") for p in policy.parameters()):
+def policy_digest(policy: nn.Module) -> str | None:
+    """The digest of the tensors that a checkpoint must bring back, as of one process that has them whole; None where
+    some of them are nowhere. Collective where they are in parts."""
+    give_back(policy)
+    if any(p.is_meta or hasattr(p, "ds_id") for p in policy.parameters()):
         return None
     return digest(_saved_tensors(policy).items())
+
+
+def load_whole_policy(checkpoint: Path, policy: nn.Module) -> None:
+    """Loads whole tensors into a policy in parts: every process takes its own part. ValueError where the checkpoint
+    lacks an adapter, or has a tensor of another shape."""
+    give_back(policy)
+    if is_adapted(policy):
+        for adapter in policy.peft_config:
+            state = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
+            load_files(state, [_adapter_file(checkpoint, adapter)])
+    elif needs_conversion(policy, checkpoint):
+        for name, value in _converted(policy, checkpoint).items():
+            put_whole(policy.state_dict()[name], value, name)
+    else:
+        load_files(policy.state_dict(), sorted(checkpoint.glob("model*.safetensors")))
 
 
 def load_adapters(policy: PeftModel, checkpoint: Path) -> None:
     """Loads every adapter of `policy` from its folder in `checkpoint`. ValueError where the checkpoint lacks one."""
     for adapter in policy.peft_config:
-        folder = checkpoint if adapter == "default" else checkpoint / adapter
-        file = folder / SAFETENSORS_WEIGHTS_NAME
-        if not file.is_file():
-            raise ValueError(
-                f"The adapter {adapter!r} was to be loaded from {checkpoint}, which has no "
-                f"{file.relative_to(checkpoint)}. Name the adapters as in the run that wrote it, or take "
-                "another checkpoint."
-            )
-        set_peft_model_state_dict(policy, load_file(file), adapter_name=adapter)
+        set_peft_model_state_dict(policy, load_file(_adapter_file(checkpoint, adapter)), adapter_name=adapter)
+
+
+def _adapter_file(checkpoint: Path, adapter: str) -> Path:
+    file = (checkpoint if adapter == "default" else checkpoint / adapter) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"The adapter {adapter!r} was to be loaded from {checkpoint}, which has no "
+            f"{file.relative_to(checkpoint)}. Name the adapters as in the run that wrote it, or take "
+            "another checkpoint."
+        )
+    return file
 
 
 def needs_conversion(policy: nn.Module, checkpoint: Path) -> bool:
@@ -69,15 +90,19 @@ def needs_conversion(policy: nn.Module, checkpoint: Path) -> bool:
 def load_converted(policy: PreTrainedModel, checkpoint: Path) -> None:
     """Loads weights that need conversion, through a second model in host memory. The trainer of transformers would
     leave them out, with a warning."""
+    policy.load_state_dict(_converted(policy, checkpoint))
+
+
+def _converted(policy: PreTrainedModel, checkpoint: Path) -> dict[str, Tensor]:
     config = copy.deepcopy(policy.config)
     second = type(policy).from_pretrained(checkpoint, config=config, dtype=policy.dtype)
-    policy.load_state_dict(second.state_dict())
+    return second.state_dict()
 
 
-def check_loaded(policy: nn.Module, checkpoint: Path, *, is_sharded: bool) -> None:
+def check_loaded(policy: nn.Module, checkpoint: Path) -> None:
     """ValueError where `policy` does not have the digest that `checkpoint` records, if it records one."""
     recorded = read_manifest(checkpoint).get("policy")
-    found = policy_digest(policy, is_sharded=is_sharded) if recorded is not None else None
+    found = policy_digest(policy) if recorded is not None else None
     if found is not None and found != recorded:
         raise ValueError(
             f"The policy was loaded from {checkpoint}, but its tensors have the digest {found}, not {recorded}, which "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from holdfast.checkpoint.files import FOLDER, PARTIAL, DamagedError, flush, record_files
 from holdfast.checkpoint.manifest import FORMAT, MANIFEST, read_manifest, to_text
@@ -23,20 +24,30 @@ from holdfast.reference.reference import Reference
 STATE = "state.safetensors"
 
 
+def state_of(reference: Reference | None) -> dict[str, Tensor]:
+    """The tensors of a reference that a checkpoint must hold, in host memory. Collective where they are in parts."""
+    if reference is None:
+        return {}
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in reference.state_dict().items()}
+
+
 def save_reference(
-    checkpoint: Path, reference: Reference | None, provenance: Provenance | None, run_record: Mapping[str, Any]
+    checkpoint: Path,
+    reference: Reference | None,
+    provenance: Provenance | None,
+    run_record: Mapping[str, Any],
+    state: Mapping[str, Tensor],
 ) -> None:
     """Writes the folder `reference/` of a checkpoint, its manifest last: from then on the checkpoint is complete.
     `run_record` is what the manifest says beside the reference and the files: the position in the data, the policy's
-    digest. OSError, or an error of safetensors, where the disk is full."""
+    digest. `state` is the reference's `state_of`. OSError, or an error of safetensors, where the disk is full."""
     folder, staged = checkpoint / FOLDER, checkpoint / PARTIAL
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     manifest: dict[str, Any] = {"format": FORMAT, "kind": "none", **run_record}
     if reference is not None and provenance is not None:
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in reference.state_dict().items()}
         if state:
-            save_file(state, staged / STATE)
+            save_file(dict(state), staged / STATE)
         manifest = {
             **manifest,
             "kind": reference.kind,

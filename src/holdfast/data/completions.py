@@ -4,6 +4,9 @@ A completion that several pairs have is scored once. Completions are sorted by l
 of tokens, so that little of a batch is padding. Completions of one prompt stay together where the layout shares
 prompts. The budget is that of a training batch made of the longest completions. On a CPU it is at most `CPU_TOKENS`.
 
+Where all processes score together (sharded weights), the batches are dealt to them in turn: they are the batches of
+one process, and each process has equally many. One that would have no more gets a batch of another's again.
+
 This takes a layout, which says how many tokens rows have. A user's own data collator does not say it. Under one, pairs
 are scored in the order of the dataset, and a completion is scored once for each pair that has it.
 """
@@ -34,11 +37,30 @@ CPU_TOKENS = 3_200
 _ROWS_AT_A_TIME = 1_000
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deal:
+    """The share of the process number `process` (from 0) where the batches are dealt to `num_processes` in turn."""
+
+    process: int
+    num_processes: int
+
+    def own(self, groups: "Sequence[_Group]") -> "Iterator[_Group]":
+        """This process's groups of those of all processes; equally many for each, so the last group may come again."""
+        for first in range(0, len(groups), self.num_processes):
+            yield groups[min(first + self.process, len(groups) - 1)]
+
+
+NO_DEAL = Deal(process=0, num_processes=1)
+"""All batches are this process's."""
+
+
 class CompletionsToScore(Protocol):
     """The completions of a dataset that a reference scores ahead."""
 
-    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
-        """The batches to be scored. The next batch is asked for once a batch is scored."""
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing, deal: Deal = NO_DEAL) -> Iterator[PairBatch]:
+        """The batches to be scored. The next batch is asked for once a batch is scored. With a `deal` all processes
+        ask, `blocks` and `missing` answer all of them alike, and each gets equally many batches."""
         ...
 
     def num_completions(self) -> int:
@@ -93,13 +115,13 @@ class Completions:
         """The content ids of the distinct completions."""
         return self._completions()
 
-    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing, deal: Deal = NO_DEAL) -> Iterator[PairBatch]:
         """See `CompletionsToScore.batches`: all that `blocks` chooses, the longest first."""
         completions = self._completions()
         budget = 2 * self._num_pairs * max(completion.length for completion in completions.values())
         budget = min(budget, self._most_tokens or budget)
         for block in blocks(self._order(completions)):
-            for group in _groups([completions[key] for key in block], budget, self._layout):
+            for group in deal.own([*_groups([completions[key] for key in block], budget, self._layout)]):
                 yield self._pair_batch(self._layout.of_completions(self._sequences(group)))
 
     def _order(self, completions: "Mapping[ContentId, _Completion]") -> list[ContentId]:
@@ -178,7 +200,10 @@ class _Completion:
     prompt: int
 
 
-def _groups(completions: "Sequence[_Completion]", budget: int, layout: Layout) -> "Iterator[list[_Completion]]":
+_Group = list[_Completion]
+
+
+def _groups(completions: Sequence[_Completion], budget: int, layout: Layout) -> Iterator[_Group]:
     """The completions in groups, each of which takes at most `budget` tokens in rows of `layout`, padding included."""
     group: list[_Completion] = []
     num_tokens = longest = 0
@@ -230,13 +255,16 @@ class PairsInOrder:
         """Two for each pair of this process's share."""
         return 2 * len(self._share())
 
-    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing, deal: Deal = NO_DEAL) -> Iterator[PairBatch]:
         """See `CompletionsToScore.batches`. A batch is scored whole where the log-probs of any of its completions are
-        missing."""
-        share = self._share()
+        missing. A process's share is one piece of the dataset; with a `deal`, the dataset's last row makes up for what
+        a shorter share lacks."""
+        share, last = self._share(), len(self.dataset) - 1
+        if deal.num_processes > 1:
+            share = range(share.start, share.start - (-len(self.dataset) // deal.num_processes))
         for start in share[:: self.size]:
             stop = min(start + self.size, share.stop)
-            batch = self.collate([self.dataset[index] for index in range(start, stop)])
+            batch = self.collate([self.dataset[min(index, last)] for index in range(start, stop)])
             batch.check_identified()
             if missing(batch.content_ids()):
                 yield batch

@@ -1,16 +1,20 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, what `torch.compile` wraps a model in,
-how a block mask is compiled, and how many collective operations were begun.
+"""Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
+recomputation), how a block mask is compiled, where FSDP2 believes a forward pass to be, and how many collective
+operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
@@ -43,6 +47,26 @@ def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:
 def hooks_after(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run after the module's forward pass."""
     return list(looked_up("torch", module, "_forward_hooks").values())
+
+
+@contextlib.contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """A context within which nothing runs before or after the forward pass of `module` or of a module in it."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    tables = [looked_up("torch", child, name) for child in module.modules() for name in names]
+    hooks = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, own in zip(tables, hooks, strict=True):
+            table.update(own)
+
+
+def recomputed(module: nn.Module) -> nn.Module:
+    """The module whose activations `module` recomputes, where that is all that it does; else `module` itself."""
+    return looked_up("torch", module, "_checkpoint_wrapped_module") if isinstance(module, CheckpointWrapper) else module
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -90,3 +114,15 @@ def compiled_block_mask(
         parameters = list(inspect.signature(make).parameters)
         raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
     return make(sees, num_rows, None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu")
+
+
+def end_forward(module: FSDPModule) -> None:
+    """Ends the forward pass in which FSDP2 believes `module` to be, as after an exception. Its values stay gathered
+    otherwise, and the next forward pass would compute with them."""
+    state = looked_up("torch", module, "_get_fsdp_state")()
+    groups = looked_up("torch", state, "_fsdp_param_groups")
+    for part in (state, *groups):
+        if looked_up("torch", part, "_training_state").name == "FORWARD":
+            part._training_state = type(part._training_state).IDLE
+    looked_up("torch", state, "_modules_to_run_forward").clear()
+    looked_up("torch", state, "_state_ctx").iter_forward_root = None

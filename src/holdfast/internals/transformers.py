@@ -257,6 +257,11 @@ def carries_state(causal_lm: PreTrainedModel) -> bool:
     return bool(looked_up("transformers", causal_lm, "_is_stateful"))
 
 
+def layer_classes(causal_lm: PreTrainedModel) -> set[str]:
+    """The names of the classes of the model's layers, which are kept in one piece."""
+    return set(looked_up("transformers", causal_lm, "_no_split_modules") or ())
+
+
 def has_own_adapters(causal_lm: nn.Module) -> bool:
     """Whether transformers itself has loaded an adapter into the model."""
     if not isinstance(causal_lm, PreTrainedModel):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.internals.peft import adapter_layers, adapters_of, check_switching, untargeted_layers
 from holdfast.internals.transformers import has_own_adapters
+from holdfast.policy.sharding import whole
 
 
 def check_policy_adapters(policy: nn.Module) -> None:
@@ -84,16 +85,17 @@ def lora_adds_nothing(layer: LoraLayer, adapter: str) -> bool:
     """Whether the LoRA `adapter` leaves every number of `layer` as it is.
 
     True only for plain factors of which one is all zero in each pair, as in a fresh LoRA, and without a bias. DoRA,
-    AdaLoRA and other variants count as adding something: they compute more than the product of two factors.
+    AdaLoRA and other variants count as adding something: they compute more than the product of two factors. Collective
+    where the factors are spread over processes.
     """
     variants: Any = getattr(layer, "lora_variant", {})
     if isinstance(layer, AdaLoraLayer) or variants.get(adapter) is not None or layer.use_dora.get(adapter):
         return False
-    if any(bool(down.any()) and bool(up.any()) for down, up in lora_factors(layer, adapter)):
+    if any(bool(whole(down).any()) and bool(whole(up).any()) for down, up in lora_factors(layer, adapter)):
         return False
     ups: Any = (layer.lora_B, layer.lora_embedding_B)
     biases = [getattr(up[adapter], "bias", None) for up in ups if adapter in up]
-    return not any(bool(bias.any()) for bias in biases if bias is not None)
+    return not any(bool(whole(bias).any()) for bias in biases if bias is not None)
 
 
 def _weight(factor: Any) -> Tensor:

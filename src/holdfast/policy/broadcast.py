@@ -36,6 +36,6 @@ def broadcast_unlike_tensors(module: nn.Module) -> list[str]:
             f"first of {len(quantised)}. Load the same files with the same quantization_config in all of them."
         )
     for name in unlike:
-        from_main: Any = broadcast(tensors[name].contiguous())
+        from_main: Any = broadcast(tensors[name].contiguous().to(PartialState().device))
         tensors[name].copy_(from_main)
     return unlike

@@ -15,6 +15,7 @@ from typing import final
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from holdfast.policy import sharding
 from holdfast.policy.quantised import is_quantised
 
 
@@ -40,7 +41,11 @@ class FullEval:
 
     @contextlib.contextmanager
     def cast(self) -> Iterator[None]:
-        """A context within which the policy may be cast to another dtype. Afterwards it has its own tensors again."""
+        """A context within which the policy may be cast to another dtype. Afterwards it has its own tensors again. A
+        sharded policy is never cast, and its tensors come and go with its forward passes."""
+        if sharding.is_sharded(self._policy):
+            yield
+            return
         self._trained = _tensors_of(self._policy)
         try:
             yield

@@ -9,18 +9,27 @@ Whatever gathers is a collective call: all processes must make it, in the same o
 are flat.
 """
 
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
+from holdfast.internals.fully_shard import replace_tensors
+from holdfast.internals.torch import end_forward, without_hooks
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds only a part of one of the module's parameters."""
-    return any(is_part(parameter) for parameter in module.parameters())
+    """Whether this process holds only a part of one of the module's parameters. The same on all processes, also where
+    a forward pass has left its values gathered."""
+    return any(isinstance(child, FSDPModule) for child in module.modules()) or any(map(is_part, module.parameters()))
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -37,8 +46,16 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All values of `tensor`, without gradients. Collective where it is spread."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole_from_part(own_part(tensor), tensor)
+
+
+def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    on_mesh = part.to(mesh.device_type)  # it may wait in host memory
+    return DTensor.from_local(on_mesh, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -46,20 +63,115 @@ def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    part = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
+    return part.to(parameter.device)
 
 
 def give_back(module: nn.Module) -> None:
-    """Frees the values that forward passes have gathered, so that parameters are this process's parts again."""
+    """Frees the values that forward passes have gathered, so that parameters are this process's parts again. A forward
+    pass that an exception has ended is over."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
+            end_forward(child)
             child.reshard()
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's parameters by name, none of them gathered."""
+    give_back(module)
+    return dict(module.named_parameters())
+
+
+def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Gives `parameter` the values `part` in this process; returns those that it had. No other process is asked.
+
+    Where the parameter is whole, storage is exchanged, which costs nothing. What is spread is gathered from storage
+    that belongs to FSDP, so there bytes are copied.
+    """
+    if not is_part(parameter):
+        former, parameter.data = parameter.data, part
+        return former
+    own = own_part(parameter)
+    former = own.clone()
+    own.copy_(part)
+    return former
+
+
+def class_of(module: Any) -> type[nn.Module]:
+    """The class of a module before FSDP2 gave it one of its own."""
+    kind = type(module)
+    return kind.__mro__[kind.__mro__.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else kind
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """A context within which the module's parameters are whole, and its forward pass gathers nothing. They are copies,
+    which are lost on leaving. Collective where they are spread over processes."""
+    if not is_sharded(module):
+        yield
+        return
+    values = {name: whole(parameter) for name, parameter in parameters_of(module).items()}
+    with without_hooks(module), standing_in(module, values):
+        yield
+
+
+@contextlib.contextmanager
+def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context within which other parameters are in the place of those named in `values`, with these values. They may
+    have any shape. The module's parameters themselves are untouched."""
+    give_back(module)
+    places: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for path, value in values.items():
+            owner, _, name = path.rpartition(".")
+            child = module.get_submodule(owner)
+            places.append((child, name, getattr(child, name)))
+            setattr(child, name, nn.Parameter(value, requires_grad=False))
+        yield
+    finally:
+        for child, name, parameter in places:
+            setattr(child, name, parameter)
+
+
+def total(terms: Iterable[tuple[Tensor, float]]) -> float:
+    """The sum of values, each of one tensor: of all its numbers, or of this process's part of them. Then it is the sum
+    over all parts, and collective."""
+    values, num_parts = [], []
+    for tensor, value in terms:
+        values.append(value)
+        num_parts.append(_num_parts(tensor))
+    if max(num_parts, default=1) == 1:
+        return sum(values)
+    state = PartialState()
+    own = sum(value * num / state.num_processes for value, num in zip(values, num_parts, strict=True))
+    everyones: Any = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), reduction="sum")
+    return float(everyones)
+
+
+def _num_parts(tensor: Tensor) -> int:
+    """Into how many unlike parts a tensor is cut."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = tensor.device_mesh.shape
+    return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
+
+
+def free_other_parts(module: nn.Module) -> None:
+    """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
+    cuts them out of whole tensors, which would stay in memory with them."""
+    parts = [own_part(parameter) for parameter in parameters_of(module).values() if is_part(parameter)]
+    if any(part.untyped_storage().nbytes() > 1.5 * part.nbytes for part in parts if part.numel()):
+        del parts
+        replace_tensors(module, Tensor.clone)
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
     """Shards `policy` in place where `accelerator` is to shard it with FSDP2, as its `prepare` would when training
-    begins. `prepare` then finds it sharded."""
-    if not accelerator.is_fsdp2 or is_sharded(policy):
+    begins. `prepare` then finds it sharded. One that was sharded as it was loaded only frees what it does not need."""
+    if is_sharded(policy):
+        free_other_parts(policy)
+        return
+    if not accelerator.is_fsdp2:
         return
     stand_in = torch.optim.SGD(policy.parameters())  # accelerate shards a model together with its optimizer only
     accelerator.prepare(policy, stand_in)

@@ -14,8 +14,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from holdfast.agreement import any_of_all, of_all, raised_together
 from holdfast.batch import PairBatch, SequenceLogps
-from holdfast.policy.sharding import own_part
+from holdfast.policy.sharding import own_part, parameters_of
 from holdfast.reference.base import num_bytes
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.reference import Reference
@@ -49,10 +50,10 @@ class Gap:
 
 
 def checksums(policy: nn.Module) -> Checksums:
-    """Two sums over each parameter and buffer, by name, which tell later which of them changed. ValueError where a
-    parameter has a NaN or an infinity; it names the first one."""
+    """Two sums over each parameter and buffer, by name, which tell later which of them changed; of a sharded one, over
+    this process's part. ValueError where a parameter has a NaN or an infinity; it names the first one."""
     sums: dict[str, tuple[float, float]] = {}
-    for name, tensor in chain(policy.named_parameters(), policy.named_buffers()):
+    for name, tensor in chain(parameters_of(policy).items(), policy.named_buffers()):
         if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
             continue
         total = square = 0.0
@@ -61,7 +62,7 @@ def checksums(policy: nn.Module) -> Checksums:
             total, square = total + float(values.sum()), square + float(torch.dot(values, values))
         sums[name] = (total, square**0.5)
         is_weight = isinstance(tensor, nn.Parameter)  # a mask among the buffers may be infinite
-        if is_weight and not math.isfinite(total + square) and not bool(tensor.isfinite().all()):
+        if is_weight and not math.isfinite(total + square) and not bool(own_part(tensor).isfinite().all()):
             raise ValueError(
                 f"The policy has NaN or infinite weights, in `{name}` first. Load it again, or look at how it was "
                 "trained: in fp16, a loss scale that overflows leaves such weights behind."
@@ -94,6 +95,8 @@ def audit(
 
     ValueError where a log-prob is NaN, or where the two differ and the reference is not the user's choice. The message
     names the tensor or setting that differs. `first_checksums` are those of the policy when the reference was made.
+
+    Collective: what one process finds, all raise together, and name the process.
     """
     # Log-probs given by the user are sums, so only sums can be compared: the model they came from may have been freed.
     # A reference that must equal the policy is computed instead, and compared token by token.
@@ -101,38 +104,35 @@ def audit(
     theirs = reference.logps(batch) if of_sums else reference.computed_logps(batch)
     gap = Gap.between(frozen_logps(policy, batch, autocast), theirs, of_sums=of_sums)
     is_half_precision = mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
-    if math.isnan(gap.mean):
-        raise ValueError(
-            "Policy and reference were compared on the first batch, and a log-prob is NaN. Check the weights and dtype "
-            f"of both. Reference: {reference.describe()}."
-        )
+    with raised_together():
+        if math.isnan(gap.mean):
+            raise ValueError(
+                "Policy and reference were compared on the first batch, and a log-prob is NaN. Check the weights and "
+                f"dtype of both. Reference: {reference.describe()}."
+            )
     if is_users_choice:
         mean = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
         return f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most"
-    if not gap.is_zero(is_half_precision=is_half_precision):
-        difference = _difference(reference, policy, first_checksums)
-        raise ValueError(
-            "The reference is the policy as it starts to train, so at the first step both must give the same "
-            f"log-probs; found a gap of {gap.largest:.3g} nats in one token, {gap.mean:.3g} on average. Reference: "
-            f"{reference.describe()}. {difference} If another reference is what you want, "
-            "name it with `ref_model`; reference_audit=False switches this check off."
-        )
+    is_wrong = not gap.is_zero(is_half_precision=is_half_precision)
+    if any_of_all(is_wrong):
+        difference = _difference(reference, policy, first_checksums)  # gathers weights that are sharded
+        with raised_together():
+            if is_wrong:
+                raise ValueError(
+                    "The reference is the policy as it starts to train, so at the first step both must give the same "
+                    f"log-probs; found a gap of {gap.largest:.3g} nats in one token, {gap.mean:.3g} on average. "
+                    f"Reference: {reference.describe()}. {difference} If another reference is what you want, "
+                    "name it with `ref_model`; reference_audit=False switches this check off."
+                )
     return f"it gives the policy's log-probs on the first batch (largest gap {gap.largest:.3g} nats in one token)"
 
 
 def _difference(reference: Reference, policy: nn.Module, first_checksums: Checksums) -> str:
-    """A sentence that names the first tensor or setting in which policy and reference differ."""
-    now = checksums(policy)
-    changed = [name for name, sums in now.items() if name in first_checksums and sums != first_checksums[name]]
-    if changed:
-        return (
-            f"The policy's `{changed[0]}` is not what it was when the trainer was made ({len(changed)} tensors changed "
-            "since): make the trainer after the last change to the model."
-        )
-    own = dict(policy.named_parameters())
-    for name, tensor in reference.tensors():
-        if name in own and not torch.equal(own[name].detach().float(), tensor.detach().float().to(own[name].device)):
-            return f"The reference's `{name}` differs from the policy's by up to {_distance(own[name], tensor):.3g}."
+    """A sentence that names the first tensor or setting in which policy and reference differ, on any process.
+    Collective."""
+    found = next(filter(None, of_all(_differing_tensor(reference, policy, first_checksums))), None)
+    if found is not None:
+        return found
     differing = reference.identity().differing_from(Identity.of(policy))
     if differing:
         return f"They differ in `{differing[0]}`{f' (and in {len(differing) - 1} more)' if len(differing) > 1 else ''}."
@@ -142,7 +142,24 @@ def _difference(reference: Reference, policy: nn.Module, first_checksums: Checks
     )
 
 
+def _differing_tensor(reference: Reference, policy: nn.Module, first_checksums: Checksums) -> str | None:
+    """A sentence that names the first tensor of which this process's values differ; None where none does."""
+    now = checksums(policy)
+    changed = [name for name, sums in now.items() if name in first_checksums and sums != first_checksums[name]]
+    if changed:
+        return (
+            f"The policy's `{changed[0]}` is not what it was when the trainer was made ({len(changed)} tensors changed "
+            "since): make the trainer after the last change to the model."
+        )
+    own = parameters_of(policy)
+    for name, tensor in reference.tensors():
+        if name in own and (distance := _distance(own_part(own[name]), own_part(tensor))) != 0:
+            return f"The reference's `{name}` differs from the policy's by up to {distance:.3g}."
+    return None
+
+
 def _distance(ours: Tensor, theirs: Tensor) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
-    return float((ours.detach().float() - theirs.detach().float().to(ours.device)).abs().max())
+    ours, theirs = ours.float(), theirs.float().to(ours.device)
+    return 0.0 if torch.equal(ours, theirs) else float((ours - theirs).abs().max())

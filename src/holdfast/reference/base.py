@@ -100,8 +100,12 @@ class Moving(abc.ABC):
         """
 
     @abc.abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of `state_dict`, of each this process's part. No other process is asked."""
+
+    @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint must hold."""
+        """The tensors that a checkpoint must hold, whole. Collective where they are spread over processes."""
 
     @abc.abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:

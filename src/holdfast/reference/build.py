@@ -14,6 +14,7 @@ from torch import nn
 
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
+from holdfast.policy.sharding import is_sharded
 from holdfast.reference.base import Scorer
 from holdfast.reference.identity.identity import Identity, numerics, store_key
 from holdfast.reference.moving import lora_products
@@ -233,10 +234,11 @@ def build_reference(
             )
         return None
     options = replace(options, is_ahead=options.is_ahead or options.way == "precomputed")
+    in_lockstep = any(is_sharded(module) for module in (policy, *ref_models) if module is not None)
     roles, scorers = _several(options, policy, ref_models, autocast)
     window = _window(options, roles.scorer)
     if not options.is_ahead:
-        return Reference(roles, window=window)
+        return Reference(roles, window=window, in_lockstep=in_lockstep)
 
     def open_store(identity: Identity, version: int | None) -> LogpStore:
         device = next(policy.parameters()).device
@@ -249,11 +251,13 @@ def build_reference(
         is_quiet=is_quiet,
         is_main=is_main,
         wait_for_all=wait_for_all,
+        in_lockstep=in_lockstep,
     )
     scores_datasets = options.motion == "fixed" and options.window is None
     offload = partial(_offloaded, options, autocast, scorers) if scores_datasets else None
     is_whole = scores_datasets and not options.is_stream
-    return Reference(roles, stored=stored, window=None if is_whole else window, offload=offload)
+    window = None if is_whole else window
+    return Reference(roles, stored=stored, window=window, offload=offload, in_lockstep=in_lockstep)
 
 
 def _window(options: ReferenceOptions, scorer: Scorer) -> Window | None:

@@ -71,7 +71,11 @@ class LookAhead:
 
     def _read(self, batches: Iterator[Batch], size: Callable[[], int]) -> Iterator[Batch]:
         unit = self._batches_per_step
-        return read_ahead(batches, self._accelerator, size, self._complete, unit=unit, most_bytes=WAITING_BYTES)
+        assert self._reference is not None
+        return read_ahead(
+            batches, self._accelerator, size, self._complete, unit=unit, most_bytes=WAITING_BYTES,
+            in_lockstep=self._reference.in_lockstep,
+        )  # fmt: skip
 
     def _complete(self, window: list[Batch]) -> None:
         assert self._reference is not None

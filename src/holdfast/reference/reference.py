@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, final
 import torch
 from torch import Tensor, nn
 
+from holdfast.agreement import any_of_all, largest_of_all, raised_together
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import CompletionsToScore
 from holdfast.reference.base import LateCopy, Moving, Scorer
@@ -53,6 +54,9 @@ class Reference:
     `stored` holds log-probs that are computed ahead, and `window` says how many steps are scored together. Where
     `offload` is given, whole datasets are scored in `prepare`, and `offload()` then makes the scorer that takes the
     place of the first (None for no scorer). Without `offload`, a batch is scored when it is asked about.
+
+    `in_lockstep` says that all processes make every forward pass together, since weights are spread over them. Then all
+    ask about their batches together too, and where one process must score its batch, all score theirs.
     """
 
     def __init__(
@@ -62,7 +66,9 @@ class Reference:
         stored: PrecomputedReference | None = None,
         window: Window | None = None,
         offload: Callable[[], Scorer | None] | None = None,
+        in_lockstep: bool = False,
     ) -> None:
+        self.in_lockstep = in_lockstep
         self.scorer: Scorer | None = roles.scorer
         self.stored = stored
         self.window = window
@@ -105,7 +111,9 @@ class Reference:
             _wait_for_device(self.window.is_measured)
         if self.window.is_measured:
             step_seconds = (time.perf_counter() - entered) / num_steps
-            self.window.measure(exchange_seconds=entered - begin, step_seconds=step_seconds)
+            seconds = [entered - begin, step_seconds]
+            exchange_seconds, step_seconds = largest_of_all(seconds) if self.in_lockstep else seconds
+            self.window.measure(exchange_seconds=exchange_seconds, step_seconds=step_seconds)
         return per_token
 
     @contextlib.contextmanager
@@ -124,11 +132,21 @@ class Reference:
                 self._open_contexts = None
 
     def _find_or_score(self, sources: Sequence[Source], batch: PairBatch) -> SequenceLogps:
-        for source in sources:
-            if (logps := source.find(batch)) is not None:
-                return logps
+        found = next((logps for source in sources if (logps := source.find(batch)) is not None), None)
+        if not self._is_missed(batch, is_missed=found is None):
+            assert found is not None
+            return found
         logps = self._score(batch)
-        return logps if self.stored is None else self.stored.add(batch, logps, self._describe_scorer(PER_BATCH))
+        if self.stored is not None:
+            logps = self.stored.add(batch, logps, self._describe_scorer(PER_BATCH))
+        return logps if found is None else found
+
+    def _is_missed(self, batch: PairBatch, *, is_missed: bool) -> bool:
+        """Whether batches are scored. In lockstep, that is where any process misses its batch; the batches of a window
+        carry their log-probs on all processes or on none."""
+        if not self.in_lockstep or batch.reference_logps is not None or (self.stored or self.user_logps) is None:
+            return is_missed
+        return any_of_all(is_missed)
 
     def _score(self, batch: PairBatch) -> SequenceLogps:
         if self.scorer is None:
@@ -160,7 +178,8 @@ class Reference:
             self._store(self.stored, {**datasets, **samples})
         for name, sample in samples.items():
             assert self.user_logps is not None
-            self.user_logps.accept(name, sample, self.computed_logps, self._describe_computed())
+            with raised_together(where=self.in_lockstep):
+                self.user_logps.accept(name, sample, self.computed_logps, self._describe_computed())
 
     def _store(self, stored: PrecomputedReference, datasets: Mapping[str, CompletionsToScore]) -> None:
         if not stored.is_open:
@@ -216,6 +235,10 @@ class Reference:
         if self.stored is not None:
             self.stored.flush()
         return {} if self._moving is None else self._moving.state_dict()
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of `state_dict`, of each this process's part (see `Moving.parts`)."""
+        return {} if self._moving is None else self._moving.parts()
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """Restores the reference after `version` syncs, bit for bit. The last sync moved it by `drift`."""

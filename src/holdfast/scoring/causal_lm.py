@@ -29,8 +29,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP shards parameters of `model`. It gathers their values for a module's forward pass and frees them."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    """Whether FSDP or DeepSpeed shards parameters of `model`. They gather their values for a module's forward pass and
+    free them."""
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:

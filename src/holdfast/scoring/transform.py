@@ -6,6 +6,9 @@ not which of them its code applies, nor in which direction. So the first forward
 probe, through its own code in place of logits. What comes back must match one of the transforms that the configuration
 allows. The match is remembered for the model.
 
+A model whose weights are sharded over processes is read by all of them in the same forward pass, however much of it one
+of them knew before: the pass that reads calls the head twice, and a head that is gathered is gathered by all.
+
 A model that matches none, because it masks some tokens for example, is scored through its own logits. That is exact.
 Given up: memory for such a model, since all its `[N V]` logits are alive at once.
 """
@@ -17,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from holdfast.agreement import of_all
 
 SCALE_NAMES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 """Configuration names of the number by which a model family multiplies or divides its logits."""
@@ -50,14 +55,29 @@ Reading = LogitTransform | Literal["unread", "own forward"]
 """What is known of a model: its transform; "unread" before its first forward pass; or "own forward" where only the
 model's own code knows what it does to its logits."""
 
-_READINGS: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple[float | None, ...], Any]]" = weakref.WeakKeyDictionary()
+_Readings = weakref.WeakKeyDictionary[nn.Module, tuple[tuple[float | None, ...], Any]]
 """By model: the configured numbers at the time of reading, and the reading."""
+
+_READINGS: _Readings = weakref.WeakKeyDictionary()
+"""What this process knows."""
+
+_AGREED: _Readings = weakref.WeakKeyDictionary()
+"""What all processes know of sharded models."""
 
 
 def known_transform(causal_lm: PreTrainedModel) -> Reading:
     """What is known of the model; "unread" again once its configured numbers have changed."""
-    configured, reading = _READINGS.get(causal_lm, (None, "unread"))
+    configured, reading = (_AGREED if causal_lm in _AGREED else _READINGS).get(causal_lm, (None, "unread"))
     return reading if configured == _configured(causal_lm) else "unread"
+
+
+def agree_on_transform(causal_lm: PreTrainedModel) -> None:
+    """From now on all processes know the same of this model, whose weights are sharded: nothing, unless all knew the
+    same before. Collective the first time, before the model's first forward pass."""
+    if causal_lm not in _AGREED:
+        first, *others = of_all(known_transform(causal_lm))
+        is_same = all(other == first for other in others)
+        _AGREED[causal_lm] = (_configured(causal_lm), first if is_same else "unread")
 
 
 def probe(vocabulary: int, device: torch.device) -> Float[Tensor, "1 1 V"]:
@@ -66,7 +86,8 @@ def probe(vocabulary: int, device: torch.device) -> Float[Tensor, "1 1 V"]:
 
 
 def read_transform(causal_lm: PreTrainedModel, vocabulary: int, answer: Tensor) -> Reading:
-    """The transform that turned the probe into `answer`, the model's output; remembered for the model."""
+    """The transform that turned the probe into `answer`, the model's output; remembered for the model. For a sharded
+    model that is a collective call, and "own forward" where processes read differently."""
     configured = _configured(causal_lm)
     cap, *multipliers = configured
     scales = [1.0, *(scale for m in multipliers if m for scale in (float(m), 1.0 / float(m)))]
@@ -76,8 +97,13 @@ def read_transform(causal_lm: PreTrainedModel, vocabulary: int, answer: Tensor) 
         if answer.shape == sent.shape and torch.allclose(answer.float(), transform(sent), rtol=1e-4, atol=1e-4):
             reading = transform
             break
-    _READINGS[causal_lm] = (configured, reading)
-    return reading
+    if causal_lm not in _AGREED:
+        _READINGS[causal_lm] = (configured, reading)
+        return reading
+    first, *others = of_all(reading)
+    agreed: Reading = first if all(other == first for other in others) else "own forward"
+    _AGREED[causal_lm] = (configured, agreed)
+    return agreed
 
 
 def _configured(causal_lm: PreTrainedModel) -> tuple[float | None, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from holdfast.internals.accelerate import forget_preparation, is_prepared
-from holdfast.policy.sharding import is_sharded
+from holdfast.policy.sharding import give_back, is_sharded
 
 
 class EngineTrainer(Trainer):
@@ -31,6 +31,7 @@ class EngineTrainer(Trainer):
         if self._is_evaluated_first:
             self._is_evaluated_first = False
             forget_preparation(self.accelerator, self.model)
+        give_back(self.model)  # an optimizer that is made of gathered values would move those alone
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
@@ -38,6 +39,7 @@ class EngineTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""
+        give_back(self.model)
         optimizer = super().create_optimizer(*args, **kwargs)
         self._parameters = [list(group["params"]) for group in getattr(self.optimizer, "param_groups", [])]
         return optimizer

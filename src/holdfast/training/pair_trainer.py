@@ -35,6 +35,7 @@ from holdfast.checkpoint.finite import (
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
+from holdfast.data.collator_check import pair_of_each_row
 from holdfast.data.columns import MASK_COLUMNS, SOURCE, TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.layouts.completion_rows import row_per_completion
@@ -43,7 +44,6 @@ from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.mixing.source_column import WithSources
 from holdfast.data.prepare import Preparation
-from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
 from holdfast.peers.guard import guarded
@@ -52,7 +52,7 @@ from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
 from holdfast.training.by_source import BySource
-from holdfast.training.engine_trainer import EngineTrainer
+from holdfast.training.engine_checkpoints import EngineCheckpoints
 from holdfast.training.handed_batches import HandedBatch
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
@@ -60,7 +60,7 @@ from holdfast.training_arguments import check_optimizer
 logger = logging.getLogger(__name__)
 
 
-class PairTrainer(EngineTrainer):
+class PairTrainer(EngineCheckpoints):
     """Trains, evaluates and logs over batches of pairs. `DPOTrainer` makes the attributes and says what the loss is."""
 
     args: DPOConfig
@@ -122,10 +122,10 @@ class PairTrainer(EngineTrainer):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
-        collator = self.data_collator
+        collator, self.data_collator = self.data_collator, pair_of_each_row(self.data_collator, self.args.world_size)
         if not kwargs.get("is_training"):
             keeps = not self.args.remove_unused_columns
-            self.data_collator = self._by_source.collator(collator, dataset, description, keeps_column=keeps)
+            self.data_collator = self._by_source.collator(self.data_collator, dataset, description, keeps_column=keeps)
         try:
             return super()._get_dataloader(filled, description, batch_size, **kwargs)
         finally:
@@ -192,7 +192,7 @@ class PairTrainer(EngineTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._is_sharded or not self._makes_optimizer:
+        if checkpoint is None or not self._makes_optimizer:
             return
         before = heed_learning_rate(self.args.learning_rate, self.optimizer, self.lr_scheduler)
         if before is not None and self.is_world_process_zero():
@@ -219,7 +219,6 @@ class PairTrainer(EngineTrainer):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    @interruptible()
     @guarded("evaluating")
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -241,7 +240,6 @@ class PairTrainer(EngineTrainer):
         self._check_numbers(metrics, "The evaluation")  # callbacks may have changed some
         return metrics
 
-    @interruptible()
     @guarded("predicting")
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
@@ -365,7 +363,7 @@ class PairTrainer(EngineTrainer):
         check_finite(
             policy=self.model,
             optimizer=self.optimizer,
-            reference=self.reference if self.args.should_save else None,
+            reference=self.reference if self.args.should_save or self._is_sharded else None,
             loss=loss,
             masks=self._masks(),
             step=self.state.global_step,
@@ -375,6 +373,10 @@ class PairTrainer(EngineTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `transformers.Trainer.save_model`. ValueError where a tensor of the policy is not finite."""
+        self._check_model()
+        super().save_model(output_dir, _internal_call)
+
+    def _check_model(self) -> None:
         check_model(
             self.model,
             masks=self._masks(),
@@ -382,7 +384,6 @@ class PairTrainer(EngineTrainer):
             folder=self._folder,
             is_sharded=self._is_sharded,
         )
-        super().save_model(output_dir, _internal_call)
 
     def save_state(self) -> None:
         """See `transformers.Trainer.save_state`. ValueError where a number in it is not finite."""

@@ -5,7 +5,6 @@ checkpoint counts only from then on: older ones are deleted, and this one is pus
 """
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
-from holdfast.card import hide_paths, write_card
+from holdfast.agreement import raised_together
+from holdfast.card import write_card
 from holdfast.checkpoint.adoption import adopt, is_to_be_adopted
 from holdfast.checkpoint.disk_error import writing
+from holdfast.checkpoint.engine import Engine, check_engine
 from holdfast.checkpoint.finite import check_state
 from holdfast.checkpoint.folder import (
     best_checkpoint,
@@ -27,8 +28,8 @@ from holdfast.checkpoint.folder import (
     leave_only,
     save_complete,
 )
-from holdfast.checkpoint.manifest import read_manifest
-from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed, remove_cut_copies
+from holdfast.checkpoint.manifest import read_manifest, recorded
+from holdfast.checkpoint.placed import remove_cut_copies
 from holdfast.checkpoint.policy_state import (
     check_loaded,
     load_adapters,
@@ -47,19 +48,18 @@ from holdfast.checkpoint.training_state import (
     saved_names,
     starting_afresh,
 )
-from holdfast.data.progress import bars
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.interruption import InterruptionCallback
-from holdfast.training.pair_trainer import PairTrainer
+from holdfast.training.saving_trainer import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class ResumableTrainer(PairTrainer):
+class ResumableTrainer(SavingTrainer):
     """Saves and loads the policy together with its reference."""
 
     _provenance: Provenance | None = None
@@ -85,7 +85,8 @@ class ResumableTrainer(PairTrainer):
         loss = self._tallies["train"].total("loss", self._sum_over_processes)
         self._check_finite(loss, folder, self._first_break())
         check_state(self.state, folder=folder)
-        self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
+        with raised_together():
+            self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         loss, step = unlogged_loss(self)
         unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record()}
@@ -99,6 +100,7 @@ class ResumableTrainer(PairTrainer):
             reference=self.reference,
             provenance=self._provenance,
             run_record=self._run_record,
+            is_sharded=self._is_sharded,
             uploading=self._uploading,
         )
         if self.args.push_to_hub:
@@ -119,12 +121,6 @@ class ResumableTrainer(PairTrainer):
             remove_cut_copies(checkpoint, folder)
             raise
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Writes the model and `training_args.bin`, the latter without secrets."""
-        with without_secrets_on_disk(self.args), bars(are_shown=not self.args.disable_tqdm):
-            super()._save(output_dir, state_dict)
-        hide_paths(Path(str(output_dir or self.args.output_dir)))
-
     def _save_as_library(self, save: Callable[[], None]) -> None:
         """What transformers saves of a checkpoint. `self.args` is a copy meanwhile."""
         self.args.save_only_model = self.args.save_only_model and not self._interruption.is_ending
@@ -136,9 +132,10 @@ class ResumableTrainer(PairTrainer):
         has_optimizer = self._interruption.is_ending or not self.args.save_only_model
         return {
             "place": self._stream_position.record(),
-            "policy": policy_digest(self.model, is_sharded=self._is_sharded),
+            "policy": policy_digest(self.model),
+            "engine": self._engine().record(),
             "template_date": self._preparation.template_date,
-            "optimizer": None if self._is_sharded or not has_optimizer else optimizer_record(self.optimizer),
+            "optimizer": optimizer_record(self.optimizer) if has_optimizer else None,
             "unlogged": self._unlogged,
             **self._interruption.record(),
         }
@@ -166,69 +163,6 @@ class ResumableTrainer(PairTrainer):
         self.control.should_log, self.control.should_evaluate, self.control.should_save = False, True, False
         untyped: Any = self
         untyped._maybe_log_save_evaluate(None, None, self.model_wrapped, None, self.state.epoch, None, 0.0)
-
-    # --- what is written into the output folder -----------------------------------------------------------------------
-
-    @doing("saving the model", is_long=True)
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `transformers.Trainer.save_model`. ValueError where the disk is full or cannot be written to; the model
-        that was in the folder before is then as it was."""
-        if output_dir is not None and _internal_call:  # part of a checkpoint, which counts once all of it is written
-            super().save_model(output_dir, _internal_call=True)
-            return
-        folder = Path(str(output_dir or self.args.output_dir))
-        if self._is_sharded and self.args.save_on_each_node:  # to disks of their own, of which nobody knows the others'
-            super().save_model(str(folder), _internal_call=True)
-        elif self.args.should_save and not (self._is_sharded and self.args.process_index > 0):
-            with self._placed(folder, "the trained model") as staged:
-                keep_copy(folder / "README.md", staged)  # peft adds to it
-                super().save_model(self._agreed(staged), _internal_call=True)
-                if self._is_sharded:
-                    self.accelerator.wait_for_everyone()
-        else:
-            super().save_model(self._agreed(folder), _internal_call=True)
-            if self._is_sharded:
-                self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _agreed(self, folder: Path) -> str:
-        """The folder of the first process, where all processes write one model; else this process's own."""
-        names = [str(folder)]
-        return broadcast_object_list(names)[0] if self._is_sharded else names[0]
-
-    def save_state(self) -> None:
-        """See `transformers.Trainer.save_state`. ValueError where the file cannot be written; an older one stays."""
-        if self.is_world_process_zero():
-            with self._writing_aside("the state of the trainer"):
-                super().save_state()
-
-    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        """See `transformers.Trainer.save_metrics`. ValueError where a file cannot be written; an older one stays."""
-        if self.is_world_process_zero():
-            with self._writing_aside(f"the metrics ({split})", changed="all_results.json"):
-                super().save_metrics(split, metrics, combined)
-
-    def _placed(self, folder: Path, content: str) -> contextlib.AbstractContextManager[Path]:
-        run_folder = Path(str(self.args.output_dir))
-        again = "call this again, or train again (with save_strategy='steps' a run can be finished by resuming it)"
-        return placed(folder, content, lambda: last_complete(run_folder, none=again))
-
-    @contextlib.contextmanager
-    def _writing_aside(self, content: str, changed: str | None = None) -> Iterator[None]:
-        """A context in which the output folder is a temporary one, with a copy of the file `changed`. Its files are
-        moved into the output folder at the end."""
-        args = self.args
-        folder = Path(str(args.output_dir))
-        with self._placed(folder, content) as staged:
-            if changed is not None and is_json_mapping(folder / changed):
-                keep_copy(folder / changed, staged)
-            self.args = copy.copy(args)
-            self.args.output_dir = str(staged)
-            try:
-                yield
-            finally:
-                self.args = args
 
     # --- what is read again -------------------------------------------------------------------------------------------
 
@@ -267,6 +201,9 @@ class ResumableTrainer(PairTrainer):
         adopts = self.args.adopt_checkpoint
         if checkpoint is not None:
             check_together(checkpoint, resuming(checkpoint), reads_all=self.is_local_process_zero(), adopts=adopts)
+            manifest = recorded(checkpoint)
+            names = saved_names(checkpoint, manifest)
+            check_engine(checkpoint, Engine.recorded_in(manifest, names), self._engine())
         elif adopts:
             raise ValueError(
                 "adopt_checkpoint=True was asked for, but no checkpoint is resumed. Name one in "
@@ -314,7 +251,7 @@ class ResumableTrainer(PairTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if not self._is_sharded:
+        if not self.is_deepspeed_enabled:
             check_same_optimizer(Path(checkpoint), read_manifest(Path(checkpoint)).get("optimizer"), self.optimizer)
         content = "the state of the optimizer and of the learning rate's schedule"
         with loading(Path(checkpoint), content, "optimizer.pt and scheduler.pt"):
@@ -335,13 +272,15 @@ class ResumableTrainer(PairTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         with loading(checkpoint, "the policy", "model or adapter files"):
-            if is_adapted(self.model) and not self._is_sharded:
+            if self._load_policy(checkpoint):
+                pass
+            elif is_adapted(self.model) and not self._is_sharded:
                 load_adapters(self.model, checkpoint)
             elif not self._is_sharded and needs_conversion(self.model, checkpoint):
                 load_converted(unwrap(self.model), checkpoint)
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-        check_loaded(self.model, checkpoint, is_sharded=self._is_sharded)
+        check_loaded(self.model, checkpoint)
 
     def _load_best_model(self) -> None:
         """The policy and its reference as they were at the best checkpoint. ValueError where they cannot be loaded."""
@@ -350,7 +289,7 @@ class ResumableTrainer(PairTrainer):
         self.state.best_model_checkpoint = str(best)
         request = f"load_best_model_at_end=True was asked for (False ends the run without), and the best one is {best}"
         check_together(best, request, reads_all=self.is_local_process_zero())
-        if self._is_sharded:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(best))

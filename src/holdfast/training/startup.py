@@ -17,8 +17,9 @@ from holdfast.config import DPOConfig
 from holdfast.data.layouts.choose import choose_layout
 from holdfast.data.layouts.trial import LayoutTrial
 from holdfast.policy.independence import Dependence, check_resumable, find_dependence
-from holdfast.policy.placement import move_all_to_device
+from holdfast.policy.placement import place_reference_models
 from holdfast.policy.rotations import pin_rotations
+from holdfast.policy.sharding import give_back
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import Checksums, audit, introduction
 from holdfast.reference.build import build_reference
@@ -64,11 +65,11 @@ class Startup:
         would be kept. `brings_logps` says that all data bring the reference's log-probs along: they come from other
         batches, so the comparison with the reference is the check.
         """
+        is_main = self._accelerator.is_main_process
         options = self._args.reference_options(is_stream=is_stream)
         if options.way != "none":
-            ref_models = move_all_to_device(ref_models, self._accelerator.device)
+            ref_models = place_reference_models(ref_models, self._policy, self._accelerator.device, is_main=is_main)
         self._run_models = [self._policy, *filter(None, ref_models)]
-        is_main = self._accelerator.is_main_process
         self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
         self._dependence = None if brings_logps else self._find_dependence(self._run_models, train_dataset)
         check_same_batches(self._dependence, self._args)
@@ -103,6 +104,8 @@ class Startup:
             for model in self._run_models:
                 stack.enter_context(untouched(model))
             chosen = choose_layout(collator, self._args, trial)
+        for model in self._run_models:
+            give_back(model)
         self._run_models = [self._policy]  # a reference model that is scored ahead may be let go
         return chosen
 

@@ -4,8 +4,8 @@ Each model, one of each class, is given the first batch in both layouts. Some mo
 settings to read rows of several sequences wrongly. They are found without numbers, because the state of an untrained
 hybrid model may change a log-prob too little to be measured.
 
-Given up: layouts other than padded for weights that are sharded over processes (FSDP, DeepSpeed), since the trial comes
-before anything gathers their weights.
+Where weights are sharded over processes, all of them score the same pairs together, and agree about each model before
+the next one. Given up: layouts other than padded for weights that DeepSpeed divides (ZeRO-3).
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from typing import Any, final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from holdfast.agreement import of_all
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
-from holdfast.scoring.causal_lm import unwrap
+from holdfast.scoring.causal_lm import is_sharded, unwrap
 from holdfast.scoring.frozen import Autocast, frozen_logps
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
-SHARDED = "it cannot be compared with padded rows before the weights of a sharded policy are put together"
+DIVIDED = "it is not compared with padded rows where DeepSpeed divides the weights"
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """The kinds of layer that see what their mask lets them see."""
@@ -55,14 +55,16 @@ class LayoutTrial:
         processes."""
         if layout.fallback() is None:
             return None
-        if self.is_sharded:
-            return SHARDED
-        reason = self._known_problem() if layout.fills_rows else None
-        if reason is None:
-            reason = self._measured_problem(layout)
-        if self.accelerator.num_processes > 1:  # rounding may differ between machines, and all must do the same
-            return next(filter(None, gather_object([reason])), None)
-        return reason
+        if self.is_divided:
+            return DIVIDED
+        reason = _of_any(self._known_problem()) if layout.fills_rows else None
+        return reason or self._measured_problem(layout)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the policy's weights are spread over processes otherwise than by FSDP, which gathers them for any
+        forward pass of a module."""
+        return self.is_sharded and not is_sharded(self.models[0])
 
     def _known_problem(self) -> str | None:
         return next(filter(None, map(known_problem, self.models)), None)
@@ -74,10 +76,15 @@ class LayoutTrial:
         one_of_each_class = {type(unwrap(model)): model for model in reversed(self.models)}
         for model in one_of_each_class.values():
             logps = partial(frozen_logps, model, autocast=_most_exact(model, self.accelerator))
-            reason = measured_problem(unwrap(model), logps, batch, padded_batch, is_half_precision=not _is_fp32(model))
-            if reason is not None:
+            own = measured_problem(unwrap(model), logps, batch, padded_batch, is_half_precision=not _is_fp32(model))
+            if (reason := _of_any(own)) is not None:
                 return reason
         return None
+
+
+def _of_any(reason: str | None) -> str | None:
+    """The first reason that a process has. Rounding may differ between machines, and all must do the same."""
+    return next(filter(None, of_all(reason)), None)
 
 
 def _is_fp32(model: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from holdfast.agreement import any_of_all
+
 Batch = dict[str, Any]
 
 
@@ -23,14 +25,21 @@ def read_ahead(
     *,
     unit: int = 1,
     most_bytes: int,
+    in_lockstep: bool = False,
 ) -> Iterator[Batch]:
     """The `batches` in their order. Up to `size()` of them are read together as a window, which `complete` is called
     with before its first batch is handed out. A window is shorter where the data end, and where a multiple of `unit`
-    batches holds `most_bytes`."""
+    batches holds `most_bytes`: `in_lockstep`, where a process's batches do, since all processes read windows of one
+    length.
+    """
+
+    def is_full(num_bytes: int) -> bool:
+        return any_of_all(num_bytes >= most_bytes) if in_lockstep else num_bytes >= most_bytes
+
     while True:
         window: list[Batch] = []
         num_bytes, is_over, limit = 0, False, size()
-        while len(window) < limit and not is_over and (num_bytes < most_bytes or len(window) % unit):
+        while len(window) < limit and not is_over and (not window or len(window) % unit or not is_full(num_bytes)):
             batch = next(batches, None)
             if batch is None:
                 break

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from holdfast.internals.peft import switched_layers
-from holdfast.internals.torch import own_state
+from holdfast.internals.torch import own_state, recomputed
 from holdfast.policy.adapters import lora_adds_nothing
 from holdfast.policy.rotations import has_moving_rotations
+from holdfast.policy.sharding import class_of, gathered, whole
 from holdfast.reference.identity.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
@@ -60,7 +61,9 @@ class ModuleContents:
 
 
 def module_contents(module: nn.Module, path: str = "") -> Iterator[ModuleContents]:
-    """The contents of `module` and of all modules in it, as they compute now, in the order of the children."""
+    """The contents of `module` and of all modules in it, as they compute now, in the order of the children. Collective
+    where its weights are spread over processes."""
+    module = recomputed(module)
     if isinstance(module, PeftModel):
         yield from _virtual_tokens(module, path)
         yield from module_contents(module.get_base_model(), path)
@@ -77,7 +80,7 @@ def module_contents(module: nn.Module, path: str = "") -> Iterator[ModuleContent
 def _own_contents(module: nn.Module, path: str) -> ModuleContents:
     """The contents of a module of the bare model, without its children."""
     tensors = {f"{path}.{name}": tensor for name, tensor in _tensors(module).items()}
-    settings: dict[str, Any] = {"class": type(module).__qualname__} | _scalars(module) | code_of(module)
+    settings: dict[str, Any] = {"class": class_of(module).__qualname__} | _scalars(module) | code_of(module)
     if not has_moving_rotations(module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROTARY_FREQUENCIES)}
         settings = {name: value for name, value in settings.items() if name not in _ROTARY_SETTINGS}
@@ -165,7 +168,7 @@ def _layer_adds_nothing(layer: Any, name: str) -> bool:
     is zero, and where the layer has nothing of that adapter.
     """
     if isinstance(layer, IA3Layer):
-        return name not in layer.ia3_l or bool((layer.ia3_l[name].detach() == 1).all())
+        return name not in layer.ia3_l or bool((whole(layer.ia3_l[name]) == 1).all())
     if not isinstance(layer, LoraLayer) or isinstance(layer, AdaLoraLayer):
         values = [getattr(layer, attribute, None) for attribute in layer.adapter_layer_names]
         by_adapter: list[Any] = [value for value in values if hasattr(value, "keys")]
@@ -179,13 +182,13 @@ def _adds_zero(layer: Any, name: str) -> bool:
     """Whether the weight that peft would add is zero, and the layer's outputs are its base layer's to the bit."""
     base: Any = layer.get_base_layer()
     make: Any = getattr(layer, "get_delta_weight", None)
-    is_linear = type(base) is nn.Linear
-    if make is None or not (is_linear or type(base) is nn.Embedding) or base.weight.is_meta:
+    is_linear = class_of(base) is nn.Linear
+    if make is None or not (is_linear or class_of(base) is nn.Embedding) or base.weight.is_meta:
         return False
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()
     try:
-        with switched_layers({name: layer}, name):
+        with gathered(layer), switched_layers({name: layer}, name):
             added = make(name)
             if not isinstance(added, Tensor) or bool(added.any()):
                 return False
@@ -204,7 +207,7 @@ def _adapter(layer: Any, name: str, path: str) -> Iterator[ModuleContents]:
     """The contents of a tuner layer that belong to its adapter `name`."""
     module: nn.Module = layer
     variant = getattr(layer, "lora_variant", {}).get(name)
-    settings: dict[str, Any] = {"class": type(layer).__qualname__}
+    settings: dict[str, Any] = {"class": class_of(layer).__qualname__}
     if isinstance(layer, LoraLayer) and variant is None and not layer.use_dora.get(name):
         settings["scaling"] = float(layer.scaling[name])
     else:
@@ -244,10 +247,10 @@ def _replaced_rows(layer: Any, path: str, names: list[str]) -> Iterator[ModuleCo
 
 @torch.no_grad()
 def _merged_rows(layer: Any, weight: Tensor, names: list[str]) -> Tensor:
-    merged = weight.detach().clone()
+    merged = whole(weight).clone()
     for name in names:
         rows = torch.as_tensor(list(layer.token_indices[name]), device=merged.device)
-        merged[rows] = layer.trainable_tokens_delta[name].detach().to(merged)
+        merged[rows] = whole(layer.trainable_tokens_delta[name]).to(merged)
     return merged
 
 

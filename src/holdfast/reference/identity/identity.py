@@ -18,6 +18,7 @@ from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.policy.rotations import has_moving_rotations
+from holdfast.policy.sharding import give_back
 from holdfast.reference.identity.contents import module_contents
 from holdfast.reference.identity.digests import tensor_digests
 from holdfast.store.key import StoreKey
@@ -29,7 +30,7 @@ _ENTRIES_WITHOUT_EFFECT = {
     "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings",
     "initializer_range", "initializer_factor", "init_std", "chunk_size_feed_forward", "is_encoder_decoder",
     "task_specific_params", "tokenizer_class", "prefix", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_autoset", "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp",
+    "_attn_implementation_autoset", "distributed_config", "base_model_tp_plan", "base_model_pp_plan", "pretraining_tp",
     "router_jitter_noise", "gradient_checkpointing",
 }  # fmt: skip
 """Entries of a config that change no log-prob in eval mode, or that say what the tensors and modules say already."""
@@ -67,8 +68,10 @@ class Identity:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """The identity of what `module` computes now, with the values and active adapters of this moment. Its weights
-        must be whole in this process: no shards, nothing on the meta device."""
+        """The identity of what `module` computes now, with the values and active adapters of this moment. Nothing of it
+        may be on the meta device. Where its weights are spread over processes, it is the identity that they have in one
+        process, and collective."""
+        give_back(module)
         contents = list(module_contents(module))
         tensors = {name: tensor for own in contents for name, tensor in own.tensors.items()}
         configs = list(_distinct_configs((own.path, own.config) for own in contents))

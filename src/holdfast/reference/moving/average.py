@@ -1,42 +1,22 @@
 """Moving a reference: `pi_ref <- alpha * pi_theta + (1 - alpha) * pi_ref`, in effective weights, in fp32.
 
 TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). In bf16 an update of alpha = 0.001 rounds to nothing, so a
-reference in half precision has an fp32 state beside its weights. Under PEFT the adapters are merged before the mix: a
-mix of LoRA's factors A and B apart would be a different model. Given up: memory for the fp32 state, and for a merged
-copy of a PEFT policy during a sync.
+reference in half precision has an fp32 state beside its weights. Given up: memory for that state.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import final
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
-
-from holdfast.policy.adapters import is_adapted
-
-
-def effective_copy(policy: PeftModel) -> nn.Module:
-    """A copy of a PEFT policy with its active adapters merged into the weights. ValueError for a learned prompt."""
-    prompts = [name for name, config in policy.peft_config.items() if config.is_prompt_learning]
-    if prompts:
-        raise ValueError(
-            f"sync_ref_model=True was asked for with the prompt-learning adapter {prompts[0]!r}, which cannot be "
-            "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
-        )
-    duplicate: Any = copy.deepcopy(policy)
-    return duplicate.merge_and_unload()
-
-
-def effective_parameters(policy: nn.Module) -> Mapping[str, Tensor]:
-    """The policy's parameters by name, with its adapters merged in."""
-    module = effective_copy(policy) if is_adapted(policy) else policy
-    return dict(module.named_parameters())
-
+from torch import Tensor
 
 _FP32 = ".fp32"
+
+
+def parameter_name(name: str) -> str:
+    """The name of the parameter whose value or fp32 state has the name `name` in a state."""
+    return name.removesuffix(_FP32)
 
 
 def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor]) -> None:
@@ -95,7 +75,7 @@ class Average:
             if name in reference:
                 reference[name].copy_(values)
             else:
-                parameter = name.removesuffix(_FP32)
+                parameter = parameter_name(name)
                 self._fp32[parameter] = values.to(reference[parameter].device, copy=True)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -12,9 +12,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from holdfast.policy.sharding import own_part, parameters_of, total
 from holdfast.reference.base import Moving
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.scorers.snapshot import ExactSnapshot, description, trainable
+from holdfast.reference.scorers.snapshot import ExactSnapshot, description, parts_of_state, trainable, whole_state
 from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice
 from holdfast.scoring.frozen import Autocast
 
@@ -37,19 +38,22 @@ class HardSnapshot(ExactSnapshot, Moving):
                 "(hard). Set sync_ref_model and ref_model_mixup_alpha when the trainer is made."
             )
         self.before_policy_changes()
-        self.drift = _distance(trainable(self.policy), self.values)
+        self.drift = _distance(self.policy, self.values)
         self.exchange.is_policy = True
         self.version += 1
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Moving.state_dict`: the values, which are the policy's tensors while the reference is the policy."""
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`: the values, which are the policy's tensors while the reference is the policy."""
         return trainable(self.policy) if self.exchange.is_policy else dict(self.values.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Moving.state_dict`."""
+        return whole_state(self.policy, self.parts())
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
         if state:
-            own = trainable(self.policy)
-            self.values.write({name: state[name].to(value.device) for name, value in own.items()})
+            self.values.write(parts_of_state(self.policy, {name: state[name] for name in trainable(self.policy)}))
             self.exchange.is_policy = False
         self.version, self.drift = version, drift
 
@@ -58,10 +62,12 @@ class HardSnapshot(ExactSnapshot, Moving):
         return description(self.where, when, f"moved {self.version} times")
 
 
-def _distance(policy: Mapping[str, Tensor], reference: OwnTensors) -> float:
+def _distance(policy: nn.Module, reference: OwnTensors) -> float:
     """L2 distance of policy and reference in weight space. One tensor of a file is in memory at a time."""
-    squares = (
-        float((policy[name].float() - value.to(policy[name].device).float()).double().square().sum())
-        for name, value in reference.items()
-    )
-    return math.sqrt(sum(squares))
+    parameters = parameters_of(policy)
+
+    def square(name: str, theirs: Tensor) -> float:
+        ours = own_part(parameters[name])
+        return float((ours.float() - theirs.to(ours.device).float()).double().square().sum())
+
+    return math.sqrt(total((parameters[name], square(name, value)) for name, value in reference.items()))

@@ -12,6 +12,9 @@ the product instead, which is exact. So a layer takes at most `in * out` numbers
 moves little between syncs. Given up: a fixed rank. It would need a tolerance that grows with the motion, so the
 reference would be silently wrong just where the policy has moved far.
 
+Factors that are spread over processes have a fixed shape, and are gathered to be mixed. All processes compute and keep
+the same pair, and add its product to the layer's output to score (see `moving.added_products`).
+
 DoRA's effective weight is `diag(m / n) (W + s B A)`, where n are the row norms of the bracket (Liu et al. 2024, Eq. 5,
 arXiv:2402.09353). The mix of two is `diag(d) W + s up down`, where d is the mix of the two m / n, and where
 `diag(m / n) B` is mixed in place of B. This is again a DoRA layer: its factors are `up / d` and `down`, its magnitude
@@ -35,6 +38,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from holdfast.policy.sharding import class_of, give_back, is_part, whole
 from holdfast.reference.moving.rank import TOLERANCE, bound_rank, break_even_rank
 
 SMALLEST_SCALE = 1e-9
@@ -51,9 +55,9 @@ _QUANTISED = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
+class Layer:
     """One LoRA layer of the policy: its factors `down [r in]` and `up [out r]` and their parameters' names, the scaling
-    s of their product, and for DoRA the magnitude `[out]`."""
+    s of their product, and for DoRA the magnitude `[out]`. They may be spread over processes."""
 
     path: str
     down_name: str
@@ -67,8 +71,17 @@ class _Layer:
 
     def weight(self) -> Tensor:
         """The layer's base weight W `[out in]`, dequantised, in the factors' dtype."""
-        weight = dequantize_module_weight(self.module.get_base_layer()).detach()
+        weight = whole(dequantize_module_weight(self.module.get_base_layer()))
         return transpose(weight, self.module.fan_in_fan_out).to(self.down.device, self.down.dtype)
+
+    def up_bias(self) -> Tensor | None:
+        """The bias that the layer adds to `up down x`."""
+        adapter = _active(self.module)[0]
+        return None if isinstance(self.module, Embedding) else self.module.lora_B[adapter].bias
+
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the factors compute now: within a forward pass of FSDP2 another than they are kept in."""
+        return _factors(self.module)[0].dtype
 
     def norms(self, product: Tensor) -> Tensor:
         """Row norms `[out]` of `W + s product` in fp32, computed as peft does."""
@@ -76,7 +89,7 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _LayerState:
+class LayerState:
     """The state of one layer, in fp32: the pair `up [out R]` and `down [R in]`, or the product `up [out in]` where
     `down` is None. For DoRA also the scale d of W `[out]`, by which the rows of `up` are multiplied already, and the
     magnitude `[out]`."""
@@ -87,17 +100,18 @@ class _LayerState:
     magnitude: Tensor | None = None
 
     @classmethod
-    def of_policy(cls, layer: _Layer) -> "_LayerState":
+    def of_policy(cls, layer: Layer) -> "LayerState":
         """The state of a reference that is the policy. All tensors are copies."""
-        down, up = (factor.detach().float().clone() for factor in (layer.down, layer.up))
+        factors = down, up = whole(layer.down), whole(layer.up)
+        down, up = (factor.float().clone() for factor in factors)
         if layer.magnitude is None:
             return cls(up=up, down=down)
-        magnitude = layer.magnitude.detach().float().clone()
-        scale = magnitude / layer.norms(layer.up.detach() @ layer.down.detach())
+        magnitude = whole(layer.magnitude).float().clone()
+        scale = magnitude / layer.norms(factors[1] @ factors[0])
         return cls(up=scale[:, None] * up, down=down, scale=scale, magnitude=magnitude)
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Tensor], layer: _Layer) -> "_LayerState":
+    def of_state(cls, state: Mapping[str, Tensor], layer: Layer) -> "LayerState":
         """The layer's tensors in `state`, on the layer's device. ValueError where `state` does not have them."""
         tensors = {
             name: state[f"{layer.path}.{name}"].to(layer.down.device)
@@ -154,10 +168,15 @@ def factor_names(policy: nn.Module) -> set[str]:
     layer, and DoRA's magnitudes. A factor's bias is a plain tensor and not among them."""
     return {
         name
-        for layer in _layers(policy)
+        for layer in layers_of(policy)
         for name in (layer.down_name, layer.up_name, layer.magnitude_name)
         if name is not None
     }
+
+
+def is_spread(policy: nn.Module) -> bool:
+    """Whether factors of `policy` are spread over processes, so that they have a fixed shape."""
+    return any(is_part(factor) for layer in layers_of(policy) for factor in (layer.down, layer.up))
 
 
 @torch.no_grad()
@@ -169,8 +188,8 @@ def policy_state(policy: nn.Module) -> dict[str, Tensor]:
     (or `product`) is multiplied by `diag(d)`, and there are `L.scale [out]`, d = m / n, and `L.magnitude [out]`, m.
     """
     state: dict[str, Tensor] = {}
-    for layer in _layers(policy):
-        state |= _LayerState.of_policy(layer).by_name(layer.path)
+    for layer in layers_of(policy):
+        state |= LayerState.of_policy(layer).by_name(layer.path)
     return state
 
 
@@ -185,8 +204,8 @@ def synced_state(policy: nn.Module, state: Mapping[str, Tensor], alpha: float) -
     """
     after: dict[str, Tensor] = {}
     squares = 0.0
-    for layer in _layers(policy):
-        theirs, ours = _LayerState.of_state(state, layer), _LayerState.of_policy(layer)
+    for layer in layers_of(policy):
+        theirs, ours = LayerState.of_state(state, layer), LayerState.of_policy(layer)
         difference = _difference(ours, theirs)
         squares += float(_squared_distance(layer, ours, theirs, difference))
         after |= (ours if alpha == 1 else _mix(layer, ours, theirs, difference, alpha)).by_name(layer.path)
@@ -203,8 +222,8 @@ def factor_values(policy: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     """
     values: dict[str, Tensor] = {}
     identities: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-    for layer in _layers(policy):
-        own = _LayerState.of_state(state, layer)
+    for layer in layers_of(policy):
+        own = LayerState.of_state(state, layer)
         up = own.up if own.scale is None else own.up_of_dora()
         down = own.down
         if down is None:
@@ -223,8 +242,9 @@ def factor_values(policy: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     return values
 
 
-def _layers(policy: nn.Module) -> Iterator[_Layer]:
+def layers_of(policy: nn.Module) -> Iterator[Layer]:
     """The LoRA layers of `policy` that have an active adapter."""
+    give_back(policy)
     parameter_names = {id(parameter): name for name, parameter in policy.named_parameters()}
     modules: Any = policy.named_modules()
     for path, module in modules:
@@ -233,7 +253,7 @@ def _layers(policy: nn.Module) -> Iterator[_Layer]:
             continue
         assert len(adapters) == 1, mixing_obstacle(policy)
         down, up, magnitude = [*_factors(module), None][:3]
-        yield _Layer(
+        yield Layer(
             path=path,
             down_name=parameter_names[id(down)],
             up_name=parameter_names[id(up)],
@@ -269,14 +289,15 @@ def _factors(layer: Any) -> list[Any]:
 def _layer_obstacle(layer: Any) -> str | None:
     """A clause that says why a tuner layer cannot be mixed; None where it can, or where it has no active adapter."""
     adapters = _active(layer)
-    kind = f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    own_class = class_of(layer)
+    kind = f"{own_class.__module__.removeprefix('peft.tuners.')}.{own_class.__name__}"
     if len(adapters) > 1:
         return f"has more than one active adapter ({', '.join(adapters)})"
     if not adapters or isinstance(layer, _LINEAR_TUNERS):
         return None
     if not isinstance(layer, LoraLayer):
         return f"is adapted by a {kind}, which is no LoRA and not linear in its parameters"
-    if not isinstance(layer, Linear | Embedding) and type(layer).__name__ not in _QUANTISED:
+    if not isinstance(layer, Linear | Embedding) and own_class.__name__ not in _QUANTISED:
         return f"is a {kind}: LoRA can be mixed on linear layers and embeddings only"
     if layer.merged:
         return f"has its adapter ({adapters[0]}) merged into its weight; unmerge it first"
@@ -292,7 +313,7 @@ def _layer_obstacle(layer: Any) -> str | None:
     return None
 
 
-def _difference(ours: _LayerState, theirs: _LayerState) -> Tensor | None:
+def _difference(ours: LayerState, theirs: LayerState) -> Tensor | None:
     """The policy's product (`ours`) minus the reference's (`theirs`), `[out in]`. None where the pairs are so small
     that computing with them is cheaper than with their products."""
     assert ours.down is not None
@@ -303,7 +324,7 @@ def _difference(ours: _LayerState, theirs: _LayerState) -> Tensor | None:
     return None
 
 
-def _mix(layer: _Layer, ours: _LayerState, theirs: _LayerState, difference: Tensor | None, alpha: float) -> _LayerState:
+def _mix(layer: Layer, ours: LayerState, theirs: LayerState, difference: Tensor | None, alpha: float) -> LayerState:
     """`alpha * ours + (1 - alpha) * theirs` in effective weights. `ours` is the policy's state, a pair."""
     assert ours.down is not None
     up, down = theirs.up, theirs.down
@@ -318,17 +339,17 @@ def _mix(layer: _Layer, ours: _LayerState, theirs: _LayerState, difference: Tens
         down = torch.cat([down, ours.down])
         up, down = bound_rank(up, down, rank, layer.down.shape[0], TOLERANCE * (1 - (1 - alpha) ** 4))
     if ours.scale is None:
-        return _LayerState(up=up, down=down)
+        return LayerState(up=up, down=down)
     assert theirs.scale is not None
     scale = torch.lerp(theirs.scale, ours.scale, alpha)
     # The norms are those of the factors with which peft will compute: without d, and rounded to the layer's dtype.
-    rounded_up = _LayerState(up=up, down=down, scale=scale).up_of_dora().to(layer.up.dtype)
+    rounded_up = LayerState(up=up, down=down, scale=scale).up_of_dora().to(layer.up.dtype)
     rounded_down = None if down is None else down.to(layer.up.dtype)
-    norms = layer.norms(_LayerState(up=rounded_up, down=rounded_down).product())
-    return _LayerState(up=up, down=down, scale=scale, magnitude=_away_from_zero(scale) * norms)
+    norms = layer.norms(LayerState(up=rounded_up, down=rounded_down).product())
+    return LayerState(up=up, down=down, scale=scale, magnitude=_away_from_zero(scale) * norms)
 
 
-def _squared_distance(layer: _Layer, ours: _LayerState, theirs: _LayerState, difference: Tensor | None) -> Tensor:
+def _squared_distance(layer: Layer, ours: LayerState, theirs: LayerState, difference: Tensor | None) -> Tensor:
     """Squared L2 distance of two states of a layer in effective weights, in fp64.
 
     `difference` is that of their products. Where it is None, the distance is computed from inner products of the pairs:

@@ -6,6 +6,7 @@ copy of a PEFT policy during a sync.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Self, final
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.policy.adapters import is_adapted
 from holdfast.policy.quantised import is_quantised
+from holdfast.policy.sharding import cut_like, give_back, is_sharded, own_part, total, whole_from_part
 from holdfast.reference.base import Moving, Scorer
 from holdfast.reference.identity.identity import Identity
-from holdfast.reference.moving.average import Average, check_mixable, effective_copy, effective_parameters
+from holdfast.reference.moving.average import Average, check_mixable, parameter_name
+from holdfast.reference.moving.effective import effective_copy, effective_parameters, effective_parts
 from holdfast.reference.scorers.model import freeze, independent_copy, inputs_on_device_of, weight_tensors
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
@@ -60,9 +63,24 @@ class MovingModel(Scorer, Moving):
 
     def sync(self, mixup_alpha: float) -> None:
         """See `Moving.sync`."""
-        own = dict(self.module.named_parameters())
-        self.drift = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+        if is_sharded(self.module) or is_sharded(self._policy):
+            self._move_parts(mixup_alpha)
+        else:
+            own = dict(self.module.named_parameters())
+            self.drift = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
         self.version += 1
+
+    def _move_parts(self, mixup_alpha: float) -> None:
+        """Each process moves its part of the reference."""
+        give_back(self._policy)
+        own, policy = self._own_parts(), effective_parts(self._policy, self.module)
+        lengths = {name: self._average.move({name: own[name]}, policy, mixup_alpha) for name in own}
+        self.drift = math.sqrt(total((self.module.get_parameter(name), length**2) for name, length in lengths.items()))
+
+    def _own_parts(self) -> dict[str, Tensor]:
+        """This process's part of each parameter of the module: all of it, unless the module is sharded."""
+        give_back(self.module)
+        return {name: own_part(parameter) for name, parameter in self.module.named_parameters()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: the module's weights, and their fp32 state."""
@@ -73,14 +91,26 @@ class MovingModel(Scorer, Moving):
         """See `Scorer.identity`."""
         return Identity.of(self.module)
 
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`."""
+        return self.state_dict()
+
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`: the module's parameters, and their fp32 state."""
-        return dict(self.module.named_parameters()) | dict(self._average.tensors())
+        if not is_sharded(self.module):
+            return dict(self.module.named_parameters()) | dict(self._average.tensors())
+        parts = self._own_parts() | dict(self._average.tensors())
+        return {name: whole_from_part(part, self._parameter_of(name)).cpu() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
-        self._average.restore(dict(self.module.named_parameters()), state)
+        parts = {name: cut_like(value, self._parameter_of(name)) for name, value in state.items()}
+        self._average.restore(self._own_parts(), parts)
         self.version, self.drift = version, drift
+
+    def _parameter_of(self, name: str) -> nn.Parameter:
+        """The parameter of which `name` is the value or the fp32 state."""
+        return self.module.get_parameter(parameter_name(name))
 
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""

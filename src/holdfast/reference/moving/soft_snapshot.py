@@ -5,6 +5,7 @@ Plain tensors are mixed as they are. LoRA layers are mixed by the products of th
 exact mix, which `lora_products.mixing_obstacle` finds.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.sharding import is_sharded, parameters_of, standing_in, total
 from holdfast.reference.base import InsidePolicy, LateCopy, Moving
+from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving import lora_products
+from holdfast.reference.moving.added_products import adding_products
 from holdfast.reference.moving.average import Average
 from holdfast.reference.run_folder import RunFolder
-from holdfast.reference.scorers.snapshot import Exchange, description, like_parameters, trainable, where
+from holdfast.reference.scorers.exchange import exchanged
+from holdfast.reference.scorers.snapshot import (
+    Exchange,
+    description,
+    like_parameters,
+    parts_of_state,
+    trainable,
+    where,
+    whole_state,
+)
 from holdfast.reference.tensor_file import SnapshotDevice, own_tensors
 from holdfast.scoring.frozen import Autocast
 
@@ -37,7 +50,7 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         self._where = where(device, folder)
         self._plain = own_tensors(device, folder, "snapshot.safetensors")
         self._products = own_tensors(device, folder, "products.safetensors")
-        self._exchange = Exchange(policy, self._values)
+        self._exchange = Exchange(self._values_in_place)
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`."""
@@ -65,9 +78,17 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         if self._factor_names():
             products, squares = lora_products.synced_state(self.policy, dict(self._products.items()), mixup_alpha)
             self._products.write(products)
-        policy, lengths = self._plain_of_policy(), [math.sqrt(squares)]
-        self._plain.change(lambda name, value: lengths.append(Average().move({name: value}, policy, mixup_alpha)))
-        self.drift = math.hypot(*lengths)
+        policy, lengths = self._plain_of_policy(), dict[str, float]()
+
+        def move(name: str, value: Tensor) -> None:
+            lengths[name] = Average().move({name: value}, policy, mixup_alpha)
+
+        self._plain.change(move)
+        parameters = parameters_of(self.policy)
+        if is_sharded(self.policy):
+            squares += total((parameters[name], length**2) for name, length in lengths.items())
+            lengths = {}
+        self.drift = math.hypot(math.sqrt(squares), *lengths.values())
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -76,35 +97,55 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
             yield from self._plain.in_memory().items()
             yield from self._products.in_memory().items()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Moving.state_dict`."""
+    def parts(self) -> dict[str, Tensor]:
+        """See `Moving.parts`."""
         if self._exchange.is_policy:
             plain, products = self._state_of_policy()
             return plain | products
         return dict([*self._plain.items(), *self._products.items()])
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Moving.state_dict`."""
+        return whole_state(self.policy, self.parts())
+
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
         if state:
-            own = self._plain_of_policy()
-            self._plain.write({name: state[name].to(value.device) for name, value in own.items()})
-            products = {name: value for name, value in state.items() if name not in own}
+            plain = parts_of_state(self.policy, {name: state[name] for name in self._plain_of_policy()})
+            self._plain.write(plain)
+            products = {name: value for name, value in state.items() if name not in plain}
             if products:
                 device = next(self.policy.parameters()).device
                 self._products.write({name: value.to(device) for name, value in products.items()})
             self._exchange.is_policy = False
         self.version, self.drift = version, drift
 
+    def identity(self) -> Identity:
+        """See `Scorer.identity`."""
+        products = dict(self._products.items())
+        if self._exchange.is_policy or not products or not lora_products.is_spread(self.policy):
+            return super().identity()
+        plain = like_parameters(self.policy, dict(self._plain.items()))
+        pairs = lora_products.factor_values(self.policy, products)
+        with exchanged(self.policy, plain), standing_in(self.policy, pairs):
+            return Identity.of(self.policy)
+
     def describe(self, when: str) -> str:
         """See `Scorer.describe`."""
         return description(self._where, when, f"moved {self.version} times")
 
-    def _values(self) -> dict[str, Tensor]:
-        """The values of the policy's trainable tensors with which it computes as this reference."""
-        values = like_parameters(self.policy, dict(self._plain.items()))
+    @contextlib.contextmanager
+    def _values_in_place(self) -> Iterator[None]:
+        """A context within which the policy computes as this reference."""
+        values, products = like_parameters(self.policy, dict(self._plain.items())), dict(self._products.items())
+        if products and lora_products.is_spread(self.policy):
+            with exchanged(self.policy, values), adding_products(self.policy, products):
+                yield
+            return
         if self._factor_names():
-            values |= lora_products.factor_values(self.policy, dict(self._products.items()))
-        return values
+            values |= lora_products.factor_values(self.policy, products)
+        with exchanged(self.policy, values):
+            yield
 
     def _factor_names(self) -> set[str]:
         """The names of the parameters that are mixed by products and not one by one."""

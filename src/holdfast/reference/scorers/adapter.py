@@ -3,7 +3,8 @@
 Training changes only the policy's trainable tensors. A fresh LoRA adds nothing yet, so its reference is the base with
 adapters off, which costs no memory. In every other case (a trained adapter, PiSSA, biases, unfrozen norms, prompt
 tuning, ...) the first values of the trainable tensors are copied, and put in place to score. The policy gets no second
-adapter, and no parameter's `requires_grad` is touched. Given up: sharded weights, unless the adapter is a fresh one.
+adapter, and no parameter's `requires_grad` is touched. Where parameters are spread over processes, each process copies
+its own part of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from holdfast.internals.peft import switched
 from holdfast.policy.adapters import lora_adds_nothing, lora_factors
 from holdfast.reference.base import InsidePolicy
 from holdfast.reference.scorers.exchange import exchanged
+from holdfast.reference.scorers.snapshot import trainable
 from holdfast.scoring.frozen import Autocast
 
 
@@ -37,8 +39,7 @@ class AdapterReference(InsidePolicy):
         """The reference that is the PEFT model `policy` as it is now."""
         if adds_nothing(policy):
             return cls(policy, autocast, {})
-        trainable = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
-        return cls(policy, autocast, trainable)
+        return cls(policy, autocast, {name: value.clone() for name, value in trainable(policy).items()})
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`. The policy is as before on leaving, also after an exception."""

@@ -1,34 +1,37 @@
 """An exchange of values: for the length of a context, a module's parameters have those of the reference.
 
-Storage is exchanged and not copied, so it costs no time and no memory. Given up: sharded parameters.
+Where parameters are whole, storage is exchanged, so it costs no time and no memory. Where they are spread over
+processes, each process copies the values of its own part, and nothing is gathered. Given up there: memory for a copy of
+the policy's part while the reference computes.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
+
+from holdfast.policy.sharding import give_back, put
 
 
 @contextlib.contextmanager
 def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context within which the parameters of `module` named in `values` have these values.
+    """A context within which the parameters of `module` named in `values` have these values: of a parameter that is
+    spread over processes, those of this process's part.
 
     On leaving, the parameters have their own values again, also after an exception. A graph that was built before stays
-    valid for a backward pass after the context. ValueError where a parameter is sharded.
+    valid for a backward pass after the context. All processes must enter and leave it at the same forward passes.
     """
-    parameters = {name: module.get_parameter(name) for name in values}
-    sharded = [name for name, parameter in parameters.items() if hasattr(parameter, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            "A frozen copy of the trainable tensors was to be put in place of the policy's, but these are sharded "
-            f"(`{sharded[0]}` first), and FSDP would go on computing with the policy's. Use reference='precomputed', "
-            "or train without sharding."
-        )
-    current = {name: parameter.data for name, parameter in parameters.items()}
+    give_back(module)  # a forward pass may have left values gathered, of which a copy would be lost
+    parameters: dict[str, nn.Parameter] = {name: module.get_parameter(name) for name in values}
+    former: dict[str, Tensor] = {}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = values[name]
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                former[name] = put(parameter, values[name])
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = current[name]
+        give_back(module)
+        with torch.no_grad():
+            for name, value in former.items():
+                put(parameters[name], value)

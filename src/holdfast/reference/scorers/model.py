@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.torch import own_state
 from holdfast.policy.quantised import pin_quantised_layers
+from holdfast.policy.second_module import sharded_copy
+from holdfast.policy.sharding import is_sharded
 from holdfast.reference.base import Scorer
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
@@ -96,9 +98,10 @@ def independent_copy(policy: nn.Module) -> nn.Module:
     """A deep copy that shares nothing with `policy`, not even through its forward pass.
 
     Where somebody replaced a `forward` by a plain function, the function closes over the original module: the copy
-    would compute with the policy's weights. Then a ValueError names the module.
+    would compute with the policy's weights. Then a ValueError names the module. Where the policy is sharded, so is the
+    copy.
     """
-    duplicate = copy.deepcopy(policy)
+    duplicate = sharded_copy(policy) if is_sharded(policy) else copy.deepcopy(policy)
     for name, child in duplicate.named_modules():
         forward = child.__dict__.get("forward")
         if isinstance(forward, types.MethodType) and forward.__self__ is child:

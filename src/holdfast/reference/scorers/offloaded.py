@@ -2,7 +2,9 @@
 
 Where log-probs were computed ahead, the module that computed them is asked again only for data that nobody announced.
 Until then only a copy of the module with empty parameters is in memory. The module itself is not changed, since the
-user may still hold it. Given up: quantised modules, whose state a file of tensors does not hold.
+user may still hold it. Only of a sharded module, which computes in all processes together or not at all, the memory of
+this process's parts is freed, and its file has these parts. Given up: quantised modules, whose state a file of tensors
+does not hold.
 """
 
 import contextlib
@@ -13,7 +15,10 @@ from typing import Self, final
 import torch
 from torch import Tensor, nn
 
+from holdfast.agreement import raised_together
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.internals.fully_shard import replace_tensors
+from holdfast.policy.sharding import is_sharded, own_part, parameters_of
 from holdfast.reference.base import Scorer
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.run_folder import RunFolder
@@ -25,7 +30,7 @@ from holdfast.scoring.frozen import Autocast, frozen_logps
 
 @final
 class OffloadedReference(Scorer):
-    """A module with empty parameters, and their values in `file`. `origin` says in words which model it is."""
+    """A module without values in its parameters, which are in `file`. `origin` says in words which model it is."""
 
     kind = "ParkedReference"
 
@@ -34,21 +39,63 @@ class OffloadedReference(Scorer):
         self._autocast = autocast
         self._file = file
         self._origin = origin
+        self._storages: list[tuple[torch.UntypedStorage, int]] = []
+        self._is_in_place = False
 
     @classmethod
     def offload(cls, module: nn.Module, autocast: Autocast, *, folder: RunFolder, name: str, origin: str) -> Self:
         """The reference that is `module`, with its weights in the file `name` of `folder`. ValueError where the file
         cannot be written."""
         file = TensorFile(folder, name)
-        file.write(dict(module.named_parameters()))
-        return cls(without_weights(module), autocast, file=file, origin=origin)
+        with raised_together(where=is_sharded(module)):
+            file.write({name: own_part(parameter) for name, parameter in parameters_of(module).items()})
+        if not is_sharded(module):
+            return cls(without_weights(module), autocast, file=file, origin=origin)
+        reference = cls(module, autocast, file=file, origin=origin)
+        reference._free()
+        return reference
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """See `Scorer.in_place`: the weights are read from the file on entering."""
-        if any(parameter.numel() for parameter in self._module.parameters()):
+        if self._is_in_place:
             yield
             return
+        self._is_in_place = True
+        try:
+            with self._parts_in_place() if self._storages else self._whole_in_place():
+                yield
+        finally:
+            self._is_in_place = False
+
+    def _free(self) -> None:
+        """Frees the memory of this process's parts of a sharded module."""
+        storages = self._storages_of_parts()
+        if not all(storage.resizable() for storage in storages):  # numpy has read it, for a digest
+            replace_tensors(self._module, Tensor.clone)
+            storages = self._storages_of_parts()
+        self._storages = [(storage, storage.nbytes()) for storage in storages]
+        for storage, _ in self._storages:
+            storage.resize_(0)
+
+    def _storages_of_parts(self) -> list[torch.UntypedStorage]:
+        return [own_part(parameter).untyped_storage() for parameter in parameters_of(self._module).values()]
+
+    @contextlib.contextmanager
+    def _parts_in_place(self) -> Iterator[None]:
+        for storage, num_bytes in self._storages:
+            storage.resize_(num_bytes)
+        parameters = parameters_of(self._module)
+        with raised_together(), torch.no_grad():
+            for name, value in self._file.items():
+                own_part(parameters[name]).copy_(value)
+        try:
+            yield
+        finally:
+            self._free()
+
+    @contextlib.contextmanager
+    def _whole_in_place(self) -> Iterator[None]:
         parameters = {
             name: value.to(self._module.get_parameter(name).device, non_blocking=True)
             for name, value in self._file.items()

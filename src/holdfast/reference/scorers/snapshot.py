@@ -2,8 +2,8 @@
 
 A reference differs from the policy only in the tensors that train. So full fine-tuning needs no second module, a partly
 frozen model needs the values of its trainable part alone, and a LoRA a few megabytes. The values are on the policy's
-device, in host memory or in a file. To score, the parameters' storage is exchanged, so optimizer, gradients and graphs
-stay as they are. Given up: sharded weights.
+device, in host memory or in a file. To score, the parameters' values are exchanged, so optimizer, gradients and graphs
+stay as they are. Where parameters are spread over processes, each process keeps and exchanges its own part of them.
 
 Until training is about to change the policy, the policy *is* the reference, and nothing is copied. The cost is a
 forward pass per batch. Values in host memory or a file are moved to the device once per `in_place` as well (see
@@ -17,6 +17,7 @@ from typing import final
 
 from torch import Tensor, nn
 
+from holdfast.policy.sharding import cut_like, is_part, own_part, parameters_of, whole_from_part
 from holdfast.reference.base import InsidePolicy, LateCopy
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
@@ -34,7 +35,7 @@ class ExactSnapshot(InsidePolicy, LateCopy):
         self.is_off_device = device != "device"
         self.where = where(device, folder)
         self.values = own_tensors(device, folder, "snapshot.safetensors")
-        self.exchange = Exchange(policy, lambda: like_parameters(policy, dict(self.values.items())))
+        self.exchange = Exchange(lambda: exchanged(policy, like_parameters(policy, dict(self.values.items()))))
 
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`."""
@@ -63,32 +64,31 @@ class SnapshotReference(ExactSnapshot):
 
 @final
 class Exchange:
-    """Puts a reference's values in the policy's place. While `is_policy`, the policy is the reference, and nothing is
-    exchanged."""
+    """Puts a reference's values in the policy's place, by the context that `exchange` returns. While `is_policy`, the
+    policy is the reference, and nothing is exchanged."""
 
-    def __init__(self, policy: nn.Module, values: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(self, exchange: Callable[[], AbstractContextManager[None]]) -> None:
         self.is_policy = True
-        self._policy = policy
-        self._values = values
+        self._exchange = exchange
         self._is_in_place = False
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """See `Scorer.in_place`. `values` is called once on entering."""
+        """See `Scorer.in_place`. `exchange` is entered once."""
         if self.is_policy or self._is_in_place:
             yield
             return
         self._is_in_place = True
         try:
-            with exchanged(self._policy, self._values()):
+            with self._exchange():
                 yield
         finally:
             self._is_in_place = False
 
 
 def trainable(policy: nn.Module) -> dict[str, Tensor]:
-    """The policy's trainable tensors, by name."""
-    return {name: parameter.detach() for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    """The policy's trainable tensors, by name: this process's part of each."""
+    return {name: own_part(parameter) for name, parameter in parameters_of(policy).items() if parameter.requires_grad}
 
 
 def like_parameters(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,6 +98,22 @@ def like_parameters(policy: nn.Module, values: Mapping[str, Tensor]) -> dict[str
         parameter = policy.get_parameter(name)
         converted[name] = value.to(parameter.device, non_blocking=True).to(parameter.dtype)
     return converted
+
+
+def whole_state(policy: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole values of which `parts` are this process's parts; those that are spread over processes are gathered
+    into host memory, one at a time. Names that are none of the policy's parameters are whole already."""
+    parameters, state = parameters_of(policy), dict(parts)
+    for name, part in parts.items():
+        if name in parameters and is_part(parameters[name]):
+            state[name] = whole_from_part(part, parameters[name]).cpu()
+    return state
+
+
+def parts_of_state(policy: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of whole values of the policy's parameters, each on its parameter's device."""
+    parameters = parameters_of(policy)
+    return {name: cut_like(value, parameters[name]).to(parameters[name].device) for name, value in state.items()}
 
 
 def where(device: SnapshotDevice, folder: RunFolder) -> str:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from holdfast.agreement import raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import Completions, CompletionsToScore
 from holdfast.interruption import Interrupted, asked_signal, interruption_behind, is_asked, waiting
 from holdfast.peers.guard import is_of_communication
 from holdfast.peers.phase import doing
 from holdfast.reference.identity.identity import Identity
+from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep
 from holdfast.store.store import LogpStore
-from holdfast.store.work_sharing import claimed_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class PrecomputedReference:
 
     `open_store` returns the store for a reference's identity and version (None for a fixed reference). Stores of past
     versions are removed unless `keeps_versions`. `wait_for_all` is a barrier over all processes, `is_main` says that
-    this process reports, and `is_quiet` hides the progress bar.
+    this process reports, and `is_quiet` hides the progress bar. `in_lockstep` says that all processes make every
+    forward pass together (see `holdfast.agreement`): then they also open, add and fill together.
     """
 
     kind: ClassVar[str] = "PrecomputedReference"
@@ -49,12 +51,14 @@ class PrecomputedReference:
         is_quiet: bool = False,
         is_main: bool = True,
         wait_for_all: Callable[[], object] = lambda: None,
+        in_lockstep: bool = False,
     ) -> None:
         self._open_store = open_store
         self._keeps_versions = keeps_versions
         self._is_quiet = is_quiet
         self._is_main = is_main
         self._wait_for_all = wait_for_all
+        self._in_lockstep = in_lockstep
         self._identity: Identity | None = None
         self._store: LogpStore | None = None
         self._has_warned = False
@@ -79,7 +83,8 @@ class PrecomputedReference:
     def open(self, identity: Identity, version: int | None) -> None:
         """Opens the store for a reference of this identity and version."""
         self._identity = self._identity or identity
-        self._store = self._open_store(identity, version)
+        with raised_together(where=self._in_lockstep):
+            self._store = self._open_store(identity, version)
         weakref.finalize(self, _flush, self._store)
 
     def close_version(self) -> None:
@@ -109,7 +114,8 @@ class PrecomputedReference:
         `scorer` says in words what computed them. ValueError where a log-prob is not finite. Where the store cannot be
         written, a warning says so once, and training goes on with the computed log-probs.
         """
-        new = by_content(batch, logps, scorer)
+        with raised_together(where=self._in_lockstep):
+            new = by_content(batch, logps, scorer)
         stored = self.store.get(batch.content_ids(), batch.lengths())
         try:
             self.store.add(new)
@@ -133,17 +139,14 @@ class PrecomputedReference:
             _kept_when_interrupted(store, name, data) as check,
             tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
         ):
-            blocks = partial(claimed_blocks, store, on_wait=partial(_show_waiting, bar, check, waits))
-            for batch in data.batches(blocks, store.missing):
-                waits.close()
-                logps = by_content(batch, score(batch), scorer)
-                store.add(logps)
-                num_scored += len(logps)
-                num_tokens += int(batch.inputs["attention_mask"].count_nonzero())
+            on_wait = partial(_show_waiting, bar, check, waits)
+            work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
+            for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check):
+                num_scored += num_new
+                num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(len(logps))
-                check()
+                bar.update(num_new)
             waits.close()
             bar.update(bar.total - bar.n)
             self._wait_for_all()  # after it, the other processes' blocks are on disk
@@ -156,19 +159,6 @@ class PrecomputedReference:
                 name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
                 f"{store.num_bytes:,}",
             )  # fmt: skip
-
-
-def by_content(batch: PairBatch, logps: SequenceLogps, scorer: str) -> dict[ContentId, Tensor]:
-    """The log-probs of each of the batch's completions by content id, in host memory. ValueError where one is not
-    finite; it names `scorer`."""
-    per_token = logps.per_token.cpu()
-    if not bool(per_token.isfinite().all()):
-        row = int(batch.sequence[int((~per_token.isfinite()).nonzero()[0])])
-        raise ValueError(
-            f"The reference ({scorer}) gave a log-prob of {float(per_token[~per_token.isfinite()][0])} in "
-            f"completion {row} of a batch. Check its weights for NaN and its dtype for overflow (fp16)."
-        )
-    return dict(zip(batch.content_ids(), per_token.split(batch.lengths()), strict=True))
 
 
 def on_device_of(batch: PairBatch, values: Tensor) -> Tensor:
@@ -212,6 +202,14 @@ def _kept_when_interrupted(store: LogpStore, name: str, data: CompletionsToScore
         interrupted.done = f"{num_kept} of {total} completions ({name}) are kept in {store.folder}."
         interrupted.advice = "Run it again to go on."
         raise interrupted from None
+
+
+def _scored(
+    score: Callable[[PairBatch], SequenceLogps], waits: contextlib.ExitStack, batch: PairBatch
+) -> SequenceLogps:
+    """What `score` says of a batch; `waits` is closed before."""
+    waits.close()
+    return score(batch)
 
 
 def _show_waiting(bar: Any, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.columns import REFERENCE_COLUMNS
-from holdfast.data.completions import ChooseBlocks, CompletionsToScore, FindMissing, UserLogp
+from holdfast.data.completions import NO_DEAL, ChooseBlocks, CompletionsToScore, Deal, FindMissing, UserLogp
 from holdfast.reference.sources.stored import on_device_of
 
 logger = logging.getLogger(__name__)
@@ -150,9 +150,9 @@ class Sample:
         """The number of completions that are compared."""
         return min(self.data.num_completions(), NUM_LONGEST + NUM_RANDOM)
 
-    def batches(self, blocks: ChooseBlocks, missing: FindMissing) -> Iterator[PairBatch]:
+    def batches(self, blocks: ChooseBlocks, missing: FindMissing, deal: Deal = NO_DEAL) -> Iterator[PairBatch]:
         """See `CompletionsToScore.batches`."""
-        return self.data.batches(lambda ids: blocks(_spread(ids)), missing)
+        return self.data.batches(lambda ids: blocks(_spread(ids)), missing, deal)
 
     def user_logps(self) -> Iterator[UserLogp]:
         """None, since the sample is to be scored."""

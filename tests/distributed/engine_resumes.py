@@ -1,0 +1,128 @@
+"""Runs over an engine that are saved and taken up again, by name: `<engine>/<policy>/<reference>/<motion>/<action>`.
+
+`resume` takes a run up from its second step, in the same launch, and does everything else that a checkpoint is for.
+`from-LAUNCH-ENGINE` takes up what another launch, with its own number of processes, has saved with `resume`; LAUNCH is
+the name of its folder beside this launch's.
+"""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from engine_scenarios import made, outcome
+from peft import PeftModel
+from safetensors.torch import load_file
+from scenarios import RANK, evaluated
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from families import tiny_model
+from holdfast import DPOTrainer
+from holdfast.checkpoint.folder import complete_checkpoints
+
+SAVING: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "adam_epsilon": 0.1,  # at small gradients AdamW's steps would be all rounding
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "linear",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """What the action of the run `name` came to."""
+    action = name.split("/")[4]
+    if action.startswith("from-"):
+        _, launch, engine = action.split("-")
+        parts = name.split("/")
+        saved = folder.parents[4].parent / launch / "/".join([engine, *parts[1:4], "resume"]) / "run" / "checkpoint-2"
+        return _taken_up(name, saved, folder)
+    if action.startswith("full-"):
+        return _full_disk(name, folder, int(action.removeprefix("full-")))
+    if action == "apart":
+        return {"said": gather_object([_refused(made(name, folder / f"host{RANK}", **SAVING), None)])}
+    return _resume(name, folder)
+
+
+def _resume(name: str, folder: Path) -> dict[str, Any]:
+    """The numbers of a run that was taken up from its second step, those of the uninterrupted one, and the rest."""
+    ours = made(name, folder / "run", **SAVING)
+    ours.train()
+    uninterrupted = outcome(name, ours, folder / "run")
+    ours.save_model(str(folder / "final"))
+    checkpoint = folder / "run" / "checkpoint-2"
+    second = next(entry for entry in uninterrupted["logs"] if entry["step"] == 2 and "eval_loss" in entry)
+    restored = made(name, folder / "restored", **SAVING)
+    restored.restore(str(checkpoint))
+    found = evaluated(restored.evaluate())
+    measured = {key: value for key, value in second.items() if key not in ("epoch", "step", "eval_num_tokens")}
+    facts = {
+        "files": sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()),
+        "final model": _loaded_equals(folder / "final", uninterrupted["weights"], name) if RANK == 0 else True,
+        "restored": gather_object([{key: value for key, value in measured.items() if found.get(key) != value}]),
+        "other base": gather_object([_refused(made(name, folder / "other", change=_other_base, **SAVING), checkpoint)]),
+    }
+    taken_up = _taken_up(name, checkpoint, folder)
+    taken_up["facts of each_process"] |= {"uninterrupted": uninterrupted, **facts}
+    return taken_up
+
+
+def _full_disk(name: str, folder: Path, rank: int) -> dict[str, Any]:
+    """What all processes say where torch finds no room in one of them after the third step, and what is left."""
+    plain = torch.save
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rank == RANK and state.global_step == 3:
+                torch.save = full
+
+    ours = made(name, folder / "run", **SAVING)
+    ours.add_callback(Full())
+    try:
+        said = _refused(ours, None)
+    finally:
+        torch.save = plain
+    left = sorted(path.name for path in (folder / "run").glob("checkpoint-*"))
+    return {"said": gather_object([said]), "left": left, "complete": len(complete_checkpoints(folder / "run"))}
+
+
+def _taken_up(name: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    ours = made(name, folder / "again", **SAVING)
+    ours.train(resume_from_checkpoint=str(checkpoint))
+    return outcome(name, ours, folder / "again")
+
+
+def _other_base(policy: nn.Module, parts: dict[str, Any]) -> None:
+    """Another reference than that of the run: another base of it, or another model."""
+    changed = parts.get("ref_model", policy)
+    with torch.no_grad():
+        next(parameter for name, parameter in changed.named_parameters() if "embed_tokens" in name).add_(0.01)
+
+
+def _refused(ours: DPOTrainer, checkpoint: Path | None) -> str:
+    """The ValueError of a run, taken up from `checkpoint` if there is one; empty where there is none."""
+    try:
+        ours.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _loaded_equals(folder: Path, weights: str, name: str) -> bool:
+    """Whether a plain folder holds the trained weights, as a single process would load them."""
+    model: nn.Module
+    if (folder / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(tiny_model(), folder, is_trainable=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    loaded = dict(model.named_parameters())
+    return all(torch.equal(loaded[key], tensor) for key, tensor in load_file(weights).items())
