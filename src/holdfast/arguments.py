@@ -19,6 +19,7 @@ from holdfast.options.metric_names import EVAL_METRICS, METRICS_BY_SOURCE, metri
 from holdfast.policy.independence import Dependence
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
+from holdfast.scoring.router import adds_up
 from holdfast.training_arguments import check_metrics, check_stream
 
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -165,7 +166,8 @@ def prepare_device(args: DPOConfig) -> None:
 
 def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
     """The weight of the load-balancing loss: the option's, else the model's own; 0 for a model without experts.
-    ValueError where the option does not fit the model or the other options."""
+    ValueError where the option does not fit the model or the other options, or where that loss is no function of sums
+    that several processes can add up."""
     config = causal_lm.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")
     if args.router_aux_loss_coef and not has_router:
@@ -181,6 +183,12 @@ def router_aux_loss_coef(causal_lm: PreTrainedModel, args: DPOConfig) -> float:
         raise ValueError(
             f"tokens_per_batch={args.tokens_per_batch} was asked for, but the load-balancing loss of "
             f"{type(causal_lm).__name__} is a mean over all tokens of a batch. Set router_aux_loss_coef=0, or drop it."
+        )
+    if coefficient != 0 and args.world_size > 1 and not adds_up(causal_lm):
+        raise ValueError(
+            f"A load-balancing loss (weight {coefficient}) was asked for on {args.world_size} processes, but that of "
+            f"{type(causal_lm).__name__} is not the common one, whose sums can be added up over processes: each would "
+            "balance its own rows only. Set router_aux_loss_coef=0, or train in one process."
         )
     return coefficient
 

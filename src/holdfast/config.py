@@ -287,9 +287,9 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, Traini
                 raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")
 
     def _check_gathering(self) -> None:
-        """Two options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch along
-        its first dimension, but pairs, sequences and tokens differ in theirs. And transformers puts gathered objects of
-        several batches together wrongly."""
+        """Three options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch
+        along its first dimension, but pairs, sequences and tokens differ in theirs. transformers puts gathered objects
+        of several batches together wrongly. Processes with unlike numbers of batches or pairs cannot step together."""
         if self.eval_use_gather_object:
             raise ValueError(
                 "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
@@ -300,6 +300,12 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, Traini
             raise ValueError(
                 "dispatch_batches=True was asked for, which cuts a batch's tensors into equal parts, but "
                 "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
+            )
+        if not options.even_batches and self.world_size > 1:
+            raise ValueError(
+                f"even_batches=False was asked for on {self.world_size} processes, but they step together, and some "
+                "would have fewer batches or pairs than others. Leave even_batches out: the pairs that fill up the "
+                "last batches count for nothing."
             )
         options.dispatch_batches = False
         self.accelerator_config = options

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 from accelerate.utils import gather_object
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from holdfast.batch import PairBatch
@@ -55,7 +55,7 @@ def batch_metrics(
 
 def metrics_by_source(
     batch: PairBatch,
-    losses_of: Callable[[Int[Tensor, "Q"]], Float[Tensor, "Q"]],
+    losses: Float[Tensor, "P"],
     chosen_rewards: Float[Tensor, "P"],
     rejected_rewards: Float[Tensor, "P"],
     policy: PairLogps,
@@ -65,17 +65,12 @@ def metrics_by_source(
     """The metrics of one batch, as `batch_metrics` has them in evaluation, each as (sums, counts) [K] over the pairs of
     each of the batch's K sources, or over their tokens. `batch` must have sources.
 
-    `losses_of` gives the losses of some of its pairs. Losses that compare pairs with each other, or average over the
-    tokens of several, are computed for each source alone.
+    `losses` are those of its pairs, computed for each source alone where they compare pairs with each other, or average
+    over the tokens of several.
     """
     assert batch.host_sources is not None
     assert batch.pair_sources is not None
     sources, num_sources = batch.pair_sources, len(batch.host_sources.names)
-    order = sources.argsort(stable=True)
-    losses = torch.zeros_like(policy.chosen)
-    for pairs in order.split(batch.host_sources.counts()):
-        if len(pairs) > 0:
-            losses = losses.index_copy(0, pairs, losses_of(pairs).detach())
 
     def summed(values: Float[Tensor, "P"]) -> Float[Tensor, "K"]:
         return values.detach().new_zeros(num_sources).index_add(0, sources, values.detach())

@@ -35,12 +35,11 @@ from holdfast.data.completions import Batching, all_to_score
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.completion_rows import row_per_completion
-from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.interruption import interruptible
-from holdfast.losses import PairLogps, implicit_rewards, pair_logps, preference_loss, wpo_weights
+from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.policy.broadcast import broadcast_unlike_tensors
@@ -57,6 +56,7 @@ from holdfast.reference.user_columns import all_bring_logps, use_user_columns, w
 from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.by_source import BySource
+from holdfast.training.global_batch import GlobalBatch
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
@@ -149,6 +149,7 @@ class DPOTrainer(RenewableTrainer):
         self._place_policy(policy)
         self._by_source = BySource(is_main=self.is_world_process_zero())
         self._router_coef = router_aux_loss_coef(unwrap(policy), self.args)
+        self._global_batch = GlobalBatch(self.args, self.accelerator, has_router=self._router_coef != 0)
         self._is_reference_chosen = ref_model_entries(ref_model) != [None] or self.args.ref_adapter_name is not None
         self._make_reference(load_ref_models(ref_model, self.args))
         if hasattr(unwrap(policy), "add_model_tags"):
@@ -312,33 +313,31 @@ class DPOTrainer(RenewableTrainer):
         is_training = self.model.training
         if not self._startup.is_introduced and is_training and self.state.global_step == 0:
             self._introduce(batch)
+        real, is_uneven = self._real_pairs(batch)
+        router_weights = self._global_batch.router_weights(batch, real)
         with self.accelerator.autocast():
-            scores = score_within_limit(model, batch, self.args.tokens_per_batch, router_logits=self._router_coef != 0)
+            has_router = self._router_coef != 0
+            scores = score_within_limit(
+                model, batch, self.args.tokens_per_batch, router_logits=has_router, router_weights=router_weights
+            )
+        batch, scores = real, self._global_batch.with_aux_loss(scores)
         assert (statistics := scores.statistics) is not None  # noqa: RUF018
-        batch, is_filled = self._real_pairs(batch)
         policy, reference = pair_logps(scores.logps, batch, self.args.ld_alpha), self._reference_logps(batch)
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
-
-        def losses_of(pairs: Tensor | None = None) -> Tensor:
-            losses = preference_loss(
-                policy if pairs is None else policy.of_pairs(pairs),
-                reference if pairs is None or reference is None else reference.of_pairs(pairs),
-                loss_types=self.args.loss_types,
-                loss_weights=self.args.loss_weights or [1.0] * len(self.args.loss_types),
-                options=self.args.loss_options,
-                pair_weights=weights if pairs is None or weights is None else weights[pairs],
-            )
-            return losses if scores.aux_loss is None else losses + self._router_coef * scores.aux_loss
-
-        losses = losses_of()
+        pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven)
+        losses = pairs.losses(self.args)
+        term = None if scores.aux_loss is None else self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
         values = chosen, rejected, policy, reference, scores
-        metrics = batch_metrics(batch, losses, *values, is_training=is_training)
+        own_losses = pairs.of_this_process(losses if term is None else losses + term)
+        metrics = batch_metrics(batch, own_losses, *values, is_training=is_training)
         self._tallies["train" if is_training else "eval"].add(metrics)
-        if batch.host_sources is not None and not is_training:
-            self._by_source.add(batch.host_sources.names, metrics_by_source(batch, losses_of, *values))
-        loss = mean_over_processes(losses, self.accelerator) if is_filled else losses.mean()
+        of_sources = None if is_training else self._global_batch.losses_by_source(batch, pairs)
+        if of_sources is not None and batch.host_sources is not None:
+            of_sources = of_sources if term is None else of_sources + term
+            self._by_source.add(batch.host_sources.names, metrics_by_source(batch, of_sources, *values))
+        loss = self._global_batch.mean(pairs, losses, term, is_uneven=is_uneven)
         if not return_outputs:
             return loss
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Runs in which one process knows, finds, measures or meets what the others do not: `<engine>/lockstep/<scenario>`.
 
 Where weights are spread over processes, all of them must go on together all the same, to the numbers of one process.
-The audit is off, since its forward passes would hide some unlike beginnings. What differs between processes by nature is
-under names that end in `each_process`.
+The audit is off, since its forward passes would hide some unlike beginnings. What differs between processes by nature
+is under names that end in `each_process`.
 """
 
 import contextlib
@@ -391,7 +391,7 @@ def agreement_itself(engine: str, folder: Path) -> Any:
     last = WORLD - 1
     found = {
         "values": agreement.of_all(RANK),
-        "flags": [agreement.any_of_all(RANK == last), agreement.any_of_all(False)],
+        "flags": [agreement.any_of_all(last == RANK), agreement.any_of_all(False)],
         "largest": agreement.largest_of_all([float(RANK), -float(RANK)]),
         "of one": fail(lambda rank: rank == last, ValueError, "a"),
         "of some": fail(lambda rank: rank > 0, ValueError, f"of {RANK}"),

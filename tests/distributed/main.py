@@ -12,6 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
+import batch_losses
 import scenarios
 import sharded
 import torch
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 def main() -> None:
     """Runs the named scenarios, or all of them, and writes FOLDER/results.json."""
-    table = scenarios.SCENARIOS | (sharded.SCENARIOS if scenarios.WORLD > 1 else {})
+    table = scenarios.SCENARIOS | batch_losses.SCENARIOS | (sharded.SCENARIOS if scenarios.WORLD > 1 else {})
     folder, names = Path(sys.argv[1]), sys.argv[2:] or [*table]
     torch.set_num_threads(1)
     gc.freeze()  # every run collects garbage, which takes longer than the run with all that was imported

@@ -376,6 +376,26 @@ def combinations():
                         yield pytest.param(name, options, is_weighted, id=label)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_says_whether_it_couples_pairs(name):
+    """Each pair's value is that of the pair alone exactly where `couples_pairs` is false. Several processes gather the
+    pairs of those losses only of which it is true."""
+    batch, *tokens, _ = random_logps(seed=len(name))
+    policy, reference = (pair_logps(logps_of(logps, batch), batch) for logps in tokens)
+    needed = reference if LOSSES[name].needs_reference else None
+    options = LossOptions(label_smoothing=1e-3 if name == "exo_pair" else 0.0)
+
+    def losses(pairs):
+        of_reference = None if needed is None else needed.of_pairs(pairs)
+        return preference_loss(
+            policy.of_pairs(pairs), of_reference, loss_types=[name], loss_weights=[1.0], options=options
+        )
+
+    pairs = torch.arange(batch.num_pairs)
+    alone = torch.cat([losses(pair) for pair in pairs.split(1)])
+    assert torch.allclose(losses(pairs), alone) != LOSSES[name].couples_pairs
+
+
 @pytest.mark.parametrize(("name", "options", "is_weighted"), list(combinations()))
 def test_losses_equal_the_oracle(name, options, is_weighted):
     """In value, and in the gradient of a sum in which every pair counts differently."""

@@ -1,12 +1,17 @@
-"""Whether a user's own data collator heeds the masks of completions, found by collating a row with and without them.
+"""Whether a user's own data collator heeds the masks of completions, and makes a pair of each row.
 
 A collator that was written for rows without masks reads the token ids alone. It would score what the user and the tools
-say, and no number would tell. Given up: a collator that heeds masks of some rows and not of others.
+say, and no number would tell. So a row is collated with its mask and without. Given up: a collator that heeds masks of
+some rows and not of others.
+
+One that leaves rows out gives processes unlike numbers of pairs, which nobody expects: each would count its own pairs
+as much as the others count theirs. With several processes its batches are counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -21,6 +26,30 @@ Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 _NUM_ROWS = 64
 """Rows of a dataset that are looked through for one with a mask. Of a stream it is the first row alone."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PairOfEachRow:
+    """A data collator: `collator`, with a ValueError where it returns another number of pairs than it got rows."""
+
+    collator: Collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        batch = self.collator(rows)
+        pairs: Sized = batch["chosen"] if "chosen" in batch else batch["input_ids"][::2]
+        if len(pairs) != len(rows):
+            raise ValueError(
+                f"The data collator ({type(self.collator).__name__}) returned {len(pairs)} pairs for {len(rows)} rows. "
+                "Several processes step together, each with as many pairs as rows, or their losses would count "
+                "unequally. Return one pair for each row, and filter the dataset beforehand; or train in one process."
+            )
+        return batch
+
+
+def pair_of_each_row(collator: Any, num_processes: int) -> Any:
+    """`collator`; with several processes, and where it is a user's own, around it one that counts its pairs."""
+    return collator if num_processes == 1 or layout_of(collator) is not None else PairOfEachRow(collator)
 
 
 def check_masks_are_heeded(

@@ -15,7 +15,7 @@ from holdfast.losses.options import BetaOptions, Options, number, option
 from holdfast.losses.table import LossInputs, loss
 
 
-@loss("Wang et al. 2024, arXiv:2411.10442", Options, needs_reference=False)
+@loss("Wang et al. 2024, arXiv:2411.10442", Options, needs_reference=False, couples_pairs=True)
 def sft(inputs: LossInputs[Options]) -> Float[Tensor, "P"]:
     """-(sum of the log-probs of all chosen tokens of the batch) / (their number), the same for every pair."""
     mean = inputs.policy.chosen_likelihood.sum() / inputs.policy.chosen_lengths.sum()
@@ -38,7 +38,13 @@ def simpo(inputs: LossInputs[SimpoOptions]) -> Float[Tensor, "P"]:
     return -F.logsigmoid(inputs.options.beta * (chosen - rejected) - inputs.options.simpo_gamma)
 
 
-@loss("Hong et al. 2024, Eqs. 6 and 7, arXiv:2403.07691", BetaOptions, needs_reference=False, is_length_averaged=True)
+@loss(
+    "Hong et al. 2024, Eqs. 6 and 7, arXiv:2403.07691",
+    BetaOptions,
+    needs_reference=False,
+    is_length_averaged=True,
+    couples_pairs=True,
+)
 def orpo(inputs: LossInputs[BetaOptions]) -> Float[Tensor, "P"]:
     """nll - beta log sigma(log odds_w - log odds_l), odds = p / (1 - p), log p = log pi_theta(y|x) / |y|; nll is `sft`
     and the paper's lambda is beta. log p stops one fp32 step short of 0, where the odds would be infinite."""
@@ -56,7 +62,7 @@ class CpoOptions(BetaOptions):
     )
 
 
-@loss("Xu et al. 2024, arXiv:2401.08417", CpoOptions, needs_reference=False)
+@loss("Xu et al. 2024, arXiv:2401.08417", CpoOptions, needs_reference=False, couples_pairs=True)
 def cpo(inputs: LossInputs[CpoOptions]) -> Float[Tensor, "P"]:
     """-log sigma(beta (log pi_theta(y_w|x) - log pi_theta(y_l|x))) + cpo_alpha * nll, where nll is `sft`."""
     preference = -F.logsigmoid(inputs.options.beta * (inputs.policy.chosen - inputs.policy.rejected))

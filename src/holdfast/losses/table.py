@@ -81,6 +81,8 @@ class Loss:
     """Whether a loss without a reference compares log-probs per token."""
     sorts_batch: bool = False
     """Whether it sorts the batch, so that its k-th value belongs to rank k and not to pair k."""
+    couples_pairs: bool = False
+    """Whether a value depends on other pairs of the batch too. Several processes then gather the pairs of all."""
     objection: Callable[[Any], str | None] | None = None
     """Why the loss cannot be computed with these options although each is in its range; None where it can."""
 
@@ -101,6 +103,7 @@ def loss(
     needs_reference: bool = True,
     is_length_averaged: bool = False,
     sorts_batch: bool = False,
+    couples_pairs: bool = False,
     objection: Callable[[OptionsT], str | None] | None = None,
 ) -> Callable[[LossFunction[OptionsT]], LossFunction[OptionsT]]:
     """A decorator that enters a function into `LOSSES` under its own name; the arguments are as in `Loss`."""
@@ -113,6 +116,7 @@ def loss(
             needs_reference=needs_reference,
             is_length_averaged=is_length_averaged,
             sorts_batch=sorts_batch,
+            couples_pairs=couples_pairs or sorts_batch,
             objection=objection,
         )
         return function

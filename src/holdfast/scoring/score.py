@@ -23,6 +23,7 @@ from holdfast.scoring.attention import attending
 from holdfast.scoring.causal_lm import is_sharded, matrix_of, output_embeddings, unwrap, vocabulary_size
 from holdfast.scoring.completion_head import PER_TOKEN, CompletionHead, Projection
 from holdfast.scoring.forward import compiled_body
+from holdfast.scoring.router import returning_sums
 from holdfast.scoring.transform import agree_on_transform
 
 CHUNK_LOGITS = 2**26
@@ -58,11 +59,13 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The log-probs of a batch; its statistics and its load-balancing loss (MoE) where they were asked for."""
+    """The log-probs of a batch; its statistics, and its load-balancing loss (MoE) or the `router_sums` behind it, where
+    they were asked for."""
 
     logps: SequenceLogps
     statistics: TokenStatistics | None = None
     aux_loss: Float[Tensor, ""] | None = None
+    router_sums: Float[Tensor, "K"] | None = None
 
 
 def score(
@@ -71,14 +74,16 @@ def score(
     *,
     statistics: bool = False,
     router_logits: bool = False,
+    router_weights: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Scores:
     """Log-probs `log pi(y_t | x, y_<t)` (nats, fp32) of the batch's N completion tokens under `model`.
 
     `model` is a causal language model, as it is or wrapped (PEFT, DDP, FSDP, `torch.compile`). Gradients flow when they
     are enabled. The log-softmax is taken in fp32 whatever the autocast dtype. `statistics` adds `TokenStatistics`,
-    `router_logits` the model's own load-balancing loss. `chunk_tokens` bounds the tokens projected at a time; its
-    default keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
+    `router_logits` the model's own load-balancing loss, or in its place the `router_sums` of `scoring.router`, where
+    `router_weights` say how often each token counts. `chunk_tokens` bounds the tokens projected at a time; its default
+    keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
     causal_lm = unwrap(model)
     if is_model_sharded := is_sharded(model):
@@ -97,6 +102,7 @@ def score(
     with (
         attending(causal_lm, batch.inputs, needs_mask=router_logits, narrows=narrows) as inputs,
         completion_head.installed(),
+        returning_sums(causal_lm, router_weights),
         compiled_body(model, causal_lm) as run,
     ):
         outputs = run(**inputs, **options)
@@ -105,5 +111,6 @@ def score(
     return Scores(
         logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
         statistics=TokenStatistics.of_columns(columns) if statistics else None,
-        aux_loss=outputs.get("aux_loss"),
+        aux_loss=outputs.get("aux_loss") if router_weights is None else None,
+        router_sums=None if router_weights is None else outputs.get("aux_loss"),
     )

@@ -31,12 +31,18 @@ from holdfast.scoring.segments import SEGMENTS
 
 
 def score_within_limit(
-    model: nn.Module, batch: PairBatch, num_tokens: int | None, *, router_logits: bool = False
+    model: nn.Module,
+    batch: PairBatch,
+    num_tokens: int | None,
+    *,
+    router_logits: bool = False,
+    router_weights: Tensor | None = None,
 ) -> Scores:
     """`score(model, batch)` with statistics, and with at most `num_tokens` tokens (or one row) in the model at a time.
 
-    None is no limit. A load-balancing loss is a mean over all tokens of a batch, so it must not be asked for with a
-    limit. ValueError where a batch over the limit has inputs that cannot be cut into rows.
+    None is no limit. `router_logits` and `router_weights` are those of `score`. A load-balancing loss is a mean over
+    all tokens of a batch, so it must not be asked for with a limit. ValueError where a batch over the limit has inputs
+    that cannot be cut into rows.
     """
     num_rows, num_columns = batch.inputs["input_ids"].shape
     is_over = num_tokens is not None and num_rows > 1 and num_rows * num_columns > num_tokens
@@ -45,7 +51,7 @@ def score_within_limit(
     if num_tokens is not None and is_sharded(model):
         num_parts = int(largest_of_all([own_num_parts])[0])
     if num_parts == 1:
-        return score(model, batch, statistics=True, router_logits=router_logits)
+        return score(model, batch, statistics=True, router_logits=router_logits, router_weights=router_weights)
     assert not router_logits
     results: list[tuple[Tensor, ...]] = []
     indices: list[Tensor] = []

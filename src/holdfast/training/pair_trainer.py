@@ -35,6 +35,7 @@ from holdfast.checkpoint.finite import (
 from holdfast.checkpoint.folder import best_checkpoint
 from holdfast.checkpoint.learning_rate import heed_learning_rate
 from holdfast.config import DPOConfig
+from holdfast.data.collator_check import pair_of_each_row
 from holdfast.data.columns import MASK_COLUMNS, SOURCE, TOKENIZED_COLUMNS
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.layouts.completion_rows import row_per_completion
@@ -120,10 +121,10 @@ class PairTrainer(EngineCheckpoints):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
-        collator = self.data_collator
+        collator, self.data_collator = self.data_collator, pair_of_each_row(self.data_collator, self.args.world_size)
         if not kwargs.get("is_training"):
             keeps = not self.args.remove_unused_columns
-            self.data_collator = self._by_source.collator(collator, dataset, description, keeps_column=keeps)
+            self.data_collator = self._by_source.collator(self.data_collator, dataset, description, keeps_column=keeps)
         try:
             return super()._get_dataloader(filled, description, batch_size, **kwargs)
         finally:

@@ -1,0 +1,179 @@
+"""The batch that a loss is a function of: the pairs of all processes, where the mathematics asks for them.
+
+A loss that is a number per pair is averaged over processes, as its gradients are. Two kinds of terms are no such means.
+A loss that couples pairs (`Loss.couples_pairs`) sorts the batch, or divides by its tokens; and the load-balancing loss
+of experts is a product of two means over tokens. For the first kind the log-probs of all pairs are gathered, a few
+numbers per pair. For the second the sums behind both means are. Every process then computes the same loss.
+
+Gradients flow to a process's own numbers only, and are multiplied by the number of processes: DDP, FSDP and ZeRO divide
+by it. So backward passes have no exchange of their own. All processes gather in the same order, whether or not they
+have pairs. Given up: the batch of an optimizer step; with gradient accumulation it is that of one micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from holdfast.batch import PairBatch
+from holdfast.config import DPOConfig
+from holdfast.data.loader.fillers import mean_over_processes
+from holdfast.data.loader.token_weights import token_weights
+from holdfast.data.mixing.source_column import NO_SOURCE
+from holdfast.losses import LOSSES, PairLogps, preference_loss
+from holdfast.scoring.router import balance_loss
+from holdfast.scoring.score import Scores
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedPairs:
+    """What the losses of a batch read of its pairs: this process's own, or those of all processes in their order.
+
+    `own` are this process's pairs among them; None where there are no others.
+    """
+
+    policy: PairLogps
+    reference: PairLogps | None
+    weights: Float[Tensor, "P"] | None
+    own: slice | None = None
+
+    def losses(self, args: DPOConfig, pairs: Int[Tensor, "Q"] | None = None) -> Float[Tensor, "Q"]:
+        """The losses of these pairs, as if there were no others; None is all of them."""
+        policy, reference, weights = self.policy, self.reference, self.weights
+        if pairs is not None:
+            policy = policy.of_pairs(pairs)
+            reference = None if reference is None else reference.of_pairs(pairs)
+            weights = None if weights is None else weights[pairs]
+        return preference_loss(
+            policy,
+            reference,
+            loss_types=args.loss_types,
+            loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
+            options=args.loss_options,
+            pair_weights=weights,
+        )
+
+    def of_this_process(self, values: Float[Tensor, "P"]) -> Float[Tensor, "Q"]:
+        """The values of this process's own pairs, of one value for each pair."""
+        return values if self.own is None else values[self.own]
+
+
+@final
+class GlobalBatch:
+    """Completes what a process knows of its batch with what the others know, for a run of `args`.
+
+    `has_router` says whether the loss has a load-balancing term. All processes must call each method together.
+    """
+
+    def __init__(self, args: DPOConfig, accelerator: Accelerator, *, has_router: bool) -> None:
+        self._args = args
+        self._accelerator = accelerator
+        self._sums_router = has_router and accelerator.num_processes > 1
+        self._gathers = accelerator.num_processes > 1 and any(LOSSES[name].couples_pairs for name in args.loss_types)
+
+    def router_weights(self, batch: PairBatch, real: PairBatch) -> Int[Tensor, "R T"] | None:
+        """How often each token of the batch counts in the load-balancing loss; None where the model's own loss of the
+        batch is the one that is meant. `real` is the batch without its fillers."""
+        return token_weights(batch, real) if self._sums_router else None
+
+    def with_aux_loss(self, scores: Scores) -> Scores:
+        """`scores` with the load-balancing loss of the tokens of all processes, if there is one."""
+        if scores.router_sums is None:
+            return scores
+        sums = _of_all_processes(scores.router_sums[None], self._accelerator).sum(0)
+        return replace(scores, aux_loss=balance_loss(sums))
+
+    def compared(
+        self,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        weights: Float[Tensor, "P"] | None,
+        *,
+        is_uneven: bool,
+    ) -> ComparedPairs:
+        """The pairs that a loss compares. With `is_uneven` processes may have unlike numbers of them."""
+        own = ComparedPairs(policy=policy, reference=reference, weights=weights)
+        return _gathered(own, self._accelerator, is_uneven=is_uneven) if self._gathers else own
+
+    def mean(
+        self, pairs: ComparedPairs, losses: Float[Tensor, "P"], term: Float[Tensor, ""] | None, *, is_uneven: bool
+    ) -> Float[Tensor, ""]:
+        """The loss to minimise: the mean of the `losses` of `pairs`, plus a `term` that is the same for all of them.
+        Its gradients, averaged over the processes, are those of the mean over all their pairs."""
+        if is_uneven and pairs.own is None:
+            mean = mean_over_processes(losses, self._accelerator)
+            return mean if term is None else mean + term
+        return (losses if term is None else losses + term).mean()
+
+    def losses_by_source(self, batch: PairBatch, pairs: ComparedPairs) -> Float[Tensor, "P"]:
+        """The losses of this process's pairs, computed for the pairs of each source alone; zeros without sources."""
+        losses = torch.zeros_like(pairs.policy.chosen)
+        for of_source in self._pairs_of_sources(batch, pairs):
+            if len(of_source) > 0:
+                losses = losses.index_copy(0, of_source, pairs.losses(self._args, of_source).detach())
+        return pairs.of_this_process(losses)
+
+    def _pairs_of_sources(self, batch: PairBatch, pairs: ComparedPairs) -> Sequence[Int[Tensor, "Q"]]:
+        """The indices of the pairs of each source. A stream may have rows with a source on some processes only."""
+        sources, places = batch.host_sources, batch.pair_sources
+        if pairs.own is None:
+            return [] if sources is None or places is None else places.argsort(stable=True).split(sources.counts())
+        own = [NO_SOURCE] * batch.num_pairs if sources is None else [sources.names[place] for place in sources.places]
+        of_processes: list[str] = gather_object(own)
+        return [
+            torch.tensor([pair for pair, other in enumerate(of_processes) if other == name], device=batch.chosen.device)
+            for name in sorted({*of_processes})
+        ]
+
+
+def _gathered(own: ComparedPairs, accelerator: Accelerator, *, is_uneven: bool) -> ComparedPairs:
+    """The pairs of all processes, in one exchange of a few numbers per pair."""
+    columns = [getattr(logps, name) for logps in (own.policy, own.reference) if logps is not None for name in _NAMES]
+    table = torch.stack([column.float() for column in (*columns, *([] if own.weights is None else [own.weights]))], 1)
+    num_own, index = len(table), accelerator.process_index
+    counts = [num_own] * accelerator.num_processes
+    if is_uneven:
+        every: Any = accelerator.gather(torch.tensor([num_own], device=table.device))
+        counts = every.tolist()
+        table = torch.cat([table, table.new_zeros(max(counts) - num_own, table.shape[1])])
+    parts = _of_all_processes(table, accelerator).split(len(table))
+    gathered = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).unbind(1)
+    start = sum(counts[:index])
+    return ComparedPairs(
+        policy=_logps(gathered[: len(_NAMES)], own.policy),
+        reference=None if own.reference is None else _logps(gathered[len(_NAMES) :], own.reference),
+        weights=None if own.weights is None else gathered[-1],
+        own=slice(start, start + num_own),
+    )
+
+
+_NAMES = tuple(field.name for field in fields(PairLogps))
+
+
+def _logps(columns: Sequence[Tensor], like: PairLogps) -> PairLogps:
+    """The log-probs that the first of `columns` hold, each as the field of `like` that it comes from."""
+    named = {name: column.to(getattr(like, name).dtype) for name, column in zip(_NAMES, columns, strict=False)}
+    return PairLogps(**named)
+
+
+def _of_all_processes(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of all processes, in their order; each must have as many. Gradients are as the module says."""
+    return _Gather.apply(values, accelerator)  # pyright: ignore[reportReturnType]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, accelerator: Accelerator) -> Any:
+        ctx.num_rows, ctx.accelerator = len(values), accelerator
+        return accelerator.gather(values.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        start = ctx.accelerator.process_index * ctx.num_rows
+        return gradients[0][start : start + ctx.num_rows] * ctx.accelerator.num_processes, None
