@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"internals"},
-    {"agreement", "batch", "interruption", "own_error", "secrets"},
+    {"agreement", "batch", "interruption", "own_error", "peers", "secrets"},
     {"scoring", "losses", "store"},
     {"data"},
     {"policy"},
@@ -175,7 +175,7 @@ def own_private_names() -> set[str]:
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 ATTRIBUTE_FUNCTIONS = {"getattr", "setattr", "hasattr", "delattr"}
-OF_PYTHON = {"_replace", "_asdict", "_fields", "_exit"}
+OF_PYTHON = {"_replace", "_asdict", "_fields", "_exit", "_current_frames"}
 """Public names of the standard library that look private."""
 
 

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from holdfast.peers.phase import doing
 from holdfast.reference.reference import Reference
 
 
@@ -32,4 +33,5 @@ class SyncCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`: syncs where the step is due."""
         if state.global_step % self._steps == 0:
-            self._reference.sync(self._mixup_alpha)
+            with doing("syncing the reference"):
+                self._reference.sync(self._mixup_alpha)

@@ -22,9 +22,11 @@ from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
 from holdfast.options.names import check_names
+from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
+from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -40,10 +42,12 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, TrainingArguments, metaclass=ConfigClass):
+class DPOConfig(
+    LossOptions, ModifierOptions, ResumeOptions, DataOptions, ProcessOptions, TrainingArguments, metaclass=ConfigClass
+):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `DataOptions` and `ResumeOptions` (in `options`) those about data and checkpoints. All others that are not listed
-    here come from `transformers.TrainingArguments`.
+    `DataOptions`, `ResumeOptions` and `ProcessOptions` (in `options`) those about data, checkpoints and processes. All
+    others that are not listed here come from `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the
@@ -180,7 +184,7 @@ class DPOConfig(LossOptions, ModifierOptions, ResumeOptions, DataOptions, Traini
         if self.report_to is None:
             self.report_to = "none"
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), joining(self):
                 # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which
                 # wins where it is set.
                 warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)

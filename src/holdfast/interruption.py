@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+from holdfast.peers.lost import LostPeerError
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -241,9 +243,10 @@ def interruptible() -> Iterator[None]:
 
 def interruption_behind(error: BaseException | None) -> Interrupted | None:
     """The `Interrupted` that `error` is, or in whose place it was raised: by a library's clean-up, or by C code that
-    makes another error of whatever it meets. None where there is none, or where it has become an exit already."""
+    makes another error of whatever it meets. None where there is none, or where it has become an exit already, or where
+    another process of the run is lost."""
     handling, behind = _current(), error
-    if isinstance(error, SystemExit):
+    if isinstance(error, SystemExit | LostPeerError):
         return None
     while behind is not None:
         if isinstance(behind, Interrupted):
@@ -280,6 +283,12 @@ def asked_signal() -> int | None:
     """The number of the signal that asked the process to end; None where none did."""
     handling = _current()
     return None if handling is None else handling.asked
+
+
+def is_asked_anywhere() -> bool:
+    """Whether the main thread was asked to end. Any thread may ask."""
+    handling = _handling
+    return handling is not None and handling.process == os.getpid() and handling.asked is not None
 
 
 def ask(number: int) -> None:

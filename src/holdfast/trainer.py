@@ -39,15 +39,15 @@ from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
-from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
 from holdfast.options.engines import check_engine
-from holdfast.policy.broadcast import broadcast_unlike_tensors
+from holdfast.peers.guard import guarded
+from holdfast.policy.broadcast import broadcast_unlike_tensors, is_loaded_once
 from holdfast.policy.full_eval import FullEval, check_full_eval
 from holdfast.policy.positions import check_positions
-from holdfast.policy.sharding import is_sharded, shard_policy
+from holdfast.policy.sharding import is_sharded
 from holdfast.policy.tokenizer import load_tokenizer, padding_id
 from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import checksums
@@ -87,7 +87,7 @@ class DPOTrainer(RenewableTrainer):
     """
 
     @refusing_unknown_arguments
-    @interruptible()
+    @guarded("making the trainer")
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module | None = None,
@@ -122,7 +122,7 @@ class DPOTrainer(RenewableTrainer):
         check_vocabulary(tokenizer, num_ids)
         self._pad_token_id = padding_id(tokenizer, args.pad_token)
         with raised_together():
-            self._first_checksums = checksums(policy)
+            self._first_checksums = checksums(policy) if args.process_index == 0 or not is_loaded_once() else {}
         self._rows = train_dataset, eval_dataset
         date = date_of_run(tokenizer, args.template_date, recorded_date(args), self._rows, args.columns)
         self._preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
@@ -162,13 +162,13 @@ class DPOTrainer(RenewableTrainer):
 
     def _place_policy(self, policy: nn.Module) -> None:
         prepare_device(self.args)
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(policy)
         self._full_eval = FullEval(policy)
-        if check_full_eval(self.args, policy, is_sharded=self._is_sharded) and not self.is_model_parallel:
+        is_spread = self._has_engine or is_sharded(policy)
+        if check_full_eval(self.args, policy, is_sharded=is_spread) and not self.is_model_parallel:
             self._move_model_to_device(policy, self.args.device)  # transformers would do so when training begins
-        if not self._is_sharded and broadcast_unlike_tensors(policy):
+        if not is_loaded_once() and broadcast_unlike_tensors(policy):
             self._first_checksums = checksums(policy)
-        shard_policy(policy, self.accelerator)
+        self._begin_engine(policy)
         if is_sharded(policy):  # each process has a part of what was summed before
             self._first_checksums = checksums(policy)
 
@@ -235,7 +235,7 @@ class DPOTrainer(RenewableTrainer):
             self._provenance = Provenance.of_run(
                 args=self.args,
                 policy=self.model,
-                reference_identity=None if self.is_deepspeed_enabled else self.reference.identity(),
+                reference_identity=self.reference.identity(),
                 train_dataset=self.train_dataset,
                 first_pair=self._collated(self._first_rows()[:1]),
                 layout=self._layout_name(),
@@ -251,7 +251,7 @@ class DPOTrainer(RenewableTrainer):
 
     # --- a run --------------------------------------------------------------------------------------------------------
 
-    @interruptible()
+    @guarded("training")
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`.
 
@@ -317,6 +317,8 @@ class DPOTrainer(RenewableTrainer):
         if not self._startup.is_introduced and is_training and self.state.global_step == 0:
             self._introduce(batch)
         real, is_uneven = self._real_pairs(batch)
+        # Before the policy's forward pass, so that no values which it gathered are in the reference's way.
+        early = self._reference_logps(real) if self._is_sharded else None
         router_weights = self._global_batch.router_weights(batch, real)
         with self.accelerator.autocast():
             has_router = self._router_coef != 0
@@ -325,7 +327,8 @@ class DPOTrainer(RenewableTrainer):
             )
         batch, scores = real, self._global_batch.with_aux_loss(scores)
         assert (statistics := scores.statistics) is not None  # noqa: RUF018
-        policy, reference = pair_logps(scores.logps, batch, self.args.ld_alpha), self._reference_logps(batch)
+        policy = pair_logps(scores.logps, batch, self.args.ld_alpha)
+        reference = early if self._is_sharded else self._reference_logps(batch)
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
         pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven)

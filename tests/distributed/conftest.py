@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def engine_outcome(
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it, or have finished
             if not file.exists():
-                rest = {f"one/{run.split('/', 1)[1]}" for _, run in asked if "/mutated/" not in run}
+                rest = {f"one/{run.split('/', 1)[1]}" for _, run in asked if not re.search("/(mutated|from|full)", run)}
                 own = rest if num_processes == 1 else {run for n, run in asked if n == num_processes}
                 launch_engines(num_processes, folder, sorted(own | {name}))
         return json.loads(file.read_text())

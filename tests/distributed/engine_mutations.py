@@ -3,7 +3,8 @@
 `RUN_OF` says of which run of `engine_scenarios` each is.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from holdfast.policy import placement, second_module
 from holdfast.policy.sharding import cut_like, whole
 from holdfast.reference.moving import effective
-from holdfast.training import engine_trainer
+from holdfast.training import engine_trainer, startup
 
 RUN_OF = {
     "reference_left_whole": "full/chosen/fixed",
-    "copied_part_of_another": "full/model/fixed",
+    "copied_part_of_another": "full/model/soft",
     "synced_with_part_of_another": "full/model/soft",
-    "optimizer_of_gathered_values": "full/model/fixed",
+    "optimizer_of_gathered_values": "full/model/soft",
 }
 
 
@@ -40,9 +41,15 @@ def _part_of_another(value: Tensor, parameter: Tensor) -> Tensor:
     return cut_like(whole(value).roll(rows, 0), parameter)
 
 
+@contextlib.contextmanager
+def _left_gathered() -> Iterator[None]:
+    with mock.patch.object(startup, "give_back"), mock.patch.object(engine_trainer, "give_back"):
+        yield
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "reference_left_whole": lambda: mock.patch.object(placement, "shard_beside", _left_whole),
     "copied_part_of_another": lambda: mock.patch.object(second_module, "part_like", _part_of_another),
     "synced_with_part_of_another": lambda: mock.patch.object(effective, "part_like", _part_of_another),
-    "optimizer_of_gathered_values": lambda: mock.patch.object(engine_trainer, "give_back"),
+    "optimizer_of_gathered_values": _left_gathered,
 }

@@ -1,27 +1,35 @@
 """Runs over an engine that are saved and taken up again, by name: `<engine>/<policy>/<reference>/<motion>/<action>`.
 
 `resume` takes a run up from its second step, in the same launch, and does everything else that a checkpoint is for.
-`from-LAUNCH-ENGINE` takes up what another launch, with its own number of processes, has saved with `resume`; LAUNCH is
-the name of its folder beside this launch's.
+`from-N-ENGINE` takes up what the launch of N processes has saved with `resume`. `full-RANK` finds no room in one
+process. `full_apart` has an output folder of its own for each process. `mutated-WHAT` is `resume` with a step left out.
 """
 
 import errno
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
 from engine_scenarios import made, outcome
+from engines import forget_deepspeed
 from peft import PeftModel
 from safetensors.torch import load_file
-from scenarios import RANK, evaluated
+from scenarios import RANK, WORLD, evaluated
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from families import tiny_model
 from holdfast import DPOTrainer
-from holdfast.checkpoint.folder import complete_checkpoints
+from holdfast import trainer as trainer_module
+from holdfast.checkpoint import parts
+from holdfast.checkpoint.manifest import complete_checkpoints
+from holdfast.checkpoint.whole import cut_optimizer
+from holdfast.training import engine_checkpoints
 
 SAVING: dict[str, Any] = {
     "optim": "adamw_torch",
@@ -40,21 +48,41 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     action = name.split("/")[4]
     if action.startswith("from-"):
         _, launch, engine = action.split("-")
-        parts = name.split("/")
-        saved = folder.parents[4].parent / launch / "/".join([engine, *parts[1:4], "resume"]) / "run" / "checkpoint-2"
+        launch = f"engines with {launch}" if launch.isdigit() else launch
+        _, *rest = name.split("/")[:4]
+        saved = folder.parents[4].parent / launch / "/".join([engine, *rest, "resume"]) / "run" / "checkpoint-2"
         return _taken_up(name, saved, folder)
+    if action == "full_apart":
+        return {"said": gather_object([_refused(made(name, folder / f"host{RANK}", **SAVING), None)])}
     if action.startswith("full-"):
         return _full_disk(name, folder, int(action.removeprefix("full-")))
-    if action == "apart":
-        return {"said": gather_object([_refused(made(name, folder / f"host{RANK}", **SAVING), None)])}
-    return _resume(name, folder)
+    with MUTATIONS[action.removeprefix("mutated-")]() if action.startswith("mutated-") else nullcontext():
+        return _resume(name, folder)
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "optimizer_of_another": lambda: mock.patch.object(engine_checkpoints, "cut_optimizer", _cut_from_another),
+    "optimizer_left_out": lambda: mock.patch.object(parts, "load_optimizer"),
+    "policy_left_out": lambda: mock.patch.object(engine_checkpoints, "load_whole_policy"),
+    "reference_left_out": lambda: mock.patch.object(trainer_module, "load_reference"),
+}
+
+
+def _cut_from_another(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The first process gets the part of the last one, and so on."""
+
+    def rolled(value: Any) -> Any:
+        return value.roll(-(-len(value) // WORLD), 0) if isinstance(value, torch.Tensor) and value.dim() else value
+
+    turned = {index: {key: rolled(value) for key, value in own.items()} for index, own in state["state"].items()}
+    return cut_optimizer({**state, "state": turned}, optimizer)
 
 
 def _resume(name: str, folder: Path) -> dict[str, Any]:
     """The numbers of a run that was taken up from its second step, those of the uninterrupted one, and the rest."""
     ours = made(name, folder / "run", **SAVING)
     ours.train()
-    uninterrupted = outcome(name, ours, folder / "run")
+    uninterrupted = outcome(ours, folder / "run")
     ours.save_model(str(folder / "final"))
     checkpoint = folder / "run" / "checkpoint-2"
     second = next(entry for entry in uninterrupted["logs"] if entry["step"] == 2 and "eval_loss" in entry)
@@ -98,7 +126,7 @@ def _full_disk(name: str, folder: Path, rank: int) -> dict[str, Any]:
 def _taken_up(name: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     ours = made(name, folder / "again", **SAVING)
     ours.train(resume_from_checkpoint=str(checkpoint))
-    return outcome(name, ours, folder / "again")
+    return outcome(ours, folder / "again")
 
 
 def _other_base(policy: nn.Module, parts: dict[str, Any]) -> None:
@@ -120,6 +148,7 @@ def _refused(ours: DPOTrainer, checkpoint: Path | None) -> str:
 def _loaded_equals(folder: Path, weights: str, name: str) -> bool:
     """Whether a plain folder holds the trained weights, as a single process would load them."""
     model: nn.Module
+    forget_deepspeed()
     if (folder / "adapter_config.json").exists():
         model = PeftModel.from_pretrained(tiny_model(), folder, is_trainable=True)
     else:

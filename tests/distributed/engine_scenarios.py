@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from families import tiny_model
 from holdfast import DPOTrainer
+from holdfast.policy.sharding import give_back
 from holdfast.scoring.frozen import frozen_logps
 from policies import POLICIES, config, rows, trainer
 
@@ -80,7 +83,10 @@ def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     ours = made(name, folder, **changed)
     ours.train()
-    return outcome(name, ours, folder)
+    found = outcome(ours, folder)
+    for parameter in ours.model.parameters():  # transformers' hooks hold the trainer, which nothing would free
+        (parameter._post_accumulate_grad_hooks or {}).clear()
+    return found
 
 
 def made(
@@ -89,11 +95,7 @@ def made(
     """The trainer of the run `name`. `change(policy, other parts)` may change what it is made of."""
     engine, kind, holding, motion = name.split("/")[:4]
     options = (HOLDINGS | MORE_HOLDINGS)[holding] | MOTIONS[motion] | options_of(engine) | changed
-    args = config(folder, **{
-        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
-        "seed": 3,
-    } | options)  # fmt: skip
-    policy = MORE_POLICIES[kind]()
+    policy: Any = MORE_POLICIES[kind]()
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
     if holding in REF_MODELS:
         parts["ref_model"] = REF_MODELS[holding]()
@@ -101,21 +103,25 @@ def made(
         change(policy, parts)
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
+    if engine.endswith("born"):
+        save(policy if kind == "full" else tiny_model(), folder / "base")
     if holding == "chosen_path":
-        if RANK == 0:
-            parts["ref_model"].save_pretrained(folder / "ref")
-        if WORLD > 1:
-            dist.barrier()
+        save(parts["ref_model"], folder / "ref")
         parts["ref_model"] = str(folder / "ref")
+    args = config(folder, **{
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD, "per_device_eval_batch_size": 2, "max_steps": 4,
+        "seed": 3,
+    } | options)  # fmt: skip
+    if engine.endswith("born"):
+        policy = born_in_parts(policy, folder / "base")
     return trainer(policy, args, **parts)
 
 
-def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
+def outcome(ours: DPOTrainer, folder: Path) -> dict[str, Any]:
     """What a run came to, and the facts about its engine."""
-    kind = name.split("/")[1]
     facts = {
         "engine": str(ours.accelerator.distributed_type).removeprefix("DistributedType."),
-        "num_whole": sum(parameter.numel() for parameter in MORE_POLICIES[kind]().parameters()),
+        "num_whole": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in ours.model.parameters()),
         "num_own": gather_object([sum(own_numel(parameter) for parameter in ours.model.parameters())]),
         "alive": gather_object([alive_bytes()]),
         "gap": gather_object([gap(ours)]),
@@ -130,6 +136,27 @@ def outcome(name: str, ours: DPOTrainer, folder: Path) -> dict[str, Any]:
         "drift": ours.reference.drift,
         "facts of each_process": facts,
     }
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Writes a model that is whole in each process."""
+    untyped: Any = model
+    if RANK == 0:
+        untyped.save_pretrained(folder)
+    if WORLD > 1:
+        dist.barrier()
+
+
+def born_in_parts(policy: nn.Module, base: Path) -> nn.Module | str:
+    """The policy whose base is spread as it is loaded, with the adapters of `policy`."""
+    if not isinstance(policy, PeftModel):
+        return str(base)
+    adapters = {name: value for name, value in policy.named_parameters() if "lora_" in name}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), policy.peft_config["default"])
+    with torch.no_grad():
+        for name, value in adapters.items():
+            model.get_parameter(name).copy_(value)
+    return model
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -150,6 +177,7 @@ def gap(ours: DPOTrainer) -> float:
 def saved(model: nn.Module, folder: Path) -> str:
     """Writes the trained tensors, gathered, into a file whose path it returns."""
     weights: dict[str, Tensor] = {}
+    give_back(model)  # while they are gathered, tied weights may be several tensors
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             weights[name] = whole(parameter)

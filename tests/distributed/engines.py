@@ -5,6 +5,7 @@ its own FSDP2 path over gloo, and `deepspeed_on_cpu` its DeepSpeed path. Both re
 fail where these are gone.
 """
 
+import copy
 import gc
 import importlib.util
 import os
@@ -14,11 +15,15 @@ from typing import Any
 import accelerate.state
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3")
-"""The engines by name. `native` is a model that transformers has sharded as it was loaded."""
+ENGINES = ("ddp", "fsdp2", "native", "zero1", "zero2", "zero3", "zero3born", "zero3kept", "zero3host")
+"""The engines by name. `native` is a model that transformers has sharded as it was loaded. With `zero3born` the models
+are made when the arguments exist, so transformers has spread them already when the trainer gets them. With `zero3kept`
+values stay gathered after a pass, as DeepSpeed's defaults have it for small models. With `zero3host` weights and
+optimizer are in host memory."""
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -30,7 +35,7 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
     `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process."""
     for name in [name for name in os.environ if name.startswith(_ENVIRONMENT)]:
         del os.environ[name]
-    _forget_deepspeed()
+    forget_deepspeed()
     if engine == "fsdp2_parts":
         fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | fsdp_config
     if engine.startswith("fsdp2"):
@@ -38,13 +43,21 @@ def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}
     if engine.startswith("zero"):
         deepspeed_on_cpu()
-        return {"deepspeed": deepspeed_config(int(engine.removeprefix("zero"))), "use_cpu": False}
+        return {"deepspeed": deepspeed_config(int(engine[4]), engine[5:]), "use_cpu": False}
     return {}
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, variant: str = "") -> dict[str, Any]:
     """A configuration that shards tiny models as well: nothing stays gathered because it is small."""
-    nothing = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3 and variant != "kept":
+        zero |= dict.fromkeys(
+            ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_prefetch_bucket_size"), 0
+        )
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if variant == "host":
+        zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -52,19 +65,25 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage} | (dict.fromkeys(nothing, 0) if stage == 3 else {}),
+        "zero_optimization": zero,
     }
 
 
 def loaded_in_shards(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` as transformers loads it from a folder when it shards it over all processes."""
+    """`model` as transformers loads it from a folder when it shards it over all processes, and peft its adapter."""
     from transformers.distributed import DistributedConfig
 
+    adapters = folder / "adapters"
     if dist.get_rank() == 0:
-        model.save_pretrained(folder)
+        base: Any = model
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(adapters))
+            base = copy.deepcopy(model).unload()
+        base.save_pretrained(folder)
     dist.barrier()
     config = DistributedConfig(fsdp_size=dist.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype="float32")
+    return PeftModel.from_pretrained(loaded, str(adapters), is_trainable=True) if adapters.exists() else loaded
 
 
 def shard_on_cpu() -> None:
@@ -93,7 +112,7 @@ def deepspeed_on_cpu() -> None:
     kind._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 
 
-def _forget_deepspeed() -> None:
+def forget_deepspeed() -> None:
     """A config that transformers remembers would have the next model born in parts."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -224,6 +224,27 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"tensor_parallel": {"autotp_size": 2}}, {}, r"tensor_parallel\.autotp_size is 2.*ZeRO-3"),
     ({"sequence_parallel_size": 2}, {}, r"sequence_parallel_size is 2.*ZeRO-3"),
     ({"pipeline": {"stages": 2}}, {}, r"pipeline\.stages is 2.*ZeRO-3"),
+    *[
+        ({"zero_optimization": {"stage": 3} | entry}, {}, rf"zero_optimization\.{next(iter(entry))}.* is .*: {reason}")
+        for entry, reason in (
+            ({"offload_param": {"device": "nvme"}}, "weights would wait in files"),
+            ({"zero_hpz_partition_size": 2}, "forward passes would gather second copies"),
+            ({"mics_shard_size": 2}, "weights would be spread over groups"),
+            ({"zero_quantized_weights": True}, "forward passes would compute with rounded weights"),
+            ({"zero_quantized_nontrainable_weights": True}, "forward passes would compute with rounded weights"),
+            ({"zenflow": {}}, "steps would change weights while a reference is in their place"),
+        )
+    ],
+    *[
+        ({"zero_optimization": {"stage": 3} | entry}, {}, None)
+        for entry in (
+            {"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 1}, {"mics_shard_size": -1},
+            {"zero_quantized_weights": False}, {"stage3_param_persistence_threshold": 0},
+        )
+    ],
+    ({"compile": {"deepcompile": True}}, {}, r"compile\.deepcompile is True: compiled passes gather weights ahead"),
+    ({"torch_autocast": {"enabled": True}}, {}, r"torch_autocast\.enabled is True: the engine would cast"),
+    ({"hybrid_engine": {"enabled": True}}, {}, r"hybrid_engine\.enabled is True: it has an engine of its own"),
 ]  # fmt: skip
 
 

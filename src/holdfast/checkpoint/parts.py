@@ -61,7 +61,7 @@ def _inner(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
-def _tensors(policy: nn.Module) -> dict[str, Tensor]:
+def _tensors(policy: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint, which share memory with the policy's."""
     give_back(policy)
     if is_adapted(policy):

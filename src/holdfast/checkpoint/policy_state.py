@@ -3,11 +3,12 @@
 transformers' own loading has three gaps. It loads the first active adapter alone. It loads the best model's adapter
 only where that is called "default". And it only warns where the tensors of a file have other names than those of the
 model, as for the experts of a Mixtral. So adapters and such models are loaded here. Given up: a digest where weights
-are offloaded, or divided by DeepSpeed.
+are offloaded.
 """
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from holdfast.checkpoint.manifest import read_manifest
 from holdfast.checkpoint.whole import load_files, put_whole
 from holdfast.policy.adapters import is_adapted
-from holdfast.policy.sharding import give_back
+from holdfast.policy.sharding import give_back, state_of
 from holdfast.reference.identity.digests import digest
 
 
@@ -31,7 +32,7 @@ def _saved_tensors(policy: nn.Module) -> dict[str, Tensor]:
         return parameters
     tensors: dict[str, Tensor] = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     for adapter in policy.peft_config:
-        state: dict[str, Tensor] = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
+        state = _adapter_state(policy, adapter)
         tensors |= {f"{adapter}: {name}": tensor for name, tensor in state.items()}
     return tensors
 
@@ -40,24 +41,37 @@ def policy_digest(policy: nn.Module) -> str | None:
     """The digest of the tensors that a checkpoint must bring back, as of one process that has them whole; None where
     some of them are nowhere. Collective where they are in parts."""
     give_back(policy)
-    if any(p.is_meta or hasattr(p, "ds_id") for p in policy.parameters()):
+    if any(p.is_meta for p in policy.parameters()):
         return None
     return digest(_saved_tensors(policy).items())
 
 
-def load_whole_policy(checkpoint: Path, policy: nn.Module) -> None:
+def load_whole_policy(checkpoint: Path, policy: Any) -> None:
     """Loads whole tensors into a policy in parts: every process takes its own part. ValueError where the checkpoint
     lacks an adapter, or has a tensor of another shape."""
     give_back(policy)
     if is_adapted(policy):
         for adapter in policy.peft_config:
-            state = get_peft_model_state_dict(policy, adapter_name=adapter, save_embedding_layers=False)
-            load_files(state, [_adapter_file(checkpoint, adapter)])
+            load_files(_adapter_state(policy, adapter), [_adapter_file(checkpoint, adapter)])
     elif needs_conversion(policy, checkpoint):
         for name, value in _converted(policy, checkpoint).items():
-            put_whole(policy.state_dict()[name], value, name)
+            put_whole(state_of(policy)[name], value, name)
     else:
-        load_files(policy.state_dict(), sorted(checkpoint.glob("model*.safetensors")))
+        files = sorted(checkpoint.glob("model*.safetensors"))
+        if not files:
+            raise ValueError(
+                "it has no model*.safetensors, since DeepSpeed keeps the weights in files of its own, which only a run "
+                "that goes on with training reads. Write checkpoints with "
+                '"stage3_gather_16bit_weights_on_model_save": true'
+            )
+        load_files(state_of(policy), files)
+
+
+def _adapter_state(policy: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, under the names by which peft saves them."""
+    return get_peft_model_state_dict(
+        policy, state_dict=state_of(policy), adapter_name=adapter, save_embedding_layers=False
+    )
 
 
 def load_adapters(policy: PeftModel, checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from holdfast.policy.adapters import is_adapted
-from holdfast.policy.sharding import cut_like, give_back, is_part, own_part, whole
+from holdfast.policy.sharding import cut_like, give_back, is_part, own_part, shape_of, whole
 
 
 def whole_policy(policy: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
@@ -52,8 +52,8 @@ def _names_of_adapters(policy: PeftModel, state: Mapping[str, Tensor]) -> list[s
 def put_whole(target: Tensor, value: Tensor, name: str) -> None:
     """Writes the whole `value` over `target`, or this process's part of it over its part. ValueError where the shapes
     differ."""
-    if target.shape != value.shape:
-        raise ValueError(f"{name} has the shape {list(value.shape)}, and {list(target.shape)} in the policy")
+    if shape_of(target) != value.shape:
+        raise ValueError(f"{name} has the shape {list(value.shape)}, and {list(shape_of(target))} in the policy")
     with torch.no_grad():
         own_part(target).copy_(cut_like(value, target))
 

@@ -29,7 +29,10 @@ from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
-from holdfast.interruption import Interrupted
+from holdfast.interruption import SIGNALS, Interrupted
+from holdfast.peers.guard import advise
+from holdfast.peers.own_watch import begin
+from holdfast.peers.phase import doing
 from holdfast.secrets import masked
 
 if TYPE_CHECKING:
@@ -104,8 +107,7 @@ def train(
 ) -> None:
     """Train a model on preference pairs, as a run file says."""
     with messages(debug, going_on=partial(_command, "train", run_file, overrides or [])):
-        run = read_run_file(run_file, overrides or [])
-        arguments = run.training_arguments()
+        run, arguments = _joined("train", run_file, overrides or [])
         assert arguments.output_dir is not None  # it has a default
         folder = Path(arguments.output_dir)
         _check_writable(folder)
@@ -125,8 +127,7 @@ def precompute(
     Under `accelerate launch` the processes share the work; a job that was killed goes on where it was.
     """
     with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
-        run = read_run_file(run_file, overrides or [])
-        arguments = run.training_arguments()
+        run, arguments = _joined("precompute", run_file, overrides or [])
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
@@ -233,6 +234,30 @@ def _command(name: str, run_file: Path, overrides: list[str], interrupted: Inter
     return (
         f"holdfast {words}" if os.environ.get("WORLD_SIZE", "1") == "1" else f"launch `-m holdfast.cli {words}` again"
     )
+
+
+def _joined(name: str, run_file: Path, overrides: list[str]) -> "tuple[RunFile, DPOConfig]":
+    """A run file and its options, once this process has met the others of the run."""
+    begin()
+    run = read_run_file(run_file, overrides)
+    advise(partial(_advice, name, run_file, overrides, None))
+    with doing("joining the other processes", waits=True):
+        arguments = run.training_arguments()
+    advise(partial(_advice, name, run_file, overrides, arguments.output_dir))
+    return run, arguments
+
+
+def _advice(name: str, run_file: Path, overrides: list[str], folder: str | None) -> str:
+    """How a run goes on after one of its processes was lost: the last complete checkpoint in `folder`, and a
+    command."""
+    from holdfast.checkpoint.folder import complete_checkpoints
+
+    stopped = Interrupted(SIGNALS[0])
+    if name == "train" and folder is not None:
+        found = complete_checkpoints(Path(folder))
+        stopped.checkpoint = found[-1] if found else None
+    where = f" {stopped.checkpoint} is complete." if stopped.checkpoint is not None else ""
+    return f"{where} To go on: {_command(name, run_file, overrides, stopped)}".strip()
 
 
 def _check_writable(folder: Path) -> None:

@@ -8,6 +8,8 @@ first.
 
 SIGTERM, SIGINT and SIGUSR1 end a command in a message too: what is kept, and how to go on (`holdfast.interruption`).
 
+A command that another process of the run has left in the lurch ends in one line about that process (`holdfast.peers`).
+
 Under `accelerate launch` an error is printed by every process that has it, since it may be the only one.
 """
 
@@ -25,6 +27,8 @@ from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 from holdfast.interruption import Interrupted, at_once, finished, handled, interruption_behind
 from holdfast.own_error import is_own
+from holdfast.peers.guard import guarded, say_and_exit
+from holdfast.peers.lost import LostPeerError
 
 RANK = int(rank) if (rank := os.environ.get("RANK", "")).isdecimal() else 0
 """The number of this process among those that a launcher started."""
@@ -45,12 +49,15 @@ def messages(
     with handled():
         try:
             at_once()
-            yield
+            with guarded("starting"):
+                yield
             finished()
         except BaseException as error:
             if (interrupted := interruption_behind(error)) is not None:
                 _print_interruption(interrupted, going_on)
                 raise typer.Exit(interrupted.exit_code) from None
+            if isinstance(error, LostPeerError):
+                say_and_exit(error)
             if debug or not isinstance(error, Exception) or not _is_for_user(error, of_libraries=of_libraries):
                 raise
             prefix = f"[rank {RANK}] " if RANK else ""

@@ -53,6 +53,21 @@ def replace_tensors(module: nn.Module, made_of: Callable[[Tensor], Tensor]) -> N
     looked_up("torch", module, "_apply")(made_of)
 
 
+def share_tied_parts(module: nn.Module) -> None:
+    """Makes FSDP2 gather tied weights from one memory, where it knows them under several names: weights that were tied
+    after they were sharded. Where parts are uneven, it would go on gathering the values of one name as they were."""
+    known: dict[int, list[Any]] = {}
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            for group in looked_up("torch", looked_up("torch", child, "_get_fsdp_state")(), "_fsdp_param_groups"):
+                for parameter in looked_up("torch", group, "fsdp_params"):
+                    looked_up("torch", parameter, "reset_sharded_param")()
+                    known.setdefault(id(looked_up("torch", parameter, "sharded_param")), []).append(parameter)
+    for *others, last in known.values():
+        for other in others:
+            other._sharded_param_data = looked_up("torch", last, "_sharded_param_data")
+
+
 @contextlib.contextmanager
 def as_plain_modules(module: nn.Module) -> Iterator[None]:
     """Inside, `module` and those in it are of their own classes, and nothing of FSDP2 hangs on them. They cannot

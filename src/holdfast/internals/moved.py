@@ -11,6 +11,7 @@ TESTED = {
     "transformers": ("5.17.0", "5.23.0"),
     "peft": ("0.20.0", "0.21.2"),
     "accelerate": ("1.10.0", "1.15.0"),
+    "deepspeed": ("0.19.8", "0.19.8"),
 }
 """The oldest and the newest version of each library that the tests have run on."""
 

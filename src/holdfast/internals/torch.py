@@ -1,5 +1,6 @@
 """Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
-recomputation), how a block mask is compiled, and where FSDP2 believes a forward pass to be.
+recomputation), how a block mask is compiled, where FSDP2 believes a forward pass to be, and how many collective
+operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
@@ -10,12 +11,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
+
+
+def num_collectives() -> int | None:
+    """How many collective operations this process has begun, in all of its groups; None where torch does not say. No
+    operation is begun, and none waited for."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    groups = looked_up("torch", looked_up("torch", distributed_c10d, "_world"), "pg_map")
+    counts = [looked_up("torch", group, "_get_sequence_number_for_group") for group in list(groups)]
+    try:
+        return sum(count() for count in counts)
+    except RuntimeError:  # of a backend that does not count
+        return None
 
 
 def has_hooks(module: nn.Module) -> bool:

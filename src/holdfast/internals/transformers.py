@@ -111,7 +111,7 @@ def _reads(code: Any, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def saving_where_asked(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+def saving_where_asked(model: Any, args: TrainingArguments) -> Iterator[None]:
     """A context in which a model is written by every process that `args` have save. Without it transformers writes a
     model in the first process of all, so `save_on_each_node` would leave other hosts checkpoints without weights."""
     causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from holdfast.losses.options import shown
+from holdfast.options.zero import zero_faults
 
 _OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
     "adamw": ("adamw_torch", "adamw_torch_fused"),
@@ -47,7 +48,7 @@ def check_deepspeed(args: Any, config: Mapping[str, Any]) -> None:
     """ValueError that names every entry of a DeepSpeed config that contradicts `args`, each with what to write."""
     found = [*_clipping(args, config), *_batches(args, config), *_precision(args, config)]
     found += [*_optimizer(args, config), *_offloaded(args, config), *_scheduler(args, config)]
-    found += [*_changes(config), *_divisions(config)]
+    found += [*_changes(config), *_divisions(config), *zero_faults(config)]
     if found:
         lines = "\n".join(f"- {line}" for line in found)
         raise ValueError(f"The DeepSpeed config was asked for what the options of the run contradict:\n{lines}")

@@ -156,6 +156,7 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "dataloader_prefetch_factor": count(1, 2**16, also=(None,)),
         "dataset_num_proc": count(1, _MOST_PROCESSES, also=(None,)),
         "ddp_bucket_cap_mb": count(1, 2**20, also=(None,)),
+        "peer_timeout": rate(lowest=5.0, also=(0,), remedy="Use 30, or 0 to end no process for its silence."),
         "ddp_timeout": count(1, _MOST_SECONDS, remedy="Use a number of seconds; 1800 is the default."),
         # the data
         "max_length": count(2, also=(None,)),

@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env
 from torch import nn
+
+from holdfast.policy.sharding import is_part
+
+
+def is_loaded_once() -> bool:
+    """Whether one process has the weights of models, and the others get them when FSDP2 shards a model
+    (`cpu_ram_efficient_loading`). Until then the values of the others mean nothing."""
+    names = "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    return PartialState().num_processes > 1 and all(parse_flag_from_env(name) for name in names)
 
 
 @torch.no_grad()
@@ -25,7 +34,7 @@ def broadcast_unlike_tensors(module: nn.Module) -> list[str]:
     sums = {
         name: (float(tensor.float().sum()), float(tensor.float().norm()))
         for name, tensor in tensors.items()
-        if not tensor.is_meta and not hasattr(tensor, "full_tensor")  # shards differ between processes
+        if not tensor.is_meta and not is_part(tensor)  # parts differ between processes
     }
     first, *others = gather_object([sums])
     unlike = [name for name in first if any(name in other and other[name] != first[name] for other in others)]

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from holdfast.data.progress import bars
 from holdfast.internals.transformers import has_file
+from holdfast.peers.phase import doing
 from holdfast.policy.init_names import present_names
 from holdfast.policy.reading import reading
+from holdfast.policy.sharding import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def load_model(
     request = f"{option}={path!r}{f' with {where}' if where else ''} was to be loaded,"
     subfolder = where.get("subfolder")
     with (
+        doing(f"loading {'the model' if is_trainable else 'a reference model'}", is_long=True),
         reading(request, path, noun="model", advice=_ADVICE, hub_advice=_HUB_ADVICE, subfolder=subfolder),
         bars(are_shown=not args.disable_tqdm),
     ):
@@ -118,7 +121,7 @@ def _load_adapter(option: str, path: str, kwargs: Mapping[str, Any], *, is_train
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, token=kwargs.get("token"), trust_remote_code=kwargs["trust_remote_code"]
         )
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if len(tokenizer) > shape_of(model.get_input_embeddings().weight)[0]:
             model.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*missing adapter keys")

@@ -8,6 +8,7 @@ from torch import nn
 
 from holdfast.policy.broadcast import broadcast_unlike_tensors
 from holdfast.policy.quantised import is_quantised
+from holdfast.policy.scoring_engine import is_spread_by_zero
 from holdfast.policy.second_module import shard_beside
 from holdfast.policy.sharding import free_other_parts, is_sharded
 
@@ -33,7 +34,7 @@ def place_reference_models(
 def _placed(module: nn.Module, policy: nn.Module, device: torch.device, *, is_main: bool) -> nn.Module:
     if is_sharded(module):
         free_other_parts(module)
-        return module
+        return shard_beside(module, policy) if is_spread_by_zero(module) else module
     reason = _reason_to_stay_whole(module) if is_sharded(policy) else None
     if reason is not None and is_main:
         logger.warning(

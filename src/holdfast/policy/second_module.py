@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from holdfast.internals.deepspeed import is_partitioned, num_partitions, without_engine
 from holdfast.internals.fully_shard import as_plain_modules, meshes, sharding_options
 from holdfast.internals.transformers import layer_classes
 from holdfast.policy.quantised import is_quantised
-from holdfast.policy.sharding import cut_like, give_back, own_part, whole
+from holdfast.policy.scoring_engine import filled_by_zero, is_spread_by_zero, spread_by_own_engine
+from holdfast.policy.sharding import cut_like, give_back, own_part, shape_of, whole
 from holdfast.scoring.causal_lm import unwrap
 
 
 def shard_beside(module: nn.Module, policy: nn.Module) -> nn.Module:
     """`module`, sharded in place as the sharded `policy` is; its values may be on the meta device."""
+    if is_spread_by_zero(policy):
+        return spread_by_own_engine(module)
     options = sharding_options(policy)._asdict()
     for part in _parts_gathered_apart(module):
         fully_shard(part, reshard_after_forward=True, **options)
@@ -50,7 +54,7 @@ def _parts_gathered_apart(module: nn.Module) -> Iterator[nn.Module]:
 
 def sharded_copy(policy: nn.Module) -> nn.Module:
     """A copy of the sharded `policy` as it is now, sharded likewise. ValueError where the policy is quantised."""
-    return fill(shard_beside(blank_copy(policy), policy), policy, policy.named_parameters())
+    return filled(blank_copy(policy), policy, policy.named_parameters())
 
 
 def blank_copy(policy: nn.Module) -> nn.Module:
@@ -64,12 +68,12 @@ def blank_copy(policy: nn.Module) -> nn.Module:
     give_back(policy)
     blank = {
         id(parameter): nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False
+            torch.empty(shape_of(parameter), dtype=parameter.dtype, device="meta"), requires_grad=False
         )
         for parameter in policy.parameters()
     }
     with as_plain_modules(policy):
-        return copy.deepcopy(policy, {**meshes(policy), **blank})
+        return without_engine(copy.deepcopy(policy, {**meshes(policy), **blank}))
 
 
 def whole_copy(module: nn.Module) -> nn.Module:
@@ -78,13 +82,16 @@ def whole_copy(module: nn.Module) -> nn.Module:
         id(parameter): nn.Parameter(whole(parameter).clone(), requires_grad=False) for parameter in module.parameters()
     }
     with as_plain_modules(module):
-        return copy.deepcopy(module, {**meshes(module), **whole_values})
+        return without_engine(copy.deepcopy(module, {**meshes(module), **whole_values}))
 
 
 @torch.no_grad()
-def fill(module: nn.Module, policy: nn.Module, values: Iterable[tuple[str, Tensor]]) -> nn.Module:
-    """The sharded `module`, whose parameters had no values, with `values` on the policy's device: by name whole ones,
-    or parts cut as the policy's are. Of a tensor with several names the last one counts."""
+def filled(blank: nn.Module, policy: nn.Module, values: Iterable[tuple[str, Tensor]]) -> nn.Module:
+    """The module `blank`, whose parameters have no values, sharded as `policy` is and with `values` on its device: by
+    name whole ones, or parts cut as the policy's are. Of a tensor with several names the last one counts."""
+    if is_spread_by_zero(policy):
+        return filled_by_zero(blank, policy, ((name, whole(value)) for name, value in values))
+    module = shard_beside(blank, policy)
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to_empty(device=own_part(next(policy.parameters())).device)
     for name, buffer in module.named_buffers():
@@ -105,4 +112,6 @@ def part_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _cut(tensor: Tensor) -> object:
     """Over which processes a tensor is cut, and how; None where it is whole."""
+    if is_partitioned(tensor):
+        return num_partitions(tensor)
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None

@@ -1,9 +1,9 @@
 """Weights that are spread over processes: which they are, this process's part of them, and their whole values.
 
-FSDP2 makes a parameter a DTensor, of which each process holds the rows of its own. A module's forward pass gathers the
-values that it needs and frees them. The policy is sharded when the trainer is made, before anything is scored, so that
-no forward pass of the run needs the whole model in one process. From then on every forward pass is one of all processes
-together.
+FSDP2 makes a parameter a DTensor, of which each process holds the rows of its own; ZeRO-3 gives each process a stretch
+of its flat values (see `internals.deepspeed`). A module's forward pass gathers the values that it needs and frees them.
+The policy is sharded when the trainer is made, before anything is scored, so that no forward pass of the run needs the
+whole model in one process. From then on every forward pass is one of all processes together.
 
 Whatever gathers is a collective call: all processes must make it, in the same order. Given up: FSDP1, whose parameters
 are flat.
@@ -11,18 +11,27 @@ are flat.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from holdfast.internals.accelerate import forget_optimizers
-from holdfast.internals.fully_shard import replace_tensors
+from holdfast.internals.deepspeed import (
+    all_values,
+    is_partitioned,
+    num_partitions,
+    own_partition,
+    partition_of,
+    release,
+    whole_shape,
+)
+from holdfast.internals.fully_shard import replace_tensors, share_tied_parts
 from holdfast.internals.torch import end_forward, without_hooks
 
 
@@ -34,12 +43,14 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_part(tensor: Tensor) -> bool:
     """Whether a tensor stands for values that are spread over processes."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """The values of `tensor` that this process holds, without gradients: all of them, unless they are spread. It shares
     memory with `tensor`."""
+    if is_partitioned(tensor):
+        return own_partition(tensor)
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -51,6 +62,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
     """The whole value of which `part` is this process's part, cut as `parameter` is. Collective where it is spread."""
+    if is_partitioned(parameter):
+        return all_values(parameter, part)
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
@@ -58,8 +71,15 @@ def whole_from_part(part: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(on_mesh, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
 
 
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of all values of `tensor`."""
+    return whole_shape(tensor) if is_partitioned(tensor) else tensor.shape
+
+
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of the whole `value` of a parameter. No other process is asked."""
+    if is_partitioned(parameter):
+        return partition_of(value, parameter)
     if not isinstance(parameter, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -70,6 +90,7 @@ def cut_like(value: Tensor, parameter: Tensor) -> Tensor:
 def give_back(module: nn.Module) -> None:
     """Frees the values that forward passes have gathered, so that parameters are this process's parts again. A forward
     pass that an exception has ended is over."""
+    release(module)
     for child in module.modules():
         if isinstance(child, FSDPModule):
             end_forward(child)
@@ -82,11 +103,17 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict, in which parameters stand themselves: a copy would not know which part it is."""
+    give_back(module)
+    return module.state_dict() | dict(module.named_parameters(remove_duplicate=False))
+
+
 def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """Gives `parameter` the values `part` in this process; returns those that it had. No other process is asked.
 
     Where the parameter is whole, storage is exchanged, which costs nothing. What is spread is gathered from storage
-    that belongs to FSDP, so there bytes are copied.
+    that belongs to FSDP or DeepSpeed, so there bytes are copied. DeepSpeed's fp32 weights are in other storage.
     """
     if not is_part(parameter):
         former, parameter.data = parameter.data, part
@@ -150,19 +177,51 @@ def total(terms: Iterable[tuple[Tensor, float]]) -> float:
 
 def _num_parts(tensor: Tensor) -> int:
     """Into how many unlike parts a tensor is cut."""
+    if is_partitioned(tensor):
+        return num_partitions(tensor)
     if not isinstance(tensor, DTensor):
         return 1
     sizes = tensor.device_mesh.shape
     return math.prod(size for size, placed in zip(sizes, tensor.placements, strict=True) if isinstance(placed, Shard))
 
 
+def cut_evenly(value: Tensor) -> Tensor:
+    """This process's share of a tensor that all processes have whole: a stretch of its flat values, a copy."""
+    state, flat = PartialState(), value.reshape(-1)
+    length = math.ceil(len(flat) / state.num_processes)
+    return flat[state.process_index * length :][:length].clone()
+
+
+def joined(share: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor of that shape of which `share` is this process's share. Collective."""
+    state, num = PartialState(), math.prod(shape)
+    padded = share.new_zeros(math.ceil(num / state.num_processes), device=state.device)
+    padded[: len(share)] = share
+    everyones: Any = gather(padded)
+    return everyones[:num].view(*shape)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Gives all processes the mean of their gradients of each parameter that is whole in a sharded module, such as an
+    adapter that was added after the module was loaded in parts. The engine averages the others. Collective."""
+    if not is_sharded(module):
+        return
+    for parameter in parameters_of(module).values():
+        is_averaged = getattr(parameter, "_replicated_grad_hook_registered", False)  # by transformers
+        if parameter.requires_grad and not is_part(parameter) and not is_averaged:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean: Any = reduce(own, reduction="mean")
+            parameter.grad = mean
+
+
 def free_other_parts(module: nn.Module) -> None:
     """Gives this process's parts of a sharded module memory of their own where they lie in a larger one: transformers
-    cuts them out of whole tensors, which would stay in memory with them."""
-    parts = [own_part(parameter) for parameter in parameters_of(module).values() if is_part(parameter)]
+    cuts them out of whole tensors, which would stay in memory with them. Weights that it has tied stay tied."""
+    parts = [own_part(parameter) for parameter in parameters_of(module).values() if isinstance(parameter, DTensor)]
     if any(part.untyped_storage().nbytes() > 1.5 * part.nbytes for part in parts if part.numel()):
         del parts
         replace_tensors(module, Tensor.clone)
+    share_tied_parts(module)
 
 
 def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:

@@ -54,7 +54,7 @@ def checksums(policy: nn.Module) -> Checksums:
     this process's part. ValueError where a parameter has a NaN or an infinity; it names the first one."""
     sums: dict[str, tuple[float, float]] = {}
     for name, tensor in chain(parameters_of(policy).items(), policy.named_buffers()):
-        if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
+        if tensor.is_meta or own_part(tensor).numel() == 0 or not tensor.is_floating_point():
             continue
         total = square = 0.0
         for chunk in _chunks(own_part(tensor)):

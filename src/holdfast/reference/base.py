@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.policy.sharding import own_part
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
@@ -101,7 +102,7 @@ class Moving(abc.ABC):
 
     @abc.abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of `state_dict`, of each this process's part. No other process is asked."""
+        """The tensors of `state_dict`, of each this process's part."""
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -122,4 +123,4 @@ class HasTensors(Protocol):
 
 def num_bytes(reference: HasTensors) -> int:
     """Bytes that a reference, or its scorer, has in memory on top of the policy."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in reference.tensors())
+    return sum(own_part(tensor).nbytes for _, tensor in reference.tensors())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from holdfast.internals.deepspeed import is_partitioned, whole_shape
 from holdfast.internals.torch import has_hooks
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,7 +34,7 @@ def is_sharded(model: nn.Module) -> bool:
     free them."""
     if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
         return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(map(is_partitioned, model.parameters()))
 
 
 def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:
@@ -51,7 +52,8 @@ def vocabulary_size(causal_lm: PreTrainedModel) -> int:
     """Number of logits per token, after any resizing of the embeddings."""
     head = output_embeddings(causal_lm)
     size = getattr(head, "out_features", None)
-    return size if isinstance(size, int) else len(cast(Tensor, head.weight))
+    weight = cast(Tensor, head.weight)
+    return size if isinstance(size, int) else (whole_shape(weight) if is_partitioned(weight) else weight.shape)[0]
 
 
 def is_plain_linear(head: nn.Module) -> bool:

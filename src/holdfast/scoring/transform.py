@@ -100,7 +100,8 @@ def read_transform(causal_lm: PreTrainedModel, vocabulary: int, answer: Tensor) 
     if causal_lm not in _AGREED:
         _READINGS[causal_lm] = (configured, reading)
         return reading
-    first, *others = of_all(reading)
+    readings: list[Reading] = of_all(reading)
+    first, *others = readings
     agreed: Reading = first if all(other == first for other in others) else "own forward"
     _AGREED[causal_lm] = (configured, agreed)
     return agreed

@@ -58,7 +58,7 @@ class EngineCheckpoints(EngineTrainer):
     def _engine(self) -> Engine:
         """What the manifest of a checkpoint records of this run."""
         if self.is_deepspeed_enabled:
-            name = f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+            name = f"DeepSpeed ZeRO-{self._deepspeed_plugin.zero_stage}"
         elif self._is_in_parts:
             name = "FSDP2" if self.is_fsdp_enabled else "weights sharded as they were loaded"
         else:
@@ -160,7 +160,7 @@ class EngineCheckpoints(EngineTrainer):
         """Loads the policy if it is in parts, here or in the checkpoint. Whether it was."""
         if parts.has_parts(checkpoint):
             parts.load_policy(checkpoint, self.model)
-        elif self._is_in_parts:
+        elif is_sharded(self.model):
             load_whole_policy(checkpoint, self.model)
         else:
             return False

@@ -1,19 +1,26 @@
-"""What differs from `transformers.Trainer` where an engine (FSDP2, DeepSpeed) spreads a model over processes.
+"""What differs from `transformers.Trainer` where an engine (FSDP2, DeepSpeed) trains a model over processes.
 
-The policy is sharded when the trainer is made, so transformers finds it sharded when training begins. And a policy that
-was evaluated first must still be wrapped for training: accelerate takes one that it has prepared for evaluation as it
-is, so without DDP around it every process would train on its own.
+The policy is sharded when the trainer is made, so transformers finds it sharded when training begins. With ZeRO-3 it
+gets an engine that only scores. DeepSpeed has one engine for a model at a time, so the engine that trains takes its
+place. ZeRO-1 and ZeRO-2 leave the weights whole, and their engine is made when training begins.
+
+And a policy that was evaluated first must still be wrapped for training: accelerate takes one that it has prepared for
+evaluation as it is, so without DDP around it every process would train on its own.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_init
 
 from holdfast.internals.accelerate import forget_preparation, is_prepared
+from holdfast.internals.deepspeed import forget_engine
 from holdfast.internals.transformers import saving_where_asked
-from holdfast.policy.sharding import give_back, is_sharded
+from holdfast.policy.sharding import average_gradients, give_back, is_sharded, shard_policy
 
 
 class EngineTrainer(Trainer):
@@ -21,6 +28,8 @@ class EngineTrainer(Trainer):
 
     model: Any
     optimizer: Any
+    lr_scheduler: Any
+    deepspeed: Any
     _is_sharded: bool
     """Whether a process holds only a part of the policy's weights."""
 
@@ -28,15 +37,64 @@ class EngineTrainer(Trainer):
     """Whether accelerate has prepared the policy for evaluation, where training wants it wrapped."""
     _parameters: Sequence[list[Tensor]] = ()
 
+    @property
+    def _has_engine(self) -> bool:
+        """Whether an engine of accelerate's trains the policy."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _saves_together(self) -> bool:
+        """Whether all processes save and load a model or an optimizer together: where these are spread over them."""
+        return self._has_engine or self._is_sharded
+
+    def _begin_engine(self, policy: nn.Module) -> None:
+        """Brings the policy to where, and how, its engine computes with it. `_is_sharded` is set."""
+        shard_policy(policy, self.accelerator)
+        if self.is_deepspeed_enabled:
+            dtype = self._deepspeed_plugin.hf_ds_config.dtype()
+            if self._is_zero3:
+                self._make_scoring_engine()
+            else:
+                self._move_model_to_device(policy, self.args.device)
+                cast(policy, dtype)
+        self._is_sharded = self.is_fsdp_enabled or is_sharded(policy)
+
+    @property
+    def _deepspeed_plugin(self) -> Any:
+        return self.accelerator.state.deepspeed_plugin
+
+    @property
+    def _is_zero3(self) -> bool:
+        return self.is_deepspeed_enabled and self._deepspeed_plugin.zero_stage == 3
+
+    def _make_scoring_engine(self) -> None:
+        """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. Its options are forgotten."""
+        config = self._deepspeed_plugin.hf_ds_config.config
+        asked = copy.deepcopy(config)
+        deepspeed_init(self, num_training_steps=0, inference=True)
+        self.deepspeed = self.accelerator.prepare(self.model)
+        config.clear()
+        config.update(asked)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_evaluated_first:
             self._is_evaluated_first = False
             forget_preparation(self.accelerator, self.model)
         give_back(self.model)  # an optimizer that is made of gathered values would move those alone
+        if self.is_deepspeed_enabled:  # the engine before was destroyed
+            forget_engine(self.model)
+            self.model_wrapped = self.model
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
         return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.training_step`."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            average_gradients(self.model)
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.create_optimizer`."""
@@ -46,9 +104,15 @@ class EngineTrainer(Trainer):
         return optimizer
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """See `transformers.Trainer.evaluation_loop`."""
+        """See `transformers.Trainer.evaluation_loop`. Before training, ZeRO-1 and ZeRO-2 have no engine, and none is
+        needed."""
         is_first = self.accelerator.num_processes > 1 and not is_prepared(self.model)
-        output = super().evaluation_loop(*args, **kwargs)
+        is_plain = self.is_deepspeed_enabled and self.deepspeed is None
+        self.is_deepspeed_enabled = self.is_deepspeed_enabled and not is_plain
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.is_deepspeed_enabled = self.is_deepspeed_enabled or is_plain
         self._is_evaluated_first |= is_first and is_prepared(self.model)
         return output
 
@@ -62,3 +126,11 @@ class EngineTrainer(Trainer):
         and the same."""
         for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
             group["params"] = parameters
+
+
+def cast(policy: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the policy's parameters the dtype in which DeepSpeed will train them, as its engine would; fp32 stays what
+    it is."""
+    for parameter in policy.parameters():
+        if parameter.is_floating_point() and dtype != torch.float32:
+            parameter.data = parameter.data.to(dtype)

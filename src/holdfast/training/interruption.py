@@ -10,6 +10,7 @@ beginning, such as loading a checkpoint; there a signal ends the run at once, si
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -20,6 +21,8 @@ from transformers import TrainerCallback
 from holdfast import interruption
 from holdfast.checkpoint.manifest import complete_checkpoints, recorded
 from holdfast.interruption import SIGNALS, Interrupted, interruption_behind
+from holdfast.peers.guard import advise
+from holdfast.peers.phase import at_step
 
 NOTICE = "the step is finished and a checkpoint is written, then the run ends. A second signal ends it at once."
 PREDICTIONS_BETWEEN = 10
@@ -52,9 +55,13 @@ class InterruptionCallback(TrainerCallback):
         self._record = recorded(checkpoint)
         self.is_evaluation_due = bool(self._record.get("evaluation_due"))
         self._is_at_epoch_end, self._was_at_epoch_end = False, bool(self._record.get("epoch_end"))
+        folder = Path(self._trainer._get_output_dir(trial))
+        advise(partial(_advice, folder), is_default=True)
         try:
             interruption.at_once()
             yield
+            if self._accelerator.num_processes > 1:  # a signal may have come since the vote of the last step
+                self._count(self._vote())
             interruption.check()
             return
         except BaseException as error:
@@ -68,7 +75,7 @@ class InterruptionCallback(TrainerCallback):
             self._saved_step = self._trainer.state.global_step
             self._accelerator.wait_for_everyone()
         self._close_progress()
-        self._describe(interrupted, checkpoint, Path(self._trainer._get_output_dir(trial)))
+        self._describe(interrupted, checkpoint, folder)
         raise interrupted
 
     @contextmanager
@@ -103,6 +110,7 @@ class InterruptionCallback(TrainerCallback):
         """From now on signals wait for the end of a step."""
         self._is_at_epoch_end = self._was_at_epoch_end = False
         self._is_within_step = True
+        at_step(state.global_step + 1)
         interruption.wait(NOTICE)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -215,6 +223,14 @@ class InterruptionCallback(TrainerCallback):
             is_newest = bool(complete) and complete[-1] == interrupted.checkpoint
             value = True if is_newest else str(interrupted.checkpoint)
             interrupted.advice = f"To go on: trainer.train(resume_from_checkpoint={value!r})"
+
+
+def _advice(folder: Path) -> str:
+    """How a run from Python goes on after one of its processes was lost."""
+    complete = complete_checkpoints(folder)
+    if not complete:
+        return f"There is no complete checkpoint in {folder}: run it again."
+    return f"{complete[-1]} is complete. To go on: trainer.train(resume_from_checkpoint=True)"
 
 
 def _ends_epoch(args: Any, state: Any) -> bool:

@@ -44,9 +44,10 @@ from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.mixing.source_column import WithSources
 from holdfast.data.prepare import Preparation
-from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
+from holdfast.peers.guard import guarded
+from holdfast.peers.phase import doing
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
@@ -108,7 +109,7 @@ class PairTrainer(EngineCheckpoints):
 
     def _prepared(self, args: DPOConfig) -> tuple[Any, Any]:
         train_dataset, eval_dataset = self._rows
-        with args.main_process_first(desc="preparing the datasets"):
+        with doing("preparing the data", is_long=True), args.main_process_first(desc="preparing the datasets"):
             assert train_dataset is not None  # `checked_arguments` refuses that
             return self._preparation.of(train_dataset, "train"), self._preparation.of_eval(eval_dataset)
 
@@ -165,7 +166,8 @@ class PairTrainer(EngineCheckpoints):
             self.control.should_training_stop = True
             return [], None
         ahead = self._look_ahead.of_training(epoch_iterator, self.state)
-        samples, num_items = super().get_batch_samples(ahead, num_batches, device)
+        with doing("reading data", is_long=True):
+            samples, num_items = super().get_batch_samples(ahead, num_batches, device)
         self._stream_position.advance(epoch_iterator, len(samples))
         return samples, num_items
 
@@ -217,7 +219,7 @@ class PairTrainer(EngineCheckpoints):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    @interruptible()
+    @guarded("evaluating")
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -238,7 +240,7 @@ class PairTrainer(EngineCheckpoints):
         self._check_numbers(metrics, "The evaluation")  # callbacks may have changed some
         return metrics
 
-    @interruptible()
+    @guarded("predicting")
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""
         test_dataset = self._preparation.of(test_dataset, "test")

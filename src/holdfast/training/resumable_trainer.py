@@ -49,6 +49,7 @@ from holdfast.checkpoint.training_state import (
     starting_afresh,
 )
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
+from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
@@ -78,6 +79,7 @@ class ResumableTrainer(SavingTrainer):
                 dataset=dataset_name, tags=tags, metadata=metadata,
             )  # fmt: skip
 
+    @doing("saving a checkpoint", is_long=True)
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
         loss = self._tallies["train"].total("loss", self._sum_over_processes)
@@ -249,7 +251,9 @@ class ResumableTrainer(SavingTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if not self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:  # its engine has just loaded the policy
+            check_loaded(self.model, Path(checkpoint))
+        else:
             check_same_optimizer(Path(checkpoint), read_manifest(Path(checkpoint)).get("optimizer"), self.optimizer)
         content = "the state of the optimizer and of the learning rate's schedule"
         with loading(Path(checkpoint), content, "optimizer.pt and scheduler.pt"):
@@ -266,6 +270,7 @@ class ResumableTrainer(SavingTrainer):
                 super()._load_rng_state(checkpoint)
         self._interruption.evaluate_if_due()
 
+    @doing("loading a checkpoint", is_long=True)
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         with loading(checkpoint, "the policy", "model or adapter files"):

@@ -18,6 +18,7 @@ from holdfast.checkpoint.placed import is_json_mapping, keep_copy, placed
 from holdfast.checkpoint.sound import last_complete
 from holdfast.checkpoint.whole import whole_policy
 from holdfast.data.progress import bars
+from holdfast.peers.phase import doing
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.pair_trainer import PairTrainer
 
@@ -31,6 +32,7 @@ class SavingTrainer(PairTrainer):
             super()._save(output_dir, state_dict)
         hide_paths(Path(str(output_dir or self.args.output_dir)))
 
+    @doing("saving the model", is_long=True)
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See `transformers.Trainer.save_model`. ValueError where the disk is full or cannot be written to; the model
         that was in the folder before is then as it was. Collective where the policy is in parts."""
@@ -48,17 +50,17 @@ class SavingTrainer(PairTrainer):
                     with self._placed(folder, "the trained model") as staged:
                         keep_copy(folder / "README.md", staged)  # peft adds to it
                         self._write_whole(str(staged), state)
-        elif self._is_sharded and self.args.save_on_each_node:  # to disks of which nobody knows the others'
+        elif self.is_deepspeed_enabled and self.args.save_on_each_node:  # to disks of which nobody knows the others'
             super().save_model(str(folder), _internal_call=True)
-        elif self.args.should_save and not (self._is_sharded and self.args.process_index > 0):
+        elif self.args.should_save and not (self.is_deepspeed_enabled and self.args.process_index > 0):
             with self._placed(folder, "the trained model") as staged:
                 keep_copy(folder / "README.md", staged)
                 super().save_model(self._agreed(staged), _internal_call=True)
-                if self._is_sharded:
+                if self.is_deepspeed_enabled:
                     self.accelerator.wait_for_everyone()
         else:
             super().save_model(self._agreed(folder), _internal_call=True)
-            if self._is_sharded:
+            if self.is_deepspeed_enabled:
                 self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -66,7 +68,7 @@ class SavingTrainer(PairTrainer):
     def _agreed(self, folder: Path) -> str:
         """The folder of the first process, where all processes write one model; else this process's own."""
         names = [str(folder)]
-        return broadcast_object_list(names)[0] if self._is_sharded else names[0]
+        return broadcast_object_list(names)[0] if self.is_deepspeed_enabled else names[0]
 
     def save_state(self) -> None:
         """See `transformers.Trainer.save_state`. ValueError where the file cannot be written; an older one stays."""

@@ -2,7 +2,7 @@
 
 A factor that is spread over processes has a fixed shape, and a mixed pair has another rank. So the layer's adapter is
 off, and the layer's forward pass adds the pair's product to what its base layer gives: `base(x) + s up (down x)`; for
-DoRA `d * W x + s up (down x)`. Given up: a pair that is spread as well, since every process has all of it.
+DoRA `d * W x + s up (down x)`. Given up: a pair that stays spread meanwhile, since every process has all of it.
 """
 
 import contextlib

@@ -11,6 +11,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from holdfast.policy.sharding import shape_of
+
 _FP32 = ".fp32"
 
 
@@ -23,7 +25,7 @@ def check_mixable(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor])
     """ValueError where the two cannot be mixed: they have different tensors or shapes, or quantised weights."""
     differing = [
         name for name in reference.keys() | policy.keys()
-        if name not in reference or name not in policy or reference[name].shape != policy[name].shape
+        if name not in reference or name not in policy or shape_of(reference[name]) != shape_of(policy[name])
     ]  # fmt: skip
     if differing:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.internals.peft import adapter_layers
 from holdfast.policy.adapters import is_adapted
-from holdfast.policy.second_module import blank_copy, fill, part_like, shard_beside, whole_copy
+from holdfast.policy.second_module import blank_copy, filled, part_like, whole_copy
 from holdfast.policy.sharding import is_sharded
 
 
@@ -29,7 +29,7 @@ def effective_copy(policy: PeftModel) -> nn.Module:
             "merged into weights, so there is no mix of two such models. Use a fixed reference, or a LoRA."
         )
     if is_sharded(policy):
-        return fill(shard_beside(_bare_and_blank(policy), policy), policy, _effective_values(policy))
+        return filled(_bare_and_blank(policy), policy, _effective_values(policy))
     duplicate: Any = copy.deepcopy(policy)
     return duplicate.merge_and_unload()
 
@@ -70,11 +70,9 @@ def _effective_values(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             layers[path] = layer
     for path, module in base.named_modules(remove_duplicate=False):
         if not any(path == outer or path.startswith(f"{outer}.") for outer in layers):
-            yield from (
-                (f"{path}.{name}" if path else name, p.detach()) for name, p in module.named_parameters(recurse=False)
-            )
+            yield from ((f"{path}.{name}" if path else name, p) for name, p in module.named_parameters(recurse=False))
     for path, layer in layers.items():
-        yield from ((f"{path}.{name}", p.detach()) for name, p in _merged(whole_copy(layer)).named_parameters())
+        yield from ((f"{path}.{name}", p) for name, p in _merged(whole_copy(layer)).named_parameters())
 
 
 def _merged(layer: Any) -> nn.Module:

@@ -12,8 +12,8 @@ the product instead, which is exact. So a layer takes at most `in * out` numbers
 moves little between syncs. Given up: a fixed rank. It would need a tolerance that grows with the motion, so the
 reference would be silently wrong just where the policy has moved far.
 
-Factors that are spread over processes have a fixed shape, and are gathered to be mixed. All processes compute and keep
-the same pair, and add its product to the layer's output to score (see `moving.added_products`).
+Factors that are spread over processes have a fixed shape, and are gathered to be mixed. All processes compute the same
+pair, keep a share of it each, and add its product to the layer's output to score (see `moving.added_products`).
 
 DoRA's effective weight is `diag(m / n) (W + s B A)`, where n are the row norms of the bracket (Liu et al. 2024, Eq. 5,
 arXiv:2402.09353). The mix of two is `diag(d) W + s up down`, where d is the mix of the two m / n, and where
@@ -38,7 +38,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from holdfast.policy.sharding import class_of, give_back, is_part, whole
+from holdfast.policy.sharding import class_of, give_back, is_part, shape_of, whole
 from holdfast.reference.moving.rank import TOLERANCE, bound_rank, break_even_rank
 
 SMALLEST_SCALE = 1e-9
@@ -337,7 +337,7 @@ def _mix(layer: Layer, ours: LayerState, theirs: LayerState, difference: Tensor 
         rank = down.shape[0]
         up = torch.cat([(1 - alpha) * up, alpha * ours.up], dim=1)
         down = torch.cat([down, ours.down])
-        up, down = bound_rank(up, down, rank, layer.down.shape[0], TOLERANCE * (1 - (1 - alpha) ** 4))
+        up, down = bound_rank(up, down, rank, shape_of(layer.down)[0], TOLERANCE * (1 - (1 - alpha) ** 4))
     if ours.scale is None:
         return LayerState(up=up, down=down)
     assert theirs.scale is not None

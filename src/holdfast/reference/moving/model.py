@@ -93,7 +93,7 @@ class MovingModel(Scorer, Moving):
 
     def parts(self) -> dict[str, Tensor]:
         """See `Moving.parts`."""
-        return self.state_dict()
+        return self._own_parts() | dict(self._average.tensors())
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`: the module's parameters, and their fp32 state."""

@@ -21,6 +21,7 @@ from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.added_products import adding_products
 from holdfast.reference.moving.average import Average
+from holdfast.reference.moving.product_shares import ProductShares
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
 from holdfast.reference.scorers.snapshot import (
@@ -49,7 +50,7 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         self.is_off_device = device != "device"
         self._where = where(device, folder)
         self._plain = own_tensors(device, folder, "snapshot.safetensors")
-        self._products = own_tensors(device, folder, "products.safetensors")
+        self._products = ProductShares(own_tensors(device, folder, "products.safetensors"))
         self._exchange = Exchange(self._values_in_place)
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -61,8 +62,7 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         if self._exchange.is_policy:
             plain, products = self._state_of_policy()
             self._plain.write(plain)
-            if products:
-                self._products.write(products)
+            self._write_products(products)
             self._exchange.is_policy = False
 
     @torch.no_grad()
@@ -76,8 +76,8 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         self.before_policy_changes()
         squares = 0.0
         if self._factor_names():
-            products, squares = lora_products.synced_state(self.policy, dict(self._products.items()), mixup_alpha)
-            self._products.write(products)
+            products, squares = lora_products.synced_state(self.policy, self._products.whole(), mixup_alpha)
+            self._write_products(products)
         policy, lengths = self._plain_of_policy(), dict[str, float]()
 
         def move(name: str, value: Tensor) -> None:
@@ -102,11 +102,13 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         if self._exchange.is_policy:
             plain, products = self._state_of_policy()
             return plain | products
-        return dict([*self._plain.items(), *self._products.items()])
+        return dict([*self._plain.items(), *self._products.own()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """See `Moving.state_dict`."""
-        return whole_state(self.policy, self.parts())
+        if self._exchange.is_policy:
+            return whole_state(self.policy, self.parts())
+        return whole_state(self.policy, dict(self._plain.items())) | self._products.whole()
 
     def load_state_dict(self, state: Mapping[str, Tensor], version: int, drift: float) -> None:
         """See `Moving.load_state_dict`."""
@@ -114,17 +116,16 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
             plain = parts_of_state(self.policy, {name: state[name] for name in self._plain_of_policy()})
             self._plain.write(plain)
             products = {name: value for name, value in state.items() if name not in plain}
-            if products:
-                device = next(self.policy.parameters()).device
-                self._products.write({name: value.to(device) for name, value in products.items()})
+            device = next(self.policy.parameters()).device
+            self._write_products({name: value.to(device) for name, value in products.items()})
             self._exchange.is_policy = False
         self.version, self.drift = version, drift
 
     def identity(self) -> Identity:
         """See `Scorer.identity`."""
-        products = dict(self._products.items())
-        if self._exchange.is_policy or not products or not lora_products.is_spread(self.policy):
+        if self._exchange.is_policy or not self._is_spread():
             return super().identity()
+        products = self._products.whole()
         plain = like_parameters(self.policy, dict(self._plain.items()))
         pairs = lora_products.factor_values(self.policy, products)
         with exchanged(self.policy, plain), standing_in(self.policy, pairs):
@@ -137,8 +138,8 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
     @contextlib.contextmanager
     def _values_in_place(self) -> Iterator[None]:
         """A context within which the policy computes as this reference."""
-        values, products = like_parameters(self.policy, dict(self._plain.items())), dict(self._products.items())
-        if products and lora_products.is_spread(self.policy):
+        values, products = like_parameters(self.policy, dict(self._plain.items())), self._products.whole()
+        if self._is_spread():
             with exchanged(self.policy, values), adding_products(self.policy, products):
                 yield
             return
@@ -146,6 +147,14 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
             values |= lora_products.factor_values(self.policy, products)
         with exchanged(self.policy, values):
             yield
+
+    def _is_spread(self) -> bool:
+        """Whether factors of the policy are spread over processes."""
+        return is_adapted(self.policy) and lora_products.is_spread(self.policy)
+
+    def _write_products(self, products: Mapping[str, Tensor]) -> None:
+        if products:
+            self._products.write(products, is_shared=self._is_spread())
 
     def _factor_names(self) -> set[str]:
         """The names of the parameters that are mixed by products and not one by one."""

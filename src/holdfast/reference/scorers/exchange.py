@@ -21,11 +21,9 @@ def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
 
     On leaving, the parameters have their own values again, also after an exception. A graph that was built before stays
     valid for a backward pass after the context. All processes must enter and leave it at the same forward passes.
-    ValueError where DeepSpeed ZeRO-3 divides a parameter.
     """
     give_back(module)  # a forward pass may have left values gathered, of which a copy would be lost
     parameters: dict[str, nn.Parameter] = {name: module.get_parameter(name) for name in values}
-    _check_exchangeable(parameters)
     former: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
@@ -37,14 +35,3 @@ def exchanged(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
         with torch.no_grad():
             for name, value in former.items():
                 put(parameters[name], value)
-
-
-def _check_exchangeable(parameters: Mapping[str, Tensor]) -> None:
-    """ValueError where ZeRO-3 would gather the policy's values over whatever was put in their place."""
-    divided = [name for name, parameter in parameters.items() if hasattr(parameter, "ds_id")]
-    if divided:
-        raise ValueError(
-            "A frozen copy of the trainable tensors was to be put in place of the policy's, but DeepSpeed ZeRO-3 "
-            f"divides these (`{divided[0]}` first), and would go on computing with the policy's. Use "
-            "reference='model', FSDP2, or ZeRO-2."
-        )

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from holdfast.agreement import raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import Completions, CompletionsToScore
-from holdfast.interruption import Interrupted, is_asked, waiting
+from holdfast.interruption import Interrupted, asked_signal, interruption_behind, is_asked, waiting
+from holdfast.peers.guard import is_of_communication
+from holdfast.peers.phase import doing
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep
 from holdfast.store.store import LogpStore
@@ -131,20 +133,23 @@ class PrecomputedReference:
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
         description, unit = f"Reference log-probs ({name})", "completions"
         with (
+            doing(f"scoring the reference's log-probs ({name})"),
+            contextlib.ExitStack() as waits,
             store,
             _kept_when_interrupted(store, name, data) as check,
             tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
         ):
-            on_wait = partial(_show_waiting, bar, check)
+            on_wait = partial(_show_waiting, bar, check, waits)
             work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
-            for num_new, num_read in work(score, scorer, on_wait, check):
+            for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check):
                 num_scored += num_new
                 num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(num_new)
+            waits.close()
             bar.update(bar.total - bar.n)
-        self._wait_for_all()  # after it, the other processes' blocks are on disk
+            self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
@@ -185,18 +190,33 @@ def _kept_when_interrupted(store: LogpStore, name: str, data: CompletionsToScore
                 end()
 
             yield check
-    except Interrupted as interrupted:
+    except BaseException as error:
+        interrupted = interruption_behind(error)
+        if interrupted is None and (number := asked_signal()) is not None and is_of_communication(error):
+            interrupted = Interrupted(number)  # another process has ended by that signal before this one
+        if interrupted is None:
+            raise
         num_kept, total = store.num_completions, data.num_completions()
         if isinstance(data, Completions):
             num_kept = total - len(store.missing(data.ids()))
         interrupted.done = f"{num_kept} of {total} completions ({name}) are kept in {store.folder}."
         interrupted.advice = "Run it again to go on."
-        raise
+        raise interrupted from None
 
 
-def _show_waiting(bar: Any, check: Callable[[], None], num_blocks: int) -> None:
-    """Says in the progress bar that other processes still score."""
+def _scored(
+    score: Callable[[PairBatch], SequenceLogps], waits: contextlib.ExitStack, batch: PairBatch
+) -> SequenceLogps:
+    """What `score` says of a batch; `waits` is closed before."""
+    waits.close()
+    return score(batch)
+
+
+def _show_waiting(bar: Any, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
+    """Says in the progress bar that other processes still score. `waits` is closed when that is over."""
     check()
+    waits.close()
+    waits.enter_context(doing("waiting for what other processes score", waits=True))
     bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
