@@ -17,7 +17,7 @@ from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
-from holdfast.options.combinations import check_combinations
+from holdfast.options.combinations import check_combinations, refused_by_transformers
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
@@ -199,10 +199,7 @@ class DPOConfig(
             ImportError,
             NotImplementedError,
         ) as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            is_missing = isinstance(error, ImportError) and "deepspeed" in str(error).lower()
-            remedy = " Install it: pip install 'holdfast[deepspeed]'." if is_missing else ""
-            raise ValueError(f"The options were refused by transformers: {kind}{error}{remedy}") from error
+            raise refused_by_transformers(error) from error
 
     def check(self) -> None:
         """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have
