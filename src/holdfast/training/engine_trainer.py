@@ -8,11 +8,13 @@ And a policy that was evaluated first must still be wrapped for training: accele
 evaluation as it is, so without DDP around it every process would train on its own.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
@@ -84,7 +86,8 @@ class EngineTrainer(Trainer):
         if self.is_deepspeed_enabled:  # the engine before was destroyed
             forget_engine(self.model)
             self.model_wrapped = self.model
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with recomputing_once(self.accelerator):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
         return prepared
@@ -126,6 +129,20 @@ class EngineTrainer(Trainer):
         and the same."""
         for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
             group["params"] = parameters
+
+
+@contextlib.contextmanager
+def recomputing_once(accelerator: Accelerator) -> Iterator[None]:
+    """A context within which accelerate leaves FSDP2's recomputation of activations as it is: the policy has it."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is None or not plugin.activation_checkpointing:
+        yield
+        return
+    plugin.activation_checkpointing = False
+    try:
+        yield
+    finally:
+        plugin.activation_checkpointing = True
 
 
 def cast(policy: nn.Module, dtype: torch.dtype) -> None:
