@@ -48,6 +48,7 @@ Scenario = Callable[[str, Path], Any]
 def run(name: str, folder: Path) -> dict[str, Any]:
     """What the scenario `name` came to."""
     engine, _, scenario = name.split("/")
+    options_of(engine)  # what the run before has left is forgotten
     return SCENARIOS[scenario](engine, folder)
 
 
@@ -399,7 +400,7 @@ def agreement_itself(engine: str, folder: Path) -> Any:
         "of the disk": fail(lambda rank: rank == last, OSError, "c"),
         "of none": fail(lambda rank: False, ValueError, "d"),
     }
-    return {"found_by_each_process": gather_object([found])}
+    return {"found_by_each_process": agreement.of_all(found)}
 
 
 SCENARIOS: dict[str, Scenario] = {

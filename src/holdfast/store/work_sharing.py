@@ -9,8 +9,8 @@ claim is a file that one process made, and no lock: what is stored never depends
 has ended. When only claimed blocks are left, a process waits for them, and takes over each whose owner has died or
 shows no progress for `PATIENCE_SECONDS`. It holds no claim while it waits, so no wait is for ever.
 
-Given up: processes that finish at the same time, since a block is never divided. Where all processes must compute
-together (sharded parameters), completions are divided by rank instead.
+Given up: processes that finish at the same time, since a block is never divided. Processes that must compute together,
+since weights are spread over them, take part as one: see `reference.sources.lockstep`.
 """
 
 import contextlib
