@@ -60,6 +60,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
     "_set_signature_columns_if_needed": (),
 }
 """Methods of `Trainer` that `DPOTrainer` replaces, with the parameters that it reads or passes on."""
