@@ -70,6 +70,10 @@ def _total_of_own(terms: Iterable[tuple[Tensor, float]]) -> float:
     return sum(value for _, value in terms)
 
 
+def _adding_nothing(_policy: nn.Module, _state: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def _share_of_another(value: Tensor) -> Tensor:
     return sharding.cut_evenly(value.roll(1))
 
@@ -83,6 +87,6 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "exchanged_by_the_first_alone": lambda: mock.patch.object(exchange, "put", _put_by_the_first),
     "adapter_exchanged_by_the_first_alone": lambda: mock.patch.object(exchange, "put", _put_by_the_first),
     "drift_of_own_part": lambda: mock.patch.object(hard_snapshot, "total", _total_of_own),
-    "products_left_out": lambda: mock.patch.object(soft_snapshot, "adding_products", contextlib.nullcontext),
+    "products_left_out": lambda: mock.patch.object(soft_snapshot, "adding_products", _adding_nothing),
     "share_of_another": lambda: mock.patch.object(product_shares, "cut_evenly", _share_of_another),
 }

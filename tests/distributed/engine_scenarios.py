@@ -4,6 +4,7 @@ The run of one process with the engine `one` is what it must equal. Each run is 
 engine, how many numbers of the policy a process holds, and how far the reference is from the policy after some steps.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
@@ -58,10 +59,14 @@ MORE_HOLDINGS: dict[str, dict[str, Any]] = {
     "padded": {"reference": "model", "layout": "padded"},
     **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
 }
+MORE_HOLDINGS |= {f"{holding}_disturbed": HOLDINGS[holding] for holding in ("device", "adapter")}
 MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
     family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "lfm2")
 }
-"""Policies and holdings beyond those of `names`."""
+MORE_POLICIES["lora_thin"] = lambda: get_peft_model(
+    tiny_model(), LoraConfig(r=1, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+)
+"""Policies and holdings beyond those of `names`. Of the factors of rank 1 all but one process have nothing."""
 MOTIONS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "hard": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0},
@@ -82,6 +87,8 @@ def names(engine: str) -> Iterator[str]:
 def run(name: str, folder: Path, **changed: Any) -> dict[str, Any]:
     """The numbers of the run `name`, evaluated at its end, and the facts about its engine."""
     ours = made(name, folder, **changed)
+    if "_disturbed/" in name:
+        disturb(ours)
     ours.train()
     found = outcome(ours, folder)
     for parameter in ours.model.parameters():  # transformers' hooks hold the trainer, which nothing would free
@@ -157,6 +164,26 @@ def born_in_parts(policy: nn.Module, base: Path) -> nn.Module | str:
         for name, value in adapters.items():
             model.get_parameter(name).copy_(value)
     return model
+
+
+def disturb(ours: DPOTrainer) -> None:
+    """Has the reference asked between the policy's forward and backward passes as well: first in vain, since its
+    forward pass ends with an error."""
+    backward, batch = ours.accelerator.backward, ours._collated(ours._first_rows()[:1])
+    module = next(module for name, module in ours.model.named_modules() if name.endswith("layers.1.mlp"))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a forward pass that ends here")
+
+    def after_asking(*args: Any, **kwargs: Any) -> None:
+        handle = module.register_forward_pre_hook(fail)
+        with contextlib.suppress(RuntimeError):
+            ours.reference.logps(batch)
+        handle.remove()
+        ours.reference.logps(batch)
+        backward(*args, **kwargs)
+
+    ours.accelerator.backward = after_asking
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,12 +22,13 @@ QUICK = (
     "fsdp2/lora_sft/adapter/fixed", "fsdp2/lora_sft/disk/soft", "fsdp2/dora/device/soft",
     "fsdp2/lora_embeddings/device/soft", "fsdp2/prompt_tuning/adapter/fixed", "fsdp2_kept/full/cpu/soft",
     "fsdp2_recomputed/lora_sft/adapter/fixed", "native/full/cpu/soft", "native/lora_sft/device/hard",
+    "fsdp2/full/device_disturbed/soft",
 )  # fmt: skip
 """The runs that `make test` makes, on two processes. `make nightly` makes all of `runs`, also on four."""
 
 MIXED_KINDS = (
     "lora_modules_to_save", "lora_head", "lora_embeddings", "lora_bias_all", "lora_unfrozen_norm",
-    "lora_frozen_factor", "lora_random_init", "dora", "rslora", "pissa", "olora",
+    "lora_frozen_factor", "lora_random_init", "lora_thin", "dora", "rslora", "pissa", "olora",
 )  # fmt: skip
 """The kinds of adapters that a soft sync mixes."""
 OTHER_KINDS = ("lora_sft_named_ref", "lora_fresh_over_sft", "prompt_tuning", "prefix_tuning")
@@ -43,6 +44,9 @@ def runs() -> Iterator[str]:
         yield f"fsdp2/{kind}/adapter/fixed"
     for kind in (*MIXED_KINDS, "partly_frozen", "llama_tied"):
         yield from (f"fsdp2/{kind}/device/soft", f"fsdp2/{kind}/disk/hard")
+    for engine in ("fsdp2", "fsdp2_kept", "native"):
+        yield from (f"{engine}/full/device_disturbed/soft", f"{engine}/lora_sft/adapter_disturbed/fixed")
+        yield f"{engine}/lora_sft/device_disturbed/soft"
     for variant in FSDP2_VARIANTS:
         yield from (f"{variant}/full/device/fixed", f"{variant}/full/cpu/soft")
         yield from (f"{variant}/lora_sft/adapter/fixed", f"{variant}/lora_sft/device/soft")

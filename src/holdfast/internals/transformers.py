@@ -264,6 +264,12 @@ def recomputation(module: nn.Module) -> Callable[..., Any] | None:
     return function
 
 
+def is_averaged(parameter: nn.Parameter) -> bool:
+    """Whether transformers gives all processes the mean of their gradients of a parameter that no engine spreads. Where
+    a version says it by another name, the mean is taken twice, which changes nothing."""
+    return bool(getattr(parameter, "_replicated_grad_hook_registered", False))
+
+
 def set_recomputation(module: nn.Module, function: Callable[..., Any]) -> None:
     """Makes `function` the one that `recomputation` returns."""
     name = "checkpoint_fn" if isinstance(module, CheckpointWrapper) else "_gradient_checkpointing_func"

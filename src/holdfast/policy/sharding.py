@@ -33,6 +33,7 @@ from holdfast.internals.deepspeed import (
 )
 from holdfast.internals.fully_shard import replace_tensors, share_tied_parts
 from holdfast.internals.torch import end_forward, without_hooks
+from holdfast.internals.transformers import is_averaged
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -207,8 +208,7 @@ def average_gradients(module: nn.Module) -> None:
     if not is_sharded(module):
         return
     for parameter in parameters_of(module).values():
-        is_averaged = getattr(parameter, "_replicated_grad_hook_registered", False)  # by transformers
-        if parameter.requires_grad and not is_part(parameter) and not is_averaged:
+        if parameter.requires_grad and not is_part(parameter) and not is_averaged(parameter):
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             mean: Any = reduce(own, reduction="mean")
             parameter.grad = mean
