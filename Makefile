@@ -21,7 +21,8 @@ demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offlin
 test: $(VENV)/test.stamp  ## run every kind of test; of the largest tables, the rows that stand for the rest
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-nightly: $(VENV)/test.stamp  ## run every test that needs nothing but this package
+nightly: $(VENV)/test.stamp  ## run every test that needs nothing but this package, and DeepSpeed where it can be installed
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,deepspeed]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not peer"
 
 test-oldest: $(OLDEST)/test.stamp  ## run the fast tests on the oldest versions that are claimed

@@ -61,7 +61,8 @@ def reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     """`values` of all processes, put together place by place; in host memory."""
     if num_processes() == 1:
         return values
-    own = values.to(PartialState().device, copy=True)
+    has_cpu = "gloo" in dist.get_backend_config()  # else a collective call takes tensors on the device
+    own = values.to("cpu" if has_cpu else PartialState().device, copy=True)
     dist.all_reduce(own, operation)
     return own.cpu()
 

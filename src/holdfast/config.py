@@ -26,7 +26,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
-from holdfast.peers.joining import join, meet
+from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
@@ -184,13 +184,11 @@ class DPOConfig(
         if self.report_to is None:
             self.report_to = "none"
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), joining(self):
                 # The name that scripts use; newer versions of transformers call it `activation_checkpointing`, which
                 # wins where it is set.
                 warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-                join(self)
                 super().__post_init__()
-                meet()
         except (
             ValueError,
             TypeError,

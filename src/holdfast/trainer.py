@@ -39,7 +39,6 @@ from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
-from holdfast.interruption import interruptible
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
 from holdfast.metrics import Tally, batch_metrics, metrics_by_source
 from holdfast.options.combinations import check_length
@@ -88,7 +87,6 @@ class DPOTrainer(RenewableTrainer):
     """
 
     @refusing_unknown_arguments
-    @interruptible()
     @guarded("making the trainer")
     def __init__(
         self,
@@ -253,7 +251,6 @@ class DPOTrainer(RenewableTrainer):
 
     # --- a run --------------------------------------------------------------------------------------------------------
 
-    @interruptible()
     @guarded("training")
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Audit the reference, then train; see `transformers.Trainer.train`.

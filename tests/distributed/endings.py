@@ -35,7 +35,7 @@ from holdfast.data.prepare import Preparation
 from holdfast.peers.signs import state_of
 from holdfast.reference.identity.digests import digest
 from holdfast.reference.reference import Reference
-from holdfast.reference.sources import stored
+from holdfast.reference.sources import filling
 from holdfast.training import resumable_trainer
 from policies import config, rows, trainer
 
@@ -115,7 +115,7 @@ def plant(where: str, strike: Callable[[], object]) -> None:
     {
         "load": lambda: _before(transformers.AutoModelForCausalLM, "from_pretrained", _always, strike),
         "data": lambda: _before(Preparation, "of", _always, strike),
-        "fill": lambda: _before(stored, "claimed_blocks", _always, strike),
+        "fill": lambda: _before(filling, "claimed_blocks", _always, strike),
         "step": lambda: _before(of_training, "score_within_limit", _counted(3), strike),
         "sync": lambda: _before(Reference, "sync", _counted(3), strike),
         "save": lambda: _before(resumable_trainer, "save_complete", _is_at(4), strike),

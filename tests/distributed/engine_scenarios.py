@@ -180,7 +180,7 @@ def saved(model: nn.Module, folder: Path) -> str:
     give_back(model)  # while they are gathered, tied weights may be several tensors
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            weights[name] = whole(parameter)
+            weights[name.replace("_checkpoint_wrapped_module.", "")] = whole(parameter)
     if RANK == 0:
         save_file({name: value.contiguous().clone() for name, value in weights.items()}, folder / "weights.safetensors")
     torch.manual_seed(0)

@@ -30,14 +30,24 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 _ENVIRONMENT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_", "ACCELERATE_DEEPSPEED")
 
 
+FSDP2_VARIANTS: dict[str, dict[str, Any]] = {
+    "fsdp2_parts": {"state_dict_type": "SHARDED_STATE_DICT"},
+    "fsdp2_kept": {"reshard_after_forward": False},
+    "fsdp2_each": {"cpu_ram_efficient_loading": False},
+    "fsdp2_unwrapped": {"auto_wrap_policy": "NO_WRAP"},
+    "fsdp2_recomputed": {"activation_checkpointing": True},
+    "fsdp2_offloaded": {"offload_params": True},
+}
+"""FSDP2 with other options of accelerate's."""
+
+
 def options_of(engine: str, **fsdp_config: Any) -> dict[str, Any]:
     """The options of `DPOConfig` with which a run uses this engine; the next run of this process may use another.
-    `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process."""
+    `fsdp2_parts` is FSDP2 whose checkpoints are in parts, one of each process; `FSDP2_VARIANTS` has others."""
     for name in [name for name in os.environ if name.startswith(_ENVIRONMENT)]:
         del os.environ[name]
     forget_deepspeed()
-    if engine == "fsdp2_parts":
-        fsdp_config = {"state_dict_type": "SHARDED_STATE_DICT"} | fsdp_config
+    fsdp_config = FSDP2_VARIANTS.get(engine, {}) | fsdp_config
     if engine.startswith("fsdp2"):
         shard_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"} | fsdp_config}

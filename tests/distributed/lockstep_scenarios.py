@@ -400,7 +400,7 @@ def agreement_itself(engine: str, folder: Path) -> Any:
         "of the disk": fail(lambda rank: rank == last, OSError, "c"),
         "of none": fail(lambda rank: False, ValueError, "d"),
     }
-    return {"found_by_each_process": gather_object([found])}
+    return {"found_by_each_process": agreement.of_all(found)}
 
 
 SCENARIOS: dict[str, Scenario] = {

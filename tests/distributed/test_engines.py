@@ -24,7 +24,7 @@ SHARDING = ("fsdp2", "native", "zero3")
 def faults(one: dict[str, Any], several: dict[str, Any], name: str) -> Iterator[str]:
     """What differs between a run of one process and the same over an engine, and what makes the latter dishonest."""
     engine, policy, _, motion = name.split("/")[:4]
-    engine = engine.removesuffix("_parts")
+    engine = engine.split("_")[0]
     if errors := several.get("errors") or one.get("errors"):
         yield f"it failed: {errors}"
         return

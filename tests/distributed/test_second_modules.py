@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_mutations import RUN_OF
+from engine_mutations import OF_SECOND_MODULES
 from test_engines import faults
 
 pytestmark = pytest.mark.slow
@@ -83,11 +83,11 @@ def test_a_run_has_the_numbers_of_one_process_and_its_share_of_the_memory(
     assert list(faults(one, engine_outcome(num_processes, run), run)) == []
 
 
-@pytest.mark.parametrize(("num_processes", "run"), [(2, f"fsdp2/mutated/{name}") for name in RUN_OF])
+@pytest.mark.parametrize(("num_processes", "run"), [(2, f"fsdp2/mutated/{name}") for name in OF_SECOND_MODULES])
 def test_what_goes_wrong_is_found(num_processes: int, run: str, engine_outcome: Outcome) -> None:
     """A replica by the bytes that it takes, alone; a part of another process, and an optimizer that moves nothing, by
     the numbers."""
-    name = RUN_OF[run.split("/")[2]]
+    name = OF_SECOND_MODULES[run.split("/")[2]]
     found = list(faults(engine_outcome(1, f"one/{name}"), engine_outcome(num_processes, run), f"fsdp2/{name}"))
     assert found
     if run.endswith("reference_left_whole"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import flex_attention
 
@@ -65,8 +65,10 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def recomputed(module: nn.Module) -> nn.Module:
-    """The module whose activations `module` recomputes, where that is all that it does; else `module` itself."""
-    return looked_up("torch", module, "_checkpoint_wrapped_module") if isinstance(module, CheckpointWrapper) else module
+    """The module whose activations `module` recomputes or moves, where it is made for that; else `module` itself."""
+    while isinstance(module, ActivationWrapper):
+        module = looked_up("torch", module, "_checkpoint_wrapped_module")
+    return module
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

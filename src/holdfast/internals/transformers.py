@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -59,6 +60,7 @@ OVERRIDDEN: Mapping[str, tuple[str, ...]] = {
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
     "_set_signature_columns_if_needed": (),
 }
 """Methods of `Trainer` that `DPOTrainer` replaces, with the parameters that it reads or passes on."""
@@ -250,6 +252,8 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
 
 def recomputation(module: nn.Module) -> Callable[..., Any] | None:
     """The function that checkpoints the module's layers; None where activation checkpointing is off."""
+    if isinstance(module, CheckpointWrapper):  # FSDP2's own, which accelerate puts around layers
+        return looked_up("torch", module, "checkpoint_fn")
     function = vars(module).get("_gradient_checkpointing_func")
     if function is None and vars(module).get("gradient_checkpointing") is True:
         raise MovedError(
@@ -262,8 +266,8 @@ def recomputation(module: nn.Module) -> Callable[..., Any] | None:
 
 def set_recomputation(module: nn.Module, function: Callable[..., Any]) -> None:
     """Makes `function` the one that `recomputation` returns."""
-    untyped: Any = module
-    untyped._gradient_checkpointing_func = function
+    name = "checkpoint_fn" if isinstance(module, CheckpointWrapper) else "_gradient_checkpointing_func"
+    setattr(module, name, function)
 
 
 def is_on_attention_interface(causal_lm: PreTrainedModel) -> bool:

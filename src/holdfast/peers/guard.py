@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from holdfast.interruption import Interrupted, interruption_behind
+from holdfast.interruption import Interrupted, interruptible, interruption_behind
 from holdfast.peers import own_watch, phase
 from holdfast.peers.beat import Verdict
 from holdfast.peers.lost import LostPeerError
@@ -27,7 +27,13 @@ _OF_COMMUNICATION = re.compile(
 @contextmanager
 def guarded(name: str) -> Iterator[None]:
     """A context, or a decorator, for what needs the other processes; `name` says what is done, as in `phase.doing`.
-    LostPeerError where one of them is lost. Within another guard it only announces the phase."""
+    LostPeerError where one of them is lost. Within another guard it only announces the phase. It is `interruptible`."""
+    with interruptible(), _guarded(name):
+        yield
+
+
+@contextmanager
+def _guarded(name: str) -> Iterator[None]:
     if phase.depth() > 0:
         with phase.doing(name):
             yield

@@ -6,6 +6,8 @@ group is made here first; what transformers does then is the same as in a script
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -27,11 +29,21 @@ class JoiningOptions(Protocol):
     peer_timeout: float
 
 
-def join(options: JoiningOptions) -> None:
-    """Begins to watch the other processes, and makes the group of a run on CPUs with its `ddp_timeout`. Nothing in a
-    run of one process, or where the group is there already."""
+@contextmanager
+def joining(options: JoiningOptions) -> Iterator[None]:
+    """A context for what makes the group of the run's processes; nothing in a run of one.
+
+    Before it, the process begins to watch the others, and makes the group itself on a CPU, unless there is one. At its
+    end it waits a moment until it knows those that it watches."""
     if not _is_one_of_several():
+        yield
         return
+    _join(options)
+    yield
+    _meet()
+
+
+def _join(options: JoiningOptions) -> None:
     own_watch.begin()
     if (own := own_watch.current()) is not None:
         own.limit = float(options.peer_timeout)
@@ -48,7 +60,7 @@ def join(options: JoiningOptions) -> None:
             PartialState(cpu=True, backend=options.ddp_backend, timeout=timeout)
 
 
-def meet() -> None:
+def _meet() -> None:
     """Waits a moment until this process and those that it watches know each other, once all have joined. A warning
     names those that it cannot reach: their end is then noticed by others, or by `ddp_timeout`."""
     import torch.distributed

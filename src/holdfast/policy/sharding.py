@@ -232,6 +232,22 @@ def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
         return
     if not accelerator.is_fsdp2:
         return
+    shared = _shared_parameters(policy)
     stand_in = torch.optim.SGD(policy.parameters())  # accelerate shards a model together with its optimizer only
-    accelerator.prepare(policy, stand_in)
+    try:
+        accelerator.prepare(policy, stand_in)
+    except Exception as error:
+        if not shared:
+            raise
+        raise ValueError(
+            f"The policy was to be sharded with FSDP2, but its modules share weights, `{shared[0]}` first of "
+            f"{len(shared)}, and accelerate could not shard these together: {error}. Train without what shares them, "
+            "or with DDP or DeepSpeed."
+        ) from error
     forget_optimizers(accelerator)
+
+
+def _shared_parameters(module: nn.Module) -> list[str]:
+    """The other names of parameters that have several."""
+    names = {name for name, _ in module.named_parameters()}
+    return [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]

@@ -58,7 +58,8 @@ class EngineCheckpoints(EngineTrainer):
     def _engine(self) -> Engine:
         """What the manifest of a checkpoint records of this run."""
         if self.is_deepspeed_enabled:
-            name = f"DeepSpeed ZeRO-{self._deepspeed_plugin.zero_stage}"
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            name = f"DeepSpeed ZeRO-{plugin.zero_stage}"
         elif self._is_in_parts:
             name = "FSDP2" if self.is_fsdp_enabled else "weights sharded as they were loaded"
         else:

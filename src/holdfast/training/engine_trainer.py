@@ -8,11 +8,13 @@ And a policy that was evaluated first must still be wrapped for training: accele
 evaluation as it is, so without DDP around it every process would train on its own.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_init
@@ -42,34 +44,21 @@ class EngineTrainer(Trainer):
         """Whether an engine of accelerate's trains the policy."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    @property
-    def _saves_together(self) -> bool:
-        """Whether all processes save and load a model or an optimizer together: where these are spread over them."""
-        return self._has_engine or self._is_sharded
-
     def _begin_engine(self, policy: nn.Module) -> None:
         """Brings the policy to where, and how, its engine computes with it. `_is_sharded` is set."""
         shard_policy(policy, self.accelerator)
         if self.is_deepspeed_enabled:
-            dtype = self._deepspeed_plugin.hf_ds_config.dtype()
-            if self._is_zero3:
-                self._make_scoring_engine()
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            if plugin.zero_stage == 3:
+                self._make_scoring_engine(plugin.hf_ds_config.config)
             else:
                 self._move_model_to_device(policy, self.args.device)
-                cast(policy, dtype)
+                cast(policy, plugin.hf_ds_config.dtype())
         self._is_sharded = self.is_fsdp_enabled or is_sharded(policy)
 
-    @property
-    def _deepspeed_plugin(self) -> Any:
-        return self.accelerator.state.deepspeed_plugin
-
-    @property
-    def _is_zero3(self) -> bool:
-        return self.is_deepspeed_enabled and self._deepspeed_plugin.zero_stage == 3
-
-    def _make_scoring_engine(self) -> None:
-        """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. Its options are forgotten."""
-        config = self._deepspeed_plugin.hf_ds_config.config
+    def _make_scoring_engine(self, config: dict[str, Any]) -> None:
+        """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. It takes the optimizer's
+        block from the config, which is put back."""
         asked = copy.deepcopy(config)
         deepspeed_init(self, num_training_steps=0, inference=True)
         self.deepspeed = self.accelerator.prepare(self.model)
@@ -84,7 +73,8 @@ class EngineTrainer(Trainer):
         if self.is_deepspeed_enabled:  # the engine before was destroyed
             forget_engine(self.model)
             self.model_wrapped = self.model
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with recomputing_once(self.accelerator):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled and is_sharded(self.model):
             self._keep_parameters()
         return prepared
@@ -126,6 +116,20 @@ class EngineTrainer(Trainer):
         and the same."""
         for group, parameters in zip(self.optimizer.param_groups, self._parameters, strict=True):
             group["params"] = parameters
+
+
+@contextlib.contextmanager
+def recomputing_once(accelerator: Accelerator) -> Iterator[None]:
+    """A context within which accelerate leaves FSDP2's recomputation of activations as it is: the policy has it."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is None or not plugin.activation_checkpointing:
+        yield
+        return
+    plugin.activation_checkpointing = False
+    try:
+        yield
+    finally:
+        plugin.activation_checkpointing = True
 
 
 def cast(policy: nn.Module, dtype: torch.dtype) -> None:

@@ -44,7 +44,6 @@ from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.mixing.source_column import WithSources
 from holdfast.data.prepare import Preparation
-from holdfast.interruption import interruptible
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
 from holdfast.peers.guard import guarded
@@ -220,7 +219,6 @@ class PairTrainer(EngineCheckpoints):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    @interruptible()
     @guarded("evaluating")
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -242,7 +240,6 @@ class PairTrainer(EngineCheckpoints):
         self._check_numbers(metrics, "The evaluation")  # callbacks may have changed some
         return metrics
 
-    @interruptible()
     @guarded("predicting")
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """See `transformers.Trainer.predict`; `test_dataset` is prepared like the others."""

@@ -139,14 +139,9 @@ class PrecomputedReference:
             _kept_when_interrupted(store, name, data) as check,
             tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
         ):
-
-            def scored(batch: PairBatch) -> SequenceLogps:
-                waits.close()
-                return score(batch)
-
             on_wait = partial(_show_waiting, bar, check, waits)
             work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
-            for num_new, num_read in work(scored, scorer, on_wait, check):
+            for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check):
                 num_scored += num_new
                 num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
@@ -207,6 +202,14 @@ def _kept_when_interrupted(store: LogpStore, name: str, data: CompletionsToScore
         interrupted.done = f"{num_kept} of {total} completions ({name}) are kept in {store.folder}."
         interrupted.advice = "Run it again to go on."
         raise interrupted from None
+
+
+def _scored(
+    score: Callable[[PairBatch], SequenceLogps], waits: contextlib.ExitStack, batch: PairBatch
+) -> SequenceLogps:
+    """What `score` says of a batch; `waits` is closed before."""
+    waits.close()
+    return score(batch)
 
 
 def _show_waiting(bar: Any, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
