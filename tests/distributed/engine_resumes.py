@@ -108,7 +108,11 @@ def _resume(name: str, folder: Path) -> dict[str, Any]:
 
 def _best(name: str, folder: Path) -> dict[str, Any]:
     """The numbers of a run that ends with its best model, which is of the first evaluations, and what it leaves."""
-    changed = {"max_steps": 6, "load_best_model_at_end": True, "metric_for_best_model": "eval_logps/rejected"}
+    changed: dict[str, Any] = {
+        "max_steps": 6,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_logps/rejected",
+    }
     changed |= {"save_total_limit": 2, "greater_is_better": True}
     ours = made(name, folder / "run", **SAVING | changed)
     ours.train()
