@@ -81,10 +81,11 @@ def _compare(
     return turns
 
 
-def _adapter_reference(folder: Path, **sharding: Any) -> dict[str, Any]:
-    """A fresh LoRA is sharded, then changed; its reference is asked between the policy's forward and backward."""
-    policy, base = POLICIES["lora_fresh"](), tiny_model()
+def _adapter_reference(folder: Path, kind: str = "lora_fresh", **sharding: Any) -> dict[str, Any]:
+    """A LoRA is sharded, then changed; its reference is asked between the policy's forward and backward."""
+    policy, base = POLICIES[kind](), POLICIES[kind]()
     disable_dropout(policy)
+    disable_dropout(base)
     policy = _sharded(policy, **sharding)
     reference = AdapterReference.capture(policy, contextlib.nullcontext)
     with torch.no_grad():
@@ -108,18 +109,6 @@ def _adapter_reference(folder: Path, **sharding: Any) -> dict[str, Any]:
     }
 
 
-def sharded_frozen_adapter(folder: Path) -> Any:
-    """A trained LoRA's frozen values cannot be put in the place of sharded ones."""
-    policy = POLICIES["lora_sft"]()
-    reference = AdapterReference.capture(policy, contextlib.nullcontext)
-    _sharded(policy)
-    try:
-        reference.logps(_batch(RANK))
-    except ValueError as error:
-        return {"refused_by_each_process": gather_object([str(error)])}
-    return {"refused_by_each_process": gather_object(["not refused"])}
-
-
 SCENARIOS: dict[str, Scenario] = {
     "sharded": partial(_compare, make=tiny_model),
     "sharded_and_resharded": partial(_compare, make=tiny_model, reshard_root=True),
@@ -132,5 +121,6 @@ SCENARIOS: dict[str, Scenario] = {
     "sharded_adapter": _adapter_reference,
     "sharded_adapter_kept": partial(_adapter_reference, reshard_blocks=False),
     "sharded_adapter_resharded": partial(_adapter_reference, reshard_root=True),
-    "sharded_frozen_adapter": sharded_frozen_adapter,
+    "sharded_trained_adapter": partial(_adapter_reference, kind="lora_sft"),
+    "sharded_trained_adapter_resharded": partial(_adapter_reference, kind="lora_sft", reshard_root=True),
 }

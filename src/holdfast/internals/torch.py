@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
@@ -34,9 +34,10 @@ def num_collectives() -> int | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs before or after the module's forward or backward pass."""
+    """Whether anything but FSDP2 runs before or after the module's forward or backward pass."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(looked_up("torch", module, name) for name in names)
+    hooks = [hook for name in names for hook in looked_up("torch", module, name).values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith(fully_shard.__module__) for hook in hooks)
 
 
 def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:
@@ -79,6 +80,12 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     if missing:
         raise MovedError("torch", "nn.Module._save_to_state_dict", f"it leaves out {missing[0]!r}")
     return state
+
+
+def class_of(module: Any) -> type[nn.Module]:
+    """The class of a module before FSDP2 gave it one of its own."""
+    kind = type(module)
+    return kind.__mro__[kind.__mro__.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else kind
 
 
 def dropout_class() -> type[nn.Module]:

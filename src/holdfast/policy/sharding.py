@@ -12,6 +12,7 @@ are flat.
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,12 +126,6 @@ def put(parameter: nn.Parameter, part: Tensor) -> Tensor:
     return former
 
 
-def class_of(module: Any) -> type[nn.Module]:
-    """The class of a module before FSDP2 gave it one of its own."""
-    kind = type(module)
-    return kind.__mro__[kind.__mro__.index(FSDPModule) + 1] if isinstance(module, FSDPModule) else kind
-
-
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """A context within which the module's parameters are whole, and its forward pass gathers nothing. They are copies,
@@ -233,6 +228,7 @@ def shard_policy(policy: nn.Module, accelerator: Accelerator) -> None:
     if not accelerator.is_fsdp2:
         return
     shared = _shared_parameters(policy)
+    keep_fp32_outputs(accelerator)
     stand_in = torch.optim.SGD(policy.parameters())  # accelerate shards a model together with its optimizer only
     try:
         accelerator.prepare(policy, stand_in)
@@ -251,3 +247,11 @@ def _shared_parameters(module: nn.Module) -> list[str]:
     """The other names of parameters that have several."""
     names = {name for name, _ in module.named_parameters()}
     return [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in names]
+
+
+def keep_fp32_outputs(accelerator: Accelerator) -> None:
+    """Has FSDP2 leave what a model returns as it is. In bf16 accelerate would have it rounded, and so the log-probs,
+    which are fp32 whatever the weights' dtype."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

@@ -2,8 +2,9 @@
 
 Scoring replaces the head of a model for one forward pass, so it must find the head whatever wraps the model. A plain
 matrix goes through `scoring.head`, which is fast and small; a head that computes more goes through its own forward. A
-head with an adapter, a hook, a replaced forward or a quantised weight counts as more than a matrix. Given up: speed for
-such a head where it computes no more than a matrix.
+head with an adapter, a hook, a replaced forward or a quantised weight counts as more than a matrix. A head that FSDP2
+shards has a whole weight within its own forward pass, so there it is a plain matrix too. Given up: speed for other
+heads, and under DeepSpeed ZeRO-3, where they compute no more than a matrix.
 """
 
 from typing import Any, cast
@@ -15,10 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.internals.deepspeed import is_partitioned, whole_shape
-from holdfast.internals.torch import has_hooks
+from holdfast.internals.torch import class_of, has_hooks
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,11 +59,14 @@ def vocabulary_size(causal_lm: PreTrainedModel) -> int:
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether `head` is an `nn.Linear` and nothing else: no adapter, hook, replaced forward, or quantised weight."""
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    """Whether `head` is an `nn.Linear` and nothing else, sharded by FSDP2 or whole: no adapter, no hook of others, no
+    replaced forward, no quantised weight."""
+    if class_of(head) is not nn.Linear or "forward" in vars(head) or has_hooks(head):
         return False
-    # Quantised and distributed weights are subclasses of Tensor with products of their own.
-    return not has_hooks(head) and type(head.weight) in (nn.Parameter, Tensor) and head.weight.dtype in _WEIGHT_DTYPES
+    weight: Any = head.weight
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    # Quantised weights are subclasses of Tensor with products of their own.
+    return type(local) in (nn.Parameter, Tensor) and local.dtype in _WEIGHT_DTYPES and not is_partitioned(weight)
 
 
 def matrix_of(head: object) -> nn.Linear | None:

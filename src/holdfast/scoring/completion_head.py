@@ -4,7 +4,8 @@ The model runs its own forward pass up to its output embeddings. There the stand
 completion tokens, so neither prompts nor padding are projected. The log-probs leave as the model's own output, because
 wrappers such as FSDP put hooks on the tensors that a forward pass returns.
 
-A head that is a plain matrix is projected by `scoring.head`. Any other runs through its own forward, a chunk at a time,
+A head that is a plain matrix is projected by `scoring.head`; where FSDP2 shards it, within the head's own forward pass,
+for which its weight is gathered once. Any other runs through its own forward, a chunk at a time,
 and a chunk's logits are computed again in the backward pass. Given up there: one more forward pass of the head.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -48,7 +50,7 @@ class Projection:
         self, states: Float[Tensor, "N h"], target: Int[Tensor, "N"], transform: LogitTransform
     ) -> tuple[Float[Tensor, "N"], ...]:
         """The log-probs of `target`, and the statistics of `scoring.head.token_logps` where they were asked for."""
-        if self.matrix is not None:
+        if self.matrix is not None and not isinstance(self.matrix.weight, DTensor):
             return linear_logps(
                 states, self.matrix.weight, self.matrix.bias, target, transform,
                 chunk_tokens=self.chunk_tokens, with_statistics=self.with_statistics, any_order=self.any_order,

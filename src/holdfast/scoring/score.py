@@ -86,12 +86,12 @@ def score(
     keeps a chunk at `CHUNK_LOGITS` logits. Raises ValueError when the model has no output embeddings.
     """
     causal_lm = unwrap(model)
-    if is_model_sharded := is_sharded(model):
+    if is_sharded(model):
         agree_on_transform(causal_lm)
     vocabulary, head = vocabulary_size(causal_lm), output_embeddings(causal_lm)
     projection = Projection(
         forward=head.forward,
-        matrix=None if is_model_sharded else matrix_of(head),
+        matrix=matrix_of(head),
         chunk_tokens=chunk_tokens or max(CHUNK_TOKENS_MIN, CHUNK_LOGITS // vocabulary),
         with_statistics=statistics,
         any_order=batch.num_pairs == 0,  # such a batch is scored for the store, and compared with no policy

@@ -28,10 +28,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from holdfast.internals.deepspeed import ENGINE_ATTRIBUTES, PARTITIONING_ATTRIBUTES
 from holdfast.internals.peft import switched_layers
-from holdfast.internals.torch import own_state, recomputed
+from holdfast.internals.torch import class_of, own_state, recomputed
 from holdfast.policy.adapters import lora_adds_nothing
 from holdfast.policy.rotations import has_moving_rotations
-from holdfast.policy.sharding import class_of, gathered, whole
+from holdfast.policy.sharding import gathered, whole
 from holdfast.reference.identity.code import code_of, names_of_functions
 
 Scalar = str | int | float | bool | torch.dtype | Enum
