@@ -4,7 +4,6 @@ A subclass of `transformers.TrainingArguments`, with the names that users of the
 contradict each other are refused here, before any model is loaded; none is accepted and ignored.
 """
 
-import copy
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
-from holdfast.options.combinations import check_combinations
+from holdfast.options.combinations import check_combinations, refused_by_transformers
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
@@ -32,7 +31,7 @@ from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.mixture import check_shares
 from holdfast.reference.tensor_file import SnapshotDevice
 from holdfast.secrets import MASK, masked_inside, pickled_state, secrets_in
-from holdfast.training_arguments import check_heeded, check_noise
+from holdfast.training_arguments import check_heeded, check_noise, checked_gathering
 
 LAYOUT_NAMES = ("auto", *LAYOUTS)
 
@@ -199,10 +198,7 @@ class DPOConfig(
             ImportError,
             NotImplementedError,
         ) as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            is_missing = isinstance(error, ImportError) and "deepspeed" in str(error).lower()
-            remedy = " Install it: pip install 'holdfast[deepspeed]'." if is_missing else ""
-            raise ValueError(f"The options were refused by transformers: {kind}{error}{remedy}") from error
+            raise refused_by_transformers(error) from error
 
     def check(self) -> None:
         """ValueError where the options, as they are now, cannot be right. A trainer asks again, since a script may have
@@ -214,7 +210,7 @@ class DPOConfig(
         check_noise(self)
         self._check_ranges()
         check_combinations(self)
-        self._check_gathering()
+        self.accelerator_config = checked_gathering(self)
         self._check_losses()
         self._check_reference()
         rehearse(self)
@@ -291,30 +287,6 @@ class DPOConfig(
         for name, (first, second) in choices.items():
             if (value := getattr(self, name)) not in (first, second):
                 raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")
-
-    def _check_gathering(self) -> None:
-        """Three options about gathering are refused. Dispatching, accelerate's default for streams, splits a batch
-        along its first dimension, but pairs, sequences and tokens differ in theirs. transformers puts gathered objects
-        of several batches together wrongly. Processes with unlike numbers of batches or pairs cannot step together."""
-        if self.eval_use_gather_object:
-            raise ValueError(
-                "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
-                "fillers of the last batch are told apart. Leave eval_use_gather_object out."
-            )
-        options: Any = copy.copy(self.accelerator_config)
-        if options.dispatch_batches:
-            raise ValueError(
-                "dispatch_batches=True was asked for, which cuts a batch's tensors into equal parts, but "
-                "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
-            )
-        if not options.even_batches and self.world_size > 1:
-            raise ValueError(
-                f"even_batches=False was asked for on {self.world_size} processes, but they step together, and some "
-                "would have fewer batches or pairs than others. Leave even_batches out: the pairs that fill up the "
-                "last batches count for nothing."
-            )
-        options.dispatch_batches = False
-        self.accelerator_config = options
 
     def _check_losses(self) -> None:
         check_losses(

@@ -6,6 +6,7 @@ preference pairs, or something else. `tests/unit/test_training_arguments.py` lis
 `transformers` adds fails there until somebody has looked at it.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -110,6 +111,34 @@ def check_noise(args: Any) -> None:
             "its noise by the length of a row, which would be of many sequences, or of a part of the batch. Use "
             "layout='padded' without tokens_per_batch."
         )
+
+
+def checked_gathering(args: TrainingArguments) -> Any:
+    """The options of `args` for accelerate, with dispatching off. ValueError where gathering would go wrong.
+
+    Dispatching, accelerate's default for streams, splits a batch along its first dimension, but pairs, sequences and
+    tokens differ in theirs. transformers puts gathered objects of several batches together wrongly. Processes with
+    unlike numbers of batches or pairs cannot step together.
+    """
+    if args.eval_use_gather_object:
+        raise ValueError(
+            "eval_use_gather_object=True was asked for, but logits and ids are gathered as tensors, in which "
+            "fillers of the last batch are told apart. Leave eval_use_gather_object out."
+        )
+    options: Any = copy.copy(args.accelerator_config)
+    if options.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True was asked for, which cuts a batch's tensors into equal parts, but "
+            "those of a batch of pairs have unlike lengths (rows, tokens, pairs). Leave dispatch_batches out."
+        )
+    if not options.even_batches and args.world_size > 1:
+        raise ValueError(
+            f"even_batches=False was asked for on {args.world_size} processes, but they step together, and some "
+            "would have fewer batches or pairs than others. Leave even_batches out: the pairs that fill up the "
+            "last batches count for nothing."
+        )
+    options.dispatch_batches = False
+    return options
 
 
 def check_metrics(args: TrainingArguments, compute_metrics: Any) -> None:

@@ -3,10 +3,13 @@
 `resume` takes a run up from its second step, in the same launch, and does everything else that a checkpoint is for.
 `from-N-ENGINE` takes up what the launch of N processes has saved with `resume`. `full-RANK` finds no room in one
 process. `full_apart` has an output folder of its own for each process. `mutated-WHAT` is `resume` with a step left out.
+`best` ends with the best model and two checkpoints, `only_model` goes on without an optimizer, and `stopped` goes on
+after the last process was asked to end.
 """
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +22,7 @@ from engine_scenarios import made, outcome
 from engines import forget_deepspeed
 from peft import PeftModel
 from safetensors.torch import load_file
-from scenarios import RANK, WORLD, evaluated
+from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -56,6 +59,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         return {"said": gather_object([_refused(made(name, folder / f"host{RANK}", **SAVING), None)])}
     if action.startswith("full-"):
         return _full_disk(name, folder, int(action.removeprefix("full-")))
+    if action in ("best", "only_model", "stopped"):
+        return {"best": _best, "only_model": _only_model, "stopped": _stopped}[action](name, folder)
     with MUTATIONS[action.removeprefix("mutated-")]() if action.startswith("mutated-") else nullcontext():
         return _resume(name, folder)
 
@@ -99,6 +104,54 @@ def _resume(name: str, folder: Path) -> dict[str, Any]:
     taken_up = _taken_up(name, checkpoint, folder)
     taken_up["facts of each_process"] |= {"uninterrupted": uninterrupted, **facts}
     return taken_up
+
+
+def _best(name: str, folder: Path) -> dict[str, Any]:
+    """The numbers of a run that ends with its best model, which is of the first evaluations, and what it leaves."""
+    changed: dict[str, Any] = {
+        "max_steps": 6,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_logps/rejected",
+    }
+    changed |= {"save_total_limit": 2, "greater_is_better": True}
+    ours = made(name, folder / "run", **SAVING | changed)
+    ours.train()
+    left = sorted(path.name for path in complete_checkpoints(folder / "run"))
+    best = str(ours.state.best_model_checkpoint).rpartition("/")[2]
+    return outcome(ours, folder / "run") | {"left": left, "best": best}
+
+
+def _only_model(name: str, folder: Path) -> dict[str, Any]:
+    """The numbers of a run that was taken up without an optimizer's state."""
+    made(name, folder / "run", **SAVING | {"save_only_model": True}).train()
+    return _taken_up(name, folder / "run" / "checkpoint-2", folder)
+
+
+def _stopped(name: str, folder: Path) -> dict[str, Any]:
+    """The numbers of a run that goes on after the last process got SIGTERM within the third step."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and RANK == WORLD - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = SAVING | {"save_strategy": "no", "gradient_accumulation_steps": 2}
+    options |= {"per_device_train_batch_size": max(GLOBAL_BATCH // WORLD // 2, 1)}
+    ours = made(name, folder / "run", **options)
+    ours.add_callback(Stop())
+    code: Any = None
+    try:
+        ours.train()
+    except SystemExit as end:
+        code = end.code
+    again = made(name, folder / "run", **options)
+    again.train(resume_from_checkpoint=True)
+    codes = gather_object([code])
+    left = [path.name for path in complete_checkpoints(folder / "run")]
+    return outcome(again, folder / "run") | {
+        "left": left,
+        "codes": sorted(set(codes)),
+    }
 
 
 def _full_disk(name: str, folder: Path, rank: int) -> dict[str, Any]:

@@ -85,6 +85,27 @@ def test_what_was_saved_is_taken_up(num_processes: int, run: str, engine_outcome
     assert list(resume_faults(one, engine_outcome(num_processes, run), run)) == []
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("num_processes", "run"),
+    [
+        (2, f"{engine}/full/chosen/soft/{action}")
+        for engine in ENGINES
+        for action in ("best", "only_model", "stopped")
+        if (engine, action) != ("fsdp2_parts", "only_model")  # which transformers refuses
+    ],
+)
+def test_a_run_ends_as_in_one_process(num_processes: int, run: str, engine_outcome: Outcome) -> None:
+    """With the best model and the checkpoints that `save_total_limit` leaves; without an optimizer's state; and after
+    one process was asked to end."""
+    one, several = engine_outcome(1, f"one/{run.split('/', 1)[1]}"), engine_outcome(num_processes, run)
+    assert list(faults(_without_totals(one), _without_totals(several), run.rpartition("/")[0])) == []
+    if run.endswith("best"):
+        assert (one["best"], one["left"]) == ("checkpoint-2", ["checkpoint-2", "checkpoint-6"])
+    if run.endswith("stopped"):
+        assert (one["codes"], one["left"]) == ([143], ["checkpoint-3"])
+
+
 FROM = {
     "full/device/soft": ("fsdp2", "fsdp2_parts", "native", "ddp"),
     "full/chosen/soft": ("fsdp2", "fsdp2_parts"),

@@ -65,7 +65,7 @@ def _tensors(policy: Any) -> dict[str, Tensor]:
     """The tensors of a checkpoint, which share memory with the policy's."""
     give_back(policy)
     if is_adapted(policy):
-        return get_peft_model_state_dict(policy, adapter_name=policy.active_adapter)
+        return get_peft_model_state_dict(policy, adapter_name=str(policy.active_adapter))
     return get_model_state_dict(policy)  # type: ignore[return-value]
 
 

@@ -19,6 +19,9 @@ ENGINE_ATTRIBUTES = {
 }  # fmt: skip
 """The attributes that an engine gives to the modules of a model."""
 
+PARTITIONING_ATTRIBUTES = {"all_parameters", "ds_external_parameters"}
+"""The functions that modules get when their parameters are spread."""
+
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether ZeRO-3 has spread a parameter over processes."""
@@ -34,6 +37,12 @@ def own_partition(parameter: Tensor) -> Tensor:
     """The flat values of a parameter that this process holds, without padding; they share memory with it."""
     padded = looked_up("deepspeed", parameter, "ds_tensor")
     return padded.detach()[: _bounds(parameter)[1]]
+
+
+def own_memory(parameter: Tensor) -> None:
+    """Moves the values of a parameter that this process holds into memory that nothing else looks at."""
+    padded = looked_up("deepspeed", parameter, "ds_tensor")
+    padded.data = padded.data.clone()
 
 
 def partition_of(value: Tensor, parameter: Tensor) -> Tensor:

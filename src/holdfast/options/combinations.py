@@ -21,6 +21,14 @@ from holdfast.options.ranges import count
 from holdfast.policy.init_names import present_names
 
 
+def refused_by_transformers(error: Exception) -> ValueError:
+    """The error for options of which transformers itself has refused one, with what is missing where a package is."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    is_missing = isinstance(error, ImportError) and "deepspeed" in str(error).lower()
+    remedy = " Install it: pip install 'holdfast[deepspeed]'." if is_missing else ""
+    return ValueError(f"The options were refused by transformers: {kind}{error}{remedy}")
+
+
 def check_combinations(args: Any) -> None:
     """ValueError where two of the options contradict each other, or where an option that is a mapping holds what it
     cannot."""

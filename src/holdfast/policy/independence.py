@@ -24,6 +24,7 @@ from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS
 from holdfast.data.inputs import takes_positions
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.sequences import TokenSequence
+from holdfast.internals.deepspeed import ENGINE_ATTRIBUTES
 from holdfast.policy.untouched import plain_attributes, untouched
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
@@ -99,7 +100,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from ((name, buffer.detach().clone()) for name, buffer in model.named_buffers())
     for path, part in model.named_modules():
         for name, value in plain_attributes(part).items():
-            if isinstance(value, int | float | str | Tensor):
+            if name not in ENGINE_ATTRIBUTES and isinstance(value, int | float | str | Tensor):
                 yield f"{path}.{name}", value.detach().clone() if isinstance(value, Tensor) else value
 
 

@@ -60,8 +60,8 @@ class EngineTrainer(Trainer):
         self._is_sharded = self.is_fsdp_enabled or is_sharded(policy)
 
     def _make_scoring_engine(self, config: dict[str, Any]) -> None:
-        """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. It takes the optimizer's block
-        from the config, which is put back."""
+        """An engine of ZeRO-3 without an optimizer, as transformers makes it to evaluate. It takes the optimizer's
+        block from the config, which is put back."""
         asked = copy.deepcopy(config)
         deepspeed_init(self, num_training_steps=0, inference=True)
         self.deepspeed = self.accelerator.prepare(self.model)

@@ -138,6 +138,4 @@ class Startup:
         check_resumable(self._dependence or self._find_dependence([self._policy], train_dataset))
 
     def _find_dependence(self, models: Sequence[nn.Module], train_dataset: Any) -> Dependence | None:
-        if self._is_sharded:
-            return None
         return find_dependence(models, train_dataset, self._longest_row, self._accelerator.autocast)

@@ -26,7 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from holdfast.internals.deepspeed import ENGINE_ATTRIBUTES
+from holdfast.internals.deepspeed import ENGINE_ATTRIBUTES, PARTITIONING_ATTRIBUTES
 from holdfast.internals.peft import switched_layers
 from holdfast.internals.torch import own_state, recomputed
 from holdfast.policy.adapters import lora_adds_nothing
@@ -118,7 +118,7 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
 def _counts(name: str) -> bool:
     """Whether an attribute of this name may change a log-prob."""
     is_about_training = "drop" in name or "checkpoint" in name
-    is_of_engine = name in ENGINE_ATTRIBUTES
+    is_of_engine = name in ENGINE_ATTRIBUTES | PARTITIONING_ATTRIBUTES
     return not (name.startswith("_") or is_about_training or is_of_engine or name in _ATTRIBUTES_WITHOUT_EFFECT)
 
 

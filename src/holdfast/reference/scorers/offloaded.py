@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from holdfast.agreement import raised_together
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.internals.deepspeed import is_partitioned, own_memory
 from holdfast.internals.fully_shard import replace_tensors
 from holdfast.policy.sharding import is_sharded, own_part, parameters_of
 from holdfast.reference.base import Scorer
@@ -72,7 +73,11 @@ class OffloadedReference(Scorer):
         """Frees the memory of this process's parts of a sharded module."""
         storages = self._storages_of_parts()
         if not all(storage.resizable() for storage in storages):  # numpy has read it, for a digest
-            replace_tensors(self._module, Tensor.clone)
+            of_zero = [*filter(is_partitioned, self._module.parameters())]
+            for parameter in of_zero:
+                own_memory(parameter)
+            if not of_zero:
+                replace_tensors(self._module, Tensor.clone)
             storages = self._storages_of_parts()
         self._storages = [(storage, storage.nbytes()) for storage in storages]
         for storage, _ in self._storages:

@@ -149,6 +149,7 @@ class PrecomputedReference:
                 bar.update(num_new)
             waits.close()
             bar.update(bar.total - bar.n)
+            store.flush()
             self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
         if self._is_main:
