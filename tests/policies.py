@@ -35,8 +35,9 @@ def _adapted(model: nn.Module | None = None, name: str = "default", **options: A
         return get_peft_model(model or tiny_model(), _lora(**options), adapter_name=name)
 
 
-def _sft_lora(name: str = "default") -> PeftModel:
-    model = _adapted(name=name)
+def sft_lora(name: str = "default", **options: Any) -> PeftModel:
+    """A policy with a LoRA that has been trained."""
+    model = _adapted(name=name, **options)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(8)
         for parameter_name, parameter in model.named_parameters():
@@ -47,7 +48,7 @@ def _sft_lora(name: str = "default") -> PeftModel:
 
 def _fresh_over_sft() -> PeftModel:
     """An active fresh adapter beside an inactive trained one: the policy computes as the bare base."""
-    model = _sft_lora()
+    model = sft_lora()
     with torch.random.fork_rng():
         torch.manual_seed(6)
         model.add_adapter("dpo", _lora())
@@ -87,8 +88,8 @@ POLICIES: dict[str, Callable[[], nn.Module]] = {
     "full": _full,
     "partly_frozen": _partly_frozen,
     "lora_fresh": _adapted,
-    "lora_sft": _sft_lora,
-    "lora_sft_named_ref": lambda: _sft_lora("ref"),
+    "lora_sft": sft_lora,
+    "lora_sft_named_ref": lambda: sft_lora("ref"),
     "lora_fresh_over_sft": _fresh_over_sft,
     "lora_modules_to_save": lambda: _adapted(modules_to_save=["lm_head"]),
     "lora_head": lambda: _adapted(target_modules=["q_proj", "lm_head"]),

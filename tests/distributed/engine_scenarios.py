@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from engines import alive_bytes, loaded_in_shards, options_of, own_numel, whole
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from scenarios import GLOBAL_BATCH, RANK, WORLD, evaluated
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.policy.sharding import give_back
 from holdfast.scoring.frozen import frozen_logps
-from policies import POLICIES, config, rows, trainer
+from policies import POLICIES, config, rows, sft_lora, trainer
 
 POLICY_KINDS = ("full", "lora_fresh", "lora_sft")
 HOLDINGS: dict[str, dict[str, Any]] = {
@@ -63,9 +63,7 @@ MORE_HOLDINGS |= {f"{holding}_disturbed": HOLDINGS[holding] for holding in ("dev
 MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
     family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "lfm2")
 }
-MORE_POLICIES["lora_thin"] = lambda: get_peft_model(
-    tiny_model(), LoraConfig(r=1, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-)
+MORE_POLICIES["lora_thin"] = lambda: sft_lora(r=1)
 """Policies and holdings beyond those of `names`. Of the factors of rank 1 all but one process have nothing."""
 MOTIONS: dict[str, dict[str, Any]] = {
     "fixed": {},

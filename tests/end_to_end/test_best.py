@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from checkpoints import flip, make_earlier
 from families import tiny_model
 from holdfast.reference.identity.digests import digest
-from policies import POLICIES, _adapted, _sft_lora, config, logged, rows, trainer
+from policies import POLICIES, _adapted, config, logged, rows, sft_lora, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ OPTIONS |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"
 
 def several_adapters() -> nn.Module:
     """The second of three adapters trains."""
-    model = _sft_lora("first")
+    model = sft_lora("first")
     with torch.random.fork_rng():
         torch.manual_seed(6)
         for name in ("second", "third"):

@@ -168,6 +168,14 @@ def test_a_dropout_class_that_is_another(monkeypatch: pytest.MonkeyPatch) -> Non
         of_torch.dropout_class()
 
 
+def test_a_forward_pass_of_fsdp_that_cannot_be_ended() -> None:
+    """The names are looked up, so that one that is gone is no silent stale value."""
+    state = SimpleNamespace(_training_state=SimpleNamespace(name="IDLE"))
+    for module in (SimpleNamespace(), SimpleNamespace(_get_fsdp_state=lambda: state)):
+        with pytest.raises(MovedError, match="moved in version"):
+            of_torch.end_forward(module)  # type: ignore[arg-type]
+
+
 def test_a_block_mask_that_is_no_longer_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
         return query >= key

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from holdfast.internals.accelerate import forget_preparation, is_prepared
 from holdfast.internals.deepspeed import forget_engine
 from holdfast.internals.transformers import saving_where_asked
+from holdfast.policy.loaded_files import check_same_files
 from holdfast.policy.sharding import average_gradients, give_back, is_sharded, shard_policy
 
 
@@ -46,6 +47,8 @@ class EngineTrainer(Trainer):
 
     def _begin_engine(self, policy: nn.Module) -> None:
         """Brings the policy to where, and how, its engine computes with it. `_is_sharded` is set."""
+        if is_sharded(policy) and not self._has_engine:
+            check_same_files(policy)
         shard_policy(policy, self.accelerator)
         if self.is_deepspeed_enabled:
             plugin: Any = self.accelerator.state.deepspeed_plugin
