@@ -123,7 +123,8 @@ def _best(name: str, folder: Path) -> dict[str, Any]:
 
 def _only_model(name: str, folder: Path) -> dict[str, Any]:
     """The numbers of a run that was taken up without an optimizer's state."""
-    made(name, folder / "run", **SAVING | {"save_only_model": True}).train()
+    options: dict[str, Any] = SAVING | {"save_only_model": True}
+    made(name, folder / "run", **options).train()
     return _taken_up(name, folder / "run" / "checkpoint-2", folder)
 
 
