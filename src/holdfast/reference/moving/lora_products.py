@@ -38,6 +38,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from holdfast.internals.torch import class_of
 from holdfast.policy.sharding import give_back, is_part, shape_of, whole
 from holdfast.reference.moving.rank import TOLERANCE, bound_rank, break_even_rank
 
