@@ -178,7 +178,6 @@ class DPOTrainer(RenewableTrainer):
             args=self.args,
             accelerator=self.accelerator,
             first_checksums=self._first_checksums,
-            is_sharded=self._is_sharded,
         )
         if hasattr(self.data_collator, "max_length"):  # a user's own may cut rows to any length
             longest, is_main = self.data_collator.max_length, self.is_world_process_zero()

@@ -37,14 +37,12 @@ class Startup:
         args: DPOConfig,
         accelerator: Accelerator,
         first_checksums: Checksums,
-        is_sharded: bool,
     ) -> None:
         self.is_introduced = False
         self._policy = policy
         self._args = args
         self._accelerator = accelerator
         self._first_checksums = first_checksums
-        self._is_sharded = is_sharded
         self._run_models: list[nn.Module] = [policy]
         self._longest_row: int | None = None
         self._dependence: Dependence | None = None
@@ -98,7 +96,6 @@ class Startup:
             first_pairs=first_pairs,
             pair_batch=pair_batch,
             accelerator=self._accelerator,
-            is_sharded=self._is_sharded,
         )
         with contextlib.ExitStack() as stack:
             for model in self._run_models:

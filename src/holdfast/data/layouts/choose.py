@@ -64,12 +64,6 @@ def choose_layout(collator: Any, options: ChoiceOptions, trial: LayoutTrial) -> 
     Raises ValueError where `options.layout` names the layout that a model computes wrongly, and where padded rows are
     the only right ones and `options.padding_free` forbids them.
     """
-    if trial.is_divided and options.tokens_per_batch is not None:
-        raise ValueError(
-            f"tokens_per_batch={options.tokens_per_batch} was asked for, but DeepSpeed divides the weights: all "
-            "processes must compute equally many parts, and their batches differ. Lower per_device_train_batch_size "
-            "instead, or use FSDP2."
-        )
     first = layout_of(collator)
     if first is None or (reason := trial.problem(first)) is None:
         return collator

@@ -5,7 +5,7 @@ settings to read rows of several sequences wrongly. They are found without numbe
 hybrid model may change a log-prob too little to be measured.
 
 Where weights are sharded over processes, all of them score the same pairs together, and agree about each model before
-the next one. Given up: layouts other than padded for weights that DeepSpeed divides (ZeRO-3).
+the next one.
 """
 
 import contextlib
@@ -26,11 +26,9 @@ from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
-from holdfast.scoring.causal_lm import is_sharded, unwrap
+from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, frozen_logps
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
-
-DIVIDED = "it is not compared with padded rows where DeepSpeed divides the weights"
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """The kinds of layer that see what their mask lets them see."""
@@ -41,30 +39,21 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 class LayoutTrial:
     """What a layout is tried on: all `models` of a run, and its first pairs, which `first_pairs()` returns.
 
-    `pair_batch` makes a batch of what a layout returns. `is_sharded` says that the weights are spread over processes.
+    `pair_batch` makes a batch of what a layout returns.
     """
 
     models: Sequence[nn.Module]
     first_pairs: Callable[[], Sequence[Mapping[str, Any]]]
     pair_batch: Callable[[Mapping[str, Tensor]], PairBatch]
     accelerator: Accelerator
-    is_sharded: bool
 
     def problem(self, layout: Layout) -> str | None:
         """Why a model computes `layout` wrongly, in a clause; None where all compute it right. The same on all
         processes."""
         if layout.fallback() is None:
             return None
-        if self.is_divided:
-            return DIVIDED
         reason = _of_any(self._known_problem()) if layout.fills_rows else None
         return reason or self._measured_problem(layout)
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether the policy's weights are spread over processes otherwise than by FSDP, which gathers them for any
-        forward pass of a module."""
-        return self.is_sharded and not is_sharded(self.models[0])
 
     def _known_problem(self) -> str | None:
         return next(filter(None, map(known_problem, self.models)), None)
