@@ -17,6 +17,8 @@ import holdfast
 
 HERE = Path(__file__).parent
 TIMEOUT_SECONDS = 300
+ENDING_SECONDS = 60
+"""More than the 30 s after which torch's launcher kills those of its processes that have not ended."""
 
 
 def launch(num_processes: int, folder: Path, *names: str, script: str = "main.py") -> subprocess.Popen[str]:
@@ -44,13 +46,22 @@ def launch(num_processes: int, folder: Path, *names: str, script: str = "main.py
         )
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends a launch. The launcher ends its processes, which are in groups of their own."""
+    process.terminate()
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def results(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     """What the launched processes wrote; fails the test with what they said where they did not."""
     try:
         code: int | str = process.wait(TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
         code = f"none within {TIMEOUT_SECONDS} s"
     if code != 0:
         said = (folder / "output.txt").read_text(errors="replace")
@@ -83,11 +94,13 @@ def launch_engines(num_processes: int, folder: Path, names: Sequence[str]) -> No
         if all(file.exists() for file in files):
             return
         process = launch(num_processes, folder, *names, script="engine_main.py")
-        try:
-            process.wait(TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        while process.poll() is None:
+            num_outcomes = sum(file.exists() for file in files)
+            try:
+                process.wait(TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                if sum(file.exists() for file in files) == num_outcomes:
+                    end(process)
     missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
     if missing:
         said = (folder / "output.txt").read_text(errors="replace")
