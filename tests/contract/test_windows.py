@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from holdfast import DPOTrainer
 from holdfast.reference import look_ahead
+from holdfast.reference.moving import soft_snapshot
 from holdfast.reference.scorers import snapshot
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -59,6 +60,7 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[int
         return counts
 
     monkeypatch.setattr(snapshot, "exchanged", exchanged)
+    monkeypatch.setattr(soft_snapshot, "exchanged", exchanged)
     return watch
 
 

@@ -125,7 +125,7 @@ def engine_outcome(
     root = tmp_path_factory.getbasetemp()
     root = root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
     parameters = [getattr(getattr(item, "callspec", None), "params", {}) for item in request.session.items]
-    asked = sorted({(each["num_processes"], each["run"]) for each in parameters if "run" in each})
+    asked = sorted({(each["num_processes"], each["run"]) for each in parameters if {"num_processes", "run"} <= {*each}})
 
     def find(num_processes: int, name: str) -> dict[str, Any]:
         folder = root / f"engines with {num_processes}"

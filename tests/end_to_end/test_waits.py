@@ -143,7 +143,8 @@ def test_what_is_no_tensor_stays_in_host_memory(tmp_path: Path) -> None:
 def test_batches_are_copied_ahead_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is pinned memory, and nobody has decided otherwise."""
     assert config(tmp_path).accelerator_config.non_blocking is False
-    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    plain: Any = DPOConfig.device
+    monkeypatch.setattr(DPOConfig, "device", property(lambda args: plain.fget(args) and torch.device("cuda")))
     for expected, options in (
         (True, {}),
         (False, {"dataloader_pin_memory": False}),
