@@ -17,7 +17,7 @@ from holdfast.peers.watch import Watch
 
 CERTAIN_SECONDS = 15.0
 """How long it may take to learn which process has ended, once an error of communication shows that one has."""
-SIGNAL_SECONDS = 5.0
+SIGNAL_SECONDS = 12.0
 """The same after a signal, which launchers send to the others when a process has failed."""
 _OF_COMMUNICATION = re.compile(
     r"gloo|NCCL|c10d|Connection (closed|reset|refused)|Broken pipe|[Ss]ocket|Timed out waiting|ProcessGroup|TCPStore"
