@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_REQUEST_SECONDS = 2.0
 """Under a launcher, a signal this soon after the one before is the same request. A ctrl-C reaches the processes from
-the terminal and once more from `torchrun`; one whose process ends is answered with SIGTERM to the others."""
+the terminal and once more from `torchrun`; one whose process ends is answered with SIGTERM to the others, which is the
+same request at any time."""
 WORKER_SECONDS, MOST_LOOKS = 0.5, 20
 """How long a forked child that gets SIGTERM goes on before it looks whether its parent was told too; and how often it
 looks while the parent was not."""
@@ -84,6 +85,8 @@ class _Handling:
         self.is_finished = False
         self.is_raised = False
         self._asked_at = 0.0
+        self._is_answered = False
+        """Whether the launcher has answered the end of another process by SIGTERM, however late that was."""
         self._shared = mmap.mmap(-1, 2)
         self._previous: dict[int, Any] = {}
         self._unraisablehook = sys.unraisablehook
@@ -125,7 +128,9 @@ class _Handling:
             self.end()
         elif self.asked is not None:
             is_launched = any(name in os.environ for name in _LAUNCHERS)
-            if not is_launched or time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
+            is_answer = is_launched and number == signal.SIGTERM != self.asked and not self._is_answered
+            self._is_answered = self._is_answered or is_answer
+            if not is_answer and (not is_launched or time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS):
                 _default_action(number)
         else:
             self.ask(number)
