@@ -68,6 +68,11 @@ class Stopped(SystemExit):
     After SIGINT it raises `Interrupted`, which is a `KeyboardInterrupt`."""
 
 
+def _is_launched() -> bool:
+    """Whether a launcher of several processes has started this one."""
+    return any(name in os.environ for name in _LAUNCHERS)
+
+
 @final
 class _Handling:
     """The handlers of the outermost `interruptible()`, and what they have heard.
@@ -117,7 +122,12 @@ class _Handling:
             sys.unraisablehook = self._unraisablehook
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self.heard:
-                signal.signal(number, previous)
+                is_awaited = number == signal.SIGTERM and self.asked is not None and not self._is_answered
+                signal.signal(number, self.heard_at_the_end if is_awaited and _is_launched() else previous)
+
+    def heard_at_the_end(self, number: int, frame: Any) -> None:
+        """The handler for one SIGTERM once this process is on its way out: the launcher's answer to another's end."""
+        signal.signal(number, signal.SIG_DFL)
 
     def heard(self, number: int, frame: Any) -> None:
         """The handler: raises, or leaves the request to the next `check()`; a second signal ends the process."""
@@ -127,7 +137,7 @@ class _Handling:
             self._is_lost = False
             self.end()
         elif self.asked is not None:
-            is_launched = any(name in os.environ for name in _LAUNCHERS)
+            is_launched = _is_launched()
             is_answer = is_launched and number == signal.SIGTERM != self.asked and not self._is_answered
             self._is_answered = self._is_answered or is_answer
             if not is_answer and (not is_launched or time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS):
