@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_REQUEST_SECONDS = 2.0
 """Under a launcher, a signal this soon after the one before is the same request. A ctrl-C reaches the processes from
-the terminal and once more from `torchrun`; one whose process ends is answered with SIGTERM to the others, which is the
-same request at any time."""
+the terminal and once more from `torchrun`."""
+ANSWER_SECONDS = 30.0
+"""For so long a process on its way out takes one SIGTERM for the launcher's answer to the end of another process."""
 WORKER_SECONDS, MOST_LOOKS = 0.5, 20
 """How long a forked child that gets SIGTERM goes on before it looks whether its parent was told too; and how often it
 looks while the parent was not."""
@@ -91,7 +92,7 @@ class _Handling:
         self.is_raised = False
         self._asked_at = 0.0
         self._is_answered = False
-        """Whether the launcher has answered the end of another process by SIGTERM, however late that was."""
+        """Whether SIGTERM has come after another signal: a launcher's answer to the end of another process."""
         self._shared = mmap.mmap(-1, 2)
         self._previous: dict[int, Any] = {}
         self._unraisablehook = sys.unraisablehook
@@ -126,8 +127,10 @@ class _Handling:
                 signal.signal(number, self.heard_at_the_end if is_awaited and _is_launched() else previous)
 
     def heard_at_the_end(self, number: int, frame: Any) -> None:
-        """The handler for one SIGTERM once this process is on its way out: the launcher's answer to another's end."""
+        """The handler for one SIGTERM once this process is on its way out."""
         signal.signal(number, signal.SIG_DFL)
+        if time.monotonic() - self._asked_at > ANSWER_SECONDS:
+            _default_action(number)
 
     def heard(self, number: int, frame: Any) -> None:
         """The handler: raises, or leaves the request to the next `check()`; a second signal ends the process."""

@@ -265,6 +265,53 @@ def test_a_launcher_repeats_a_signal() -> None:
     assert (code, said) == (0, "went on\n")
 
 
+WAITING = """
+interruption.SAME_REQUEST_SECONDS = 0
+interruption.wait()
+{signals}
+interruption.finished()
+"""
+LEAVING = """
+try:
+    with handled():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+except KeyboardInterrupt:
+    pass
+{signals}
+"""
+LAUNCHED = {"RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("is_leaving", "signals", "environment", "code"),
+    [
+        (False, ["SIGINT", "SIGTERM"], LAUNCHED, 0),
+        (False, ["SIGUSR1", "SIGTERM"], LAUNCHED, 0),
+        (False, ["SIGINT", "SIGTERM", "SIGTERM"], LAUNCHED, -15),
+        (False, ["SIGTERM", "SIGTERM"], LAUNCHED, -15),
+        (False, ["SIGINT", "SIGTERM"], {}, -15),
+        (True, ["SIGTERM"], LAUNCHED, 0),
+        (True, ["SIGTERM", "SIGTERM"], LAUNCHED, -15),
+        (True, ["SIGTERM"], {}, -15),
+    ],
+)
+def test_a_launcher_answers_the_end_of_another_process(
+    is_leaving: bool, signals: list[str], environment: dict[str, str], code: int
+) -> None:
+    """By one SIGTERM, long after the signal that all were sent: while this process waits, or is on its way out."""
+    sent = "\n".join(f"os.kill(os.getpid(), signal.{name}); time.sleep(0.1)" for name in signals)
+    body, setup = ("pass", LEAVING) if is_leaving else (WAITING, "")
+    found, said = exit_code(body.format(signals=sent), setup.format(signals=sent), **environment)
+    assert found == code
+    assert ("went on" in said) == (code == 0)
+
+
+def test_a_late_signal_is_no_answer() -> None:
+    sent = "interruption.ANSWER_SECONDS = 0\nos.kill(os.getpid(), signal.SIGTERM)"
+    assert exit_code("pass", LEAVING.format(signals=sent), **LAUNCHED) == (-15, "")
+
+
 FORKED = """
 child = os.fork()
 if child == 0:
