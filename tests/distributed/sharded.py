@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +23,7 @@ from holdfast.batch import PairBatch
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.policy.prepare import disable_dropout
 from holdfast.reference.scorers.adapter import AdapterReference
+from holdfast.scoring import completion_head
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.score import score
 from policies import POLICIES, rows
@@ -64,7 +66,8 @@ def _compare(
     for _ in range(2):
         policy.zero_grad()
         whole.zero_grad()
-        found = score(policy, _batch(RANK), statistics=True, chunk_tokens=3)
+        with mock.patch.object(completion_head, "linear_logps", wraps=completion_head.linear_logps) as projected:
+            found = score(policy, _batch(RANK), statistics=True, chunk_tokens=3)
         found.logps.sums().square().mean().backward()
         expected = [score(whole, _batch(rank), statistics=True) for rank in (0, 1)]
         (sum(scores.logps.sums().square().mean() for scores in expected) / 2).backward()
@@ -74,6 +77,7 @@ def _compare(
             "entropies_of_each_process": gather_object([found.statistics.entropy.tolist()]),
             "expected_values": [scores.logps.per_token.tolist() for scores in expected],
             "expected_entropies": [scores.statistics.entropy.tolist() for scores in expected],
+            "projected_as_a_matrix_by_each_process": gather_object([projected.called]),
             "num_gradients": [len(ours), len(theirs)],
             "gradient_error": max(float((ours[name] - theirs[name]).abs().max()) for name in theirs),
             "gradient_size": max(float(gradient.abs().max()) for gradient in theirs.values()),

@@ -30,6 +30,7 @@ def test_scores_of_a_sharded_model(kind: str, runs: Runs) -> None:
         for rank in (0, 1):
             assert turn["values_of_each_process"][rank] == pytest.approx(turn["expected_values"][rank], abs=1e-5)
             assert turn["entropies_of_each_process"][rank] == pytest.approx(turn["expected_entropies"][rank], abs=1e-5)
+        assert turn["projected_as_a_matrix_by_each_process"] == [True, True]
         assert turn["num_gradients"][0] == turn["num_gradients"][1] > 0
         assert turn["gradient_size"] > 1
         assert turn["gradient_error"] < 1e-6 * turn["gradient_size"]
