@@ -10,24 +10,24 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src"), str(HERE.parents[1] / "benchmarks")]
 
-from pretend import build  # noqa: E402
+from pretend import build
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
 build.load()
 
-from pretend.stage import set_up  # noqa: E402
+from pretend.stage import set_up
 
 set_up()
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
-import datasets  # noqa: E402
+import datasets
 
 datasets.disable_progress_bars()
 
-from cells import Cell  # noqa: E402
-from report import lines_of  # noqa: E402
-from run import run  # noqa: E402
+from cells import Cell
+from report import lines_of
+from run import run
 
 
 def main() -> int:

@@ -59,8 +59,7 @@ class _WatchSteps(TrainerCallback):
             totals = self._trainer._tallies["train"]._totals.values()
             self._result.tallies = {tensor.device.type for tensor in totals}
             raise _Watched
-        else:
-            self._watch.is_on = True
+        self._watch.is_on = True
 
 
 def run(cell: Cell, *, with_groups: bool = False) -> Result:

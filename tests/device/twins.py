@@ -1,7 +1,7 @@
 """A trainer that was made on the CPU is put on the pretend device: its tensors are exchanged for twins without values.
 
-With the modules of a larger model beside it, a small model takes that one's shapes: parameters as large, and the numbers
-that modules and the configuration keep. So a trainer of a model of any size is made in seconds.
+With the modules of a larger model beside it, a small model takes that one's shapes: parameters as large, and the
+numbers that modules and the configuration keep. So a trainer of a model of any size is made in seconds.
 """
 
 from collections.abc import Iterator

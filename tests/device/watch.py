@@ -1,4 +1,4 @@
-"""Counts what a run does on the pretend device: operations by group, copies and reads by the line that asks for them."""
+"""Counts what a run does on the pretend device: operations by group, copies and reads by line."""
 
 import sys
 from collections import Counter
