@@ -54,7 +54,7 @@ def on_stage(observer: Callable[[Event], None]) -> Iterator[PretendDevice]:
         patch.object(torch.cuda, "device_count", lambda: 1),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(torch.cuda, "manual_seed_all", lambda _: None),
-        patch.object(torch.cuda, "synchronize", lambda *_: None),
+        patch.object(torch.cuda, "synchronize", lambda *_: observer(Event("read", "synchronize"))),
         patch.object(torch.cuda, "empty_cache", lambda: None),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.accelerator, "is_available", lambda: True),
