@@ -3,6 +3,7 @@
 python tests/device full/prefix_shared/model --bf16 --groups     one cell (see `cells.Cell.named`)
 python tests/device --table fast --check                         a table of `tables`, held to the laws
 python tests/device --table fast --write-budget                  the budget of its cells, written anew
+python tests/device --faults                                     faults are planted, and must be found
 """
 
 import argparse
@@ -33,6 +34,7 @@ datasets.disable_progress_bars()
 
 from cells import Cell
 from faults import FAULTS, planted
+from found_faults import missed_faults
 from laws import broken_laws, read_budget, write_budget
 from report import lines_of
 from run import run
@@ -48,6 +50,10 @@ def main() -> int:
     cells += [Cell.named(name + _more(asked)) for name in asked.cells]
     is_ok, results, budget = True, [], read_budget()
     start = time.monotonic()
+    if asked.faults:
+        missed = missed_faults()
+        print("\n".join([*missed, f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults found"]))
+        is_ok = not missed
     with planted(asked.plant):
         for cell in {cell.name: cell for cell in cells}.values():
             result = run(cell, with_groups=asked.groups or asked.check or asked.write_budget)
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", action="store_true", help="operations by the part of a step")
     parser.add_argument("--check", action="store_true", help="print broken laws only, and fail where there are any")
     parser.add_argument("--write-budget", action="store_true", help="write the operations of these cells to the budget")
+    parser.add_argument("--faults", action="store_true", help="plant every fault in turn, and see that it is found")
     parser.add_argument("--plant", choices=[*FAULTS], help="plant a fault, to see that it is found")
     parser.add_argument("--trace", action="store_true", help="the whole traceback of an error")
     return parser
