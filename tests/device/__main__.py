@@ -56,11 +56,15 @@ def main() -> int:
         is_ok = not missed
     with planted(asked.plant):
         for cell in {cell.name: cell for cell in cells}.values():
-            result = run(cell, with_groups=asked.groups or asked.check or asked.write_budget)
+            result = run(cell)
             results.append(result)
             broken = broken_laws(result, budget) if asked.check else []
             is_ok = is_ok and result.error is None and not broken
-            lines = [f"{cell.name}: {line}" for line in broken] if asked.check else lines_of(result)
+            lines = (
+                [f"{cell.name}: {line}" for line in broken]
+                if asked.check
+                else lines_of(result, with_groups=asked.groups)
+            )
             print("\n".join([*lines, result.trace] if asked.trace and result.error else lines), flush=True)
     if asked.write_budget:
         write_budget(results)

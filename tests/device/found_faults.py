@@ -15,12 +15,12 @@ _SOURCE = (Path(__file__).parent / "faults.py").read_text(encoding="utf-8").spli
 
 def missed_faults() -> list[str]:
     """A line about each fault that no law finds, or that is not found at its line."""
-    sound = run(CELL, with_groups=True)
+    sound = run(CELL)
     budget = {CELL.name: dict(sound.watch.groups)}
     missed = [f"without any fault: {line}" for line in broken_laws(sound, budget)]
     for name in FAULTS:
         with planted(name):
-            found = broken_laws(run(CELL, with_groups=True), budget)
+            found = broken_laws(run(CELL), budget)
         if not any(_line_of(name) in line for line in found):
             missed.append(f"{name}: expected {_line_of(name)!r}, found {found}")
     return missed

@@ -67,9 +67,9 @@ class _WatchSteps(TrainerCallback):
         self._watch.is_on = True
 
 
-def run(cell: Cell, *, with_groups: bool = False) -> Result:
+def run(cell: Cell) -> Result:
     """The cell's result."""
-    watch = Watch(with_groups=with_groups)
+    watch = Watch()
     result = Result(cell=cell, watch=watch)
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, HOLDFAST_HOME=folder):
         try:
