@@ -37,6 +37,7 @@ READS = {
     ("holdfast/metrics.py", "over_processes"): Allowed(1, _EVALUATED),
     ("holdfast/metrics.py", "total"): Allowed(1, _EVALUATED),
     ("holdfast/checkpoint/finite.py", "not_finite"): Allowed(2, "buffers are looked at once, before the first numbers"),
+    ("holdfast/policy/untouched.py", "untouched"): Allowed(9, "buffers are compared once after a dataset was scored"),
     ("transformers/integrations/moe.py", "_grouped_mm"): Allowed(99, _EXPERTS),
     ("holdfast/reference/moving/squares.py", "read"): Allowed(2, _SYNCED),
     ("holdfast/reference/moving/lora_products.py", "_mix"): Allowed(8, "a sync asks of each layer whether A is frozen"),

@@ -24,7 +24,7 @@ CUDA = torch.device("cuda", 0)
 READS = {
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2",
     "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave.Tensor", "aten::bincount",
-    "aten::is_nonzero", "aten::allclose", "aten::histc",
+    "aten::is_nonzero", "aten::allclose",
 }  # fmt: skip
 """Operations of which the host must know the result, or its size."""
 
