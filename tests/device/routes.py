@@ -1,4 +1,4 @@
-"""Which routes work on the pretend device: they are tried with values, which do not exist there. The head's kernels work."""
+"""Which routes work on the pretend device, where they cannot be tried with values. The kernels of the head do."""
 
 import contextlib
 import importlib.util
