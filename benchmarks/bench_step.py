@@ -9,8 +9,9 @@ the first steps are not timed. A few more steps then measure memory (see `measur
 and log-probs; otherwise the benchmark would compare unlike work, and it fails. Reported are medians over the repeats,
 of each side and of the ratios of consecutive runs.
 
-On a GPU (`--device cuda`, or `auto` where there is one): bf16 autocast, `--size 0.5b`. Adds to results/step.json, which holds runs of one environment; those of other
-machines, threads or versions go into files of their own (`--output results/step_gpu.json`).
+On a GPU (`--device cuda`; `auto` takes one where there is one): bf16 autocast, `--size 0.5b`. Adds to
+results/step.json, which holds runs of one environment; those of other machines, threads or versions go into files of
+their own (`--output results/step_gpu.json`).
 """
 
 import argparse

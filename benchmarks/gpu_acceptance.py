@@ -4,8 +4,8 @@
     python benchmarks/gpu_acceptance.py --dry       # without one
 
 Each part is a process of its own, so that one that fails or hangs leaves the others. A part gives rows of what was
-asked, what was found and what it may be. `speed` compares with `trl` where that is installed. The exit code is 1 where a
-row is not as it must be.
+asked, what was found and what it may be. `speed` compares with `trl` where that is installed. The exit code is 1 where
+a row is not as it must be.
 
 Dry, the same parts run without a GPU: numbers on the CPU, device operations and copies on the pretend accelerator of
 `tests/device`, bytes by arithmetic. What only a GPU can show has the verdict "needs a GPU", and is no failure. Given up
