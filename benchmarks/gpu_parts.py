@@ -6,7 +6,10 @@ import importlib.metadata
 import importlib.util
 import math
 import random
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -248,6 +251,70 @@ def waits_of(trainer: Any) -> Counter[str]:
         trainer.train()
     waited = [each for each in said if "synchronizing" in str(each.message)]
     return Counter(f"{Path(each.filename).name}:{each.lineno}" for each in waited)
+
+
+STEPS: dict[str, tuple[str, float]] = {"full": ("model", 0.9), "lora": ("adapter", 0.8)}
+"""By what trains: the reference beside it, and the most device operations of shared rows over those of padded rows."""
+
+
+def launches(work: Mapping[str, Any]) -> Iterator[Row]:
+    """Device operations of a step of a 0.5B shape at 4 pairs, recomputing activations, over those of padded rows."""
+    for policy, (way, most) in STEPS.items():
+        counts: dict[str, int] = {}
+        for layout in LAYOUTS:
+            counts[layout], said = (pretended if work["is_dry"] else profiled)(policy, layout, way)
+            yield row(
+                "launches", f"{policy}, {layout}: device operations", f"{counts[layout]:,}; {said}", "", is_ok=None
+            )
+        for layout in LAYOUTS[2:]:
+            share = counts[layout] / counts["padded"]
+            asked = f"{policy}, {layout}: operations over those of padded rows"
+            yield row("launches", asked, f"{share:.2f}", f"<= {most}", is_ok=share <= most)
+
+
+def pretended(policy: str, layout: str, way: str) -> tuple[int, str]:
+    """Operations of a step on the pretend accelerator, and its attention kernels. ValueError where the step fails, or
+    reads or copies in a way that waits."""
+    name = {"lora": "lora_fresh"}.get(policy, policy)
+    cell = f"{name}/{layout}/{way}/bf16/checkpointing/shape=0.5b/pairs=4"
+    command = [sys.executable, str(Path(__file__).parent.parent / "tests" / "device"), cell]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+) operations; attention kernels: (.*)", said)
+    if found is None or ": ok" not in said or "BLOCKING" in said or "read" in said:
+        raise ValueError(f"a step of {cell} was to run without waits on the pretend accelerator; it said:\n{said}")
+    return int(found[1]), found[2]
+
+
+def profiled(policy: str, layout: str, way: str) -> tuple[int, str]:
+    """Kernels that the third step launches, by torch's profiler, and those of them that are attention."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AutoModelForCausalLM
+
+    size = workload.SIZES["0.5b"]
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(size.config(), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(
+            model, pairs(12, vocabulary=size.vocabulary), folder, layout=layout, bf16=True, max_steps=3,
+            reference=way, gradient_checkpointing=True, logging_steps=100,
+            peft_config=lora() if policy == "lora" else None,
+        )  # fmt: skip
+        profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        after_each_step(trainer, lambda: begin_and_end(profiler, trainer.state.global_step))
+    events = profiler.events()
+    launched = sum("LaunchKernel" in event.name for event in events)
+    kernels = Counter(event.name[:60] for event in events if re.search("flash|fmha|attn|attention|flex", event.name))
+    return launched, ", ".join(f"{count} x {name}" for name, count in kernels.most_common(3))
+
+
+def begin_and_end(profiler: Any, step: int) -> int:
+    """Has `profiler` watch the third step."""
+    if step == 2:
+        profiler.start()
+    if step == 3:
+        profiler.stop()
+    return step
 
 
 def graphs(work: Mapping[str, Any]) -> Iterator[Row]:
