@@ -44,13 +44,13 @@ class HalfWeightsTrainer(RenewableTrainer):
         if self.reference is not None:
             self.reference.while_scoring_datasets = self._holding_meanwhile
 
-    def _models(self) -> list[nn.Module]:
+    def _run_modules(self) -> list[nn.Module]:
         return [self.model, *(self.reference.fixed_modules() if self.reference is not None else ())]
 
     def _hold(self, half: HalfWeights, originals: OriginalFiles | None) -> None:
-        half.hold(self._models(), originals)
+        half.hold(self._run_modules(), originals)
         if not self._has_said_held and self.is_world_process_zero():
-            line = holding_line(half.holding(self._models()), half.dtype, originals.root if originals else None)
+            line = holding_line(half.holding(self._run_modules()), half.dtype, originals.root if originals else None)
             self._has_said_held = line is not None
             if line is not None:
                 logger.warning(line)
