@@ -351,6 +351,63 @@ def after_each_step(trainer: Any, number: Callable[[], int]) -> list[int]:
     return numbers
 
 
+BYTES = 0.55
+"""Most of a LoRA's base that may be held, as a share of its bytes in fp32. Embeddings and norms stay as they are."""
+
+
+def frozen_bytes(work: Mapping[str, Any]) -> Iterator[Row]:
+    """Bytes of a LoRA's base while it trains: by arithmetic for 8B, and as a small run holds them."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from holdfast.policy.frozen_linears import frozen_linears
+
+    with torch.device("meta"):
+        config = workload.SIZES["8b"].config()
+        policy = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), lora())
+    base = base_bytes(policy)
+    held = base - sum(parameter.nbytes for parameter in frozen_linears([policy]).values()) // 2
+    said = f"{held / 2**30:.1f} of {base / 2**30:.1f} GiB: {held / base:.3f}"
+    yield row(
+        "bytes", "8b, lora: base as held over fp32, by arithmetic", said, f"<= {BYTES}", is_ok=held <= BYTES * base
+    )
+    for way in ("adapter", "model"):
+        found = {dtype: bytes_in_a_run(way, dtype) for dtype in ("as_loaded", "auto")}
+        asked = f"small llama, lora, {way}: weights as held in a run, and by arithmetic"
+        by_arithmetic = found["as_loaded"][0] - found["as_loaded"][1]
+        is_ok = found["auto"][0] == by_arithmetic < found["as_loaded"][0]
+        said = f"{found['auto'][0]:,} of {found['as_loaded'][0]:,}"
+        yield row("bytes", asked, said, f"{by_arithmetic:,}", is_ok=is_ok)
+
+
+def base_bytes(policy: Any) -> int:
+    """The bytes of all weights but the adapter's."""
+    return sum(parameter.nbytes for name, parameter in policy.named_parameters() if "lora_" not in name)
+
+
+def bytes_in_a_run(way: str, dtype: str) -> tuple[int, int]:
+    """The bytes of all weights of a run after its first step, and what half precision would save of them."""
+    from holdfast.policy.frozen_linears import frozen_linears
+
+    found: list[tuple[int, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(
+            model_of("llama"), pairs(8), folder, bf16=True, max_steps=2, reference=way, peft_config=lora(),
+            frozen_weights_dtype=dtype,
+        )  # fmt: skip
+        own = trainer.reference.fixed_modules()
+
+        def number() -> int:
+            modules = [trainer.model, *own]
+            saved = sum(parameter.nbytes for parameter in frozen_linears(modules).values()) // 2
+            found.append((sum(parameter.nbytes for module in modules for parameter in module.parameters()), saved))
+            return 0
+
+        after_each_step(trainer, number)
+    return found[0]
+
+
 SPEEDS = (("0.5b", "full", False), ("0.5b", "full", True), ("8b", "lora", False), ("8b", "lora", True))
 """What is compared with the peer: the size, the mode of `bench_step`, and whether activations are recomputed."""
 
