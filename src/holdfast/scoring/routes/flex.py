@@ -14,7 +14,7 @@ from holdfast.scoring.segments import Segments
 
 @final
 class FlexRoute(Route):
-    """FlexAttention on CUDA devices. Layers that drop attention weights are refused when they are called."""
+    """FlexAttention on CUDA devices."""
 
     name: ClassVar[str] = "flex"
 
@@ -28,7 +28,7 @@ class FlexRoute(Route):
 
     def problem(self, needs: Needs, visible: Visible) -> str | None:
         """See `Route.problem`."""
-        return None
+        return "it cannot drop attention weights" if needs.drops else None
 
     def prepared(self, segments: Segments, visible: Visible, device: torch.device, dtype: torch.dtype) -> BlockMask:
         """The block mask of all rows."""
