@@ -33,7 +33,6 @@ import played_varlen
 from families import CONFIGS, VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.packed import PackedLayout
-from holdfast.scoring.routes.bands import Band, band_of
 from holdfast.scoring.routes.base import AttentionCall, Needs, Route
 from holdfast.scoring.score import score
 from holdfast.scoring.segments import SEGMENTS, Segments
@@ -304,36 +303,34 @@ def test_a_layer_that_drops_attention_weights_goes_another_way(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("visible", "band"),
+    ("visible", "takes"),
     [
-        (causal_mask_function, Band(window=None)),
-        (sliding_window_causal_mask_function(5), Band(window=5)),
-        (sliding_window_causal_mask_function(4096), Band(window=4096)),
-        (and_masks(sliding_window_overlay(7), causal_mask_function), Band(window=7)),
-        (and_masks(causal_mask_function, sliding_window_overlay(7)), None),  # the same band, written otherwise
-        (sliding_window_overlay(7), None),
-        (or_masks(sliding_window_overlay(7), causal_mask_function), None),
-        (or_masks(sliding_window_causal_mask_function(5), sliding_window_overlay(7)), None),
-        (and_masks(sliding_window_causal_mask_function(5), sliding_window_overlay(3)), None),
-        (CHUNKS, None),
-        (lambda row, head, query, key: key <= query, None),
-        (partial(causal_mask_function), None),
+        (causal_mask_function, True),
+        (sliding_window_causal_mask_function(5), True),
+        (sliding_window_causal_mask_function(4096), True),
+        (and_masks(sliding_window_overlay(7), causal_mask_function), True),
+        (and_masks(causal_mask_function, sliding_window_overlay(7)), False),  # the same band, written otherwise
+        (sliding_window_overlay(7), False),
+        (or_masks(sliding_window_overlay(7), causal_mask_function), False),
+        (or_masks(sliding_window_causal_mask_function(5), sliding_window_overlay(7)), False),
+        (and_masks(sliding_window_causal_mask_function(5), sliding_window_overlay(3)), False),
+        (CHUNKS, False),
+        (lambda row, head, query, key: key <= query, False),
+        (partial(causal_mask_function), False),
     ],
 )
-def test_bands_are_recognised(visible: Callable[..., Any], band: Band | None) -> None:
-    assert band_of(visible) == band
+def test_masks_that_the_kernel_takes_as_a_number(visible: Callable[..., Any], takes: bool) -> None:
+    assert (choice.VARLEN.problem(PLAIN, visible) is None) == takes
 
 
 @pytest.mark.parametrize("window", [1, 5, 300])
-def test_a_band_is_what_its_mask_function_says(window: int) -> None:
+def test_the_number_is_what_the_mask_function_says(window: int) -> None:
     visible = sliding_window_causal_mask_function(window)
     places = torch.arange(200)
     seen = visible(places[0], places[0], places[:, None], places)
-    band = band_of(visible)
-    assert band is not None
-    assert band.window is not None
+    prepared = choice.VARLEN.prepared(shared_batch().inputs[SEGMENTS], visible, CPU, BF16)
     distance = places[:, None] - places
-    assert torch.equal(seen, (distance >= 0) & (distance < band.window))
+    assert torch.equal(seen, (distance >= 0) & (distance <= prepared.num_before))
 
 
 # --- a kernel that is wrong -------------------------------------------------------------------------------------------

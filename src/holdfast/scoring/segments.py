@@ -11,10 +11,10 @@ The model's own mask function says which earlier tokens a layer may see (sliding
 Given up: the scores between completions of one group, which are computed and then masked.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,9 @@ SEGMENTS = "row_segments"
 GROUP_TOKENS = 256
 """Most tokens of the completions that are attended together, and of a prompt with its completions. More would be fewer
 calls, but more scores that are masked."""
+
+
+Prepared = TypeVar("Prepared")
 
 
 @final
@@ -60,12 +63,14 @@ class Segments:
 
     The lengths are Python numbers and stay in host memory wherever the batch goes. Reading them from a device would
     wait for the device. What kernels read on the device is the `plan`, which goes with the batch: data loaders and
-    accelerate call `pin_memory` and `to`.
+    accelerate call `pin_memory` and `to`. What else is worked out from the lengths, on whatever device, is kept beside
+    them for every model that scores the batch.
     """
 
     rows: tuple[tuple[Segment, ...], ...]
     num_columns: int
     plan: RowPlan | None = field(default=None, compare=False, repr=False)
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Segments":
@@ -121,6 +126,12 @@ class Segments:
     def __iter__(self) -> Iterator[Segment]:
         for row in self.rows:
             yield from row
+
+    def prepared_once(self, key: Hashable, prepare: Callable[[], Prepared]) -> Prepared:
+        """What `prepare` returned when it was first asked for under this key."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare()
+        return self._prepared[key]
 
     def span_lengths(self, row: int) -> list[int]:
         """The number of tokens of each span of a row, and last of its padding."""

@@ -48,13 +48,15 @@ class RowMask:
     segments: Segments
     visible: Visible
     dtype: torch.dtype
+    _routes: dict[tuple[Needs, torch.device], Route] = field(default_factory=dict)
     _prepared: dict[tuple[Route, torch.device], Any] = field(default_factory=dict)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The output [R T H dv] of a layer, by the route that it takes on its device."""
         device, needs = call.query.device, call.needs()
         _ASKED[call.module] = needs, self.visible
-        route = choose(needs, self.visible, device, self.dtype)
+        route = self._routes.get((needs, device)) or choose(needs, self.visible, device, self.dtype)
+        self._routes[needs, device] = route
         if (route, device) not in self._prepared:
             self._prepared[route, device] = route.prepared(self.segments, self.visible, device, self.dtype)
         return route.attend(call, self._prepared[route, device])

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from holdfast.scoring.routes import probes
-from holdfast.scoring.routes.bands import band_of
 from holdfast.scoring.routes.base import AttentionCall, Needs, Route, Visible
+from holdfast.scoring.routes.rules import FARTHEST, Rule, recognised
 from holdfast.scoring.row_plan import RowPlan
 from holdfast.scoring.segments import Segments
 
@@ -32,11 +32,11 @@ HEAD_MULTIPLE = 8
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VarlenRows:
-    """What layers with one mask function have in common: the plan of the rows on the device, the window (None for all
-    earlier tokens), and the dtype to compute in."""
+    """What layers with one mask function have in common: the plan of the rows on the device, how many of the tokens
+    before it a token sees (-1 for all), and the dtype to compute in."""
 
     plan: RowPlan
-    window: int | None
+    num_before: int
     dtype: torch.dtype
 
 
@@ -68,13 +68,13 @@ class VarlenRoute(Route):
             return (
                 f"it takes heads of up to {WIDEST_HEAD} in steps of {HEAD_MULTIPLE}, and they are of {needs.key_width}"
             )
-        return None if band_of(visible) is not None else "its mask must be causal, with or without a sliding window"
+        is_band = recognised(visible)[0] is Rule.NEAR
+        return None if is_band else "its mask must be causal, with or without a sliding window"
 
     def prepared(self, segments: Segments, visible: Visible, device: torch.device, dtype: torch.dtype) -> VarlenRows:
         """The plan on the device; no kernel runs for it where it came with the batch."""
-        band = band_of(visible)
-        assert band is not None, "see `problem`"
-        return VarlenRows(plan=segments.plan_on(device), window=band.window, dtype=dtype)
+        _, reach = recognised(visible)
+        return VarlenRows(plan=segments.plan_on(device), num_before=-1 if reach == FARTHEST else reach - 1, dtype=dtype)
 
     def attend(self, call: AttentionCall, prepared: VarlenRows) -> Tensor:
         """See `Route.attend`; the padding of a row attends to itself, like a sequence of its own."""
@@ -92,7 +92,7 @@ class VarlenRoute(Route):
             plan.longest_query,
             plan.longest_key,
             scale=call.scaling,
-            window_size=(-1 if prepared.window is None else prepared.window - 1, 0),
+            window_size=(prepared.num_before, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(output, Tensor)
