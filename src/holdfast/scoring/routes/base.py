@@ -73,9 +73,11 @@ class AttentionCall:
 
 
 class Route(abc.ABC):
-    """A way to compute attention. `name` is what the log and the docs call it."""
+    """A way to compute attention. `name` is what the log and the docs call it; `is_compiled` says that a kernel is
+    compiled for each dtype, which takes long."""
 
     name: ClassVar[str]
+    is_compiled: ClassVar[bool] = False
 
     @abc.abstractmethod
     def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:

@@ -5,6 +5,9 @@ The choice follows from the layer and the device alone. So a policy and a refere
 route for the same batch, and equal models give equal log-probs. Given up: the fastest route for each batch.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, final
 from weakref import WeakKeyDictionary
@@ -26,9 +29,25 @@ ROUTES: tuple[Route, ...] = (VARLEN, FLEX, DENSE, PIECES)
 """The routes, the one to prefer first. The last one can do everything everywhere."""
 
 
+_COMPILED_IN: ContextVar[frozenset[torch.dtype] | None] = ContextVar("holdfast_compiled_in", default=None)
+"""The dtypes in which kernels may be compiled; None for all."""
+
+
+@contextlib.contextmanager
+def compiling_only_in(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+    """Inside, routes that compile kernels are taken in these dtypes only."""
+    token = _COMPILED_IN.set(frozenset(dtypes))
+    try:
+        yield
+    finally:
+        _COMPILED_IN.reset(token)
+
+
 def candidates(device: torch.device, dtype: torch.dtype) -> list[Route]:
     """The routes that are meant for this device and dtype, untried."""
-    return [route for route in ROUTES if route.runs_on(device, dtype)]
+    compiled_in = _COMPILED_IN.get()
+    may_compile = compiled_in is None or dtype in compiled_in
+    return [route for route in ROUTES if route.runs_on(device, dtype) and (may_compile or not route.is_compiled)]
 
 
 def choose(needs: Needs, visible: Visible, device: torch.device, dtype: torch.dtype) -> Route:

@@ -33,7 +33,22 @@ _SCALING = 0.2
 
 def works(route: Route, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `route` was seen to give the right output and gradients on `device` in `dtype`."""
-    return _tried(route, device, dtype)
+    device = _numbered(device)
+    return (route.name, device, dtype) not in _REFUSED and _tried(route, device, dtype)
+
+
+def refuse(route: Route, device: torch.device, dtype: torch.dtype) -> None:
+    """From now on `route` does not work on `device` in `dtype`: it does not on another process of the run."""
+    _REFUSED.add((route.name, _numbered(device), dtype))
+
+
+_REFUSED: set[tuple[str, torch.device, torch.dtype]] = set()
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device by its number, where it is the current one of its kind."""
+    is_current = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_current else device
 
 
 @functools.cache
