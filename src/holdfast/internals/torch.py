@@ -1,12 +1,11 @@
 """Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
-recomputation), how a block mask is compiled, where FSDP2 believes a forward pass to be, and how many collective
+recomputation), how a dimension is marked for it, where FSDP2 believes a forward pass to be, and how many collective
 operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.attention import flex_attention
 
 from holdfast.internals.moved import MovedError, looked_up
 
@@ -111,18 +109,9 @@ def compiler(model: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., A
     return looked_up("torch", model, "dynamo_ctx")
 
 
-def compiled_block_mask(
-    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], num_rows: int, num_columns: int, device: torch.device
-) -> flex_attention.BlockMask:
-    """The block mask of `sees`, a function of (row, head, query, key), one for all heads.
-
-    On a GPU the function that makes it is compiled, so no [R T T] mask is ever alive.
-    """
-    make = flex_attention.create_block_mask
-    if "_compile" not in inspect.signature(make).parameters:
-        parameters = list(inspect.signature(make).parameters)
-        raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
-    return make(sees, num_rows, None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu")
+def mark_dynamic(tensor: Tensor, dimension: int) -> None:
+    """Tells `torch.compile` that this dimension has another size in another call, before it has seen one."""
+    looked_up("torch", looked_up("torch", torch, "_dynamo"), "mark_dynamic")(tensor, dimension)
 
 
 def end_forward(module: FSDPModule) -> None:
