@@ -23,23 +23,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import gpu_parts
+import gpu_costs
+import gpu_numbers
 import measure
+from gpu_runs import Row, row
 
-PARTS: dict[str, tuple[Callable[[dict[str, Any]], Iterable[gpu_parts.Row]], int]] = {
-    "machine": (gpu_parts.machine, 60),
-    "routes": (gpu_parts.routes, 120),
-    "layouts": (gpu_parts.layouts, 120),
-    "margins": (gpu_parts.margins, 180),
-    "graphs": (gpu_parts.graphs, 180),
-    "waits": (gpu_parts.waits, 120),
-    "launches": (gpu_parts.launches, 180),
-    "bytes": (gpu_parts.frozen_bytes, 120),
-    "speed": (gpu_parts.speed, 420),
+PARTS: dict[str, tuple[Callable[[dict[str, Any]], Iterable[Row]], int]] = {
+    "machine": (gpu_numbers.machine, 60),
+    "routes": (gpu_numbers.routes, 120),
+    "layouts": (gpu_numbers.layouts, 120),
+    "margins": (gpu_numbers.margins, 180),
+    "graphs": (gpu_numbers.graphs, 180),
+    "waits": (gpu_numbers.waits, 120),
+    "launches": (gpu_costs.launches, 180),
+    "bytes": (gpu_costs.frozen_bytes, 120),
+    "speed": (gpu_costs.speed, 420),
 }
 """By part: what runs it, and the most seconds that it may take."""
 
 MINUTES = 10
+DRY = 6
+"""A CPU takes as many times longer."""
 VERDICTS = {True: "ok", False: "FAILED", None: "-"}
 
 
@@ -55,11 +59,11 @@ def run_part(name: str, *, is_dry: bool, seconds: float, folder: Path) -> list[d
             command, capture_output=True, text=True, check=False, timeout=seconds, env=environment
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return [gpu_parts.row(name, "ends in time", f"not after {seconds:.0f} s", "", is_ok=False)]
+        return [row(name, "ends in time", f"not after {seconds:.0f} s", "", is_ok=False)]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         sys.stderr.write(done.stderr[-3000:])
-        return [gpu_parts.row(name, "runs", f"exit code {done.returncode}: {last}", "", is_ok=False)]
+        return [row(name, "runs", f"exit code {done.returncode}: {last}", "", is_ok=False)]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -98,7 +102,7 @@ def main() -> int:
         for name in options.only:
             measure.say(name)
             left = max(1.0, min(end - time.monotonic(), PARTS[name][1]))
-            seconds = PARTS[name][1] if options.dry else left
+            seconds = DRY * PARTS[name][1] if options.dry else left
             rows += run_part(name, is_dry=options.dry, seconds=seconds, folder=Path(folder))
     sys.stdout.write(table(rows) + "\n")
     failed = [r for r in rows if r["is_ok"] is False]
