@@ -10,10 +10,12 @@ and heads of other widths. Keys of a prompt are copied for each of its completio
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from holdfast.scoring.routes import probes
@@ -81,8 +83,7 @@ class VarlenRoute(Route):
         plan = prepared.plan
         query, key, value = (_end_to_end(state.to(prepared.dtype)) for state in (call.query, call.key, call.value))
         if plan.gathers:
-            places = plan.part("keys")
-            key, value = key.index_select(0, places), value.index_select(0, places)
+            key, value = gathered(key, value, plan.part("keys"))
         output = varlen_attn(
             query,
             key,
@@ -103,3 +104,30 @@ class VarlenRoute(Route):
 def _end_to_end(states: Tensor) -> Tensor:
     """Heads of all rows laid end to end, [R*T H d], from [R H T d]: a view where a token's heads lie together."""
     return states.transpose(1, 2).flatten(0, 1)
+
+
+def gathered(
+    key: Float[Tensor, "M h d"], value: Float[Tensor, "M h d"], places: Int[Tensor, "K"]
+) -> tuple[Float[Tensor, "K h d"], Float[Tensor, "K h d"]]:
+    """The keys and the values of the tokens at `places`."""
+    return _Gathered.apply(key, value, places)
+
+
+@final
+class _Gathered(torch.autograd.Function):
+    """Two gathers whose gradients are added up in one buffer, which takes one kernel less than two buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places)
+        ctx.num_tokens = len(key)
+        return key.index_select(0, places), value.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
+        (places,) = ctx.saved_tensors
+        of_tokens = key.new_zeros(2, ctx.num_tokens, *key.shape[1:])
+        of_tokens[0].index_add_(0, places, key)
+        of_tokens[1].index_add_(0, places, value)
+        return of_tokens[0], of_tokens[1], None
