@@ -54,8 +54,8 @@ def _gaps(device: torch.device, dtype: torch.dtype, mask: FlexMask) -> tuple[flo
     draw = torch.Generator().manual_seed(0)
     num_tokens = mask.num_tokens
     shapes = [(1, num_tokens, heads, 32) for heads in (4, 2, 2)]
-    inputs = [torch.randn(shape, generator=draw).to(device, dtype).transpose(1, 2) for shape in shapes]
-    upstream = torch.randn(1, num_tokens, 4, 32, generator=draw).to(device, dtype).transpose(1, 2)
+    inputs = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    upstream = torch.randn(1, num_tokens, 4, 32, generator=draw).to(device, dtype)
     seen = dense(probe_segments()).to(device)
 
     def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -80,9 +80,10 @@ def _with_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], ups
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     """softmax(scale q k^T) v, each product in the dtype of its inputs."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     key, value = (states.repeat_interleave(2, dim=1) for states in (key, value))
     scores = (query @ key.transpose(-1, -2) * SCALE).masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1) @ value
+    return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
 def _largest_gap(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
