@@ -55,10 +55,12 @@ def attending(
     if not isinstance(segments, Segments):
         yield inputs
         return
+    device = inputs["input_ids"].device
     if segments.share_no_prompt and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
         others = {name: value for name, value in inputs.items() if name not in (SEGMENTS, "attention_mask")}
-        yield others | segments.flash_arguments(inputs["input_ids"].device)
+        yield others | segments.flash_arguments(device)
         return
+    inputs[SEGMENTS] = segments = segments.to(device)
     attention = partial(_segment_attention, causal_lm, configs_of(causal_lm), segments, narrows=narrows)
     with attention(), _recomputing_under(attention, causal_lm):
         yield inputs

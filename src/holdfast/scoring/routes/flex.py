@@ -34,6 +34,7 @@ class FlexRoute(Route):
     """FlexAttention on CUDA devices."""
 
     name: ClassVar[str] = "flex"
+    is_compiled: ClassVar[bool] = True
 
     def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.runs_on`."""
