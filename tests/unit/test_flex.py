@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+import holdfast.scoring.routes.flex as flex_route
 from flex_on_cpu import flex_on_cpu, num_graphs
-from holdfast.scoring.routes import choice, flex_kernel, flex_probe, probes
+from holdfast.scoring.routes import choice, flex_kernel
 from holdfast.scoring.routes.base import AttentionCall, Needs
 from holdfast.scoring.routes.blocks import BLOCK, Blocks, Pieces
 from holdfast.scoring.routes.choice import FLEX
@@ -138,11 +140,6 @@ def test_the_mask(name: str) -> None:
             assert torch.equal(partial | full, num_seen > 0)
         assert torch.equal(listed(*mask.lists[4:6]), partial.T)
         assert torch.equal(listed(*mask.lists[6:8]), full.T)
-
-
-def test_the_mask_of_the_probe_is_that_of_dense() -> None:
-    segments = flex_probe.probe_segments()
-    assert torch.equal(seen_by_the_kernel(flex_mask(segments, causal_mask_function, CPU)), flex_probe.dense(segments))
 
 
 def test_blocks_in_which_nobody_sees_anybody_are_skipped() -> None:
@@ -352,52 +349,53 @@ def test_a_process_without_compiler_is_an_error() -> None:
 # --- what it is tried on ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.nightly) for dtype in (torch.float32, torch.float16))],
-)
+HALF_AND_MORE = [
+    torch.bfloat16,
+    *(pytest.param(dtype, marks=pytest.mark.nightly) for dtype in (torch.float32, torch.float16)),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_MORE)
 def test_the_probe_finds_it_right(dtype: torch.dtype) -> None:
-    """With gradients, in functions of its own: the run's are compiled later, all the same."""
-    with flex_on_cpu(is_probed=True), torch.no_grad():
-        assert probes.works(FLEX, CPU, dtype)
+    """With gradients, and with a window and without, in one graph. It takes none of the run's versions."""
+    with flex_on_cpu():
+        assert FLEX.works_on(CPU, dtype)
         assert num_graphs() == 1
-        assert {kind.purpose for kind in flex_kernel._COMPILED} == {"probe"}
         attended(0, is_training=True)
         assert num_graphs() == 2
 
 
-def _of_another_mask(mask: FlexMask) -> FlexMask:
-    segments = Segments.of([(0, 150, True), (1, 150, True)], 2, 150)
-    return flex_mask(segments, causal_mask_function, CPU)
+def _without_completions(mask: FlexMask) -> FlexMask:
+    return replace(mask, ids=(mask.ids[1], mask.ids[1], mask.ids[2]))
 
 
 FAULTS: dict[str, Callable[..., Any]] = {
-    "another mask": lambda q, k, v, mask, **given: flex(q, k, v, _of_another_mask(mask), **given),
+    "another mask": lambda q, k, v, mask, **given: flex(q, k, v, _without_completions(mask), **given),
     "another scale": lambda q, k, v, mask, **given: flex(q, k, v, mask, **given | {"scale": 0.25}),
     "keys exchanged": lambda q, k, v, mask, **given: flex(q, k.flip(2), v, mask, **given),
     "no gradient of keys": lambda q, k, v, mask, **given: flex(q, k * 0.5 + k.detach() * 0.5, v, mask, **given),
     "no number": lambda q, k, v, mask, **given: flex(q, k, v, mask, **given) * float("nan"),
 }
+FAULT_ROWS = [pytest.param(name, marks=[] if name == "another mask" else pytest.mark.nightly) for name in FAULTS]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(
-    "fault", [pytest.param(name, marks=[] if name in {"another mask"} else pytest.mark.nightly) for name in FAULTS]
-)
+@pytest.mark.parametrize("dtype", HALF_AND_MORE[:2])
+@pytest.mark.parametrize("fault", FAULT_ROWS)
 def test_the_probe_finds_faults(
     fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flex_probe, "flex", FAULTS[fault])
+    monkeypatch.setattr(flex_route, "flex", FAULTS[fault])
     with flex_on_cpu("aot_eager"), caplog.at_level(logging.WARNING):
         assert not FLEX.works_on(CPU, dtype)
-    assert "flex attention is not used: it differs by" in caplog.text
+    assert "attention: flex is not used on cpu in " in caplog.text
+    assert "its results there differ by" in caplog.text
 
 
 def test_a_kernel_that_cannot_be_compiled_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     """Here, because torch has no gradients of it on CPUs."""
     with caplog.at_level(logging.WARNING):
         assert not FLEX.works_on(CPU, torch.float32)
-    assert "flex attention is not used: Unsupported" in caplog.text
+    assert "attention: flex is not used on cpu in float32: it fails there (Unsupported" in caplog.text
 
 
 def test_where_it_is_meant_for() -> None:
@@ -408,7 +406,7 @@ def test_where_it_is_meant_for() -> None:
         True,
         False,
     ]
-    widths = {"key_width": 8, "value_width": 8}
+    widths = {"key_width": 8, "value_width": 8, "num_scores": 1}
     assert FLEX.problem(Needs(**widths, caps_scores=True, has_sinks=True), causal_mask_function) is None
     assert FLEX.problem(Needs(**widths, drops=True), causal_mask_function) is not None
     assert choice.FLEX in choice.ROUTES

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.masking_utils import causal_mask_function
 
 from holdfast.internals.torch import without_base
 from holdfast.scoring.routes.base import AttentionCall, Needs, Route, Visible
 from holdfast.scoring.routes.blocks import Blocks, Pieces
 from holdfast.scoring.routes.flex_kernel import FlexMask, flex
-from holdfast.scoring.routes.flex_probe import is_right, probe_segments
+from holdfast.scoring.routes.probes import is_right
 from holdfast.scoring.routes.rules import Rule, recognised
 from holdfast.scoring.segments import Segments
 
@@ -42,7 +41,7 @@ class FlexRoute(Route):
 
     def works_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.works_on`."""
-        return is_right(device, dtype, flex_mask(probe_segments(), causal_mask_function, device))
+        return is_right(self, device, dtype)
 
     def problem(self, needs: Needs, visible: Visible) -> str | None:
         """See `Route.problem`."""

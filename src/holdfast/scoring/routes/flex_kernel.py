@@ -29,10 +29,8 @@ Visible = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """What one compiled function is for. `shape`: heads of queries, of keys, and numbers per head of keys and of
-    values. `state`: whether gradients are on, which inputs want them, whether autocast is on. `purpose` tells the
-    functions of a probe from those of a run."""
+    values. `state`: whether gradients are on, which inputs want them, whether autocast is on."""
 
-    purpose: str
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, int, int, int]
@@ -69,7 +67,6 @@ def flex(
     scale: float,
     softcap: float | None = None,
     sinks: Float[Tensor, "H"] | None = None,
-    purpose: str = "run",
 ) -> Float[Tensor, "1 T H dv"]:
     """softmax(scale q k^T) v over the keys that each query sees, T = `mask.num_tokens`.
 
@@ -78,7 +75,6 @@ def flex(
     inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
     kind = Kind(
-        purpose=purpose,
         device=query.device,
         dtype=query.dtype,
         shape=(query.shape[2], key.shape[2], query.shape[3], value.shape[3]),
