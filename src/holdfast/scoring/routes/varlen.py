@@ -27,6 +27,9 @@ from holdfast.scoring.segments import Segments
 WIDEST_HEAD = 256
 """The widest head that FlashAttention takes."""
 
+WIDE_HEAD = 192
+"""Heads that are wider than this are a trial of their own: some devices have no gradients for them."""
+
 HEAD_MULTIPLE = 8
 """What a head's width must be a multiple of."""
 
@@ -44,9 +47,13 @@ class VarlenRows:
 
 @final
 class VarlenRoute(Route):
-    """FlashAttention over sequences of unlike lengths, on CUDA devices in half precision."""
+    """FlashAttention over sequences of unlike lengths, on CUDA devices in half precision; for heads of up to
+    `WIDE_HEAD`, or with `is_wide` for those that are wider."""
 
     name: ClassVar[str] = "varlen"
+
+    def __init__(self, *, is_wide: bool = False) -> None:
+        self._is_wide = is_wide
 
     def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.runs_on`."""
@@ -54,7 +61,7 @@ class VarlenRoute(Route):
 
     def works_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.works_on`."""
-        return probes.is_right(self, device, dtype)
+        return probes.is_right(self, device, dtype, width=WIDEST_HEAD if self._is_wide else 64)
 
     def problem(self, needs: Needs, visible: Visible) -> str | None:
         """See `Route.problem`."""
@@ -70,6 +77,8 @@ class VarlenRoute(Route):
             return (
                 f"it takes heads of up to {WIDEST_HEAD} in steps of {HEAD_MULTIPLE}, and they are of {needs.key_width}"
             )
+        if (needs.key_width > WIDE_HEAD) != self._is_wide:
+            return f"it is for heads that are {'wider than' if self._is_wide else 'of up to'} {WIDE_HEAD}"
         is_band = recognised(visible)[0] is Rule.NEAR
         return None if is_band else "its mask must be causal, with or without a sliding window"
 
