@@ -20,9 +20,8 @@ def num_graphs() -> int:
 
 
 @contextlib.contextmanager
-def flex_on_cpu(backend: str = "aot_eager", *, is_probed: bool = False) -> Iterator[None]:
-    """Inside, the flex route runs on CPUs and no other route does. Nothing is compiled yet. `is_probed`: it is tried
-    before it is taken; else it is believed to work."""
+def flex_on_cpu(backend: str = "aot_eager") -> Iterator[None]:
+    """Inside, the flex route runs on CPUs and no other route does. Nothing is compiled yet."""
     compile_function = torch.compile
 
     def compiled(function: Callable[..., Any], **options: Any) -> Any:
@@ -34,9 +33,8 @@ def flex_on_cpu(backend: str = "aot_eager", *, is_probed: bool = False) -> Itera
         patch.object(FlexRoute, "runs_on", lambda self, device, dtype: True),
         patch.object(choice, "candidates", lambda device, dtype: [choice.FLEX]),
         patch.dict(flex_kernel._COMPILED, clear=True),
+        patch.object(probes, "works", lambda *_: True),
     ]
-    if not is_probed:
-        changes.append(patch.object(probes, "works", lambda *_: True))
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)

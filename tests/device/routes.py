@@ -1,15 +1,18 @@
-"""Which attention routes work on the pretend device: they are tried with values, which do not exist there."""
+"""Which attention routes work on the pretend device: they are tried with values, which do not exist there. The head's
+kernels work."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from holdfast.scoring.routes import probes
+from holdfast.scoring import causal_lm, head
+from holdfast.scoring.routes import flex_kernel, probes
 from holdfast.scoring.routes.base import Route
 from holdfast.scoring.routes.choice import ROUTES
+from pretend.softmax import softmax_class
 
 
 @contextlib.contextmanager
@@ -22,8 +25,7 @@ def only_these_work(names: Sequence[str]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(probes, "works", works))
-        if importlib.util.find_spec("holdfast.scoring.routes.flex_kernel"):
-            from holdfast.scoring.routes import flex_kernel
-
-            stack.enter_context(patch.object(flex_kernel, "compiled", lambda function: function))
+        stack.enter_context(patch.object(flex_kernel, "compiled", lambda function: function))
+        stack.enter_context(patch.object(causal_lm, "Tensor", FakeTensor))  # else no head would be a plain matrix
+        stack.enter_context(patch.object(head, "softmax_class", softmax_class))
         yield

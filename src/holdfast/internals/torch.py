@@ -114,6 +114,15 @@ def mark_dynamic(tensor: Tensor, dimension: int) -> None:
     looked_up("torch", looked_up("torch", torch, "_dynamo"), "mark_dynamic")(tensor, dimension)
 
 
+def without_base(tensor: Tensor) -> Tensor:
+    """The same values in the same memory, but to autograd no view of another tensor. `torch.compile` also looks at the
+    tensor that an argument is a view of, and would compile anew where that has another shape."""
+    found = looked_up("torch", torch.ops.aten, "_unsafe_view")(tensor, tensor.shape)
+    if looked_up("torch", found, "_is_view")():
+        raise MovedError("torch", "ops.aten._unsafe_view", "it returns a view")
+    return found
+
+
 def end_forward(module: FSDPModule) -> None:
     """Ends the forward pass in which FSDP2 believes `module` to be, as after an exception. Its values stay gathered
     otherwise, and the next forward pass would compute with them."""

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.masking_utils import causal_mask_function
 
+from holdfast.internals.torch import without_base
 from holdfast.scoring.routes.base import AttentionCall, Needs, Route, Visible
 from holdfast.scoring.routes.blocks import Blocks, Pieces
 from holdfast.scoring.routes.flex_kernel import FlexMask, flex
-from holdfast.scoring.routes.flex_probe import is_right, probe_segments
+from holdfast.scoring.routes.probes import is_right
 from holdfast.scoring.routes.rules import Rule, recognised
 from holdfast.scoring.segments import Segments
 
@@ -41,7 +41,7 @@ class FlexRoute(Route):
 
     def works_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.works_on`."""
-        return is_right(device, dtype, flex_mask(probe_segments(), causal_mask_function, device))
+        return is_right(self, device, dtype)
 
     def problem(self, needs: Needs, visible: Visible) -> str | None:
         """See `Route.problem`."""
@@ -57,7 +57,7 @@ class FlexRoute(Route):
         states = [_one_row(states, prepared.num_tokens) for states in (call.query, call.key, call.value)]
         scale = width**-0.5 if call.scaling is None else call.scaling
         output = flex(*_alike(*states), prepared, scale=scale, softcap=call.softcap, sinks=call.sinks)
-        output = output.transpose(1, 2)[0, : num_rows * num_columns]  # [R*T H dv]
+        output = output[0, : num_rows * num_columns]  # [R*T H dv]
         return output.reshape(num_rows, num_columns, num_heads, call.value.shape[-1])
 
 
@@ -86,20 +86,19 @@ def _on_device(
         flat[start : start + array.size] = array.ravel()
     host = torch.from_numpy(flat)
     moved = (host if device.type == "cpu" else host.pin_memory()).to(device, non_blocking=True)
-    views = [
-        moved[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=True)
-    ]  # fmt: skip
+    places = zip(starts, arrays, strict=True)
+    views = [without_base(moved[start : start + array.size].view(array.shape)) for start, array in places]
     return tuple(views[: len(ids)]), tuple(views[len(ids) : -1]), views[-1]
 
 
 def _one_row(states: Tensor, num_tokens: int) -> Tensor:
-    """[R H T d] -> [1 H R*T d], without a copy where heads lie beside each other for each token, as models leave them.
-    Fewer tokens than `num_tokens` are filled up with zeros, which only see themselves."""
+    """[R H T d] -> [1 R*T H d], contiguous, without a copy where a token's heads lie side by side, as most models leave
+    them. Fewer tokens than `num_tokens` are filled up with zeros, which only see themselves."""
     num_rows, num_heads, num_columns, width = states.shape
-    states = states.transpose(1, 2).reshape(1, num_rows * num_columns, num_heads, width)
+    states = states.transpose(1, 2).reshape(1, num_rows * num_columns, num_heads, width).contiguous()
     if states.shape[1] < num_tokens:
         states = pad(states, (0, 0, 0, 0, 0, num_tokens - states.shape[1]))
-    return states.transpose(1, 2)
+    return states
 
 
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

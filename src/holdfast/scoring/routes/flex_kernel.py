@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from holdfast.internals.torch import mark_dynamic
+from holdfast.internals.torch import mark_dynamic, without_base
 from holdfast.scoring.routes.blocks import BLOCK
 from holdfast.scoring.routes.rules import ALLOWS, Rule
 
@@ -29,10 +29,8 @@ Visible = Callable[..., Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """What one compiled function is for. `shape`: heads of queries, of keys, and numbers per head of keys and of
-    values. `state`: whether gradients are on, which inputs want them, whether autocast is on. `purpose` tells the
-    functions of a probe from those of a run."""
+    values. `state`: whether gradients are on, which inputs want them, whether autocast is on."""
 
-    purpose: str
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, int, int, int]
@@ -61,16 +59,15 @@ class FlexMask:
 
 
 def flex(
-    query: Float[Tensor, "1 H T d"],
-    key: Float[Tensor, "1 Hkv T d"],
-    value: Float[Tensor, "1 Hkv T dv"],
+    query: Float[Tensor, "1 T H d"],
+    key: Float[Tensor, "1 T Hkv d"],
+    value: Float[Tensor, "1 T Hkv dv"],
     mask: FlexMask,
     *,
     scale: float,
     softcap: float | None = None,
     sinks: Float[Tensor, "H"] | None = None,
-    purpose: str = "run",
-) -> Float[Tensor, "1 H T dv"]:
+) -> Float[Tensor, "1 T H dv"]:
     """softmax(scale q k^T) v over the keys that each query sees, T = `mask.num_tokens`.
 
     `softcap` bounds the scores by cap * tanh(score / cap), and `sinks` [H] take a share of the softmax.
@@ -78,16 +75,16 @@ def flex(
     inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
     kind = Kind(
-        purpose=purpose,
         device=query.device,
         dtype=query.dtype,
-        shape=(query.shape[1], key.shape[1], query.shape[3], value.shape[3]),
+        shape=(query.shape[2], key.shape[2], query.shape[3], value.shape[3]),
         scale=scale,
         softcap=softcap,
         has_sinks=sinks is not None,
         rule=mask.rule,
         state=(torch.is_grad_enabled(), torch.is_autocast_enabled(query.device.type), *wants),
     )
+    query, key, value = without_base(query), without_base(key), without_base(value)
     is_new = kind not in _COMPILED
     if is_new:
         _mark(query, key, value, mask)
@@ -130,6 +127,7 @@ def _function(kind: Kind) -> Callable[..., Tensor]:
         visible: Visible | None,
     ) -> Tensor:
         piece, prompt, position = ids
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
         def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             is_own = (piece[key] == piece[query]) | (piece[key] == prompt[query])
@@ -153,11 +151,11 @@ def _function(kind: Kind) -> Callable[..., Tensor]:
             return_aux=AuxRequest(lse=True) if has_sinks else None,
         )
         if sinks is None:
-            return output
+            return output.transpose(1, 2)
         # Of exp(sums) + exp(sink), what the keys have.
         output, sums = output
         share = torch.sigmoid(sums.lse - sinks.float()[:, None])
-        return (output * share[..., None]).to(output.dtype)
+        return (output * share[..., None]).to(output.dtype).transpose(1, 2)
 
     return attend
 
@@ -165,7 +163,7 @@ def _function(kind: Kind) -> Callable[..., Tensor]:
 def _mark(query: Tensor, key: Tensor, value: Tensor, mask: FlexMask) -> None:
     """Tells the compiler what differs between batches: the number of tokens T and of blocks B."""
     for states in (query, key, value):
-        mark_dynamic(states, 2)
+        mark_dynamic(states, 1)
     for ids in mask.ids:
         mark_dynamic(ids, 0)
     for blocks in mask.lists:  # [1 1 B] and [1 1 B B]
