@@ -119,7 +119,7 @@ class HalfWeights:
     def _cast_one(self, name: str, parameter: nn.Parameter) -> _Held | None:
         value = parameter.data
         half = value.to(self.dtype)
-        is_exact = torch.equal(half.float(), value)
+        is_exact = equal(half.float(), value)
         if not is_exact:
             if self._originals is None or not half.isfinite().all():
                 return None
@@ -156,7 +156,7 @@ class HalfWeights:
             if not self._is_half(held):
                 continue
             self._is_complete = False
-            if torch.equal(checksum(held.parameter.data), held.checksum):
+            if equal(checksum(held.parameter.data), held.checksum):
                 held.parameter.data = self._original(held)
             else:
                 changed.append(held.name.partition(".")[2])
@@ -250,15 +250,18 @@ class HalfWeights:
 
     def _stable_numbers(self, model: nn.Module) -> list[Tensor | None]:
         """Checksums of the model's numbers; None for those that differ from one time to the next."""
-        first, second = ([checksum(value) for value in self._numbers(_plain(model))] for _ in range(2))
-        return [a if torch.equal(a, b) else None for a, b in zip(first, second, strict=True)]
+        first, second = self._checksums(model), self._checksums(model)
+        return [a if equal(a, b) else None for a, b in zip(first, second, strict=True)]
+
+    def _checksums(self, model: nn.Module) -> list[Tensor]:
+        return [checksum(value) for value in self._numbers(_plain(model))]
 
     def _gives(self, model: nn.Module, expected: Sequence[Tensor | None]) -> bool:
         try:
-            found = [checksum(value) for value in self._numbers(_plain(model))]
+            found = self._checksums(model)
         except (RuntimeError, TypeError, ValueError):
             return False
-        return all(a is None or torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        return all(a is None or equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, HalfWeights] = weakref.WeakKeyDictionary()
@@ -268,6 +271,11 @@ def as_loaded(model: nn.Module) -> None:
     """Gives `model` its original weights, until the next step of the run that holds some of them."""
     if (holder := _HOLDERS.get(model)) is not None:
         holder.put_back()
+
+
+def equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same values."""
+    return torch.equal(ours, theirs)
 
 
 def checksum(values: Tensor) -> Tensor:
