@@ -9,7 +9,7 @@ trainer is made, when all weights are as they were loaded.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class HalfWeightsTrainer(RenewableTrainer):
     _originals: OriginalFiles | None = None
     _has_said_held: bool = False
 
-    def _begin_holding(self, row: Any, longest_row: int | None) -> None:
-        """Makes what holds the weights of this run. `row` is the first of the data."""
+    def _begin_holding(self, first_rows: Callable[[], Sequence[Any]], longest_row: int | None) -> None:
+        """Makes what holds the weights of this run."""
         dtype = None if self._has_engine or self._is_sharded else _dtype(self.accelerator.autocast, self.args.device)
         if dtype is None or self.args.frozen_weights_dtype == "as_loaded":
             return
-        self._half_weights = HalfWeights(dtype, own_numbers(row, longest_row, self.accelerator.autocast))
+        self._half_weights = HalfWeights(dtype, own_numbers(first_rows, longest_row, self.accelerator.autocast))
         if self.reference is not None:
             self.reference.while_scoring_datasets = self._holding_meanwhile
 
