@@ -3,8 +3,8 @@
 From the first training step to the end of `train`, in evaluations, and while datasets are scored ahead, what linear
 layers of the policy and of fixed reference modules have frozen is held in half precision (`policy.half_weights`).
 Before weights are saved or loaded they are put back, so files, digests and merged models have the original values.
-Weights whose values only a file can keep are held in training alone, where that pays. Given up: memory while the
-trainer is made, when all weights are as they were loaded.
+Weights whose values only a file can keep are held in training alone, where that pays, and in a single process, since
+each would write a file of its own. Given up: memory while the trainer is made, when all weights are as loaded.
 """
 
 import contextlib
@@ -85,7 +85,8 @@ class HalfWeightsTrainer(RenewableTrainer):
         half = self._half_weights
         if half is None:
             return super().training_step(*args, **kwargs)
-        self._originals = self._originals or OriginalFiles(self.args.reference_folder)
+        if self._originals is None and self.accelerator.num_processes == 1:
+            self._originals = OriginalFiles(self.args.reference_folder)
         self._hold(half, self._originals)
         with half.within_step():
             return super().training_step(*args, **kwargs)
