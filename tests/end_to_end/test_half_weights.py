@@ -198,6 +198,8 @@ def test_an_8b_lora_holds_half_of_its_base() -> None:
     linears = layers * (2 * width * width + 2 * width * 1024 + 3 * width * wide) + vocabulary * width
     base = linears + vocabulary * width + (2 * layers + 1) * width
     found = frozen_linears([policy])
+    second = frozen_linears([policy, policy.get_base_model()])
+    assert second.keys() == found.keys(), "a weight that two models have is held once"
     assert num_bytes(found.values()) == 4 * linears
     assert num_bytes(found.values(), BF16) == 2 * linears
     assert num_bytes(p for p in policy.parameters() if not p.requires_grad) == 4 * base
@@ -274,6 +276,24 @@ def test_weights_of_half_precision_files_are_kept_nowhere(tmp_path: Path) -> Non
     ours.train()
     assert set(files) == {1}
     assert float(odd.data[0, 0]) == 1 + 2**-20
+
+
+def test_datasets_are_scored_ahead_by_weights_in_half_precision(tmp_path: Path) -> None:
+    """To the same store, and the reference model in it is written to its file as it was loaded."""
+    both = []
+    for dtype in ("as_loaded", "auto"):
+        other, model = tiny_model(seed=5).bfloat16().float(), KINDS["lora_sft"]()
+        dtypes: set[torch.dtype] = set()
+        other.lm_head.register_forward_pre_hook(lambda head, _, dtypes=dtypes: dtypes.add(head.weight.dtype))
+        store = {"reference_store": str(tmp_path / dtype), "precompute_ref_log_probs": True}
+        args = config(tmp_path / "run", bf16=True, frozen_weights_dtype=dtype, **store)
+        ours = trainer(model, args, ref_model=other)
+        assert (BF16 in dtypes) == (dtype == "auto")
+        assert {p.dtype for p in other.parameters()} == {torch.float32}
+        ours.train()
+        files = sorted(f.relative_to(tmp_path / dtype) for f in (tmp_path / dtype).rglob("*") if f.is_dir())
+        both.append((files, ours.reference.fingerprint(), logged(ours)))
+    assert both[0] == both[1]
 
 
 def test_a_run_without_room_leaves_the_weights_that_need_it(

@@ -149,8 +149,8 @@ def holding_line(holding: Holding, dtype: torch.dtype, folder: Path | None) -> s
     name = str(dtype).removeprefix("torch.")
     if holding.num_models_left:
         return (
-            f"Frozen weights stay as loaded in {holding.num_models_left} of the run's models, which compute other "
-            f"numbers where linear layers have theirs in {name}."
+            f"Frozen weights stay as loaded in {holding.num_models_left} of the run's models, which were not seen to "
+            f"compute the same numbers with those of linear layers in {name}."
         )
     if holding.num_weights == 0:
         return None
