@@ -24,6 +24,8 @@ from holdfast.policy.quantised import is_quantised
 from holdfast.policy.sharding import is_sharded
 
 _LAYERS = (nn.Linear, Conv1D)
+PLAIN: tuple[type, ...] = (nn.Parameter,)
+"""The classes of parameters without products of their own, which quantised ones have."""
 _ADAPTED = (LoraLinear, VeraLinear, IA3Linear, SVDLinear)
 """Adapted layers that call the layer below and never read its weight."""
 
@@ -56,7 +58,7 @@ def num_bytes(parameters: Iterable[Tensor], dtype: torch.dtype | None = None) ->
 
 
 def _is_frozen(parameter: nn.Parameter) -> bool:
-    is_plain = type(parameter) is nn.Parameter and parameter.dtype == torch.float32
+    is_plain = type(parameter) in PLAIN and parameter.dtype == torch.float32
     return is_plain and parameter.numel() > 0 and not parameter.requires_grad and parameter.grad is None
 
 
@@ -90,7 +92,7 @@ def _sharing_memory(parameters: Iterable[nn.Parameter]) -> set[int]:
     first: dict[tuple[torch.device, int], int] = {}
     found: set[int] = set()
     for parameter in parameters:
-        if parameter.is_meta or parameter.numel() == 0:
+        if parameter.is_meta or not parameter.data_ptr():  # it has no values
             continue
         key = id(parameter)
         other = first.setdefault((parameter.device, parameter.data_ptr()), key)

@@ -119,7 +119,7 @@ class HalfWeights:
     def _cast_one(self, name: str, parameter: nn.Parameter) -> _Held | None:
         value = parameter.data
         half = value.to(self.dtype)
-        is_exact = torch.equal(half.float(), value)
+        is_exact = equal(half.float(), value)
         if not is_exact:
             if self._originals is None or not half.isfinite().all():
                 return None
@@ -156,7 +156,7 @@ class HalfWeights:
             if not self._is_half(held):
                 continue
             self._is_complete = False
-            if torch.equal(checksum(held.parameter.data), held.checksum):
+            if equal(checksum(held.parameter.data), held.checksum):
                 held.parameter.data = self._original(held)
             else:
                 changed.append(held.name.partition(".")[2])
@@ -228,7 +228,8 @@ class HalfWeights:
             if (holder := owner()) is not None:
                 holder._before_forward([*inputs, *keywords.values()])
 
-        body: Any = unwrap(model).base_model
+        causal_lm: Any = unwrap(model)
+        body: nn.Module = getattr(causal_lm, "base_model", causal_lm)
         self._hooks.append(body.register_forward_pre_hook(before_forward, with_kwargs=True))
         for module in model.modules():
             if any(id(p) in self._held for p in module.parameters(recurse=False)):
@@ -248,17 +249,25 @@ class HalfWeights:
 
     # --- whether a model computes the same ----------------------------------------------------------------------------
 
-    def _stable_numbers(self, model: nn.Module) -> list[Tensor | None]:
-        """Checksums of the model's numbers; None for those that differ from one time to the next."""
-        first, second = ([checksum(value) for value in self._numbers(_plain(model))] for _ in range(2))
-        return [a if torch.equal(a, b) else None for a, b in zip(first, second, strict=True)]
+    def _stable_numbers(self, model: nn.Module) -> list[Tensor | None] | None:
+        """Checksums of the model's numbers, with None for those that differ from one time to the next; None where the
+        model cannot be tried."""
+        first, second = self._checksums(model), self._checksums(model)
+        if first is None or second is None:
+            return None
+        return [a if equal(a, b) else None for a, b in zip(first, second, strict=True)]
 
-    def _gives(self, model: nn.Module, expected: Sequence[Tensor | None]) -> bool:
-        try:
-            found = [checksum(value) for value in self._numbers(_plain(model))]
-        except (RuntimeError, TypeError, ValueError):
+    def _gives(self, model: nn.Module, expected: Sequence[Tensor | None] | None) -> bool:
+        found = self._checksums(model)
+        if found is None or expected is None:
             return False
-        return all(a is None or torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        return all(a is None or equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    def _checksums(self, model: nn.Module) -> list[Tensor] | None:
+        try:
+            return [checksum(value) for value in self._numbers(_plain(model))]
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
 
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, HalfWeights] = weakref.WeakKeyDictionary()
@@ -268,6 +277,11 @@ def as_loaded(model: nn.Module) -> None:
     """Gives `model` its original weights, until the next step of the run that holds some of them."""
     if (holder := _HOLDERS.get(model)) is not None:
         holder.put_back()
+
+
+def equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same values."""
+    return torch.equal(ours, theirs)
 
 
 def checksum(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The rows are those that `independence` scores: a few tokens of the first row of 
 two small passes. Given up: parts of a model that so few tokens do not reach, such as most of its experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from holdfast.scoring.frozen import Autocast, evaluating
 from holdfast.scoring.score import score
 
 
-def own_numbers(row: Mapping[str, Any], length: int | None, autocast: Autocast) -> Callable[[nn.Module], list[Tensor]]:
+def own_numbers(
+    first_rows: Callable[[], Sequence[Mapping[str, Any]]], length: int | None, autocast: Autocast
+) -> Callable[[nn.Module], list[Tensor]]:
     """A function that returns the log-probs of a model, and the gradients of their sum. `length` is what
     `pin_rotations` returned."""
 
     def numbers(model: nn.Module) -> list[Tensor]:
-        _, batch = short_batches(model, row, length)
+        _, batch = short_batches(model, first_rows()[0], length)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with untouched(model), torch.enable_grad():
             with evaluating(model), autocast():

@@ -3,13 +3,13 @@
 From the first training step to the end of `train`, in evaluations, and while datasets are scored ahead, what linear
 layers of the policy and of fixed reference modules have frozen is held in half precision (`policy.half_weights`).
 Before weights are saved or loaded they are put back, so files, digests and merged models have the original values.
-Weights whose values only a file can keep are held in training alone, where that pays. Given up: memory while the
-trainer is made, when all weights are as they were loaded.
+Weights whose values only a file can keep are held in training alone, where that pays, and in a single process, since
+each would write a file of its own. Given up: memory while the trainer is made, when all weights are as loaded.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class HalfWeightsTrainer(RenewableTrainer):
     _originals: OriginalFiles | None = None
     _has_said_held: bool = False
 
-    def _begin_holding(self, row: Any, longest_row: int | None) -> None:
-        """Makes what holds the weights of this run. `row` is the first of the data."""
+    def _begin_holding(self, first_rows: Callable[[], Sequence[Any]], longest_row: int | None) -> None:
+        """Makes what holds the weights of this run."""
         dtype = None if self._has_engine or self._is_sharded else _dtype(self.accelerator.autocast, self.args.device)
         if dtype is None or self.args.frozen_weights_dtype == "as_loaded":
             return
-        self._half_weights = HalfWeights(dtype, own_numbers(row, longest_row, self.accelerator.autocast))
+        self._half_weights = HalfWeights(dtype, own_numbers(first_rows, longest_row, self.accelerator.autocast))
         if self.reference is not None:
             self.reference.while_scoring_datasets = self._holding_meanwhile
 
@@ -85,7 +85,8 @@ class HalfWeightsTrainer(RenewableTrainer):
         half = self._half_weights
         if half is None:
             return super().training_step(*args, **kwargs)
-        self._originals = self._originals or OriginalFiles(self.args.reference_folder)
+        if self._originals is None and self.accelerator.num_processes == 1:
+            self._originals = OriginalFiles(self.args.reference_folder)
         self._hold(half, self._originals)
         with half.within_step():
             return super().training_step(*args, **kwargs)
@@ -148,8 +149,8 @@ def holding_line(holding: Holding, dtype: torch.dtype, folder: Path | None) -> s
     name = str(dtype).removeprefix("torch.")
     if holding.num_models_left:
         return (
-            f"Frozen weights stay as loaded in {holding.num_models_left} of the run's models, which compute other "
-            f"numbers where linear layers have theirs in {name}."
+            f"Frozen weights stay as loaded in {holding.num_models_left} of the run's models, which were not seen to "
+            f"compute the same numbers with those of linear layers in {name}."
         )
     if holding.num_weights == 0:
         return None
