@@ -3,6 +3,8 @@
 They are launched by Triton, which has no driver here, so `scoring.softmax_choice` would find plain torch.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,23 +13,25 @@ from holdfast.scoring.transform import LogitTransform
 
 
 @torch.library.custom_op("pretend::fold_logits", mutates_args=("columns",))
-def _fold(logits: Tensor, target: Tensor, columns: Tensor) -> None:
+def _fold(logits: Tensor, target: Tensor, columns: Sequence[Tensor]) -> None:
     raise NotImplementedError
 
 
 @torch.library.custom_op("pretend::write_errors", mutates_args=("out",))
-def _errors(logits: Tensor | None, target: Tensor, factor: Tensor | None, columns: Tensor, out: Tensor) -> None:
+def _errors(
+    logits: Tensor | None, target: Tensor, factor: Tensor | None, columns: Sequence[Tensor], out: Tensor
+) -> None:
     raise NotImplementedError
 
 
 @_fold.register_fake
-def _(logits: Tensor, target: Tensor, columns: Tensor) -> None:
-    assert logits.device == target.device == columns.device
+def _(logits: Tensor, target: Tensor, columns: Sequence[Tensor]) -> None:
+    assert {logits.device} == {tensor.device for tensor in (target, *columns)}
 
 
 @_errors.register_fake
-def _(logits: Tensor | None, target: Tensor, factor: Tensor | None, columns: Tensor, out: Tensor) -> None:
-    devices = {tensor.device for tensor in (logits, target, factor, columns, out) if tensor is not None}
+def _(logits: Tensor | None, target: Tensor, factor: Tensor | None, columns: Sequence[Tensor], out: Tensor) -> None:
+    devices = {tensor.device for tensor in (logits, target, factor, *columns, out) if tensor is not None}
     assert len(devices) == 1, devices
 
 
@@ -43,18 +47,18 @@ class PretendKernelSoftmax(Softmax):
         self._target = target.contiguous()
         self.logits_dtype = dtype
 
-    def empty_columns(self, with_statistics: bool) -> Tensor:
+    def empty_columns(self, with_statistics: bool) -> list[Tensor]:
         """See `Softmax`."""
-        return torch.empty((NUM_COLUMNS + 2, len(self._target)), dtype=torch.float32, device=self._target.device)
+        return [torch.empty(len(self._target), device=self._target.device) for _ in range(NUM_COLUMNS + 2)]
 
-    def write(self, logits: Tensor, here: slice, columns: Tensor, *, with_errors: bool) -> None:
+    def write(self, logits: Tensor, here: slice, columns: Sequence[Tensor], *, with_errors: bool) -> None:
         """See `Softmax`."""
         _fold(logits, self._target, columns)
         if with_errors:
             _errors(None, self._target, None, columns[NUM_COLUMNS:], logits)
 
     def scaled_errors(
-        self, chunk: Tensor, here: slice, factor: Tensor, columns: Tensor, *, is_saved: bool
+        self, chunk: Tensor, here: slice, factor: Tensor, columns: Sequence[Tensor], *, is_saved: bool
     ) -> tuple[Tensor, None]:
         """See `Softmax`."""
         if not is_saved:
