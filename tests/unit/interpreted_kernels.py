@@ -57,16 +57,16 @@ def answers(
     target = torch.cat([torch.zeros(before, dtype=target.dtype), target])
     here = slice(before, len(target))
     softmax = kind(target, transform, logits.shape[1], len(logits), logits.dtype)
-    columns = softmax.empty_columns(True).fill_(7.0)
+    columns = [column.fill_(7.0) for column in softmax.empty_columns(True)]
     chunk = poisoned(logits.to(softmax.logits_dtype))
     softmax.write(chunk, here, columns, with_errors=factor is None)
-    assert (columns[:, :before] == 7.0).all(), "rows of other tokens are written"
+    assert all((column[:before] == 7.0).all() for column in columns), "columns of other tokens are written"
     if factor is not None:
         chunk = poisoned(logits.to(softmax.logits_dtype))
         factor = torch.cat([torch.full((before,), POISON), factor])
         chunk, rest = softmax.scaled_errors(chunk, here, factor, columns[NUM_COLUMNS:], is_saved=False)
         chunk = chunk if rest is None else chunk * rest[:, None]
-    return columns[:NUM_COLUMNS, before:], chunk
+    return torch.stack(columns[:NUM_COLUMNS])[:, before:], chunk
 
 
 def exact(logits: Tensor, target: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
     columns = softmax.empty_columns(True)
     softmax.write(logits, here, columns, with_errors=True)
     expected, expected_errors = exact(values, target, LogitTransform())
-    assert_close(columns[:NUM_COLUMNS].double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(torch.stack(columns[:NUM_COLUMNS]).double(), expected, rtol=1e-5, atol=1e-5)
     assert_close(logits.double(), expected_errors, rtol=unit(torch.bfloat16), atol=2e-6)
 
 

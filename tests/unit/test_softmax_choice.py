@@ -1,7 +1,7 @@
 """Which softmax a head takes: the trial of the kernels finds each of their faults, and plain torch is what remains."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,18 +38,21 @@ def stand_in(
             self.inner = TorchSoftmax(target.clamp(0, vocabulary - 1), transform, vocabulary, size, dtype)
             self.logits_dtype = self.inner.logits_dtype
 
-        def empty_columns(self, with_statistics: bool) -> Tensor:
+        def empty_columns(self, with_statistics: bool) -> list[Tensor]:
             return self.inner.empty_columns(with_statistics)
 
-        def write(self, logits: Tensor, here: slice, columns_: Tensor, *, with_errors: bool) -> None:
+        def write(self, logits: Tensor, here: slice, columns_: Sequence[Tensor], *, with_errors: bool) -> None:
             self.inner.write(logits, here, columns_, with_errors=with_errors)
             if not reads_outside:
-                columns_[0, here][self.is_outside[here]] = float("nan")
-            columns(columns_[:, here])
+                columns_[0][here][self.is_outside[here]] = float("nan")
+            spoiled = torch.stack(list(columns_))
+            columns(spoiled)
+            for column, values in zip(columns_, spoiled, strict=True):
+                column.copy_(values)
             errors(logits)
 
         def scaled_errors(
-            self, chunk: Tensor, here: slice, factor: Tensor, columns: Tensor, *, is_saved: bool
+            self, chunk: Tensor, here: slice, factor: Tensor, columns: Sequence[Tensor], *, is_saved: bool
         ) -> tuple[Tensor, Tensor | None]:
             made, rest = self.inner.scaled_errors(chunk, here, factor, columns, is_saved=is_saved)
             made = made if rest is None else made * rest[:, None]

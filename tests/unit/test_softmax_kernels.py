@@ -40,8 +40,8 @@ def test_they_compute_what_plain_torch_does(rows: str) -> None:
 
 
 ARGUMENTS = {
-    "logits": "*{}", "out": "*{}", "target": "*i64", "columns": "*fp32", "normalisers": "*fp32", "factor": "*fp32",
-    "scale": "fp32", "inner": "fp32", "cap": "fp32",
+    "logits": "*{}", "out": "*{}", "target": "*i64", "first": "i32", "vocabulary": "i32", "row_stride": "i32",
+    "out_stride": "i32", "scale": "fp32", "inner": "fp32", "cap": "fp32",
 }  # fmt: skip
 CONSTANTS = {"HAS_CAP": True, "IS_EXACT": False, "HAS_FACTOR": True, "BLOCK": 2048}
 ALIGNED = ("logits", "out", "vocabulary", "row_stride", "out_stride")
@@ -62,7 +62,7 @@ def test_they_compile(name: str, dtype: str, capability: int, tmp_path: Path, mo
 
     kernel: Any = getattr(softmax_kernels, name)
     names = kernel.arg_names
-    kinds = {n: "constexpr" if n in CONSTANTS else ARGUMENTS.get(n, "i32").format(dtype) for n in names}
+    kinds = {n: "constexpr" if n in CONSTANTS else ARGUMENTS.get(n, "*fp32").format(dtype) for n in names}
     constants = {n: value for n, value in CONSTANTS.items() if n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in names}
     made = compile(

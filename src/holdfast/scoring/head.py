@@ -81,7 +81,8 @@ def linear_logps(
             return (torch.cat(logps),)
         options = options._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
-        return _results(_forward(_Chunks(states, weight, bias, target, options), with_statistics), with_statistics)
+        columns = _forward(_Chunks(states, weight, bias, target, options), with_statistics)
+    return tuple(columns[: NUM_COLUMNS if with_statistics else 1])
 
 
 class _Options(NamedTuple):
@@ -139,7 +140,7 @@ class _Chunks:
 
 def _forward(
     chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None, *, keeps_last: bool = False
-) -> Float[Tensor, "c N"]:
+) -> list[Float[Tensor, "N"]]:
     """The columns of `scoring.softmax`. On the way `states_gradient` is filled with the gradient of each token's
     log-prob with respect to its hidden state, and with `keeps_last`, the buffer is left with what the backward pass
     needs of the last chunk.
@@ -155,11 +156,6 @@ def _forward(
     if states_gradient is not None:
         states_gradient.neg_()
     return columns
-
-
-def _results(columns: Float[Tensor, "c N"], with_statistics: bool) -> tuple[Tensor, ...]:
-    """The log-probs, and the statistics where they are asked for; no views of each other."""
-    return tuple(row.clone() for row in columns[: NUM_COLUMNS if with_statistics else 1])
 
 
 def _logps_by_vocabulary(
@@ -208,7 +204,7 @@ class _LinearLogps(torch.autograd.Function):
             ctx.is_head_frozen = needs_states and not any(needs_head)
             states_gradient = torch.empty_like(chunks.states) if ctx.is_head_frozen else None
             columns = _forward(chunks, options.with_statistics, states_gradient, keeps_last=any(needs_head))
-        results = _results(columns, options.with_statistics)
+        results = tuple(columns[: NUM_COLUMNS if options.with_statistics else 1])
         ctx.options = options
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (states, weight, bias))
         if ctx.is_head_frozen:
@@ -216,7 +212,7 @@ class _LinearLogps(torch.autograd.Function):
         else:
             last = chunks.slices[-1] if chunks.slices else slice(0, 0)
             last_chunk = chunks.buffer[: last.stop - last.start]
-            ctx.save_for_backward(states, weight, bias, target, last_chunk, columns[NUM_COLUMNS:])
+            ctx.save_for_backward(states, weight, bias, target, last_chunk, *columns[NUM_COLUMNS:])
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -227,14 +223,16 @@ class _LinearLogps(torch.autograd.Function):
         if ctx.is_head_frozen:
             (states_gradient,) = ctx.saved_tensors
             return (states_gradient * upstream[:, None]).to(ctx.dtypes[0]), None, None, None, None
-        states, weight, bias, target, *of_softmax = ctx.saved_tensors  # read once: checkpointing allows no more
+        states, weight, bias, target, last_chunk, *columns = (
+            ctx.saved_tensors
+        )  # read once: checkpointing allows no more
         with torch.autocast(upstream.device.type, enabled=False):
             chunks = _Chunks(states, weight, bias, target, ctx.options)
-            return *_gradients(ctx, chunks, upstream, *of_softmax), None, None
+            return *_gradients(ctx, chunks, upstream, last_chunk, columns), None, None
 
 
 def _gradients(
-    ctx: Any, chunks: _Chunks, upstream: Tensor, last_chunk: Tensor, columns: Tensor
+    ctx: Any, chunks: _Chunks, upstream: Tensor, last_chunk: Tensor, columns: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden states, weight and bias, None where one is not needed.
 

@@ -9,6 +9,7 @@ Given up: choosing another softmax for a part of the tokens.
 """
 
 import abc
+from collections.abc import Sequence
 from functools import cached_property
 from typing import final
 
@@ -47,25 +48,32 @@ class Softmax(abc.ABC):
         """`size` is the number of tokens of the largest chunk, `dtype` that of the matrix products."""
 
     @abc.abstractmethod
-    def empty_columns(self, with_statistics: bool) -> Float[Tensor, "c N"]:
-        """Room for what `write` writes. The first `NUM_COLUMNS` rows are columns, with statistics; else the first."""
+    def empty_columns(self, with_statistics: bool) -> list[Float[Tensor, "N"]]:
+        """Room for what `write` writes: the log-probs; with statistics the `NUM_COLUMNS` columns; and after these what
+        `scaled_errors` reads, if anything."""
 
     @abc.abstractmethod
     def write(
-        self, logits: Float[Tensor, "n V"], here: slice, columns: Float[Tensor, "c N"], *, with_errors: bool
+        self, logits: Float[Tensor, "n V"], here: slice, columns: Sequence[Float[Tensor, "N"]], *, with_errors: bool
     ) -> None:
         """Fills a chunk's part of `columns`. Overwrites its logits with its errors where these are asked for; else
         the logits may be changed too, but for a softmax that keeps logits."""
 
     @abc.abstractmethod
     def scaled_errors(
-        self, chunk: Float[Tensor, "n V"], here: slice, factor: Float[Tensor, "N"], columns: Tensor, *, is_saved: bool
+        self,
+        chunk: Float[Tensor, "n V"],
+        here: slice,
+        factor: Float[Tensor, "N"],
+        columns: Sequence[Tensor],
+        *,
+        is_saved: bool,
     ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n"] | None]:
         """A chunk's errors in the dtype of the matrix products, and the factors by which they are still to be
         multiplied; None where they are multiplied by theirs already.
 
-        `columns` are rows after the first `NUM_COLUMNS` of those that `write` filled. `chunk` holds the chunk's logits;
-        where it `is_saved`, it stays as it is, and holds errors if this softmax keeps these.
+        `columns` are those that `write` filled after the first `NUM_COLUMNS`. `chunk` holds the chunk's logits; where
+        it `is_saved`, it stays as it is, and holds errors if this softmax keeps these.
         """
 
 
@@ -87,32 +95,38 @@ class TorchSoftmax(Softmax):
         block_logits = _CPU_BLOCK_LOGITS if target.device.type == "cpu" else _BLOCK_LOGITS
         self._block = max(1, min(size, block_logits // vocabulary))
 
-    def empty_columns(self, with_statistics: bool) -> Float[Tensor, "c N"]:
+    def empty_columns(self, with_statistics: bool) -> list[Float[Tensor, "N"]]:
         """See `Softmax`."""
-        shape = (NUM_COLUMNS if with_statistics else 1, len(self._target))
-        return torch.empty(shape, dtype=self.logits_dtype, device=self._target.device)
+        like = {"dtype": self.logits_dtype, "device": self._target.device}
+        return [torch.empty(len(self._target), **like) for _ in range(NUM_COLUMNS if with_statistics else 1)]
 
     def write(
-        self, logits: Float[Tensor, "n V"], here: slice, columns: Float[Tensor, "c N"] | None, *, with_errors: bool
+        self, logits: Float[Tensor, "n V"], here: slice, columns: Sequence[Float[Tensor, "N"]], *, with_errors: bool
     ) -> None:
         """See `Softmax`. Without `columns`, only the errors are computed."""
-        out = None if columns is None else columns[:, here]
+        parts = [column[here] for column in columns]
         for rows in (slice(i, i + self._block) for i in range(0, len(logits), self._block)):
             target = self._target[here][rows, None]
             block = logits[rows]
             self._transform.apply_(block)
             log_probs = torch.log_softmax(block, -1, out=self._scratch[: len(block)])
-            if out is not None:
-                out[0, rows] = log_probs.gather(-1, target).squeeze(-1)
-            if with_errors or (out is not None and len(out) > 1):
-                self._finish(block, log_probs, target, None if out is None else out[1:, rows])
+            if parts:
+                parts[0][rows] = log_probs.gather(-1, target).squeeze(-1)
+            if with_errors or len(parts) > 1:
+                self._finish(block, log_probs, target, [part[rows] for part in parts[1:]])
 
     def scaled_errors(
-        self, chunk: Float[Tensor, "n V"], here: slice, factor: Float[Tensor, "N"], columns: Tensor, *, is_saved: bool
+        self,
+        chunk: Float[Tensor, "n V"],
+        here: slice,
+        factor: Float[Tensor, "N"],
+        columns: Sequence[Tensor],
+        *,
+        is_saved: bool,
     ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n"] | None]:
         """See `Softmax`."""
         if not is_saved:
-            self.write(chunk, here, None, with_errors=True)
+            self.write(chunk, here, [], with_errors=True)
         if chunk.dtype == self._products_dtype:
             return chunk, factor[here]
         # Scaled while they are cast, before a product in half precision could overflow.
@@ -125,19 +139,19 @@ class TorchSoftmax(Softmax):
         shape = (self._block, self._vocabulary)
         return torch.empty(shape, dtype=self.logits_dtype, device=self._target.device)
 
-    def _finish(self, logits: Tensor, log_probs: Tensor, target: Tensor, statistics: Tensor | None) -> None:
-        """Overwrites a block's logits with its errors; fills the rows of `statistics`, if it has any."""
+    def _finish(self, logits: Tensor, log_probs: Tensor, target: Tensor, statistics: Sequence[Tensor]) -> None:
+        """Overwrites a block's logits with its errors; fills the `statistics`, if there are any."""
         cap, scale = self._transform.cap, self._transform.scale
         slope = None if cap is None else 1 - (logits / cap).square_()  # of tanh, from its value
-        if statistics is not None and len(statistics) > 0:
+        if statistics:
             # In half precision the largest logit is often there twice; then the first one counts, as for `argmax`.
             is_exact = self._products_dtype == self.logits_dtype
             largest = logits.amax(-1, keepdim=True) if is_exact else logits.argmax(-1, keepdim=True)
             is_top1 = (logits.gather(-1, target) if is_exact else target) == largest
-            statistics[1], statistics[2] = logits.mean(-1), is_top1.squeeze(-1)
+            statistics[1][:], statistics[2][:] = logits.mean(-1), is_top1.squeeze(-1)
         probs = torch.exp(log_probs, out=logits)
-        if statistics is not None and len(statistics) > 0:
-            statistics[0], statistics[3] = -log_probs.mul_(probs).sum(-1), log_sum_sq(probs)
+        if statistics:
+            statistics[0][:], statistics[3][:] = -log_probs.mul_(probs).sum(-1), log_sum_sq(probs)
         errors = probs.scatter_add_(-1, target, probs.new_full(target.shape, -1.0))
         if slope is not None:
             errors.mul_(slope)

@@ -85,7 +85,7 @@ def _answers(
     softmax.write(errors, here, columns, with_errors=True)
     scaled, rest = softmax.scaled_errors(again, here, factor, columns[NUM_COLUMNS:], is_saved=False)
     scaled = scaled.float() if rest is None else scaled * rest[:, None]
-    return columns[:NUM_COLUMNS], errors.float().T, scaled.T
+    return torch.stack(columns[:NUM_COLUMNS]), errors.float().T, scaled.T
 
 
 def _gap(found: Tensor, expected: Tensor) -> Tensor:

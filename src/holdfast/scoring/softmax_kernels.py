@@ -16,6 +16,7 @@ Given up: fp64.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -33,8 +34,8 @@ BLOCK = 2048
 _NUM_WARPS = 8
 """So a thread has eight tokens of a block: 16 bytes in half precision, the widest read."""
 
-_VARYING = ["first", "column_stride"]
-_UNALIGNED = ["target", "columns", "normalisers", "factor"]
+_VARYING = ["first"]
+_UNALIGNED = ["target", "factor"]
 """What differs from batch to batch, and is never a reason for another compiled kernel."""
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -59,7 +60,8 @@ def _transformed(logits, scale, inner, cap, HAS_CAP: tl.constexpr):  # type: ign
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _fold_kernel(  # type: ignore[no-untyped-def]
-    logits, target, columns, first, vocabulary, row_stride, column_stride, scale, inner, cap,
+    logits, target, log_probs, entropies, mean_logits, are_top1, log_sums_sq, tops, log_totals, first, vocabulary,
+    row_stride, scale, inner, cap,
     HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # a chunk may have more than 2^31 logits
@@ -86,7 +88,7 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
         distance = logit - largest
         power = tl.exp(distance)
         weighted = tl.where(ratio > 0.0, ratio * (weighted + total * shift), 0.0)
-        weighted += tl.where(power > 0.0, power * distance, power)  # the limit, where -inf * 0 would be NaN
+        weighted += tl.where(power > 0.0, power * distance, 0.0)  # the limit, where -inf * 0 would be NaN
         total = total * ratio + power
         squares = squares * (ratio * ratio) + power * power
         logit_sum += tl.where(is_token, logit, 0.0)
@@ -99,26 +101,26 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
     is_top1 = (wanted == top) & (log_prob == log_prob)
     if not IS_EXACT:
         is_top1 = is_top1 & (tl.max(is_earlier, axis=0) == 0)
-    out = columns + first + row
-    tl.store(out, log_prob)
-    tl.store(out + column_stride, log_total - tl.sum(weighted, axis=0) / sum_of_powers)
-    tl.store(out + 2 * column_stride, tl.sum(logit_sum, axis=0) / vocabulary)
-    tl.store(out + 3 * column_stride, is_top1.to(tl.float32))
-    tl.store(out + 4 * column_stride, tl.log(tl.sum(squares, axis=0)) - 2.0 * log_total)
-    tl.store(out + 5 * column_stride, top)
-    tl.store(out + 6 * column_stride, log_total)
+    place = first + row
+    tl.store(log_probs + place, log_prob)
+    tl.store(entropies + place, log_total - tl.sum(weighted, axis=0) / sum_of_powers)
+    tl.store(mean_logits + place, tl.sum(logit_sum, axis=0) / vocabulary)
+    tl.store(are_top1 + place, is_top1.to(tl.float32))
+    tl.store(log_sums_sq + place, tl.log(tl.sum(squares, axis=0)) - 2.0 * log_total)
+    tl.store(tops + place, top)
+    tl.store(log_totals + place, log_total)
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
 def _errors_kernel(  # type: ignore[no-untyped-def]
-    logits, target, normalisers, factor, out, first, vocabulary, row_stride, column_stride, out_stride, scale, inner,
-    cap, HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    logits, target, tops, log_totals, factor, out, first, vocabulary, row_stride, out_stride, scale, inner, cap,
+    HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = first + row
     label = tl.load(target + place).to(tl.int64)
-    top = tl.load(normalisers + place)
-    log_total = tl.load(normalisers + column_stride + place)
+    top = tl.load(tops + place)
+    log_total = tl.load(log_totals + place)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_token = token < vocabulary
     logit = tl.load(logits + row * row_stride + token, mask=is_token, other=0.0).to(tl.float32)
@@ -151,26 +153,32 @@ class KernelSoftmax(Softmax):
         self._has_cap = cap is not None
         self._transform = (scale, 1.0, 1.0) if cap is None else (scale, scale / cap, cap)
 
-    def empty_columns(self, with_statistics: bool) -> Float[Tensor, "c N"]:
+    def empty_columns(self, with_statistics: bool) -> list[Float[Tensor, "N"]]:
         """See `Softmax`."""
-        shape = (NUM_COLUMNS + 2, len(self._target))
-        return torch.empty(shape, dtype=torch.float32, device=self._target.device)
+        like = {"dtype": torch.float32, "device": self._target.device}
+        return [torch.empty(len(self._target), **like) for _ in range(NUM_COLUMNS + 2)]
 
     def write(
-        self, logits: Float[Tensor, "n V"], here: slice, columns: Float[Tensor, "c N"], *, with_errors: bool
+        self, logits: Float[Tensor, "n V"], here: slice, columns: Sequence[Float[Tensor, "N"]], *, with_errors: bool
     ) -> None:
         """See `Softmax`. A target outside the vocabulary has no log-prob: NaN, which no store takes."""
-        assert logits.stride(1) == columns.stride(1) == 1, (logits.stride(), columns.stride())
+        assert logits.stride(1) == 1, logits.stride()
         with torch.cuda.device_of(logits):
             _fold_kernel[(len(logits),)](
-                logits, self._target, columns, here.start, self._vocabulary, logits.stride(0), columns.stride(0),
-                *self._transform, **self._constants(IS_EXACT=logits.dtype == torch.float32),
+                logits, self._target, *columns, here.start, self._vocabulary, logits.stride(0), *self._transform,
+                **self._constants(IS_EXACT=logits.dtype == torch.float32),
             )  # fmt: skip
         if with_errors:
             self._write_errors(logits, here, None, columns[NUM_COLUMNS:], out=logits)
 
     def scaled_errors(
-        self, chunk: Float[Tensor, "n V"], here: slice, factor: Float[Tensor, "N"], columns: Tensor, *, is_saved: bool
+        self,
+        chunk: Float[Tensor, "n V"],
+        here: slice,
+        factor: Float[Tensor, "N"],
+        columns: Sequence[Tensor],
+        *,
+        is_saved: bool,
     ) -> tuple[Float[Tensor, "n V"], None]:
         """See `Softmax`."""
         out = torch.empty_like(chunk) if is_saved else chunk
@@ -178,16 +186,16 @@ class KernelSoftmax(Softmax):
         return out, None
 
     def _write_errors(
-        self, logits: Tensor, here: slice, factor: Tensor | None, normalisers: Float[Tensor, "2 N"], *, out: Tensor
+        self, logits: Tensor, here: slice, factor: Tensor | None, columns: Sequence[Tensor], *, out: Tensor
     ) -> None:
         """Writes a chunk's errors, times the tokens' factors, into `out`, which may be `logits`."""
-        factor = None if factor is None else factor.contiguous()
+        top, log_total = columns
+        factors = top if factor is None else factor.contiguous()
         grid = (len(logits), math.ceil(self._vocabulary / BLOCK))
         with torch.cuda.device_of(logits):
             _errors_kernel[grid](
-                logits, self._target, normalisers, normalisers if factor is None else factor, out, here.start,
-                self._vocabulary, logits.stride(0), normalisers.stride(0), out.stride(0), *self._transform,
-                **self._constants(HAS_FACTOR=factor is not None),
+                logits, self._target, top, log_total, factors, out, here.start, self._vocabulary, logits.stride(0),
+                out.stride(0), *self._transform, **self._constants(HAS_FACTOR=factor is not None),
             )  # fmt: skip
 
     def _constants(self, **own: bool) -> dict[str, Any]:
