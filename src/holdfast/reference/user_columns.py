@@ -12,6 +12,7 @@ from torch import nn
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.reference.reference import Reference
 from holdfast.reference.sources.user_logps import UserLogps
+from holdfast.scoring.precision import is_half_precision
 
 
 class UserLogpsOptions(Protocol):
@@ -52,7 +53,8 @@ def use_user_columns(
             "" if reference is None else ", or set precompute_ref_log_probs=True (on data with an end) to use them"
         )
     else:
-        is_half = accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in policy.parameters())
+        is_fp32 = all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        is_half = not is_fp32 or is_half_precision(policy, accelerator.autocast)
         if reference.user_logps is None:
             reference.user_logps = UserLogps(is_half=is_half, is_main=accelerator.is_main_process)
         return
