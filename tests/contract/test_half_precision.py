@@ -214,7 +214,7 @@ def test_every_attention_is_compared_in_the_precision_it_runs_in(
     assert tried(model, layout, autocast_to(autocast)) is None
 
 
-# --- a layout is judged by the noise of padded rows -----------------------------------------------------------------------
+# --- a layout is judged by the noise of padded rows -----------------------------------------------------------------
 
 MODES = {
     "bf16 autocast": (torch.float32, torch.bfloat16),

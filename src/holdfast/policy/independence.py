@@ -141,8 +141,9 @@ def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tu
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
 
-    def on_device(tensors: Mapping[str, Tensor]) -> PairBatch:
-        return PairBatch.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+    def on_device(tensors: Mapping[str, Any]) -> PairBatch:
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+        return PairBatch.from_tensors(moved)
 
     return on_device(alone), on_device(beside)
 

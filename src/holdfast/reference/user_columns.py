@@ -64,7 +64,12 @@ def use_user_columns(
     )
 
 
+def columns_read(reference: Reference | None) -> tuple[str, ...]:
+    """The columns of log-prob sums that `reference` has read from the dataset, which batches need no more."""
+    return REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+
+
 def without_user_columns(tensors: Mapping[str, Any], reference: Reference | None) -> dict[str, Any]:
     """A collated batch without the columns of log-prob sums, where `reference` has read them from the dataset."""
-    columns = REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+    columns = columns_read(reference)
     return {name: tensor for name, tensor in tensors.items() if name not in columns}

@@ -8,6 +8,8 @@ weights is a model in half precision while autocast is on.
 Given up: products that a library rounds without telling torch.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,8 +23,8 @@ _TF32_UNIT = 2.0**-11
 
 def fp32_products(device: torch.device) -> str:
     """How the products of two fp32 matrices are rounded on `device`: "ieee" (not below fp32), "tf32" or "bf16"."""
-    backend = torch.backends.mkldnn.matmul if device.type == "cpu" else torch.backends.cuda.matmul
-    said = str(backend.fp32_precision)
+    backend: Any = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    said = str(backend.matmul.fp32_precision)
     return said if said in ("tf32", "bf16") else "ieee"
 
 
