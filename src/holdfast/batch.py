@@ -45,10 +45,10 @@ class HostSequences:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Any]) -> "HostSequences":
         """What the tensors of a batch say, which are in host memory."""
-        content, num_columns = tensors["content"].tolist(), tensors["input_ids"].shape[1]
-        lengths = torch.bincount(tensors["sequence"], minlength=len(content))
-        rows = torch.zeros(len(content), dtype=torch.int64)
-        rows[tensors["sequence"]] = tensors["source"] // num_columns
+        content: Any = tensors["content"].tolist()
+        lengths: Any = torch.bincount(tensors["sequence"], minlength=len(content))
+        rows: Any = torch.zeros(len(content), dtype=torch.int64)
+        rows[tensors["sequence"]] = tensors["source"] // tensors["input_ids"].shape[1]
         return cls(
             content=tuple((high, low) for high, low in content),
             lengths=tuple(lengths.tolist()),

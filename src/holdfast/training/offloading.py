@@ -15,6 +15,7 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
@@ -37,56 +38,86 @@ class Copies(Protocol):
         """A copy in host memory, complete before `to_device` reads it."""
         ...
 
-    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
-        """A copy on `device`. It must be passed to `arrived` before it is read."""
+    def to_device(self, host: Tensor, device: torch.device) -> "OnItsWay":
+        """A copy on `device`, which `arrived` makes readable."""
         ...
 
-    def arrived(self, tensor: Tensor) -> Tensor:
-        """`tensor`, complete before whatever reads it from now on."""
+    def arrived(self, copy: "OnItsWay") -> Tensor:
+        """The copy, complete before whatever reads it from now on."""
         ...
+
+    def end(self) -> None:
+        """Called when nothing is copied any more."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OnItsWay:
+    """A tensor on the device, and the event after which it has its values; None where it has them."""
+
+    tensor: Tensor
+    event: Any
 
 
 @contextlib.contextmanager
 def offloaded(model: nn.Module) -> Iterator[None]:
     """A context in which the activations that `model` saves for the backward pass wait in host memory."""
-    offloading = Offloading(model, StreamCopies())
+    copies = StreamCopies()
+    offloading = Offloading(model, copies)
     with torch.autograd.graph.saved_tensors_hooks(offloading.pack, offloading.unpack):
-        yield
+        try:
+            yield
+        finally:
+            copies.end()
 
 
 @final
 class StreamCopies:
-    """Copies on a stream of their own, from and to pinned memory."""
+    """Copies on a stream of their own, from and to pinned memory.
+
+    Memory of the device is freed on the stream that computes. So a tensor is held until its copy to host memory has
+    ended, and the memory for a copy back is taken on the stream that computes, after what used it before.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """See `Copies.to_host`."""
-        stream = self._stream_of(tensor.device)
-        stream.wait_stream(torch.accelerator.current_stream(tensor.device))
-        with stream:
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given to another tensor before the copy has ended
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        event = self._copy(host, tensor, tensor.device)
+        self._leaving.append((event, tensor))
         return host
 
-    def to_device(self, host: Tensor, device: torch.device) -> Tensor:
+    def to_device(self, host: Tensor, device: torch.device) -> OnItsWay:
         """See `Copies.to_device`. The copy to host memory was made on the same stream, so it is over by then."""
-        with self._stream_of(device):
-            return host.to(device, non_blocking=True)
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=device)
+        return OnItsWay(tensor, self._copy(tensor, host, device))
 
-    def arrived(self, tensor: Tensor) -> Tensor:
+    def arrived(self, copy: OnItsWay) -> Tensor:
         """See `Copies.arrived`."""
-        current = torch.accelerator.current_stream(tensor.device)
-        current.wait_stream(self._stream_of(tensor.device))
-        tensor.record_stream(current)
-        return tensor
+        torch.accelerator.current_stream(copy.tensor.device).wait_event(copy.event)
+        return copy.tensor
 
-    def _stream_of(self, device: torch.device) -> Any:
+    def end(self) -> None:
+        """See `Copies.end`: what computes next begins when all copies have ended, and their memory can be freed."""
+        for device, stream in self._streams.items():
+            torch.accelerator.current_stream(device).wait_stream(stream)
+        self._leaving.clear()
+
+    def _copy(self, target: Tensor, source: Tensor, device: torch.device) -> Any:
+        """Begins a copy when what `device` was asked for before is done. Returns the event of its end."""
         if device not in self._streams:
             self._streams[device] = torch.Stream(device)
-        return self._streams[device]
+        stream = self._streams[device]
+        stream.wait_stream(torch.accelerator.current_stream(device))
+        with stream:
+            target.copy_(source, non_blocking=True)
+        return stream.record_event()
 
 
 @final
@@ -99,7 +130,7 @@ class Waiting:
     def __init__(self, host: Tensor, device: torch.device) -> None:
         self.host = host
         self.device = device
-        self.fetched: Tensor | None = None
+        self.fetched: OnItsWay | None = None
         self.is_read = False
 
 
@@ -124,8 +155,8 @@ class Offloading:
         """Whether a saved tensor is an activation that is worth a copy. What a recomputed layer saves is not: it is
         asked for at once."""
         return (
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.is_floating_point()
+            tensor.is_floating_point()
+            and not hasattr(tensor, "__tensor_flatten__")  # spread over processes, or quantised
             and tensor.layout == torch.strided
             and tensor.nbytes >= self._least_bytes
             and storage_number(tensor) not in self._storages
@@ -147,12 +178,12 @@ class Offloading:
         """The tensor that autograd saved, with its values."""
         if not isinstance(saved, Waiting):
             return saved
-        tensor = self._fetched(saved)
+        copy = self._fetched(saved)
         saved.fetched, saved.is_read = None, True  # autograd holds it now
         self._fetch_ahead()
-        return self._copies.arrived(tensor)
+        return self._copies.arrived(copy)
 
-    def _fetched(self, saved: Waiting) -> Tensor:
+    def _fetched(self, saved: Waiting) -> OnItsWay:
         if saved.fetched is None:
             saved.fetched = self._copies.to_device(saved.host, saved.device)
         return saved.fetched
