@@ -1,6 +1,6 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
-recomputation), how a dimension is marked for it, where FSDP2 believes a forward pass to be, and how many collective
-operations were begun.
+"""Private names of torch: a tensor's storage, whether a backward pass runs, a module's hooks, what it saves, dropout's
+base class, what wraps a model (`torch.compile`, recomputation), how a dimension is marked for it, where FSDP2 believes a
+forward pass to be, and how many collective operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
@@ -29,6 +29,16 @@ def num_collectives() -> int | None:
         return sum(count() for count in counts)
     except RuntimeError:  # of a backend that does not count
         return None
+
+
+def storage_number(tensor: Tensor) -> int:
+    """A number that tensors with one storage share, and no other living tensor has."""
+    return looked_up("torch", tensor.untyped_storage(), "_cdata")
+
+
+def is_in_backward_pass() -> bool:
+    """Whether this thread computes gradients now."""
+    return looked_up("torch", looked_up("torch", torch, "_C"), "_current_graph_task_id")() != -1
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -144,7 +144,6 @@ class Startup:
                     reference,
                     batch,
                     autocast=self._accelerator.autocast,
-                    mixed_precision=self._accelerator.mixed_precision,
                     first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
