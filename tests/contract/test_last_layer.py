@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import holdfast.scoring.attention as attention
+import holdfast.scoring.routes.pieces as pieces
 import holdfast.scoring.segments as row_segments
 from families import VOCABULARY, tiny_model
 from holdfast.batch import PairBatch
@@ -80,9 +80,9 @@ def test_what_is_no_plain_feed_forward_part_is_computed_in_full(family: str) -> 
 
 def test_prompts_ask_nothing_in_the_last_layer_but_by_their_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_segments, "GROUP_TOKENS", 11)
-    plain, asked = attention._attend, []
-    monkeypatch.setattr(attention, "_attend", lambda query, *given, **options: (
-        asked.append(query.shape[1]) or plain(query, *given, **options)
+    plain, asked = pieces._attend, []
+    monkeypatch.setattr(pieces, "_attend", lambda call, query, *given: (
+        asked.append(query.shape[1]) or plain(call, query, *given)
     ))  # fmt: skip
     batch, model = shared_batch(), tiny_model("mistral")
     logps_of(model, batch)

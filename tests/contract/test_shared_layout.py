@@ -16,6 +16,9 @@ from transformers.masking_utils import causal_mask_function
 import holdfast.data.layouts.trial as trial
 import holdfast.scoring.attention as attention
 import holdfast.scoring.flex as flex
+import holdfast.scoring.routes.choice as choice
+import holdfast.scoring.routes.pieces as pieces
+import holdfast.scoring.routes.probes as probes
 import holdfast.scoring.segments as row_segments
 import oracle
 from families import CONFIGS, VOCABULARY, tiny_model
@@ -37,7 +40,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether prompts are attended with their completions by plain products, as short ones are, or each by a kernel."""
     if request.param == "apart":
         monkeypatch.setattr(row_segments, "GROUP_TOKENS", 11)
-        monkeypatch.setattr(attention, "PLAIN_SCORES", 0)
+        monkeypatch.setattr(pieces, "PLAIN_SCORES", 0)
     return request.param
 
 
@@ -248,7 +251,8 @@ def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> N
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.nightly), "gemma2"])
 def test_flex_attention_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, of which this is the forward pass; soft-capped and in windows, too."""
-    monkeypatch.setattr(flex, "is_usable", lambda device, dtype: True)
+    monkeypatch.setattr(choice, "candidates", lambda device, dtype: [choice.FLEX])
+    monkeypatch.setattr(probes, "works", lambda route, device, dtype: True)
     torch._dynamo.reset()
     model, calls = tiny_model(family), []
     monkeypatch.setattr(flex, "flex_attention", lambda *given, **options: (

@@ -1,42 +1,35 @@
 """Attention for rows that hold several sequences: each completion sees its prompt and itself, and nothing else.
 
-Rows are attended span by span, as `scoring.segments` takes them apart. transformers lets a model's configuration name
-its attention, so this one is registered under `NAME`, and the configuration names it for the length of one forward
-pass. The `Segments` reach every attention layer as a keyword argument. Activation checkpointing calls layers again in
-the backward pass, when the forward pass is over; those calls name the attention again.
+transformers lets a model's configuration name its attention, so this one is registered under `NAME`, and the
+configuration names it for the length of one forward pass. The `Segments` reach every attention layer as a keyword
+argument. Activation checkpointing calls layers again in the backward pass, when the forward pass is over; those calls
+name the attention again. How it is computed depends on the device and the model: `scoring.routes` has the ways.
 
 Given up: models that are not on transformers' attention interface, carry state along the row (Mamba, convolutions) or
-count distance in columns (ALiBi). `holdfast.data.layouts.choose` finds them. On a GPU, many small products would wait
-for each other; there `holdfast.scoring.flex` computes the same in one kernel per layer.
+count distance in columns (ALiBi). `holdfast.data.layouts.choose` finds them.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial, wraps
-from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from holdfast.internals.transformers import attention_of, recomputation, set_attention, set_recomputation
-from holdfast.scoring import flex
 from holdfast.scoring.fused.body import Pieces, pieces_of, replaced
 from holdfast.scoring.last_layer import narrowed
+from holdfast.scoring.routes.base import AttentionCall
+from holdfast.scoring.routes.choice import RowMask, attend, mask_of_rows
 from holdfast.scoring.segments import SEGMENTS, Segments
 
 NAME = "holdfast_shared"
 """The name by which transformers knows this attention."""
-
-PLAIN_SCORES = 2**16
-"""Most scores per head for which plain products are used on a CPU: up to here they are faster than its fused kernel."""
 
 
 # --- for the length of a forward pass ---------------------------------------------------------------------------------
@@ -154,12 +147,8 @@ def shared_mask(
     device: Any = "cpu",
     dtype: torch.dtype = torch.float32,
     **_: Any,
-) -> Float[Tensor, "M"] | BlockMask:
-    """What transformers passes to attention layers in place of a [T T] mask: 0 or -inf for each value of
-    `Segments.masks`, or a block mask where flex attention works.
-
-    No other attention accepts the first, since its shape is [M].
-    """
+) -> Tensor | RowMask:
+    """What transformers passes to attention layers in place of a [T T] mask; see `routes.choice.mask_of_rows`."""
     segments = _ACTIVE.get()
     if segments is None:
         raise ValueError(
@@ -169,11 +158,7 @@ def shared_mask(
     device = torch.device(device)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    if flex.is_usable(device, dtype):
-        rows = [[(s.prompt, [*chain.from_iterable(s.groups)]) for s in row] for row in segments.rows]
-        return flex.block_mask(rows, segments.num_columns, mask_function, device)
-    seen = segments.masks(mask_function, device)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    return mask_of_rows(segments, mask_function, device, dtype)
 
 
 def shared_attention(
@@ -181,7 +166,7 @@ def shared_attention(
     query: Float[Tensor, "R H T d"],
     key: Float[Tensor, "R Hkv T d"],
     value: Float[Tensor, "R Hkv T dv"],
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Tensor | RowMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
@@ -190,88 +175,25 @@ def shared_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "R T H dv"], None]:
-    """softmax(scaling q k^T) v over the tokens that each token sees, span by span, or at once under a block mask.
+    """softmax(scaling q k^T) v over the tokens that each token sees, by the route that `routes.choice` takes.
 
     `softcap` bounds the scores by cap * tanh(score / cap) (Gemma 2), `s_aux` [H] are sinks that take a share of the
-    softmax (gpt-oss). Padding gets zeros. ValueError where the segments do not describe the queries and keys.
+    softmax (gpt-oss). ValueError where the segments do not describe the queries and keys.
     """
-    segments, masks = _checked_call(module, query, key, kwargs.get(SEGMENTS), attention_mask, position_bias)
-    if isinstance(masks, BlockMask):
-        output = flex.flex_attention(
-            module, query, key, value, masks, scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux
-        )
-        return output, None
-    attend: Callable[..., Tensor] = partial(_attend, dropout=dropout, scaling=scaling, softcap=softcap, sinks=s_aux)
-    prompt_masks, group_masks = segments.split_masks(masks)
-    is_narrow = module in _NARROW.get()
-    outputs: list[Tensor] = []
-    for row, states in enumerate(zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)):
-        # Split once: the gradient of a slice would be a whole row, zero but for the span.
-        spans = iter(zip(*(state.split(segments.span_lengths(row), dim=1) for state in states), strict=True))
-        for segment in segments.rows[row]:
-            if segment.is_joined:
-                own_query, own_key, own_value = next(spans)
-                outputs.append(attend(own_query, own_key, own_value, next(group_masks)))
-                continue
-            prompt_query, prompt_key, prompt_value = next(spans)
-            prompt_mask = next(prompt_masks)
-            if segment.prompt > 0 and is_narrow and segment.groups:
-                outputs.append(prompt_query.new_zeros(segment.prompt - 1, query.shape[1], value.shape[-1]))
-                last = prompt_query.new_zeros(1, segment.prompt) if prompt_mask is None else prompt_mask[-1:]
-                outputs.append(attend(prompt_query[:, -1:], prompt_key, prompt_value, last))
-            elif segment.prompt > 0:
-                outputs.append(attend(prompt_query, prompt_key, prompt_value, prompt_mask))
-            for _ in segment.groups:
-                own_query, own_key, own_value = next(spans)
-                seen_key, seen_value = torch.cat([prompt_key, own_key], 1), torch.cat([prompt_value, own_value], 1)
-                outputs.append(attend(own_query, seen_key, seen_value, next(group_masks)))
-        padding = next(spans)[0]
-        outputs.append(padding.new_zeros(padding.shape[1], padding.shape[0], value.shape[-1]))
-    num_rows, num_heads, num_columns, _ = query.shape
-    return torch.cat(outputs).view(num_rows, num_columns, num_heads, value.shape[-1]), None
-
-
-def _attend(
-    query: Float[Tensor, "H q d"],
-    key: Float[Tensor, "Hkv k d"],
-    value: Float[Tensor, "Hkv k dv"],
-    bias: Float[Tensor, "q k"] | None,
-    *,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Float[Tensor, "q H dv"]:
-    """The attention of one span. `bias` is added to its scores; None means causal. Every token sees itself at least."""
-    bias = bias if bias is None else bias.to(query.dtype)
-    num_scores = query.shape[1] * key.shape[1]
-    is_small = num_scores <= PLAIN_SCORES and query.device.type == "cpu" and query.dtype.itemsize >= 4
-    if softcap is None and sinks is None and not is_small:
-        output = scaled_dot_product_attention(
-            query[None],
-            key[None],
-            value[None],
-            attn_mask=bias,
-            dropout_p=dropout,
-            is_causal=bias is None,
-            scale=scaling,
-            enable_gqa=query.shape[0] != key.shape[0],
-        )[0]
-        return output.transpose(0, 1)
-    num_groups = query.shape[0] // key.shape[0]
-    if num_groups > 1:
-        key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if bias is None:
-        bias = query.new_full((query.shape[1], key.shape[1]), float("-inf")).triu_(1)
-    if softcap is None:
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)  # [H q k]
-    else:
-        scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (scale / softcap)) + bias
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
-    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]
-    return (drop(shares, p=dropout) @ value).transpose(0, 1)
+    segments, mask = _checked_call(module, query, key, kwargs.get(SEGMENTS), attention_mask, position_bias)
+    call = AttentionCall(
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        segments=segments,
+        scaling=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux,
+        is_narrow=module in _NARROW.get(),
+    )
+    return attend(call, mask), None
 
 
 def _checked_call(
@@ -279,10 +201,10 @@ def _checked_call(
     query: Tensor,
     key: Tensor,
     segments: Any,
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Tensor | RowMask | None,
     position_bias: Tensor | None,
-) -> tuple[Segments, Tensor | BlockMask]:
-    """The segments and the masks. ValueError where the attention would be wrong: `data.layouts.choose` then takes
+) -> tuple[Segments, Tensor | RowMask]:
+    """The segments and the mask. ValueError where the attention would be wrong: `data.layouts.choose` then takes
     padded rows."""
     name = type(module).__name__
     if not isinstance(segments, Segments) or attention_mask is None:

@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 _KINDS: dict[tuple[Any, ...], Kind | None] = {}
-"""What is known, by class, width, and the numbers that the module holds."""
+"""What is known, by class and the numbers that the module holds."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -52,7 +52,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if len(list(module.parameters(recurse=False))) > 1 or next(module.children(), None) is not None:
         return None
     numbers = sorted((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float))
-    key = (class_of(module), len(weight), *(pair for pair in numbers if pair[0] != "training"))
+    key = (class_of(module), *(pair for pair in numbers if pair[0] != "training"))
     if key not in _KINDS:
         _KINDS[key] = _read(module, len(weight))
     return _KINDS[key]
