@@ -61,6 +61,11 @@ def is_wrapper(tensor: Tensor) -> bool:
     return looked_up("torch", _python_dispatch, "is_traceable_wrapper_subclass")(tensor)
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows with each change of `tensor` in place; None where torch counts no changes."""
+    return None if tensor.is_inference() else looked_up("torch", tensor, "_version")
+
+
 def cast_at_once(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors, which lie on one device, in `dtype`."""
     casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]

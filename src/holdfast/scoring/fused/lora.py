@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from holdfast.internals.peft import PlainLora, lora_linears, plain_lora
-from holdfast.internals.torch import cast_at_once, has_global_hooks
+from holdfast.internals.torch import cast_at_once, has_global_hooks, version_of
 
 
 def fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
@@ -82,11 +82,12 @@ class _Casts:
 
     def _of_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in `dtype`; the same tensor as before where the layer before had the same input."""
-        if x.dtype == dtype or x.is_inference():
+        version = version_of(x)
+        if x.dtype == dtype or version is None:
             return x.to(dtype)
         before = self._input
-        if before is None or before[0] is not x or before[1] != x._version or before[2].dtype != dtype:
-            self._input = before = x, x._version, x.to(dtype)
+        if before is None or before[0] is not x or before[1] != version or before[2].dtype != dtype:
+            self._input = before = x, version, x.to(dtype)
         return before[2]
 
     def _of_factor(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
