@@ -1,6 +1,6 @@
 """Private names of torch: a tensor's storage, whether a backward pass runs, a module's hooks, what it saves, dropout's
-base class, what wraps a model (`torch.compile`, recomputation), how a dimension is marked for it, where FSDP2 believes a
-forward pass to be, and how many collective operations were begun.
+base class, what wraps a model (`torch.compile`, recomputation), how a dimension is marked for it, where FSDP2 believes
+a forward pass to be, and how many collective operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
