@@ -60,12 +60,12 @@ from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.by_source import BySource
 from holdfast.training.global_batch import GlobalBatch
+from holdfast.training.half_weights_trainer import HalfWeightsTrainer
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
 from holdfast.training.never_called import check_patches
-from holdfast.training.renewable_trainer import RenewableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
 from holdfast.training_arguments import check_optimizers
@@ -73,7 +73,7 @@ from holdfast.training_arguments import check_optimizers
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(RenewableTrainer):
+class DPOTrainer(HalfWeightsTrainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
@@ -191,6 +191,7 @@ class DPOTrainer(RenewableTrainer):
             layout=self._layout_name,
         )
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
+        self._begin_holding(self._first_rows, self._startup.longest_row)
         self._announce(self._datasets())
         as_trained = self._full_eval.as_trained
         self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, as_trained)

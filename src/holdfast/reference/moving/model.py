@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.half_weights import as_loaded
 from holdfast.policy.quantised import is_quantised
 from holdfast.policy.sharding import cut_like, give_back, is_sharded, own_part, total, whole_from_part
 from holdfast.reference.base import Moving, Scorer
@@ -67,6 +68,7 @@ class MovingModel(Scorer, Moving):
         if is_sharded(self.module) or is_sharded(self._policy):
             self._move_parts(mixup_alpha)
         else:
+            as_loaded(self._policy)
             own = dict(self.module.named_parameters())
             squares = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
             self.drift = lengths({"": squares}, mixup_alpha)[""]
