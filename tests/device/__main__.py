@@ -1,7 +1,7 @@
 """Runs cells on the pretend accelerator and prints what they do there.
 
 python tests/device full/prefix_shared/model --bf16 --groups     one cell (see `cells.Cell.named`)
-python tests/device --table fast --check                         a table of `tables`, held to the laws
+python tests/device --table fast --check                         a table of `cell_tables`, held to the laws
 python tests/device --table fast --write-budget                  the budget of its cells, written anew
 python tests/device --faults                                     faults are planted, and must be found
 """
@@ -32,13 +32,13 @@ import torch
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
+from cell_tables import BUDGETED, TABLES
 from cells import Cell
 from faults import FAULTS, planted
 from found_faults import missed_faults
 from laws import broken_laws, read_budget, write_budget
 from report import lines_of
 from run import run
-from tables import TABLES
 
 
 def main() -> int:
@@ -54,6 +54,14 @@ def main() -> int:
         missed = missed_faults()
         print("\n".join([*missed, f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults found"]))
         is_ok = not missed
+    if asked.check:
+        missing = [
+            c.name for name in asked.table or () if name in BUDGETED for c in TABLES[name] if c.name not in budget
+        ]
+        print(
+            "".join(f"{name}: there is no budget for it: write one with --write-budget\n" for name in missing), end=""
+        )
+        is_ok = is_ok and not missing
     with planted(asked.plant):
         for cell in {cell.name: cell for cell in cells}.values():
             result = run(cell)
