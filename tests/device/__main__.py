@@ -12,7 +12,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src"), str(HERE.parents[1] / "benchmarks")]
@@ -55,29 +57,31 @@ def main() -> int:
         print("\n".join([*missed, f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults found"]))
         is_ok = not missed
     if asked.check:
-        missing = [
-            c.name for name in asked.table or () if name in BUDGETED for c in TABLES[name] if c.name not in budget
-        ]
-        print(
-            "".join(f"{name}: there is no budget for it: write one with --write-budget\n" for name in missing), end=""
-        )
+        missing = _without_budget(asked.table or (), budget)
+        print("".join(f"{name}: it has no budget; write one with --write-budget\n" for name in missing), end="")
         is_ok = is_ok and not missing
     with planted(asked.plant):
         for cell in {cell.name: cell for cell in cells}.values():
             result = run(cell)
             results.append(result)
-            broken = broken_laws(result, budget) if asked.check else []
-            is_ok = is_ok and result.error is None and not broken
-            lines = (
-                [f"{cell.name}: {line}" for line in broken]
-                if asked.check
-                else lines_of(result, with_groups=asked.groups)
-            )
-            print("\n".join([*lines, result.trace] if asked.trace and result.error else lines), flush=True)
+            lines = lines_of(result, with_groups=asked.groups)
+            if asked.check:
+                lines = [f"{cell.name}: {line}" for line in broken_laws(result, budget)]
+                is_ok = is_ok and not lines
+            is_ok = is_ok and result.error is None
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+            if asked.trace and result.error:
+                print(result.trace, flush=True)
     if asked.write_budget:
         write_budget(results)
     print(f"{len(results)} cells in {time.monotonic() - start:.0f} s")
     return 0 if is_ok else 1
+
+
+def _without_budget(tables: Sequence[str], budget: Mapping[str, Any]) -> list[str]:
+    """The names of cells that must have a budget, and have none."""
+    names = [cell.name for table in tables if table in BUDGETED for cell in TABLES[table]]
+    return [name for name in names if name not in budget]
 
 
 def _parser() -> argparse.ArgumentParser:
