@@ -29,6 +29,7 @@ def played_varlen_attn(
     heeds_windows: bool = True,
     wrong_window: int = 0,
     swaps_heads: bool = False,
+    wrong_scale: float = 1.0,
 ) -> Tensor:
     """[T_q H d] from [T_q H d], [T_k Hkv d] and the places at which sequences begin and end."""
     assert return_aux is None
@@ -40,7 +41,7 @@ def played_varlen_attn(
     ]
     left, right = window_size if heeds_windows else (-1, window_size[1])
     left = left + wrong_window if left >= 0 else left
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = wrong_scale * (query.shape[-1] ** -0.5 if scale is None else scale)
     outputs = []
     for (q_start, q_end), (k_start, k_end) in zip(
         pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True
@@ -112,3 +113,9 @@ def failing(*_: Any, **__: Any) -> Tensor:
 def not_a_number(*given: Any, **options: Any) -> Tensor:
     """The kernel with outputs that are no numbers."""
     return played_varlen_attn(*given, **options) * float("nan")
+
+
+def not_a_number_under_a_window(*given: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    """The kernel with outputs that are no numbers where there is a window."""
+    output = played_varlen_attn(*given, window_size=window_size, **options)
+    return output * float("nan") if window_size[0] >= 0 else output

@@ -65,7 +65,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The routes of GPUs on a CPU, but for FlexAttention; the kernel of `varlen` is tried as it is there."""
     monkeypatch.setattr(varlen, "varlen_attn", played_varlen_attn)
     monkeypatch.setitem(CONFIGS, "llama4", CONFIGS_MORE["llama4"])
-    take(monkeypatch, choice.VARLEN, choice.DENSE, choice.PIECES)
+    take(monkeypatch, choice.VARLEN, choice.WIDE_VARLEN, choice.DENSE, choice.PIECES)
+    monkeypatch.setattr(probes, "_REFUSED", set())
     probes._tried.cache_clear()
     yield
     probes._tried.cache_clear()
@@ -248,8 +249,8 @@ CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 @pytest.mark.parametrize(
     ("device", "dtype", "names"),
     [
-        ("cpu", torch.float32, "pieces"), ("cpu", BF16, "pieces"), ("cuda", BF16, "varlen flex dense pieces"),
-        ("cuda", torch.float16, "varlen flex dense pieces"), ("cuda", torch.float32, "flex dense pieces"),
+        ("cpu", torch.float32, "pieces"), ("cpu", BF16, "pieces"), ("cuda", BF16, "varlen varlen flex dense pieces"),
+        ("cuda", torch.float16, "varlen varlen flex dense pieces"), ("cuda", torch.float32, "flex dense pieces"),
         ("xpu", BF16, "dense pieces"), ("mps", torch.float32, "dense pieces"),
     ],
 )  # fmt: skip
@@ -281,6 +282,7 @@ CHUNKS = chunked_causal_mask_function(6, torch.zeros(3, dtype=torch.int64))
         (replace(PLAIN, value_width=32), causal_mask_function, "varlen flex", "flex"),
         (replace(PLAIN, key_width=60, value_width=60), causal_mask_function, "varlen flex", "flex"),
         (replace(PLAIN, key_width=264, value_width=264), causal_mask_function, "varlen flex", "flex"),
+        (replace(PLAIN, key_width=256, value_width=256), causal_mask_function, "varlen flex", "varlen"),
         (replace(PLAIN, num_scores=2**31), causal_mask_function, "", "pieces"),
     ],
 )
@@ -340,12 +342,14 @@ MISTAKES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "windows ignored": (partial(played_varlen_attn, heeds_windows=False), r"results there differ by 0\.\d+ of"),
     "a window of one more": (partial(played_varlen_attn, wrong_window=1), r"results there differ by 0\.\d+ of"),
     "a window of one less": (partial(played_varlen_attn, wrong_window=-1), r"results there differ by 0\.\d+ of"),
+    "another scale": (partial(played_varlen_attn, wrong_scale=1.2), r"results there differ by 0\.\d+ of"),
     "heads of other groups": (partial(played_varlen_attn, swaps_heads=True), "results there differ by"),
     "gradient of queries": (played_varlen.with_wrong_gradient(0, 1.05), r"differ by 0\.0[45]\d* of"),
     "gradient of keys": (played_varlen.with_wrong_gradient(1, 1.05), r"differ by 0\.0[45]\d* of"),
     "gradient of values": (played_varlen.with_wrong_gradient(2, -1.0), r"differ by 2 of"),
     "an error": (played_varlen.failing, r"fails there \(RuntimeError: FlashAttention only supports Ampere GPUs or"),
     "no numbers": (played_varlen.not_a_number, "differ by nan of"),
+    "no numbers under a window": (played_varlen.not_a_number_under_a_window, "differ by nan of"),
 }
 
 
@@ -384,6 +388,21 @@ def test_the_other_routes_pass_the_same_trial(route: Route) -> None:
     for dtype, largest in ((torch.float32, 1e-5), (BF16, 0.02)):
         for window in (None, 7):
             assert probes.largest_gap(route, CPU, dtype, window) < largest
+
+
+def test_wide_heads_are_tried_by_themselves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A device may have no gradients for them alone."""
+
+    def narrow_only(query: Tensor, *given: Any, **options: Any) -> Tensor:
+        if query.shape[-1] > 192:
+            raise RuntimeError("head dim > 192")
+        return played_varlen_attn(query, *given, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", narrow_only)
+    wide = replace(PLAIN, key_width=256, value_width=256)
+    assert choice.choose(wide, causal_mask_function, CPU, BF16) is choice.DENSE
+    assert choice.choose(PLAIN, causal_mask_function, CPU, BF16) is choice.VARLEN
+    assert len(caplog.records) == 1
 
 
 # --- pieces on a GPU --------------------------------------------------------------------------------------------------

@@ -39,15 +39,14 @@ def agreed_routes(models: Sequence[nn.Module], accelerator: Accelerator) -> dict
     dtypes = [dtype_of_run(model, accelerator) for model in models]
     while True:
         routes = [routes_of(unwrap(model), device, dtype) for model, dtype in zip(models, dtypes, strict=True)]
-        own = {(route.name, dtype) for dtype, taken in zip(dtypes, routes, strict=True) for route in taken}
+        own = {(ROUTES.index(route), dtype) for dtype, taken in zip(dtypes, routes, strict=True) for route in taken}
         asked = sorted(set().union(*of_all(own)), key=str)
-        by_name = {route.name: route for route in ROUTES}
-        works = of_all([probes.works(by_name[name], device, dtype) for name, dtype in asked])
+        works = of_all([probes.works(ROUTES[number], device, dtype) for number, dtype in asked])
         refused = [pair for pair, of_each in zip(asked, zip(*works, strict=True), strict=True) if not all(of_each)]
         if not refused:
             return {type(unwrap(model)).__name__: taken for model, taken in zip(models, routes, strict=True) if taken}
-        for name, dtype in refused:
-            probes.refuse(by_name[name], device, dtype)
+        for number, dtype in refused:
+            probes.refuse(ROUTES[number], device, dtype)
 
 
 def line_about(routes: dict[str, list[Route]]) -> str:

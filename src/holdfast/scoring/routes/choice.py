@@ -23,9 +23,10 @@ from holdfast.scoring.routes.pieces import PiecesRoute
 from holdfast.scoring.routes.varlen import VarlenRoute
 from holdfast.scoring.segments import Segments
 
-VARLEN, FLEX, DENSE, PIECES = VarlenRoute(), FlexRoute(), DenseRoute(), PiecesRoute()
+VARLEN, WIDE_VARLEN = VarlenRoute(), VarlenRoute(is_wide=True)
+FLEX, DENSE, PIECES = FlexRoute(), DenseRoute(), PiecesRoute()
 
-ROUTES: tuple[Route, ...] = (VARLEN, FLEX, DENSE, PIECES)
+ROUTES: tuple[Route, ...] = (VARLEN, WIDE_VARLEN, FLEX, DENSE, PIECES)
 """The routes, the one to prefer first. The last one can do everything everywhere."""
 
 

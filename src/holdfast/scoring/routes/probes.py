@@ -28,21 +28,21 @@ _ROWS = ([(40, [30, 20, 1]), (0, [35, 1])], [(70, [40]), (9, [])])
 """Of two rows the numbers of tokens of each segment's prompt, and of each of its completions."""
 _COLUMNS = 131
 _WINDOW = 7
-_SCALING = 0.2
+_SCALING = 0.1
 
 
 def works(route: Route, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `route` was seen to give the right output and gradients on `device` in `dtype`."""
     device = _numbered(device)
-    return (route.name, device, dtype) not in _REFUSED and _tried(route, device, dtype)
+    return (route, device, dtype) not in _REFUSED and _tried(route, device, dtype)
 
 
 def refuse(route: Route, device: torch.device, dtype: torch.dtype) -> None:
     """From now on `route` does not work on `device` in `dtype`: it does not on another process of the run."""
-    _REFUSED.add((route.name, _numbered(device), dtype))
+    _REFUSED.add((route, _numbered(device), dtype))
 
 
-_REFUSED: set[tuple[str, torch.device, torch.dtype]] = set()
+_REFUSED: set[tuple[Route, torch.device, torch.dtype]] = set()
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -59,26 +59,30 @@ def _tried(route: Route, device: torch.device, dtype: torch.dtype) -> bool:
         return thread.submit(route.works_on, device, dtype).result()
 
 
-def is_right(route: Route, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `route` computes without an error what plain products compute; a warning says what it does otherwise."""
+def is_right(route: Route, device: torch.device, dtype: torch.dtype, width: int = 64) -> bool:
+    """Whether `route` computes without an error what plain products compute, for heads of this width; a warning says
+    what it does otherwise."""
+    tolerance = TOLERANCE_FP32 if dtype.itemsize > 2 else TOLERANCE
     try:
-        gap = max(largest_gap(route, device, dtype, window) for window in (None, _WINDOW))
+        gaps = [largest_gap(route, device, dtype, window, width) for window in (None, _WINDOW)]
     except Exception as error:
-        found = f"it fails there ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        line = next(iter(str(error).strip().splitlines()), "no message")
+        found = f"it fails there ({type(error).__name__}: {line})"
     else:
-        tolerance = TOLERANCE_FP32 if dtype.itemsize > 2 else TOLERANCE
-        if gap <= tolerance:  # NaN is not
+        wrong = [gap for gap in gaps if not gap <= tolerance]  # NaN is wrong
+        if not wrong:
             return True
-        found = f"its results there differ by {gap:.2g} of the largest one ({tolerance:g} is rounding)"
+        found = f"its results there differ by {wrong[0]:.2g} of the largest one ({tolerance:g} is rounding)"
     logger.warning("attention: %s is not used on %s in %s: %s", route.name, device, str(dtype).split(".")[-1], found)
     return False
 
 
-def largest_gap(route: Route, device: torch.device, dtype: torch.dtype, window: int | None) -> float:
-    """The largest difference of outputs and gradients from those of plain products, each relative to the largest."""
+def largest_gap(route: Route, device: torch.device, dtype: torch.dtype, window: int | None, width: int = 64) -> float:
+    """The largest difference of outputs and gradients from those of plain products, each relative to the largest, for
+    heads of this width."""
     draw = torch.Generator().manual_seed(0)
     segments = Segments.of(_lengths(), len(_ROWS), _COLUMNS)
-    shape = (len(_ROWS), 4, _COLUMNS, 64)
+    shape = (len(_ROWS), 4, _COLUMNS, width)
     query, key, value, upstream = torch.randn(4, *shape, generator=draw).to(dtype)
     leaves = [query, key[:, :2], value[:, :2]]  # grouped heads
     visible = causal_mask_function if window is None else sliding_window_causal_mask_function(window)

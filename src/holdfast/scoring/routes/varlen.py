@@ -10,10 +10,12 @@ and heads of other widths. Keys of a prompt are copied for each of its completio
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 
 from holdfast.scoring.routes import probes
@@ -24,6 +26,9 @@ from holdfast.scoring.segments import Segments
 
 WIDEST_HEAD = 256
 """The widest head that FlashAttention takes."""
+
+WIDE_HEAD = 192
+"""Heads that are wider than this are a trial of their own: some devices have no gradients for them."""
 
 HEAD_MULTIPLE = 8
 """What a head's width must be a multiple of."""
@@ -42,9 +47,13 @@ class VarlenRows:
 
 @final
 class VarlenRoute(Route):
-    """FlashAttention over sequences of unlike lengths, on CUDA devices in half precision."""
+    """FlashAttention over sequences of unlike lengths, on CUDA devices in half precision; for heads of up to
+    `WIDE_HEAD`, or with `is_wide` for those that are wider."""
 
     name: ClassVar[str] = "varlen"
+
+    def __init__(self, *, is_wide: bool = False) -> None:
+        self._is_wide = is_wide
 
     def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.runs_on`."""
@@ -52,7 +61,7 @@ class VarlenRoute(Route):
 
     def works_on(self, device: torch.device, dtype: torch.dtype) -> bool:
         """See `Route.works_on`."""
-        return probes.is_right(self, device, dtype)
+        return probes.is_right(self, device, dtype, width=WIDEST_HEAD if self._is_wide else 64)
 
     def problem(self, needs: Needs, visible: Visible) -> str | None:
         """See `Route.problem`."""
@@ -68,6 +77,8 @@ class VarlenRoute(Route):
             return (
                 f"it takes heads of up to {WIDEST_HEAD} in steps of {HEAD_MULTIPLE}, and they are of {needs.key_width}"
             )
+        if (needs.key_width > WIDE_HEAD) != self._is_wide:
+            return f"it is for heads that are {'wider than' if self._is_wide else 'of up to'} {WIDE_HEAD}"
         is_band = recognised(visible)[0] is Rule.NEAR
         return None if is_band else "its mask must be causal, with or without a sliding window"
 
@@ -81,8 +92,7 @@ class VarlenRoute(Route):
         plan = prepared.plan
         query, key, value = (_end_to_end(state.to(prepared.dtype)) for state in (call.query, call.key, call.value))
         if plan.gathers:
-            places = plan.part("keys")
-            key, value = key.index_select(0, places), value.index_select(0, places)
+            key, value = gathered(key, value, plan.part("keys"))
         output = varlen_attn(
             query,
             key,
@@ -103,3 +113,30 @@ class VarlenRoute(Route):
 def _end_to_end(states: Tensor) -> Tensor:
     """Heads of all rows laid end to end, [R*T H d], from [R H T d]: a view where a token's heads lie together."""
     return states.transpose(1, 2).flatten(0, 1)
+
+
+def gathered(
+    key: Float[Tensor, "M h d"], value: Float[Tensor, "M h d"], places: Int[Tensor, "K"]
+) -> tuple[Float[Tensor, "K h d"], Float[Tensor, "K h d"]]:
+    """The keys and the values of the tokens at `places`."""
+    return _Gathered.apply(key, value, places)
+
+
+@final
+class _Gathered(torch.autograd.Function):
+    """Two gathers whose gradients are added up in one buffer, which takes one kernel less than two buffers."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places)
+        ctx.num_tokens = len(key)
+        return key.index_select(0, places), value.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
+        (places,) = ctx.saved_tensors
+        of_tokens = key.new_zeros(2, ctx.num_tokens, *key.shape[1:])
+        of_tokens[0].index_add_(0, places, key)
+        of_tokens[1].index_add_(0, places, value)
+        return of_tokens[0], of_tokens[1], None
