@@ -37,6 +37,7 @@ from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.stream_position import StreamPosition
+from holdfast.data.loader.to_device import copied_ahead
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
@@ -295,7 +296,8 @@ class DPOTrainer(HalfWeightsTrainer):
         return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        return self._pair_batch(self.data_collator([*map(self._columns_read, rows)]))
+        batch = self.data_collator([*map(self._columns_read, rows)])
+        return self._pair_batch(copied_ahead(batch, self.args.device))
 
     def _columns_read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the data loader hands it to the collator."""

@@ -22,6 +22,7 @@ from holdfast.policy.rotations import has_moving_rotations
 from holdfast.policy.sharding import give_back
 from holdfast.reference.identity.contents import module_contents
 from holdfast.reference.identity.digests import tensor_digests
+from holdfast.scoring.precision import fp32_products
 from holdfast.store.key import StoreKey
 
 _ENTRIES_WITHOUT_EFFECT = {
@@ -124,14 +125,13 @@ class Identity:
 
 def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, layout: str) -> dict[str, Any]:
     """What decides how a forward pass rounds: dtypes, autocast, layout, attention, and the kind of device."""
-    precision = torch.get_float32_matmul_precision()
     return {
         "dtype": identity.dtype,
         "autocast": mixed_precision,
         "layout": layout,
         "attention": identity.attention,
         "device": device.type,
-        "tf32": precision != "highest" and device.type != "cpu",
+        "tf32": device.type != "cpu" and fp32_products(device) != "ieee",
     }
 
 

@@ -22,6 +22,7 @@ from holdfast.reference.base import Moving, Scorer
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving.average import Average, check_mixable, parameter_name
 from holdfast.reference.moving.effective import effective_copy, effective_parameters, effective_parts
+from holdfast.reference.moving.squares import lengths
 from holdfast.reference.scorers.model import freeze, independent_copy, inputs_on_device_of, weight_tensors
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
@@ -69,15 +70,16 @@ class MovingModel(Scorer, Moving):
         else:
             as_loaded(self._policy)
             own = dict(self.module.named_parameters())
-            self.drift = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+            squares = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+            self.drift = lengths({"": squares}, mixup_alpha)[""]
         self.version += 1
 
     def _move_parts(self, mixup_alpha: float) -> None:
         """Each process moves its part of the reference."""
         give_back(self._policy)
         own, policy = self._own_parts(), effective_parts(self._policy, self.module)
-        lengths = {name: self._average.move({name: own[name]}, policy, mixup_alpha) for name in own}
-        self.drift = math.sqrt(total((self.module.get_parameter(name), length**2) for name, length in lengths.items()))
+        moves = lengths({n: self._average.move({n: own[n]}, policy, mixup_alpha) for n in own}, mixup_alpha)
+        self.drift = math.sqrt(total((self.module.get_parameter(name), length**2) for name, length in moves.items()))
 
     def _own_parts(self) -> dict[str, Tensor]:
         """This process's part of each parameter of the module: all of it, unless the module is sharded."""
