@@ -7,6 +7,7 @@ from pretend.places import frames
 OTHER = "other"
 
 _BY_FILE = (
+    ("holdfast/scoring/fused/lora", "LoRA"),
     ("holdfast/scoring/attention", "attention"),
     ("holdfast/scoring/flex", "attention"),
     ("holdfast/scoring/routes", "attention"),
