@@ -86,7 +86,7 @@ class DPOConfig(
         default=None,
     )
     activation_offloading: bool = _option(
-        "Keep activations in host memory between forward and backward.", default=False
+        "Keep activations in host memory between forward and backward; weights stay where they are.", default=False
     )
 
     # The data. What is read of them is inherited from `DataOptions`.
