@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "accumulated": ("full", {"gradient_accumulation_steps": 2}, set()),
     "precomputed": ("full", {"precompute_ref_log_probs": True}, set()),
     # The length of the move, once per sync.
-    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"move"}),
+    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"read"}),
     # transformers looks whether there is any padding in the attention mask, in every forward pass.
     "padded": ("full", {"layout": "padded"}, {"_ignore_causal_mask_sdpa"}),
     "padded, precomputed": (

@@ -63,7 +63,7 @@ def find_dependence(
 def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, autocast: Autocast) -> Dependence | None:
     """How `model`'s log-probs of a row depend on a longer row beside it; None where they do not. The model is left as
     it was."""
-    alone, beside = _batches(model, row, length)
+    alone, beside = short_batches(model, row, length)
     kind = type(unwrap(model)).__name__
     with untouched(model):
         logps_alone = _logps(model, alone, autocast).per_token
@@ -118,7 +118,7 @@ def _logps(model: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLo
     return SequenceLogps(per_token=logps.per_token.detach(), sequence=logps.sequence, num_sequences=logps.num_sequences)
 
 
-def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
+def short_batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
     """Two batches: the row alone, and the row beside a longer one.
 
     Where the model takes rotary positions as an input, the longer row's last position is that of the longest row. So

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
+from holdfast.policy.half_weights import as_loaded
 from holdfast.policy.rotations import has_moving_rotations
 from holdfast.policy.sharding import give_back
 from holdfast.reference.identity.contents import module_contents
@@ -73,6 +74,7 @@ class Identity:
         may be on the meta device. Where its weights are spread over processes, it is the identity that they have in one
         process, and collective."""
         give_back(module)
+        as_loaded(module)
         contents = list(module_contents(module))
         tensors = {name: tensor for own in contents for name, tensor in own.tensors.items()}
         configs = list(_distinct_configs((own.path, own.config) for own in contents))
