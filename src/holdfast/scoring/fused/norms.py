@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from holdfast.internals.torch import class_of
 
@@ -84,8 +85,8 @@ def rms_norm(states: Float[Tensor, "*n h"], weight: Float[Tensor, "h"], kind: Ki
 
 
 def _is_usable(states: Tensor, weight: Tensor) -> bool:
-    is_plain = type(weight) in (nn.Parameter, Tensor) and weight.device == states.device
-    return is_plain and states.shape[-1:] == weight.shape and {states.dtype, weight.dtype} <= {*_DTYPES}
+    is_whole = not isinstance(weight, DTensor) and not isinstance(states, DTensor) and weight.device == states.device
+    return is_whole and states.shape[-1:] == weight.shape and {states.dtype, weight.dtype} <= {*_DTYPES}
 
 
 def _read(module: nn.Module, width: int) -> Kind | None:
