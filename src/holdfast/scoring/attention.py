@@ -47,9 +47,9 @@ def attending(
     """The keyword arguments to call the model with. Inside, the model attends by the `Segments` among `inputs`.
 
     With `narrows`, its last layer computes only what is read of it (`scoring.last_layer`), and norms and rotations are
-    few operations (`scoring.fused`). Without segments nothing changes. A model with FlashAttention keeps it where no prompt is shared, and gets the ends of the sequences, unless
-    it needs the attention mask for something else (`needs_mask`). On leaving, the model is as it was, also when the
-    forward pass failed.
+    few operations (`scoring.fused`). Without segments nothing changes. A model with FlashAttention keeps it where no
+    prompt is shared, and gets the ends of the sequences, unless it needs the attention mask for something else
+    (`needs_mask`). On leaving, the model is as it was, also when the forward pass failed.
     """
     inputs = dict(inputs)
     segments = inputs.get(SEGMENTS)

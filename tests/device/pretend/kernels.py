@@ -129,7 +129,9 @@ def use_single_kernels() -> None:
 
     plain_norm = torch.nn.functional.rms_norm
 
-    def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def rms_norm(
+        input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
         if not isinstance(input, FakeTensor) or weight is None:
             return plain_norm(input, normalized_shape, weight, eps)
         if torch.is_autocast_enabled("cuda"):
