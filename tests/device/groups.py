@@ -7,6 +7,7 @@ from pretend.places import frames
 OTHER = "other"
 
 _BY_FILE = (
+    ("holdfast/scoring/fused/lora", "LoRA"),
     ("holdfast/scoring/attention", "attention"),
     ("holdfast/scoring/flex", "attention"),
     ("holdfast/scoring/routes", "attention"),
@@ -19,6 +20,8 @@ _BY_FILE = (
     ("holdfast/scoring/completion_head", "head"),
     ("holdfast/scoring/score", "head"),
     ("holdfast/scoring/transform", "head"),
+    ("holdfast/scoring/softmax", "head"),
+    ("holdfast/scoring/weight_gradient", "head"),
     ("holdfast/losses/", "loss and metrics"),
     ("holdfast/metrics", "loss and metrics"),
     ("holdfast/batch", "loss and metrics"),

@@ -57,11 +57,13 @@ def attending(
         yield inputs
         return
     fused = partial(replaced, pieces_of(causal_lm) if narrows else Pieces())
+    device = inputs["input_ids"].device
     if segments.share_no_prompt and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
         others = {name: value for name, value in inputs.items() if name not in (SEGMENTS, "attention_mask")}
         with fused(), _recomputing_under(fused, causal_lm):
-            yield others | segments.flash_arguments(inputs["input_ids"].device)
+            yield others | segments.flash_arguments(device)
         return
+    inputs[SEGMENTS] = segments = segments.to(device)
     attention = partial(_segment_attention, causal_lm, configs_of(causal_lm), segments, fused, narrows=narrows)
     with attention(), _recomputing_under(attention, causal_lm):
         yield inputs

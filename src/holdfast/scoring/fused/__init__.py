@@ -2,5 +2,6 @@
 
 - `norms`: RMS norms.
 - `rotary`: rotary position embeddings.
+- `lora`: LoRA layers.
 - `body`: which of them a model has, and their replacement for the length of one forward pass.
 """

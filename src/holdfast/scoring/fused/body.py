@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from holdfast.scoring.fused import norms, rotary
+from holdfast.scoring.fused import lora, norms, rotary
 
 _Forward = Callable[..., Any]
 
@@ -41,7 +41,7 @@ def pieces_of(causal_lm: PreTrainedModel) -> Pieces:
         kind = rotary.kind_of(own)
         if kind is not None:
             rotations.append((namespace, rotary.fused_function(own, kind)))
-    return Pieces(forwards=tuple(forwards), rotations=tuple(rotations))
+    return Pieces(forwards=(*forwards, *lora.fused_forwards(causal_lm)), rotations=tuple(rotations))
 
 
 @contextlib.contextmanager
