@@ -18,6 +18,8 @@ _BY_FILE = (
     ("holdfast/scoring/completion_head", "head"),
     ("holdfast/scoring/score", "head"),
     ("holdfast/scoring/transform", "head"),
+    ("holdfast/scoring/softmax", "head"),
+    ("holdfast/scoring/weight_gradient", "head"),
     ("holdfast/losses/", "loss and metrics"),
     ("holdfast/metrics", "loss and metrics"),
     ("holdfast/batch", "loss and metrics"),

@@ -176,15 +176,33 @@ def test_a_forward_pass_of_fsdp_that_cannot_be_ended() -> None:
             of_torch.end_forward(module)  # type: ignore[arg-type]
 
 
-def test_a_block_mask_that_is_no_longer_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
-        return query >= key
+def test_a_tensor_without_a_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same memory, with a gradient; a view, where torch makes one of it, is an error."""
+    leaf = torch.randn(2, 3, requires_grad=True)
+    found = of_torch.without_base(leaf.t())
+    assert not found._is_view()
+    assert found.data_ptr() == leaf.data_ptr()
+    assert torch.equal(torch.autograd.grad(found, leaf, torch.ones(3, 2))[0], torch.ones(2, 3))
+    monkeypatch.setattr(torch.ops.aten, "_unsafe_view", lambda tensor, shape: tensor.expand(shape))
+    with pytest.raises(MovedError, match=r"_unsafe_view moved .*it returns a view"):
+        of_torch.without_base(leaf.t())
 
-    found = of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
-    assert found.shape == (1, 1, 128, 128)
-    monkeypatch.setattr(of_torch.flex_attention, "create_block_mask", lambda mask_mod, device: None)
-    with pytest.raises(MovedError, match=r"create_block_mask moved .*it takes no `_compile`"):
-        of_torch.compiled_block_mask(sees, 1, 128, torch.device("cpu"))
+
+def test_a_dimension_is_marked() -> None:
+    """Two sizes, one graph."""
+    calls: list[int] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        calls.append(1)
+        return module.forward
+
+    torch._dynamo.reset()
+    doubled = torch.compile(lambda values: values * 2, backend=backend, fullgraph=True)
+    marked = torch.ones(5)
+    of_torch.mark_dynamic(marked, 0)
+    assert torch.equal(doubled(marked), torch.full((5,), 2.0))
+    assert torch.equal(doubled(torch.ones(7)), torch.full((7,), 2.0))
+    assert len(calls) == 1
 
 
 def test_hooks_are_seen() -> None:

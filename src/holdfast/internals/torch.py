@@ -1,12 +1,11 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
-recomputation), how a block mask is compiled, where FSDP2 believes a forward pass to be, and how many collective
-operations were begun.
+"""Private names of torch: a tensor's storage, whether a backward pass runs, a module's hooks, what it saves, dropout's
+base class, what wraps a model (`torch.compile`, recomputation), how a dimension is marked for it, where FSDP2 believes
+a forward pass to be, and how many collective operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.attention import flex_attention
 from torch.utils import _python_dispatch
 
 from holdfast.internals.moved import MovedError, looked_up
@@ -60,6 +58,16 @@ def num_collectives() -> int | None:
         return sum(count() for count in counts)
     except RuntimeError:  # of a backend that does not count
         return None
+
+
+def storage_number(tensor: Tensor) -> int:
+    """A number that tensors with one storage share, and no other living tensor has."""
+    return looked_up("torch", tensor.untyped_storage(), "_cdata")
+
+
+def is_in_backward_pass() -> bool:
+    """Whether this thread computes gradients now."""
+    return looked_up("torch", looked_up("torch", torch, "_C"), "_current_graph_task_id")() != -1
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -170,18 +178,18 @@ def compiler(model: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., A
     return looked_up("torch", model, "dynamo_ctx")
 
 
-def compiled_block_mask(
-    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], num_rows: int, num_columns: int, device: torch.device
-) -> flex_attention.BlockMask:
-    """The block mask of `sees`, a function of (row, head, query, key), one for all heads.
+def mark_dynamic(tensor: Tensor, dimension: int) -> None:
+    """Tells `torch.compile` that this dimension has another size in another call, before it has seen one."""
+    looked_up("torch", looked_up("torch", torch, "_dynamo"), "mark_dynamic")(tensor, dimension)
 
-    On a GPU the function that makes it is compiled, so no [R T T] mask is ever alive.
-    """
-    make = flex_attention.create_block_mask
-    if "_compile" not in inspect.signature(make).parameters:
-        parameters = list(inspect.signature(make).parameters)
-        raise MovedError("torch", "create_block_mask", f"it takes no `_compile`, but {parameters}")
-    return make(sees, num_rows, None, num_columns, num_columns, device=str(device), _compile=device.type != "cpu")
+
+def without_base(tensor: Tensor) -> Tensor:
+    """The same values in the same memory, but to autograd no view of another tensor. `torch.compile` also looks at the
+    tensor that an argument is a view of, and would compile anew where that has another shape."""
+    found = looked_up("torch", torch.ops.aten, "_unsafe_view")(tensor, tensor.shape)
+    if looked_up("torch", found, "_is_view")():
+        raise MovedError("torch", "ops.aten._unsafe_view", "it returns a view")
+    return found
 
 
 def end_forward(module: FSDPModule) -> None:

@@ -48,9 +48,9 @@ def attending(
     """The keyword arguments to call the model with. Inside, the model attends by the `Segments` among `inputs`.
 
     With `narrows`, its last layer computes only what is read of it (`scoring.last_layer`), and norms and rotations are
-    few operations (`scoring.fused`). Without segments nothing changes. A model with FlashAttention keeps it where no prompt is shared, and gets the ends of the sequences, unless
-    it needs the attention mask for something else (`needs_mask`). On leaving, the model is as it was, also when the
-    forward pass failed.
+    few operations (`scoring.fused`). Without segments nothing changes. A model with FlashAttention keeps it where no
+    prompt is shared, and gets the ends of the sequences, unless it needs the attention mask for something else
+    (`needs_mask`). On leaving, the model is as it was, also when the forward pass failed.
     """
     inputs = dict(inputs)
     segments = inputs.get(SEGMENTS)
@@ -58,11 +58,13 @@ def attending(
         yield inputs
         return
     fused = partial(replaced, pieces_of(causal_lm) if narrows else Pieces())
+    device = inputs["input_ids"].device
     if segments.share_no_prompt and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
         others = {name: value for name, value in inputs.items() if name not in (SEGMENTS, "attention_mask")}
         with fused(), _recomputing_under(fused, causal_lm):
-            yield others | segments.flash_arguments(inputs["input_ids"].device)
+            yield others | segments.flash_arguments(device)
         return
+    inputs[SEGMENTS] = segments = segments.to(device)
     nothing: frozenset[nn.Module] = frozenset()
     narrow = narrowing(causal_lm, segments) if narrows else partial(contextlib.nullcontext, nothing)
     attention = partial(_segment_attention, configs_of(causal_lm), segments, fused, narrow)

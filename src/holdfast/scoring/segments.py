@@ -11,15 +11,17 @@ The model's own mask function says which earlier tokens a layer may see (sliding
 Given up: the scores between completions of one group, which are computed and then masked.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, final
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
+from typing import Any, Self, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
+
+from holdfast.scoring.row_plan import RowPlan, SegmentLengths
 
 SEGMENTS = "row_segments"
 """The model input under which a batch has its `Segments`; attention layers get it as a keyword argument."""
@@ -27,6 +29,9 @@ SEGMENTS = "row_segments"
 GROUP_TOKENS = 256
 """Most tokens of the completions that are attended together, and of a prompt with its completions. More would be fewer
 calls, but more scores that are masked."""
+
+
+Prepared = TypeVar("Prepared")
 
 
 @final
@@ -56,12 +61,16 @@ class Segment:
 class Segments:
     """The segments of every row of a batch, in reading order; what is left of a row's `num_columns` is padding.
 
-    It holds Python numbers and no tensor, so it stays in host memory wherever the batch goes. Reading lengths from a
-    device would wait for the device.
+    The lengths are Python numbers and stay in host memory wherever the batch goes. Reading them from a device would
+    wait for the device. What kernels read on the device is the `plan`, which goes with the batch: data loaders and
+    accelerate call `pin_memory` and `to`. What else is worked out from the lengths, on whatever device, is kept beside
+    them for every model that scores the batch.
     """
 
     rows: tuple[tuple[Segment, ...], ...]
     num_columns: int
+    plan: RowPlan | None = field(default=None, compare=False, repr=False)
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, int, bool]], num_rows: int, num_columns: int) -> "Segments":
@@ -78,9 +87,51 @@ class Segments:
         segments = tuple(tuple(Segment(prompt=p, groups=_grouped(lengths)) for p, lengths in row) for row in rows)
         return cls(rows=segments, num_columns=num_columns)
 
+    def lengths(self) -> list[list[SegmentLengths]]:
+        """Of each row's segments the number of tokens of the prompt, and of each completion."""
+        return [[(segment.prompt, [*chain.from_iterable(segment.groups)]) for segment in row] for row in self.rows]
+
+    def planned(self) -> Self:
+        """These segments with their plan, in host memory."""
+        return replace(self, plan=RowPlan.of(self.lengths(), self.num_columns))
+
+    def of_rows(self, first: int, last: int) -> Self:
+        """The segments of the rows from `first` to before `last`, with a plan where these have one."""
+        own = replace(self, rows=self.rows[first:last], plan=None)
+        return own if self.plan is None else own.planned()
+
+    def pin_memory(self) -> Self:
+        """These segments with their plan, if they have one, in memory that is copied without waiting."""
+        return self if self.plan is None else replace(self, plan=self.plan.pin_memory())
+
+    def to(self, device: Any, non_blocking: bool = True) -> Self:
+        """These segments with their plan on `device`; made here if there is none and the device is not the CPU."""
+        device = torch.device(device)
+        plan = self.plan
+        if plan is None:
+            if device.type == "cpu":
+                return self
+            plan = RowPlan.of(self.lengths(), self.num_columns)
+        if plan.numbers.device.type == device.type and device.index in (None, plan.numbers.device.index):
+            return self if plan is self.plan else replace(self, plan=plan)
+        if plan.numbers.device.type == "cpu" and device.type == "cuda" and not plan.numbers.is_pinned():
+            plan = plan.pin_memory()
+        return replace(self, plan=plan.to(device, non_blocking))
+
+    def plan_on(self, device: torch.device) -> RowPlan:
+        """The plan on `device`."""
+        plan = self.to(device).plan
+        return RowPlan.of(self.lengths(), self.num_columns) if plan is None else plan
+
     def __iter__(self) -> Iterator[Segment]:
         for row in self.rows:
             yield from row
+
+    def prepared_once(self, key: Hashable, prepare: Callable[[], Prepared]) -> Prepared:
+        """What `prepare` returned when it was first asked for under this key."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare()
+        return self._prepared[key]
 
     def span_lengths(self, row: int) -> list[int]:
         """The number of tokens of each span of a row, and last of its padding."""

@@ -110,7 +110,7 @@ def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> 
     }
     segments: Any = batch.inputs.get(SEGMENTS)
     if segments is not None:
-        inputs[SEGMENTS] = replace(segments, rows=segments.rows[first:last])
+        inputs[SEGMENTS] = segments.of_rows(first, last).to(batch.source.device)
     return replace(
         batch,
         inputs=inputs,

@@ -5,6 +5,7 @@ rest of a batch, or rows that a model reads wrongly, would train towards another
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from holdfast.arguments import check_same_batches
 from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
-from holdfast.data.layouts.choose import choose_layout
+from holdfast.data.layouts.choose import choose_layout, layout_of
 from holdfast.data.layouts.trial import LayoutTrial
 from holdfast.policy.independence import Dependence, check_resumable, find_dependence
 from holdfast.policy.placement import place_reference_models
@@ -24,6 +25,10 @@ from holdfast.policy.untouched import untouched
 from holdfast.reference.audit import Checksums, audit, introduction
 from holdfast.reference.build import build_reference
 from holdfast.reference.reference import Reference
+from holdfast.scoring.routes.choice import compiling_only_in
+from holdfast.training.attention_routes import agreed_routes, dtype_of_run, line_about
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -44,8 +49,9 @@ class Startup:
         self._accelerator = accelerator
         self._first_checksums = first_checksums
         self._run_models: list[nn.Module] = [policy]
-        self._longest_row: int | None = None
+        self.longest_row: int | None = None
         self._dependence: Dependence | None = None
+        self._attention = ""
 
     def make_reference(
         self,
@@ -68,7 +74,7 @@ class Startup:
         if options.way != "none":
             ref_models = place_reference_models(ref_models, self._policy, self._accelerator.device, is_main=is_main)
         self._run_models = [self._policy, *filter(None, ref_models)]
-        self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
+        self.longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
         self._dependence = None if brings_logps else self._find_dependence(self._run_models, train_dataset)
         check_same_batches(self._dependence, self._args)
         return build_reference(
@@ -77,7 +83,7 @@ class Startup:
             ref_models,
             self._accelerator.autocast,
             mixed_precision=self._accelerator.mixed_precision,
-            layout=layout,
+            layout=lambda: layout() + self._attention,
             is_quiet=self._args.disable_tqdm or not self._accelerator.is_local_main_process,
             is_main=is_main,
             wait_for_all=self._accelerator.wait_for_everyone,
@@ -90,21 +96,35 @@ class Startup:
         pair_batch: Callable[[Mapping[str, Tensor]], PairBatch],
     ) -> Any:
         """The data collator, once all models of the run were seen to compute right what it lays out; see
-        `data.layouts.choose.choose_layout`."""
+        `data.layouts.choose.choose_layout`. A line says by which routes they attend, where a device has several."""
         trial = LayoutTrial(
             models=self._run_models,
             first_pairs=first_pairs,
             pair_batch=pair_batch,
             accelerator=self._accelerator,
         )
+        dtypes = {dtype_of_run(model, self._accelerator) for model in self._run_models}
         with contextlib.ExitStack() as stack:
             for model in self._run_models:
                 stack.enter_context(untouched(model))
+            stack.enter_context(compiling_only_in(dtypes))
             chosen = choose_layout(collator, self._args, trial)
+        self._settle_attention(chosen)
         for model in self._run_models:
             give_back(model)
         self._run_models = [self._policy]  # a reference model that is scored ahead may be let go
         return chosen
+
+    def _settle_attention(self, collator: Any) -> None:
+        layout = layout_of(collator)
+        routes = agreed_routes(self._run_models, self._accelerator) if layout and layout.fills_rows else {}
+        if not routes:
+            return
+        line = line_about(routes)
+        # Routes round differently, as layouts do. So log-probs of one are not stored as those of another.
+        self._attention = f", {line}"
+        if self._accelerator.is_main_process:
+            logger.warning(line)  # at the level that shows where nobody has configured logging
 
     def introduce(
         self, reference: Reference | None, batch: PairBatch, *, digest: str | None, is_users_choice: bool
@@ -124,7 +144,6 @@ class Startup:
                     reference,
                     batch,
                     autocast=self._accelerator.autocast,
-                    mixed_precision=self._accelerator.mixed_precision,
                     first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
@@ -135,4 +154,4 @@ class Startup:
         check_resumable(self._dependence or self._find_dependence([self._policy], train_dataset))
 
     def _find_dependence(self, models: Sequence[nn.Module], train_dataset: Any) -> Dependence | None:
-        return find_dependence(models, train_dataset, self._longest_row, self._accelerator.autocast)
+        return find_dependence(models, train_dataset, self.longest_row, self._accelerator.autocast)

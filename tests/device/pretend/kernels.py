@@ -105,3 +105,11 @@ def use_single_kernels() -> None:
     torch._C._nn.scaled_dot_product_attention = scaled_dot_product_attention
     flex.flex_attention = flex_attention
     torch.nn.attention.varlen._should_use_cudnn = lambda index: False
+    _never_compile_flex()
+
+
+def _never_compile_flex() -> None:
+    from holdfast.scoring.routes import flex_kernel
+
+    flex_kernel.compiled = lambda function: function
+    flex_kernel._mark = lambda *_: None

@@ -92,7 +92,7 @@ def fill_rows(
     }
     num_rows, num_columns = batch.input_ids.shape
     in_host_memory = {
-        SEGMENTS: Segments.of(batch.lengths, num_rows, num_columns),
+        SEGMENTS: Segments.of(batch.lengths, num_rows, num_columns).planned(),
         HOST_SEQUENCES: HostSequences(
             content=tuple(content),
             lengths=tuple(lengths),

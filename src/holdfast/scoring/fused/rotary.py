@@ -11,7 +11,7 @@ Given up: partial rotations, interleaved ones, and functions with other argument
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,9 @@ def fused_function(own: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
     """A function in place of the model's own, to which it leaves what it does not know: other arguments, other shapes,
     cosines that require gradients."""
 
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
+    def apply_rotary_pos_emb(
+        q: Any, k: Any, cos: Any, sin: Any, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
+    ) -> Any:
         if args or kwargs or unsqueeze_dim not in (1, 2) or not _is_usable(q, k, cos, sin):
             return own(q, k, cos, sin, *args, **kwargs | {"unsqueeze_dim": unsqueeze_dim})
         return rotated(q, k, cos, sin, head_dim=unsqueeze_dim, kind=kind)
@@ -120,7 +122,12 @@ def _read(own: Callable[..., Any]) -> Kind | None:
 
 
 def _agree(
-    own: Callable[..., Any], states: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, head_dim: int, kind: Kind,
+    own: Callable[..., Any],
+    states: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    kind: Kind,
     tolerance: float,
 ) -> bool:
     try:
@@ -131,7 +138,9 @@ def _agree(
     if not isinstance(answer, tuple) or len(answer) != len(ours):
         return False
     return all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
         for a, b in zip(answer, ours, strict=True)
     )
 
@@ -163,7 +172,9 @@ def _turned(
     """cos * states, and to each half (factor, sign) times the other half; rounded to `dtype` once."""
     wide = states * cos
     turned = wide if wide.dtype == dtype else torch.empty_like(wide, dtype=dtype)
-    halves = zip(wide.chunk(2, -1), reversed(states.chunk(2, -1)), (to_first, to_second), turned.chunk(2, -1), strict=True)
+    halves = zip(
+        wide.chunk(2, -1), reversed(states.chunk(2, -1)), (to_first, to_second), turned.chunk(2, -1), strict=True
+    )
     for half, other, (factor, sign), out in halves:
         torch.addcmul(half, other, factor, value=sign, out=out)
     return turned

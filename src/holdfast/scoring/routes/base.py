@@ -28,7 +28,8 @@ class Needs:
     """What an attention layer asks of a route, besides softmax(scaling q k^T) v.
 
     `caps_scores`: soft-capping. `has_sinks`: values that take a share of the softmax. `drops`: dropout of attention
-    weights. `key_width`, `value_width`: numbers per head.
+    weights. `key_width`, `value_width`: numbers per head. `num_scores`: scores per head between all tokens of each row,
+    R * T * T.
     """
 
     caps_scores: bool = False
@@ -36,6 +37,7 @@ class Needs:
     drops: bool = False
     key_width: int
     value_width: int
+    num_scores: int
 
 
 @final
@@ -66,13 +68,16 @@ class AttentionCall:
             drops=self.dropout > 0,
             key_width=self.query.shape[-1],
             value_width=self.value.shape[-1],
+            num_scores=self.query.shape[0] * self.query.shape[2] ** 2,
         )
 
 
 class Route(abc.ABC):
-    """A way to compute attention. `name` is what the log and the docs call it."""
+    """A way to compute attention. `name` is what the log and the docs call it; `is_compiled` says that a kernel is
+    compiled for each dtype, which takes long."""
 
     name: ClassVar[str]
+    is_compiled: ClassVar[bool] = False
 
     @abc.abstractmethod
     def runs_on(self, device: torch.device, dtype: torch.dtype) -> bool:

@@ -5,27 +5,50 @@ The choice follows from the layer and the device alone. So a policy and a refere
 route for the same batch, and equal models give equal log-probs. Given up: the fastest route for each batch.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.scoring.routes import probes
 from holdfast.scoring.routes.base import AttentionCall, Needs, Route, Visible
+from holdfast.scoring.routes.dense import DenseRoute
 from holdfast.scoring.routes.flex import FlexRoute
 from holdfast.scoring.routes.pieces import PiecesRoute
+from holdfast.scoring.routes.varlen import VarlenRoute
 from holdfast.scoring.segments import Segments
 
-FLEX, PIECES = FlexRoute(), PiecesRoute()
+VARLEN, WIDE_VARLEN = VarlenRoute(), VarlenRoute(is_wide=True)
+FLEX, DENSE, PIECES = FlexRoute(), DenseRoute(), PiecesRoute()
 
-ROUTES: tuple[Route, ...] = (FLEX, PIECES)
+ROUTES: tuple[Route, ...] = (VARLEN, WIDE_VARLEN, FLEX, DENSE, PIECES)
 """The routes, the one to prefer first. The last one can do everything everywhere."""
+
+
+_COMPILED_IN: ContextVar[frozenset[torch.dtype] | None] = ContextVar("holdfast_compiled_in", default=None)
+"""The dtypes in which kernels may be compiled; None for all."""
+
+
+@contextlib.contextmanager
+def compiling_only_in(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
+    """Inside, routes that compile kernels are taken in these dtypes only."""
+    token = _COMPILED_IN.set(frozenset(dtypes))
+    try:
+        yield
+    finally:
+        _COMPILED_IN.reset(token)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> list[Route]:
     """The routes that are meant for this device and dtype, untried."""
-    return [route for route in ROUTES if route.runs_on(device, dtype)]
+    compiled_in = _COMPILED_IN.get()
+    may_compile = compiled_in is None or dtype in compiled_in
+    return [route for route in ROUTES if route.runs_on(device, dtype) and (may_compile or not route.is_compiled)]
 
 
 def choose(needs: Needs, visible: Visible, device: torch.device, dtype: torch.dtype) -> Route:
@@ -35,7 +58,7 @@ def choose(needs: Needs, visible: Visible, device: torch.device, dtype: torch.dt
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowMask:
     """What transformers passes to attention layers in place of a [T T] mask, where there are routes to choose from.
 
@@ -44,16 +67,30 @@ class RowMask:
 
     segments: Segments
     visible: Visible
-    device: torch.device
     dtype: torch.dtype
-    _prepared: dict[Route, Any] = field(default_factory=dict)
+    _routes: dict[tuple[Needs, torch.device], Route] = field(default_factory=dict)
+    _prepared: dict[tuple[Route, torch.device], Any] = field(default_factory=dict)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """The output [R T H dv] of a layer, by the route that it takes."""
-        route = choose(call.needs(), self.visible, self.device, self.dtype)
-        if route not in self._prepared:
-            self._prepared[route] = route.prepared(self.segments, self.visible, self.device, self.dtype)
-        return route.attend(call, self._prepared[route])
+        """The output [R T H dv] of a layer, by the route that it takes on its device."""
+        device, needs = call.query.device, call.needs()
+        _ASKED[call.module] = needs, self.visible
+        route = self._routes.get((needs, device)) or choose(needs, self.visible, device, self.dtype)
+        self._routes[needs, device] = route
+        if (route, device) not in self._prepared:
+            self._prepared[route, device] = route.prepared(self.segments, self.visible, device, self.dtype)
+        return route.attend(call, self._prepared[route, device])
+
+
+_ASKED: WeakKeyDictionary[nn.Module, tuple[Needs, Visible]] = WeakKeyDictionary()
+"""What each attention layer asked for when it was called last."""
+
+
+def routes_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[Route]:
+    """The route that each attention layer of `model` takes on this device in this dtype, in the order of the layers.
+    Empty where none has attended filled rows yet, or where there is nothing to choose from."""
+    asked = [_ASKED[module] for module in model.modules() if module in _ASKED]
+    return [choose(needs, visible, device, dtype) for needs, visible in asked]
 
 
 def mask_of_rows(segments: Segments, visible: Visible, device: torch.device, dtype: torch.dtype) -> Tensor | RowMask:
@@ -61,7 +98,7 @@ def mask_of_rows(segments: Segments, visible: Visible, device: torch.device, dty
     `RowMask`."""
     if candidates(device, dtype) == [PIECES]:
         return PIECES.prepared(segments, visible, device, dtype)
-    return RowMask(segments=segments, visible=visible, device=device, dtype=dtype)
+    return RowMask(segments=segments, visible=visible, dtype=dtype)
 
 
 def attend(call: AttentionCall, mask: Tensor | RowMask) -> Tensor:

@@ -89,6 +89,9 @@ def _attend(
     num_scores = query.shape[1] * key.shape[1]
     is_small = num_scores <= PLAIN_SCORES and query.device.type == "cpu" and query.dtype.itemsize >= 4
     if call.softcap is None and call.sinks is None and not is_small:
+        if query.device.type != "cpu" and bias is not None:
+            # With a mask, the fast kernels of GPUs take no grouped heads, and the plain one would keep all scores.
+            key, value = _for_each_head(key, len(query)), _for_each_head(value, len(query))
         output = scaled_dot_product_attention(
             query[None],
             key[None],
@@ -100,9 +103,7 @@ def _attend(
             enable_gqa=query.shape[0] != key.shape[0],
         )[0]
         return output.transpose(0, 1)
-    num_groups = query.shape[0] // key.shape[0]
-    if num_groups > 1:
-        key, value = key.repeat_interleave(num_groups, 0), value.repeat_interleave(num_groups, 0)
+    key, value = _for_each_head(key, len(query)), _for_each_head(value, len(query))
     scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     if bias is None:
         bias = query.new_full((query.shape[1], key.shape[1]), float("-inf")).triu_(1)
@@ -114,3 +115,9 @@ def _attend(
         scores = torch.cat([scores, call.sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
     shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[1]]
     return (drop(shares, p=call.dropout) @ value).transpose(0, 1)
+
+
+def _for_each_head(states: Float[Tensor, "Hkv k d"], num_heads: int) -> Float[Tensor, "H k d"]:
+    """Keys or values of grouped heads, repeated for each head of the group."""
+    num_groups = num_heads // len(states)
+    return states.repeat_interleave(num_groups, 0) if num_groups > 1 else states

@@ -1,0 +1,19 @@
+"""A batch that no data loader made goes to a GPU like one of a loader's: from pinned memory, and nobody waits for it.
+
+A copy from other host memory waits until the GPU has done all that it was asked before, so it would stand still while
+the next batch is laid out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+
+
+def copied_ahead(batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
+    """The batch on `device` where that is a GPU, else as it is. What is not to be copied stays where it is."""
+    if device.type != "cuda":
+        return batch
+    pinned = {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
+    return send_to_device(pinned, device, non_blocking=True)
