@@ -47,7 +47,7 @@ def pieces_of(causal_lm: PreTrainedModel) -> Pieces:
 
 @contextlib.contextmanager
 def replaced(pieces: Pieces) -> Iterator[None]:
-    """Inside, the model computes the pieces as they say; on leaving, as it did before. It may be entered again within."""
+    """Inside, the model computes the pieces as they say; on leaving, as it did before. May be entered again within."""
     functions = [namespace[rotary.FUNCTION] for namespace, _ in pieces.rotations]
     forwards = [vars(module).get("forward") for module, _ in pieces.forwards]
     try:
