@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from holdfast.internals.torch import class_of
+from holdfast.internals.torch import class_of, own_parameters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROBE_SCALES = (1e-3, 1.0, 30.0)
@@ -49,10 +49,10 @@ _PLAIN = (bool, int, float, str, torch.dtype, FunctionType, type(None))
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What the norm computes; None where `module` is no such norm. Remembered."""
-    weight = getattr(module, "weight", None)  # asked first, since it rules out most modules
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or len(weight) == 0:
+    parameters = own_parameters(module)  # asked first, since it rules out most modules
+    if len(parameters) != 1 or (weight := parameters[0]) is not getattr(module, "weight", None):
         return None
-    if len(list(module.parameters(recurse=False))) > 1 or next(module.children(), None) is not None:
+    if weight.dim() != 1 or len(weight) == 0 or next(module.children(), None) is not None:
         return None
     if class_of(module).__module__.startswith("torch."):
         return None
