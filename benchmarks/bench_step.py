@@ -9,8 +9,9 @@ the first steps are not timed. A few more steps then measure memory (see `measur
 and log-probs; otherwise the benchmark would compare unlike work, and it fails. Reported are medians over the repeats,
 of each side and of the ratios of consecutive runs.
 
-On a GPU: bf16 autocast, `--size 0.5b`. Adds to results/step.json, which holds runs of one environment; those of other
-machines, threads or versions go into files of their own (`--output results/step_gpu.json`).
+On a GPU (`--device cuda`; `auto` takes one where there is one): bf16 autocast, `--size 0.5b`. Adds to
+results/step.json, which holds runs of one environment; those of other machines, threads or versions go into files of
+their own (`--output results/step_gpu.json`).
 """
 
 import argparse
@@ -69,6 +70,7 @@ def make_trainer(work: dict[str, Any], watch: Any, *, steps: int) -> Any:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import AutoTokenizer
 
     if work["side"] == "peer":
         from trl import DPOConfig, DPOTrainer
@@ -80,18 +82,22 @@ def make_trainer(work: dict[str, Any], watch: Any, *, steps: int) -> Any:
     if work["side"] != "peer":
         options["layout"] = "padded" if work["side"] == "ours_padded" else "auto"
     has_gpu = torch.cuda.is_available()
+    model = workload.model_in(inputs / "model", "cuda" if has_gpu else "cpu")
+    if isinstance(model, str):
+        options["model_init_kwargs"] = {"dtype": "float32"}
     args = DPOConfig(
         output_dir=str(Path(work["folder"]) / "run"), max_steps=steps, per_device_train_batch_size=BATCH,
         gradient_checkpointing=work["checkpointing"], max_length=MAX_LENGTH, logging_first_step=True,
         logging_steps=steps, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not has_gpu, bf16=has_gpu,
-        model_init_kwargs={"dtype": "float32"}, **options,
+        **options,
     )  # fmt: skip
     rows = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     return DPOTrainer(
-        model=str(inputs / "model"),
+        model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(inputs / "model"),
         callbacks=[watch],
         peft_config=lora if is_lora else None,
     )
@@ -177,6 +183,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", choices=workload.SIZES, default="small")
     parser.add_argument("--profiles", nargs="+", choices=workload.PROFILES, default=list(workload.PROFILES))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["full"])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on all sides")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--threads", type=int, default=2)
@@ -191,6 +198,7 @@ def parsed() -> argparse.Namespace:
         options.output = options.output or measure.RESULTS / "step.json"
     else:
         options.size, options.repeats, options.timed, options.memory = "tiny", 1, 3, 1
+    measure.choose_device(options.device)
     if min(options.warmup, options.timed, options.memory, options.repeats) < 1:
         parser.error("--warmup, --timed, --memory and --repeats count from 1")
     return options

@@ -58,6 +58,23 @@ def in_a_process(script: str, work: Mapping[str, Any], *, threads: int, folder: 
     return json.loads(done.stdout.splitlines()[-1]) | {"idle_before": round(before, 2)}
 
 
+def choose_device(name: str) -> None:
+    """From here on, this process and those that it starts measure on this device; `auto` is a GPU where there is one.
+
+    To be called before torch is asked for devices. Exits where `cuda` is asked for and there is none.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit(
+                f"device cuda was asked for, but torch {torch.__version__} finds no GPU here. Use --device cpu, or a "
+                "machine with a GPU and a CUDA build of torch."
+            )
+
+
 def idle_share(seconds: float = 0.5) -> float:
     """The share of the processors' time that went unused during so many seconds."""
 

@@ -68,6 +68,7 @@ class Size:
 SIZES = {
     "tiny": Size(hidden=64, layers=2, heads=2, key_heads=2, intermediate=176, vocabulary=2048),
     "small": Size(hidden=256, layers=4, heads=4, key_heads=4, intermediate=688, vocabulary=16_384),
+    "dialogue": Size(hidden=384, layers=6, heads=6, key_heads=6, intermediate=1024, vocabulary=16_384),
     "medium": Size(hidden=512, layers=6, heads=8, key_heads=8, intermediate=1376, vocabulary=32_768),
     "large": Size(hidden=1024, layers=8, heads=16, key_heads=16, intermediate=2752, vocabulary=32_768),
     "0.5b": Size(
@@ -76,7 +77,11 @@ SIZES = {
     "1.5b": Size(
         hidden=1536, layers=28, heads=12, key_heads=2, intermediate=8960, vocabulary=151_936, is_tied=True
     ),
+    "8b": Size(hidden=4096, layers=32, heads=32, key_heads=8, intermediate=14_336, vocabulary=128_256),
 }  # fmt: skip
+
+DRAWN = ("8b",)
+"""Sizes whose weights are drawn where they are needed: a file of them would take longer than the measurement."""
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -235,13 +240,30 @@ def facts(pairs: Sequence[Pair], tokenizer: Any, batch: int, max_length: int) ->
 
 
 def write_model(folder: Path, size: Size, tokenizer: Any) -> None:
-    """Writes a model with random weights, and the tokenizer, as `from_pretrained` reads them."""
+    """Writes a model with random weights, and the tokenizer, as `from_pretrained` reads them; of the sizes in `DRAWN`
+    no weights."""
     import torch
     from transformers import LlamaForCausalLM
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(size.config()).save_pretrained(folder)
+    if any(size is SIZES[name] for name in DRAWN):
+        size.config().save_pretrained(folder)
+    else:
+        torch.manual_seed(0)
+        LlamaForCausalLM(size.config()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def model_in(folder: Path, device: str) -> Any:
+    """What a trainer gets as its model: the folder's path where it has weights, else an fp32 model drawn on `device`
+    by its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if any(folder.glob("*.safetensors")):
+        return str(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 def write_pairs(file: Path, pairs: Sequence[Pair]) -> None:

@@ -22,7 +22,10 @@ os.environ |= {
 
 from jaxtyping import install_import_hook  # noqa: E402  # after the environment
 
-SCORING = ("attention", "completion_head", "head", "last_layer", "score", "segments", "token_limit", "transform")
+SCORING = (
+    "attention", "completion_head", "head", "last_layer", "score", "segments", "softmax", "softmax_choice",
+    "token_limit", "transform", "weight_gradient",
+)  # fmt: skip
 SHAPED = ("batch", "losses", *(f"scoring.{name}" for name in SCORING))
 install_import_hook([f"holdfast.{name}" for name in SHAPED], "shapes.checked")
 

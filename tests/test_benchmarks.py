@@ -1,6 +1,7 @@
 """The benchmarks: what they count, what they cut, what they refuse to compare, and that their tables are up to date."""
 
 import json
+import math
 import random
 import statistics
 import sys
@@ -24,6 +25,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_fill  # noqa: E402
 import bench_limit  # noqa: E402
 import bench_step  # noqa: E402
+import gpu_acceptance  # noqa: E402
+import gpu_numbers  # noqa: E402
+import gpu_runs  # noqa: E402
 import measure  # noqa: E402
 import tables  # noqa: E402
 import workload  # noqa: E402
@@ -107,6 +111,19 @@ def test_a_step_is_three_or_four_forward_passes():
 
 def test_the_exponent_of_a_power_law():
     assert bench_limit.exponent([(n, 3e-4 * n**1.25) for n in (100, 700, 5000)]) == pytest.approx(1.25)
+
+
+def test_dialogue_lengths():
+    """Their means are those of dialogue, and the logarithms spread as said; all timed steps are of unlike cost."""
+    lengths = bench_limit.dialogue_lengths(4000)
+    for side, mean in workload.DIALOGUE_MEANS.items():
+        found = [pair[side] for pair in lengths]
+        assert statistics.mean(found) == pytest.approx(mean, rel=0.05)
+        assert statistics.stdev(map(math.log, found)) == pytest.approx(workload.DIALOGUE_SPREAD, rel=0.05)
+    steps = bench_limit.step_lengths("dialogue", 3)
+    assert [len(step) for step in steps] == [bench_limit.BATCH] * 3
+    size = workload.SIZES["tiny"]
+    assert len({bench_limit.forward_flops(size, bench_limit.trees_of(step)) for step in steps}) == 3
 
 
 def test_long_rows_are_one_row():
@@ -288,3 +305,55 @@ def test_steps_are_timed_from_the_end_of_the_one_before(monkeypatch):
         watch.on_step_end(None, SimpleNamespace(global_step=step), None)
     assert watch.seconds == [2, 3]
     assert watch.peaks == [70.0, 90.0]
+
+
+# --- acceptance on a GPU ----------------------------------------------------------------------------------------------
+
+
+def test_a_cuda_device_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SystemExit, match=r"device cuda was asked for, but torch .* finds no GPU here. Use --device cpu"
+    ):
+        measure.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("part", "seconds", "found"),
+    [("no such part", 60, "exit code 1: KeyError: 'no such part'"), ("layouts", 0.1, "not after 0 s")],
+)
+def test_a_part_that_fails_or_hangs_is_a_row_that_failed(part, seconds, found, tmp_path, capfd):
+    (row,) = gpu_acceptance.run_part(part, is_dry=True, seconds=seconds, folder=tmp_path)
+    assert (row["found"], row["is_ok"]) == (found, False)
+    capfd.readouterr()
+
+
+def test_the_table_has_a_line_for_each_row():
+    rows = [
+        gpu_runs.row("margins", "full, model", "margin 0", "0", is_ok=True),
+        gpu_runs.row("speed", "tiny", "1 pair/s", "", is_ok=False),
+        gpu_runs.needs_gpu("waits", "waits"),
+    ]
+    lines = [line.split("  ") for line in gpu_acceptance.table(rows).splitlines()]
+    assert [line[0].strip() for line in lines] == ["part", "margins", "speed", "waits"]
+    assert [line[-1].strip() for line in lines[1:]] == ["ok", "FAILED", "-"]
+
+
+def test_layouts_are_judged_by_the_error_of_padded_rows(monkeypatch):
+    """A model whose packed rows are another model's numbers fails, in every precision; the others pass."""
+    monkeypatch.setattr(gpu_numbers, "FAMILIES", {"llama": gpu_numbers.FAMILIES["llama"]})
+    assert all(row["is_ok"] for row in gpu_numbers.layouts({}))
+    right = gpu_numbers.logps
+
+    def wrong(model, layout, **options):
+        return right(model, layout, **options | ({"prompt": 9} if layout == "packed" else {}))
+
+    def by_order(expected, found):
+        pairs = zip(expected.values(), found.values(), strict=True)
+        return float(torch.cat([(one - other).abs() for one, other in pairs]).mean())
+
+    monkeypatch.setattr(gpu_numbers, "logps", wrong)
+    monkeypatch.setattr(gpu_numbers, "gap", by_order)
+    failed = [row["asked"] for row in gpu_numbers.layouts({}) if not row["is_ok"]]
+    assert len(failed) == 3
+    assert all("packed" in asked for asked in failed)

@@ -42,6 +42,19 @@ class HostSequences:
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
 
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Any]) -> "HostSequences":
+        """What the tensors of a batch say, which are in host memory."""
+        content: Any = tensors["content"].tolist()
+        lengths: Any = torch.bincount(tensors["sequence"], minlength=len(content))
+        rows: Any = torch.zeros(len(content), dtype=torch.int64)
+        rows[tensors["sequence"]] = tensors["source"] // tensors["input_ids"].shape[1]
+        return cls(
+            content=tuple((high, low) for high, low in content),
+            lengths=tuple(lengths.tolist()),
+            rows=tuple(rows.tolist()),
+        )
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)

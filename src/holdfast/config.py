@@ -86,7 +86,12 @@ class DPOConfig(
         default=None,
     )
     activation_offloading: bool = _option(
-        "Keep activations in host memory between forward and backward.", default=False
+        "Keep activations in host memory between forward and backward; weights stay where they are.", default=False
+    )
+    frozen_weights_dtype: str = _option(
+        "How frozen fp32 weights of linear layers are held while a run computes under autocast: `auto` in autocast's "
+        "dtype, in half the memory and with the same numbers, `as_loaded` in fp32.",
+        default="auto",
     )
 
     # The data. What is read of them is inherited from `DataOptions`.
@@ -283,7 +288,11 @@ class DPOConfig(
             raise ValueError(
                 f"padding_free=True was asked for with layout={self.layout!r}, whose rows are padded. Drop one of them."
             )
-        choices = {"truncation_mode": ("keep_start", "keep_end"), "special_tokens_in_text": ("text", "token")}
+        choices = {
+            "truncation_mode": ("keep_start", "keep_end"),
+            "special_tokens_in_text": ("text", "token"),
+            "frozen_weights_dtype": ("auto", "as_loaded"),
+        }
         for name, (first, second) in choices.items():
             if (value := getattr(self, name)) not in (first, second):
                 raise ValueError(f"{name}={value!r} was asked for; it is {first!r} or {second!r}. Choose one of them.")

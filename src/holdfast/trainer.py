@@ -37,6 +37,7 @@ from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.stream_position import StreamPosition
+from holdfast.data.loader.to_device import copied_ahead
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
@@ -59,12 +60,12 @@ from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.by_source import BySource
 from holdfast.training.global_batch import GlobalBatch
+from holdfast.training.half_weights_trainer import HalfWeightsTrainer
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
 from holdfast.training.never_called import check_patches
-from holdfast.training.renewable_trainer import RenewableTrainer
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
 from holdfast.training_arguments import check_optimizers
@@ -72,7 +73,7 @@ from holdfast.training_arguments import check_optimizers
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(RenewableTrainer):
+class DPOTrainer(HalfWeightsTrainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
@@ -190,6 +191,7 @@ class DPOTrainer(RenewableTrainer):
             layout=self._layout_name,
         )
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
+        self._begin_holding(self._first_rows, self._startup.longest_row)
         self._announce(self._datasets())
         as_trained = self._full_eval.as_trained
         self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, as_trained)
@@ -305,7 +307,7 @@ class DPOTrainer(RenewableTrainer):
         if self._handed is not None:
             tensors = self._handed.taken_back(tensors)
         tensors = complete_batch(without_user_columns(tensors, self.reference), self.data_collator, unwrap(self.model))
-        return PairBatch.from_tensors(self._prepare_inputs(tensors))
+        return PairBatch.from_tensors(self._prepare_inputs(copied_ahead(tensors, self.args.device)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

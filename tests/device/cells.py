@@ -5,16 +5,20 @@ from typing import Any, Self
 
 LAYOUTS = ("padded", "packed", "prefix_shared")
 PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"bf16": True}, "bf16_weights": {}}
-ROUTES = ("varlen", "flex", "dense", "pieces")
 
 WAYS: dict[str, dict[str, Any]] = {
     "model": {"reference": "model"},
     "adapter": {"reference": "adapter"},
+    "auto": {},
     "snapshot": {"reference": "snapshot"},
     "snapshot_cpu": {"reference": "snapshot", "snapshot_device": "cpu", "reference_window": 1},
     "snapshot_disk": {"reference": "snapshot", "snapshot_device": "disk", "reference_window": 1},
     "precomputed": {"precompute_ref_log_probs": True},
     "window": {"reference": "snapshot", "snapshot_device": "cpu", "reference_window": 2},
+    "other_adapter": {"ref_adapter_name": "ref"},
+    "ref_model": {},
+    "ref_path": {},
+    "mixture": {"ref_model_weights": [0.25, 0.75]},
     "none": {"loss_type": "simpo"},
 }
 """By name: the options of a way to hold the reference."""
@@ -30,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"activation_checkpointing": True},
     "offloading": {"activation_offloading": True},
     "evaluation": {},
+    "evaluation_by_source": {},
+    "filling": {},
 }
 """By name: what is varied in a run."""
 
@@ -37,7 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One kind of run. `policy` is of `tests/policies.py`, `family` of `tests/families.py`; `shape` is a size of
-    `benchmarks/workload.py` or "tiny"; `routes` are the attention routes that work on the device, first the best."""
+    `benchmarks/workload.py` or "tiny"; `routes` are the attention routes that work on the device; none
+    means all."""
 
     policy: str = "full"
     layout: str = "prefix_shared"
@@ -47,7 +54,7 @@ class Cell:
     family: str = "llama"
     shape: str = "tiny"
     pairs: int = 3
-    routes: tuple[str, ...] = ROUTES
+    routes: tuple[str, ...] = ()
     loss: str = "sigmoid"
 
     @classmethod
@@ -76,7 +83,7 @@ class Cell:
         for key in ("family", "shape", "pairs", "loss"):
             if getattr(self, key) != getattr(default, key):
                 parts.append(f"{key}={getattr(self, key)}")
-        if self.routes != ROUTES:
+        if self.routes:
             parts.append("routes=" + "+".join(self.routes))
         return "/".join(parts)
 

@@ -7,16 +7,21 @@ from pretend.places import frames
 OTHER = "other"
 
 _BY_FILE = (
+    ("holdfast/scoring/fused/lora", "LoRA"),
     ("holdfast/scoring/attention", "attention"),
     ("holdfast/scoring/flex", "attention"),
     ("holdfast/scoring/routes", "attention"),
     ("holdfast/scoring/varlen", "attention"),
     ("holdfast/scoring/segments", "attention"),
+    ("holdfast/scoring/fused/norms", "norms"),
+    ("holdfast/scoring/fused/rotary", "rotary"),
     ("holdfast/scoring/last_layer", "last layer"),
     ("holdfast/scoring/head", "head"),
     ("holdfast/scoring/completion_head", "head"),
     ("holdfast/scoring/score", "head"),
     ("holdfast/scoring/transform", "head"),
+    ("holdfast/scoring/softmax", "head"),
+    ("holdfast/scoring/weight_gradient", "head"),
     ("holdfast/losses/", "loss and metrics"),
     ("holdfast/metrics", "loss and metrics"),
     ("holdfast/batch", "loss and metrics"),

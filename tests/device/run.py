@@ -24,6 +24,7 @@ from holdfast import DPOTrainer
 from holdfast.scoring.score import score
 from pretend.places import NOWHERE, Place, place_of_error
 from pretend.stage import on_stage
+from references import trainer_arguments
 from routes import only_these_work
 from shapes_of_models import Shaped
 from twins import Twins, exchange_kept, modules_of
@@ -41,6 +42,10 @@ class Result:
     trace: str = ""
     tallies: set[str] = field(default_factory=set)
     """The kinds of devices on which metrics are added up."""
+
+
+_EVALUATIONS = ("evaluation", "evaluation_by_source", "filling")
+"""Variants in which an evaluation is watched; `filling` on rows whose log-probs are not stored yet."""
 
 
 class _Watched(Exception):
@@ -62,9 +67,9 @@ class _WatchSteps(TrainerCallback):
         self._watch.is_on = True
 
 
-def run(cell: Cell, *, with_groups: bool = False) -> Result:
+def run(cell: Cell) -> Result:
     """The cell's result."""
-    watch = Watch(with_groups=with_groups)
+    watch = Watch()
     result = Result(cell=cell, watch=watch)
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, HOLDFAST_HOME=folder):
         try:
@@ -88,9 +93,10 @@ def _run(cell: Cell, folder: Path, watch: Watch, result: Result) -> None:
             twins.exchange(module, shaped.larger(module))
         exchange_kept(trainer.reference, twins)
         trainer.add_callback(_WatchSteps(watch, num_steps, trainer, result))
-        if cell.variant == "evaluation":
+        if cell.variant in _EVALUATIONS:
+            other = shaped.rows(cell.pairs * 2, seed=1) if cell.variant == "filling" else None
             watch.is_on = True
-            trainer.evaluate()
+            trainer.evaluate(other)
             watch.is_on = False
             result.tallies = {"cuda"}
         else:
@@ -125,4 +131,8 @@ def _trainer(cell: Cell, shaped: Shaped, folder: Path) -> DPOTrainer:
     model = shaped.policy()
     if cell.precision == "bf16_weights":
         model = model.to(torch.bfloat16)
-    return policies.trainer(model, args, train_dataset=dataset, eval_dataset=shaped.rows(cell.pairs * 2))
+    evaluated = shaped.rows(cell.pairs * 2)
+    if cell.variant == "evaluation_by_source":
+        evaluated = evaluated.add_column("source", ["one", "two"] * cell.pairs)  # pyright: ignore
+    more = trainer_arguments(cell, folder)
+    return policies.trainer(model, args, train_dataset=dataset, eval_dataset=evaluated, **more)

@@ -48,11 +48,11 @@ class Shaped:
             model = LlamaForCausalLM(workload.SIZES[self._cell.shape].config())
             return model if isinstance(module, LlamaForCausalLM) else self._adapted(model)
 
-    def rows(self, num_pairs: int) -> Dataset:
+    def rows(self, num_pairs: int, seed: int = 0) -> Dataset:
         """Tokenized pairs: a few tokens each, or as long as those of a dialogue."""
         if self._cell.shape == "tiny":
-            return policies.rows(num_pairs)
-        draw = random.Random(0)
+            return policies.rows(num_pairs, seed)
+        draw = random.Random(seed)
         means, spread = workload.DIALOGUE_MEANS, workload.DIALOGUE_SPREAD
 
         def ids(mean: int) -> list[int]:

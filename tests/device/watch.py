@@ -14,18 +14,16 @@ from pretend.places import NOWHERE, Place, place_of
 
 
 class Watch:
-    """The observer of a run. It counts while `is_on`; with `with_groups` also to which group each operation belongs."""
+    """The observer of a run. It counts while `is_on`."""
 
-    def __init__(self, *, with_groups: bool = False) -> None:
+    def __init__(self) -> None:
         self.is_on = False
-        self.with_groups = with_groups
         self.num_operations = 0
         self.groups: Counter[str] = Counter()
         self.names: Counter[tuple[str, str]] = Counter()
         self.kernels: Counter[str] = Counter()
         self.copies: Counter[tuple[Place, str, bool]] = Counter()
         self.reads: Counter[tuple[Place, str]] = Counter()
-        self.bytes_copied: Counter[str] = Counter()
         self._of_nodes: dict[int, tuple[str, Place]] = {}
         """By the number of a node of the graph: the group and place of the operation that made it."""
 
@@ -37,11 +35,10 @@ class Watch:
                 self.num_operations += 1
                 if event.name in KERNELS:
                     self.kernels[KERNELS[event.name]] += 1
-            if self.with_groups:
-                group, _ = self._origin(event, frame)
-                if self.is_on:
-                    self.groups[group] += 1
-                    self.names[group, event.name] += 1
+            group, _ = self._origin(event, frame)
+            if self.is_on:
+                self.groups[group] += 1
+                self.names[group, event.name] += 1
             return
         if not self.is_on:
             return
@@ -55,7 +52,7 @@ class Watch:
         group = _cast_of_weight(event) or group_of(frame, event.name)
         if group is None:  # a backward pass: it is asked for by what made the graph's node
             return self._of_node()
-        found = group, NOWHERE
+        found = group, place_of(frame) or NOWHERE
         self._of_nodes[torch._C._autograd._get_sequence_nr() - 1] = found
         return found
 

@@ -166,6 +166,29 @@ def reference_chosen(folder: Path) -> Any:
     return found | {"said_by_each_process": gather_object([len(said)])}
 
 
+def weights_in_half(folder: Path, **options: Any) -> Any:
+    """Weights as files in bf16 have them, but one; evaluated, and saved while they are held."""
+    policy = POLICIES["lora_sft"]()
+    for name, parameter in policy.named_parameters():
+        if "embed" not in name and "down_proj" not in name:
+            parameter.data = parameter.data.bfloat16().float()
+    before = digest((name, p) for name, p in policy.named_parameters() if not p.requires_grad)
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    ours = make(folder, policy, bf16=True, eval_dataset=held_out_rows(4), **saving, **options)
+    dtypes: list[int] = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            dtypes.append(sum(p.dtype == torch.bfloat16 for p in policy.parameters()))
+
+    ours.add_callback(Looks())
+    found = trained(ours, folder)
+    after = digest((name, p) for name, p in ours.model.named_parameters() if not p.requires_grad)
+    assert after == before
+    assert dtypes == [0 if options else 15 if WORLD == 1 else 13] * 3
+    return found
+
+
 def unlike_beginnings(folder: Path) -> Any:
     """Every process makes another model, and another ref_model; DDP trains the first process's."""
     return trained(make(folder, tiny_model(seed=RANK), ref_model=tiny_model(seed=5 + RANK)), folder)
@@ -521,6 +544,7 @@ SCENARIOS: dict[str, Scenario] = (
             unlike_beginnings,
             unlike_beginnings_captured,
             unlike_adapters,
+            weights_in_half,
             resumed,
             asked_to_end,
             resumed_given,
@@ -546,6 +570,7 @@ SCENARIOS: dict[str, Scenario] = (
         for function in (train_uneven_epochs, train_with_accumulation, train_stream, resumed)
     }
     | {
+        "weights_as_loaded": partial(weights_in_half, frozen_weights_dtype="as_loaded"),
         "resumed_synced_in_windows": partial(resumed, **SYNCED, reference="precomputed"),
         "sync_full_in_windows": _from_reference("full", **SYNCED, reference="precomputed"),
         "sync_lora_in_windows": _from_reference("lora_sft", **SYNCED, reference="snapshot", reference_window=3),

@@ -111,6 +111,7 @@ def test_the_first_loss_is_ln_2_on_every_process(name: str, num_processes: int, 
         ("sync_lora", "sync_lora_in_windows"),
         ("unlike_beginnings", "reference_chosen"),
         ("unlike_beginnings_captured", "reference_precomputed"),
+        ("weights_in_half", "weights_as_loaded"),
     ],
 )
 def test_trainings_that_are_the_same(names: tuple[str, str], runs: Runs) -> None:

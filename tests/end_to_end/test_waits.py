@@ -5,6 +5,7 @@ On a CPU nobody waits, but the same operations are called, so they are seen here
 
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from torch.utils.data import DataLoader
 
 import holdfast
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.batch import PairBatch
+from holdfast.data.layouts.padded import PaddedLayout
+from holdfast.data.layouts.preference_collator import DataCollatorForPreference
 from holdfast.data.layouts.prefix_shared import SharedLayout
-from policies import POLICIES, config, rows, trainer
+from policies import POLICIES, config, rows, tiny_tokenizer, trainer
 
 READS = {
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2",
@@ -44,10 +48,15 @@ RUNS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "accumulated": ("full", {"gradient_accumulation_steps": 2}, set()),
     "precomputed": ("full", {"precompute_ref_log_probs": True}, set()),
     # The length of the move, once per sync.
-    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"move"}),
+    "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"read"}),
     # transformers looks whether there is any padding in the attention mask, in every forward pass.
     "padded": ("full", {"layout": "padded"}, {"_ignore_causal_mask_sdpa"}),
-}
+    "padded, precomputed": (
+        "full", {"layout": "padded", "precompute_ref_log_probs": True}, {"_ignore_causal_mask_sdpa"},
+    ),
+    "padded, parts": ("full", {"layout": "padded", "tokens_per_batch": 60}, {"_ignore_causal_mask_sdpa"}),
+    "offloaded": ("full", {"activation_offloading": True}, set()),
+}  # fmt: skip
 """By name: the policy, options, and the functions that do read something."""
 
 NOT_ON_THE_DEVICE = ("torch/utils/data/", "holdfast/data/layouts/", "holdfast/store/store.py")
@@ -98,9 +107,35 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits_between_logs(policy: str, folder: Path, filters: bool = False, **options: Any) -> Counter[str]:
+def of_common_trainer(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A user's own collator, of the keys of the common trainer."""
+    return DataCollatorForPreference(0)(rows)
+
+
+def with_token_types(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same with a further input, which content ids must cover."""
+    batch = DataCollatorForPreference(0)(rows)
+    return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) + 1}
+
+
+def around_a_layout(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One that hands on what a layout makes."""
+    return PaddedLayout(0)(rows)
+
+
+COLLATORS: dict[str, Any] = {
+    "DataCollatorForPreference": DataCollatorForPreference(0),
+    "of the common trainer": of_common_trainer,
+    "with another input": with_token_types,
+    "around a layout": around_a_layout,
+}
+
+
+def waits_between_logs(
+    policy: str, folder: Path, filters: bool = False, collator: Any = None, **options: Any
+) -> Counter[str]:
     args = config(folder, max_steps=5, logging_steps=5, **options)
-    ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
+    ours = trainer(POLICIES[policy](), args, train_dataset=rows(36), data_collator=collator)
     ours.args.logging_nan_inf_filter = filters  # refused where options are checked
     with Waits(ours) as waits, Copies(waits):
         ours.train()
@@ -114,6 +149,60 @@ def test_nothing_waits_between_logs(run: str, tmp_path: Path) -> None:
     policy, options, exceptions = RUNS[run]
     found = waits_between_logs(policy, tmp_path, **options)
     assert {where.split(" ")[0] for where in found} == exceptions, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"precompute_ref_log_probs": True}, pytest.param({"reference": "model"}, marks=pytest.mark.nightly)],
+    ids=str,
+)
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_nothing_waits_under_a_collator_of_the_user(collator: str, options: dict[str, Any], tmp_path: Path) -> None:
+    found = waits_between_logs("full", tmp_path, collator=COLLATORS[collator], **options)
+    assert {where.split(" ")[0] for where in found} <= {"_ignore_causal_mask_sdpa"}, found
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_what_a_collator_of_the_user_makes_is_known_in_host_memory(collator: str, tmp_path: Path) -> None:
+    """The same ids, lengths and rows as the tensors on the device say, in the loader and where a batch is collated."""
+    ours = trainer(POLICIES["full"](), config(tmp_path), data_collator=COLLATORS[collator])
+    loaded = [ours._pair_batch(tensors) for tensors in ours.get_eval_dataloader(ours.train_dataset)]
+    collated = [ours._collated(rows().to_list()[start : start + 8]) for start in (0, 8)]
+    for batch, other in zip(loaded, collated, strict=True):
+        read = replace(batch, host_sequences=None)
+        assert batch.host_sequences is not None
+        assert batch.content_ids() == read.content_ids() == other.content_ids()
+        assert batch.lengths() == read.lengths() == other.lengths()
+        assert batch.tokens_of_rows() == read.tokens_of_rows()
+        assert batch.inputs.keys() == other.inputs.keys()
+
+
+def test_a_layout_s_batch_that_a_collator_changes_is_read_again(tmp_path: Path) -> None:
+    """It leaves out pairs, and what the layout said in host memory stays as it was."""
+
+    def shorter(given: list[dict[str, Any]]) -> dict[str, Any]:
+        batch, small = PaddedLayout(0)(given), PaddedLayout(0)(given[:1])
+        return small | {"host_sequences": batch["host_sequences"]}
+
+    ours = trainer(POLICIES["full"](), config(tmp_path), data_collator=shorter)
+    batch = ours._collated(rows().to_list()[:3])
+    assert batch.content_ids() == PairBatch.from_tensors(PaddedLayout(0)(rows().to_list()[:1])).content_ids()
+
+
+def test_a_subclass_gets_the_keys_of_the_common_trainer(tmp_path: Path) -> None:
+    keys = []
+
+    class Own(DPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            keys.append(sorted(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    ours = Own(
+        POLICIES["full"](), args=config(tmp_path, max_steps=1), train_dataset=rows(), processing_class=tiny_tokenizer()
+    )
+    ours.train()
+    assert keys == [["attention_mask", "completion_mask", "input_ids"]]
 
 
 def test_the_run_in_parts_has_parts() -> None:

@@ -11,20 +11,25 @@ Given up: reading a user's inputs on the device; they are hashed in host memory.
 
 import hashlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES, HOST_SOURCES, PAIR_SOURCES
+from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES, HOST_SOURCES, PAIR_SOURCES, HostSequences
+from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
 from holdfast.scoring.segments import SEGMENTS
 
 UNIDENTIFIED = "unidentified_inputs"
 """The key under which a batch names the inputs that no content id covers."""
+
+_COMPLETE = "is_complete"
+"""The key under which a batch of a user's collator says that `Completed` has made it complete."""
 
 _COVERED = frozenset(
     {
@@ -47,16 +52,54 @@ def complete_batch(tensors: Mapping[str, Any], collator: Any, causal_lm: Any) ->
     A batch that a layout made is complete already. Any other batch, such as one of a user's data loader, gets the
     positions of its completion tokens and its content ids here, and `position_ids` where `causal_lm` takes them.
     """
-    batch = with_positions(tensors)
+    if _COMPLETE in tensors:
+        return {name: value for name, value in tensors.items() if name != _COMPLETE}
     if layout_of(collator) is not None and tensors.keys() >= set(POSITION_KEYS):
-        return batch
-    return with_inputs_identified(batch, takes_positions=takes_positions(causal_lm))
+        return dict(tensors)
+    return _completed(tensors, takes_positions=takes_positions(causal_lm))
+
+
+def _completed(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
+    """The batch that a user's own collator returned, made complete."""
+    # A collator that changes what a layout made may have left what is no tensor as it was.
+    tensors = {name: value for name, value in tensors.items() if name != HOST_SEQUENCES}
+    return with_inputs_identified(with_positions(tensors), takes_positions=takes_positions)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A data collator: `collator`, whose batches are made complete in host memory, before they are moved.
+
+    `takes_positions` says whether the model takes `position_ids`. Batches are without the keys `left_out`.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    takes_positions: bool
+    left_out: tuple[str, ...] = ()
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        tensors = {name: value for name, value in self.collator(rows).items() if name not in self.left_out}
+        return _completed(tensors, takes_positions=self.takes_positions) | {_COMPLETE: True}
+
+
+def completed(collator: Any, causal_lm: Any, left_out: tuple[str, ...] = ()) -> Any:
+    """`collator`; around one whose batches are no layout's, one that makes them complete."""
+    if isinstance(collator, Layout):
+        return collator
+    return Completed(collator, takes_positions(causal_lm), left_out)
 
 
 def with_inputs_identified(tensors: Mapping[str, Any], *, takes_positions: bool) -> dict[str, Any]:
     """A batch of a user's collator, with content ids that cover its inputs. `unidentified_inputs` names the inputs that
     they cannot cover. With `takes_positions`, rows that are padded on the left get `position_ids`."""
-    batch = dict(tensors)
+    batch = _identified(dict(tensors), takes_positions=takes_positions)
+    is_known = HOST_SEQUENCES in batch or batch["content"].device.type != "cpu"
+    return batch if is_known else batch | {HOST_SEQUENCES: HostSequences.of_tensors(batch)}
+
+
+def _identified(batch: dict[str, Any], *, takes_positions: bool) -> dict[str, Any]:
+    """The same; what `HostSequences` it has are made to fit, and it gets none."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     attended = mask.bool()
     if SEGMENTS not in batch and takes_positions and "position_ids" not in batch and not bool(attended[:, 0].all()):
@@ -78,6 +121,9 @@ def with_inputs_identified(tensors: Mapping[str, Any], *, takes_positions: bool)
             for content, row in zip(batch["content"].tolist(), rows, strict=True)
         ]
         batch["content"] = torch.tensor(content, dtype=torch.int64, device=batch["content"].device)
+        if HOST_SEQUENCES in batch:
+            own = tuple((high, low) for high, low in content)
+            batch[HOST_SEQUENCES] = replace(batch[HOST_SEQUENCES], content=own)
     return batch | ({UNIDENTIFIED: tuple(unknown)} if unknown else {})
 
 

@@ -10,15 +10,19 @@ with. Once per process, a small layer made for it must give the right numbers. G
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from holdfast.internals.moved import MovedError
+from holdfast.internals.torch import is_bare, is_wrapper, modules_of
 
 _FLAGS = ("_disable_adapters", "_active_adapter")
 
@@ -142,6 +146,60 @@ def activate(policy: PeftModel, adapter: str) -> None:
         if adapter in adapters_of(layer) and list(layer.active_adapters) != [adapter]:
             said = f"`{path}` says active_adapters={layer.active_adapters} after {adapter!r} was set"
             raise MovedError("peft", "PeftModel.set_adapter", said)
+
+
+# --- plain LoRA -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainLora:
+    """The tensors of a layer that computes y = x W^T + b + scaling * (x A^T) B^T."""
+
+    weight: Tensor
+    """W, [out in]."""
+    bias: Tensor | None
+    down: Tensor
+    """A, [r in]."""
+    up: Tensor
+    """B, [out r]."""
+    scaling: float
+
+
+def lora_linears(model: nn.Module) -> list[Any]:
+    """The LoRA layers of `model` around linear maps that run peft's own forward; none where FSDP shards it."""
+    modules = modules_of(model)
+    layers = [module for module in modules if type(module) is LoraLinear and "forward" not in vars(module)]
+    is_sharded = layers and any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules)
+    return [] if is_sharded else layers
+
+
+def plain_lora(layer: Any) -> PlainLora | None:
+    """What the layer computes with at this moment, if it is plain LoRA; else None.
+
+    None with adapters off or merged, with none or several active ones, under dropout, with a bias of the factors' own,
+    for a variant such as DoRA, and where something must run besides the products: hooks of a layer within it, another
+    forward, a quantised or sharded weight. Of the map under the adapter only `nn.Linear` is known.
+    """
+    if layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or names[0] in layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return None
+    down, up, dropout = (table[names[0]] for table in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    maps = (layer.base_layer, down, up)
+    if any(type(each) is not nn.Linear or not is_bare(each) for each in maps):
+        return None
+    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
+        return None
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    if up.bias is not None or down.bias is not None or not is_bare(dropout):
+        return None
+    if any(is_wrapper(tensor) for tensor in (weight, bias, down.weight, up.weight) if tensor is not None):
+        return None
+    shapes = (*weight.shape, *down.weight.shape, *up.weight.shape)
+    if len(shapes) != 6 or (shapes[1], shapes[2], shapes[0]) != (shapes[3], shapes[5], shapes[4]):
+        return None  # a part of a weight, as ZeRO leaves it
+    return PlainLora(weight=weight, bias=bias, down=down.weight, up=up.weight, scaling=layer.scaling[names[0]])
 
 
 # --- checked in numbers -----------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Private names of torch: a module's hooks, what it saves, dropout's base class, what wraps a model (`torch.compile`,
-recomputation), how a dimension is marked for it, where FSDP2 believes a forward pass to be, and how many collective
-operations were begun.
+"""Private names of torch: a tensor's storage, whether a backward pass runs, a module's hooks, what it saves, dropout's
+base class, what wraps a model (`torch.compile`, recomputation), how a dimension is marked for it, where FSDP2 believes
+a forward pass to be, and how many collective operations were begun.
 
 Given up: `torch.compile` of anything but a whole model.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,37 @@ from torch import Tensor, distributed, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils import _python_dispatch
 
 from holdfast.internals.moved import MovedError, looked_up
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """`module` and all modules within, in the order of `module.modules()`. A few times as fast, since a model with
+    adapters has thousands, and a step asks many times."""
+    looked_up("torch", module, "_modules")
+    found: dict[nn.Module, None] = {}
+    ahead = [module]
+    while ahead:
+        each = ahead.pop()
+        if each not in found:
+            found[each] = None
+            if children := each._modules:
+                ahead += [child for child in reversed(children.values()) if child is not None]
+    return list(found)
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `module`, without those of the modules within."""
+    return [each for each in looked_up("torch", module, "_parameters").values() if each is not None]
+
+
+def set_training(module: nn.Module, mode: bool) -> None:
+    """Puts `module` into training or eval mode, without the modules within. Faster than an assignment, which asks
+    whether the value is a parameter or a module."""
+    object.__setattr__(module, "training", mode)
 
 
 def num_collectives() -> int | None:
@@ -31,11 +60,51 @@ def num_collectives() -> int | None:
         return None
 
 
+def storage_number(tensor: Tensor) -> int:
+    """A number that tensors with one storage share, and no other living tensor has."""
+    return looked_up("torch", tensor.untyped_storage(), "_cdata")
+
+
+def is_in_backward_pass() -> bool:
+    """Whether this thread computes gradients now."""
+    return looked_up("torch", looked_up("torch", torch, "_C"), "_current_graph_task_id")() != -1
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything but FSDP2 runs before or after the module's forward or backward pass."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in looked_up("torch", module, name).values()]
+    hooks = [hook for name in _HOOK_TABLES for hook in looked_up("torch", module, name).values()]
     return any(not str(getattr(hook, "__module__", "")).startswith(fully_shard.__module__) for hook in hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether something runs before or after every module's forward or backward pass."""
+    return looked_up("torch", nn.modules.module, "_has_any_global_hook")()
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` runs the forward of its class and nothing else."""
+    state = vars(module)
+    try:
+        return "forward" not in state and not any(state[name] for name in _HOOK_TABLES)
+    except KeyError as error:
+        raise MovedError("torch", f"nn.Module.{error.args[0]}") from None
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether `tensor` is made of other tensors, as a quantised weight or a shard."""
+    return looked_up("torch", _python_dispatch, "is_traceable_wrapper_subclass")(tensor)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows with each change of `tensor` in place; None where torch counts no changes."""
+    return None if tensor.is_inference() else looked_up("torch", tensor, "_version")
+
+
+def cast_at_once(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors, which lie on one device, in `dtype`."""
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    looked_up("torch", torch, "_foreach_copy_")(casts, list(tensors))
+    return casts
 
 
 def hooks_before(module: nn.Module) -> list[Callable[..., Any]]:

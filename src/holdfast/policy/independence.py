@@ -28,6 +28,7 @@ from holdfast.internals.deepspeed import ENGINE_ATTRIBUTES
 from holdfast.policy.untouched import plain_attributes, untouched
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, evaluating
+from holdfast.scoring.precision import is_half_precision
 from holdfast.scoring.score import score
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
@@ -62,7 +63,7 @@ def find_dependence(
 def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, autocast: Autocast) -> Dependence | None:
     """How `model`'s log-probs of a row depend on a longer row beside it; None where they do not. The model is left as
     it was."""
-    alone, beside = _batches(model, row, length)
+    alone, beside = short_batches(model, row, length)
     kind = type(unwrap(model)).__name__
     with untouched(model):
         logps_alone = _logps(model, alone, autocast).per_token
@@ -74,7 +75,7 @@ def dependence(model: nn.Module, row: Mapping[str, Any], length: int | None, aut
     if not logps_alone.isfinite().all():
         return None  # NaN is refused where the data are scored
     gaps = (logps_beside - logps_alone).abs()
-    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()) or _is_rounded(autocast)
+    is_half = is_half_precision(model, autocast)
     tolerance = TOLERANCE_NATS_HALF if is_half else TOLERANCE_NATS_MEAN
     mean, largest = float(gaps.mean()), float(gaps.max())
     if mean <= tolerance and (is_half or largest <= TOLERANCE_NATS):
@@ -117,7 +118,7 @@ def _logps(model: nn.Module, batch: PairBatch, autocast: Autocast) -> SequenceLo
     return SequenceLogps(per_token=logps.per_token.detach(), sequence=logps.sequence, num_sequences=logps.num_sequences)
 
 
-def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
+def short_batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tuple[PairBatch, PairBatch]:
     """Two batches: the row alone, and the row beside a longer one.
 
     Where the model takes rotary positions as an input, the longer row's last position is that of the longest row. So
@@ -140,8 +141,9 @@ def _batches(model: nn.Module, row: Mapping[str, Any], length: int | None) -> tu
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
 
-    def on_device(tensors: Mapping[str, Tensor]) -> PairBatch:
-        return PairBatch.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+    def on_device(tensors: Mapping[str, Any]) -> PairBatch:
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+        return PairBatch.from_tensors(moved)
 
     return on_device(alone), on_device(beside)
 
@@ -154,8 +156,3 @@ def _longest_row(model: nn.Module) -> int:
 
 def _has_virtual_tokens(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
-
-
-def _is_rounded(autocast: Autocast) -> bool:
-    with autocast():
-        return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))

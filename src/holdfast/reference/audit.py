@@ -21,6 +21,7 @@ from holdfast.reference.base import num_bytes
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.reference import Reference
 from holdfast.scoring.frozen import Autocast, frozen_logps
+from holdfast.scoring.precision import is_half_precision
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF
 
 _CHUNK = 2**18
@@ -87,7 +88,6 @@ def audit(
     batch: PairBatch,
     *,
     autocast: Autocast,
-    mixed_precision: str,
     first_checksums: Checksums,
     is_users_choice: bool,
 ) -> str:
@@ -103,7 +103,7 @@ def audit(
     of_sums = is_users_choice and reference.user_logps is not None
     theirs = reference.logps(batch) if of_sums else reference.computed_logps(batch)
     gap = Gap.between(frozen_logps(policy, batch, autocast), theirs, of_sums=of_sums)
-    is_half_precision = mixed_precision in ("bf16", "fp16") or next(policy.parameters()).dtype != torch.float32
+    is_half = is_half_precision(policy, autocast)
     with raised_together():
         if math.isnan(gap.mean):
             raise ValueError(
@@ -113,7 +113,7 @@ def audit(
     if is_users_choice:
         mean = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
         return f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most"
-    is_wrong = not gap.is_zero(is_half_precision=is_half_precision)
+    is_wrong = not gap.is_zero(is_half_precision=is_half)
     if any_of_all(is_wrong):
         difference = _difference(reference, policy, first_checksums)  # gathers weights that are sharded
         with raised_together():

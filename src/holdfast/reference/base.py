@@ -6,7 +6,7 @@ asks for the way. Given up: scorers with a module of their own repeat a few line
 """
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar, Protocol
 
@@ -29,6 +29,8 @@ class Scorer(abc.ABC):
     """The name of this way to hold a reference in a checkpoint's manifest."""
     module: nn.Module | None = None
     """The reference's own module; None for one inside the policy."""
+    parts: Sequence["Scorer"] = ()
+    """The scorers that it mixes."""
     is_off_device: bool = False
     """Whether `in_place()` moves weights between devices, so that scoring many batches within it saves time."""
 

@@ -79,6 +79,8 @@ class Reference:
         self._offload = offload
         self._last_description = ""
         self._open_contexts: contextlib.ExitStack | None = None
+        self.while_scoring_datasets: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Makes a context in which whole datasets are scored."""
 
     # --- log-probs --------------------------------------------------------------------------------------------------
 
@@ -187,7 +189,7 @@ class Reference:
         stored.flush()
         if not self._scores_datasets:
             return
-        with self.many_batches():
+        with self.while_scoring_datasets(), self.many_batches():
             for name, data in datasets.items():
                 stored.fill(name, data, self._score, self._describe_scorer(PER_BATCH))
         if self._offload is not None:
@@ -263,6 +265,12 @@ class Reference:
     def module(self) -> nn.Module | None:
         """The reference's own module; None where it has none, or gives it up after scoring ahead."""
         return None if self.stored is not None or self.scorer is None else self.scorer.module
+
+    def fixed_modules(self) -> list[nn.Module]:
+        """The modules of its own that a reference computes with and never changes."""
+        if self.scorer is None or self._moving is not None:
+            return []
+        return [part.module for part in (self.scorer, *self.scorer.parts) if part.module is not None]
 
     @contextlib.contextmanager
     def null_ref_context(self) -> Iterator[None]:

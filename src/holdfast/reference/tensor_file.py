@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from holdfast.reference.host_copies import host_copies
 from holdfast.reference.identity.digests import tensor_digest, tensor_digests
 from holdfast.reference.run_folder import RunFolder
 
@@ -63,8 +64,10 @@ class TensorMemory(OwnTensors):
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """See `OwnTensors.write`."""
-        copy = _host_copy if self._in_host_memory else Tensor.clone
-        self._values = {name: copy(value.detach()) for name, value in values.items()}
+        values = {name: value.detach() for name, value in values.items()}
+        self._values = (
+            host_copies(values) if self._in_host_memory else {name: value.clone() for name, value in values.items()}
+        )
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """See `OwnTensors.items`."""
@@ -226,9 +229,3 @@ def _starts(file: Path) -> dict[str, int]:
 
 def _bytes_of(value: Tensor) -> memoryview:
     return memoryview(value.view(-1).view(torch.uint8).numpy().data)
-
-
-def _host_copy(value: Tensor) -> Tensor:
-    """A copy in host memory. It is pinned where the tensor comes from an accelerator, so that it returns faster."""
-    copy = value.to("cpu", copy=True)
-    return copy.pin_memory() if value.is_cuda else copy

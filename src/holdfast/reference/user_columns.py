@@ -12,6 +12,7 @@ from torch import nn
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.reference.reference import Reference
 from holdfast.reference.sources.user_logps import UserLogps
+from holdfast.scoring.precision import is_half_precision
 
 
 class UserLogpsOptions(Protocol):
@@ -52,7 +53,8 @@ def use_user_columns(
             "" if reference is None else ", or set precompute_ref_log_probs=True (on data with an end) to use them"
         )
     else:
-        is_half = accelerator.mixed_precision != "no" or any(p.dtype != torch.float32 for p in policy.parameters())
+        is_fp32 = all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        is_half = not is_fp32 or is_half_precision(policy, accelerator.autocast)
         if reference.user_logps is None:
             reference.user_logps = UserLogps(is_half=is_half, is_main=accelerator.is_main_process)
         return
@@ -62,7 +64,12 @@ def use_user_columns(
     )
 
 
+def columns_read(reference: Reference | None) -> tuple[str, ...]:
+    """The columns of log-prob sums that `reference` has read from the dataset, which batches need no more."""
+    return REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+
+
 def without_user_columns(tensors: Mapping[str, Any], reference: Reference | None) -> dict[str, Any]:
     """A collated batch without the columns of log-prob sums, where `reference` has read them from the dataset."""
-    columns = REFERENCE_COLUMNS if reference is not None and reference.user_logps is not None else ()
+    columns = columns_read(reference)
     return {name: tensor for name, tensor in tensors.items() if name not in columns}

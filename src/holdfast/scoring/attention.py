@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from holdfast.internals.torch import modules_of
 from holdfast.internals.transformers import attention_of, recomputation, set_attention, set_recomputation
-from holdfast.scoring.last_layer import narrowed
+from holdfast.scoring.fused.body import Pieces, pieces_of, replaced
+from holdfast.scoring.last_layer import narrowing
 from holdfast.scoring.routes.base import AttentionCall
 from holdfast.scoring.routes.choice import RowMask, attend, mask_of_rows
 from holdfast.scoring.segments import SEGMENTS, Segments
@@ -45,38 +47,46 @@ def attending(
 ) -> Iterator[dict[str, Any]]:
     """The keyword arguments to call the model with. Inside, the model attends by the `Segments` among `inputs`.
 
-    With `narrows`, its last layer computes only what is read of it (`scoring.last_layer`). Without segments nothing
-    changes. A model with FlashAttention keeps it where no prompt is shared, and gets the ends of the sequences, unless
-    it needs the attention mask for something else (`needs_mask`). On leaving, the model is as it was, also when the
-    forward pass failed.
+    With `narrows`, its last layer computes only what is read of it (`scoring.last_layer`), and norms and rotations are
+    few operations (`scoring.fused`). Without segments nothing changes. A model with FlashAttention keeps it where no
+    prompt is shared, and gets the ends of the sequences, unless it needs the attention mask for something else
+    (`needs_mask`). On leaving, the model is as it was, also when the forward pass failed.
     """
     inputs = dict(inputs)
     segments = inputs.get(SEGMENTS)
     if not isinstance(segments, Segments):
         yield inputs
         return
+    fused = partial(replaced, pieces_of(causal_lm) if narrows else Pieces())
     device = inputs["input_ids"].device
     if segments.share_no_prompt and not needs_mask and "flash" in (attention_of(causal_lm.config) or ""):
         others = {name: value for name, value in inputs.items() if name not in (SEGMENTS, "attention_mask")}
-        yield others | segments.flash_arguments(device)
+        with fused(), _recomputing_under(fused, causal_lm):
+            yield others | segments.flash_arguments(device)
         return
     inputs[SEGMENTS] = segments = segments.to(device)
-    attention = partial(_segment_attention, causal_lm, configs_of(causal_lm), segments, narrows=narrows)
+    nothing: frozenset[nn.Module] = frozenset()
+    narrow = narrowing(causal_lm, segments) if narrows else partial(contextlib.nullcontext, nothing)
+    attention = partial(_segment_attention, configs_of(causal_lm), segments, fused, narrow)
     with attention(), _recomputing_under(attention, causal_lm):
         yield inputs
 
 
 def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
     """The configuration objects that the model's modules read, each once."""
-    configs = (module.__dict__.get("config") for module in causal_lm.modules())
+    configs = (vars(module).get("config") for module in modules_of(causal_lm))
     return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
 
 
 @contextlib.contextmanager
 def _segment_attention(
-    causal_lm: PreTrainedModel, configs: Sequence[PretrainedConfig], segments: Segments, *, narrows: bool
+    configs: Sequence[PretrainedConfig],
+    segments: Segments,
+    fused: Callable[[], contextlib.AbstractContextManager[None]],
+    narrowed: Callable[[], contextlib.AbstractContextManager[frozenset[nn.Module]]],
 ) -> Iterator[None]:
-    """Inside, the configurations name this attention, and `segments` are active; nothing changes if they are."""
+    """Inside, the configurations name this attention, `segments` are active, and the model's body is `fused`; nothing
+    changes if they are active."""
     if _ACTIVE.get() is segments:
         yield
         return
@@ -85,7 +95,7 @@ def _segment_attention(
     try:
         for config in configs:
             set_attention(config, NAME)
-        with narrowed(causal_lm, segments) if narrows else contextlib.nullcontext(frozenset()) as modules:
+        with fused(), narrowed() as modules:
             narrow = _NARROW.set(modules)
             try:
                 yield
@@ -119,7 +129,7 @@ def _recomputing_under(
         return run
 
     try:
-        modules: Iterator[Any] = causal_lm.modules()
+        modules: list[Any] = list(modules_of(causal_lm))
         for module in modules:
             checkpoint = recomputation(module)
             if checkpoint is not None:

@@ -1,14 +1,14 @@
 """From hidden states to log-probs through a head that is a plain matrix: softmax and both gradients, in chunks.
 
 `linear_logps` is one differentiable operation, and no `[N V]` tensor beyond a chunk of tokens is alive in its forward
-or backward pass. A chunk's logits are computed in a buffer. They are overwritten, a block at a time while the caches
-hold it, by the error p - 1[y] of each token, from which both gradients are computed.
+or backward pass. A chunk's logits are computed in a buffer. They are overwritten by the error p - 1[y] of each token
+(`scoring.softmax`), from which both gradients are computed.
 
 - A frozen head: the gradient of the hidden states is computed in the forward pass. A loss reaches the hidden state h_n
   through one number, logp_n, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is saved (`[N h]`), and the backward pass
   scales its rows.
 - A trained head: its gradient mixes the tokens, so the backward pass computes each chunk's logits again. Only the
-  errors of the last chunk are saved.
+  last chunk is saved. The weight's gradient is added up in fp32 (`scoring.weight_gradient`).
 - Log-probs alone, on a CPU, where `any_order` allows it: the vocabulary is taken in parts, and all tokens at once.
 
 Given up: gradients of gradients (they raise), and one more matrix product of a trained head than with all logits saved.
@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from holdfast.scoring.softmax import NUM_COLUMNS, log_sum_sq
+from holdfast.scoring.softmax_choice import softmax_class
 from holdfast.scoring.transform import LogitTransform
-
-_PRODUCT = 2**24
-"""Elements of the weight's gradient that are alive in half precision before they are added up in fp32."""
+from holdfast.scoring.weight_gradient import add_product
 
 _CPU_LOGITS = 2**21
 """Most logits of a chunk on a CPU without gradients: 8 MiB in fp32."""
@@ -34,10 +34,6 @@ _CPU_TOKENS = 128
 """Fewest tokens of such a chunk."""
 _CPU_VOCABULARY = 2**11
 """Tokens of the vocabulary that are taken at a time on a CPU, where log-probs are computed alone and in any order."""
-_CPU_BLOCK_LOGITS = 2**18
-"""Logits of a block on a CPU: as many as its caches hold."""
-_BLOCK_LOGITS = 2**23
-"""Logits of a block on other devices: 32 MiB, enough to keep one busy."""
 
 
 def token_logps(logits: Float[Tensor, "n V"], target: Int[Tensor, "n"], with_statistics: bool) -> tuple[Tensor, ...]:
@@ -52,7 +48,7 @@ def token_logps(logits: Float[Tensor, "n V"], target: Int[Tensor, "n"], with_sta
     with torch.no_grad():
         probs = torch.softmax(logits, -1)
         is_top1 = (logits.argmax(-1) == target).to(logits.dtype)
-        return logps, torch.special.entr(probs).sum(-1), logits.mean(-1), is_top1, _log_sum_sq(probs)
+        return logps, torch.special.entr(probs).sum(-1), logits.mean(-1), is_top1, log_sum_sq(probs)
 
 
 def linear_logps(
@@ -85,7 +81,8 @@ def linear_logps(
             return (torch.cat(logps),)
         options = options._replace(chunk_tokens=min(chunk_tokens, max(_CPU_LOGITS // len(weight), _CPU_TOKENS)))
     with torch.autocast(states.device.type, enabled=False):
-        return _forward(_Chunks(states, weight, bias, target, options), with_statistics)
+        columns = _forward(_Chunks(states, weight, bias, target, options), with_statistics)
+    return tuple(columns[: NUM_COLUMNS if with_statistics else 1])
 
 
 class _Options(NamedTuple):
@@ -104,10 +101,6 @@ def _autocast_dtype(states: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_cast else None
 
 
-def _log_sum_sq(probs: Tensor) -> Tensor:
-    return 2 * torch.linalg.vector_norm(probs, dim=-1).log()
-
-
 @final
 class _Chunks:
     """The tokens cut into chunks (`slices`), and the logits of one chunk at a time in a buffer that all share."""
@@ -124,26 +117,19 @@ class _Chunks:
         self.size = math.ceil(len(states) / max(1, num_chunks))  # alike, so that one buffer fits all
         self.slices = [slice(i, min(i + self.size, len(states))) for i in range(0, len(states), max(1, self.size))]
         self.wide_dtype = torch.promote_types(self.states.dtype, torch.float32)
-        block_logits = _CPU_BLOCK_LOGITS if states.device.type == "cpu" else _BLOCK_LOGITS
-        self.block = max(1, min(self.size, block_logits // len(weight)))
+        softmax = softmax_class(states.device, self.states.dtype, options.transform)
+        self.softmax = softmax(target, options.transform, len(weight), self.size, self.states.dtype)
 
     @cached_property
     def buffer(self) -> Float[Tensor, "n V"]:
         """A chunk's logits, later its errors."""
-        return self._empty(self.size)
-
-    @cached_property
-    def scratch(self) -> Float[Tensor, "b V"]:
-        """A block's log-probs."""
-        return self._empty(self.block)
-
-    def _empty(self, num_tokens: int) -> Tensor:
-        return torch.empty((num_tokens, len(self.weight)), dtype=self.wide_dtype, device=self.states.device)
+        shape = (self.size, len(self.weight))
+        return torch.empty(shape, dtype=self.softmax.logits_dtype, device=self.states.device)
 
     def logits(self, here: slice) -> Float[Tensor, "n V"]:
         """The head's output for a chunk, before the transform; the next call overwrites it."""
         states, logits = self.states[here], self.buffer[: here.stop - here.start]
-        if states.dtype != self.wide_dtype:
+        if states.dtype != logits.dtype:
             logits.copy_(nn.functional.linear(states, self.weight, self.bias))
         elif self.bias is None:
             torch.mm(states, self.weight.T, out=logits)
@@ -151,62 +137,25 @@ class _Chunks:
             torch.addmm(self.bias, states, self.weight.T, out=logits)
         return logits
 
-    def write_logps(self, here: slice, out: Float[Tensor, "c n"] | None, *, with_errors: bool) -> Float[Tensor, "n V"]:
-        """Writes a chunk's log-probs into `out`, and its statistics where `out` has rows for them (c = 5, else 1).
-
-        Returns the chunk's errors where these are asked for: minus the gradient of each token's log-prob with respect
-        to the head's output. Without `out`, only the errors are computed.
-        """
-        chunk = self.logits(here)
-        for rows in (slice(i, i + self.block) for i in range(0, len(chunk), self.block)):
-            target = self.target[here][rows, None]
-            logits = chunk[rows]
-            self.transform.apply_(logits)
-            log_probs = torch.log_softmax(logits, -1, out=self.scratch[: len(logits)])
-            if out is not None:
-                out[0, rows] = log_probs.gather(-1, target).squeeze(-1)
-            if with_errors or (out is not None and len(out) > 1):
-                self._finish(logits, log_probs, target, None if out is None else out[1:, rows])
-        return chunk
-
-    def _finish(self, logits: Tensor, log_probs: Tensor, target: Tensor, statistics: Tensor | None) -> None:
-        """Overwrites a block's logits with its errors; fills the rows of `statistics`, if it has any."""
-        cap, scale = self.transform.cap, self.transform.scale
-        slope = None if cap is None else 1 - (logits / cap).square_()  # of tanh, from its value
-        if statistics is not None and len(statistics) > 0:
-            # In half precision the largest logit is often there twice; then the first one counts, as for `argmax`.
-            is_exact = self.states.dtype == self.wide_dtype
-            largest = logits.amax(-1, keepdim=True) if is_exact else logits.argmax(-1, keepdim=True)
-            is_top1 = (logits.gather(-1, target) if is_exact else target) == largest
-            statistics[1], statistics[2] = logits.mean(-1), is_top1.squeeze(-1)
-        probs = torch.exp(log_probs, out=logits)
-        if statistics is not None and len(statistics) > 0:
-            statistics[0], statistics[3] = -log_probs.mul_(probs).sum(-1), _log_sum_sq(probs)
-        errors = probs.scatter_add_(-1, target, probs.new_full(target.shape, -1.0))
-        if slope is not None:
-            errors.mul_(slope)
-        if scale != 1.0:
-            errors.mul_(scale)
-
 
 def _forward(
     chunks: _Chunks, with_statistics: bool, states_gradient: Tensor | None = None, *, keeps_last: bool = False
-) -> tuple[Tensor, ...]:
-    """The log-probs, and the statistics where they are asked for.
-
-    `states_gradient` is filled with the gradient of each token's log-prob with respect to its hidden state. With
-    `keeps_last`, the errors of the last chunk are left in the buffer.
+) -> list[Float[Tensor, "N"]]:
+    """The columns of `scoring.softmax`. On the way `states_gradient` is filled with the gradient of each token's
+    log-prob with respect to its hidden state, and with `keeps_last`, the buffer is left with what the backward pass
+    needs of the last chunk.
     """
-    num_tokens = len(chunks.target)
-    out = torch.empty((5 if with_statistics else 1, num_tokens), dtype=chunks.wide_dtype, device=chunks.target.device)
+    softmax, num_tokens = chunks.softmax, len(chunks.target)
+    columns = softmax.empty_columns(with_statistics)
     for here in chunks.slices:
-        is_saved = keeps_last and here.stop == num_tokens
-        errors = chunks.write_logps(here, out[:, here], with_errors=is_saved or states_gradient is not None)
+        chunk = chunks.logits(here)
+        is_saved = keeps_last and here.stop == num_tokens and softmax.keeps_errors
+        softmax.write(chunk, here, columns, with_errors=is_saved or states_gradient is not None)
         if states_gradient is not None:
-            torch.mm(errors.to(chunks.states.dtype), chunks.weight, out=states_gradient[here])
+            torch.mm(chunk.to(chunks.states.dtype), chunks.weight, out=states_gradient[here])
     if states_gradient is not None:
         states_gradient.neg_()
-    return tuple(row.clone() for row in out)  # no views of each other
+    return columns
 
 
 def _logps_by_vocabulary(
@@ -240,20 +189,6 @@ def _logps_by_vocabulary(
     return of_target - total.log_().add_(largest).logsumexp(0)
 
 
-def _add_product(
-    total: Float[Tensor, "V h"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n h"], *, is_first: bool
-) -> None:
-    """Adds `gradient.T @ states` to `total`, in fp32 or wider. The first product overwrites `total`, which is empty."""
-    if gradient.dtype == total.dtype:
-        torch.mm(gradient.T, states, out=total) if is_first else total.addmm_(gradient.T, states)
-        return
-    if is_first:
-        total.zero_()
-    num_rows = max(1, _PRODUCT // max(1, total.shape[1]))
-    for part, columns in zip(total.split(num_rows), gradient.split(num_rows, dim=1), strict=True):
-        part.add_(columns.T @ states)
-
-
 @final
 class _LinearLogps(torch.autograd.Function):
     """`linear_logps` with gradients."""
@@ -268,14 +203,16 @@ class _LinearLogps(torch.autograd.Function):
             needs_states, *needs_head = ctx.needs_input_grad[:3]
             ctx.is_head_frozen = needs_states and not any(needs_head)
             states_gradient = torch.empty_like(chunks.states) if ctx.is_head_frozen else None
-            results = _forward(chunks, options.with_statistics, states_gradient, keeps_last=any(needs_head))
+            columns = _forward(chunks, options.with_statistics, states_gradient, keeps_last=any(needs_head))
+        results = tuple(columns[: NUM_COLUMNS if options.with_statistics else 1])
         ctx.options = options
         ctx.dtypes = tuple(None if leaf is None else leaf.dtype for leaf in (states, weight, bias))
         if ctx.is_head_frozen:
             ctx.save_for_backward(states_gradient)
         else:
             last = chunks.slices[-1] if chunks.slices else slice(0, 0)
-            ctx.save_for_backward(states, weight, bias, target, chunks.buffer[: last.stop - last.start])
+            last_chunk = chunks.buffer[: last.stop - last.start]
+            ctx.save_for_backward(states, weight, bias, target, last_chunk, *columns[NUM_COLUMNS:])
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -286,16 +223,20 @@ class _LinearLogps(torch.autograd.Function):
         if ctx.is_head_frozen:
             (states_gradient,) = ctx.saved_tensors
             return (states_gradient * upstream[:, None]).to(ctx.dtypes[0]), None, None, None, None
-        states, weight, bias, target, last_errors = ctx.saved_tensors  # read once: checkpointing allows no more
+        states, weight, bias, target, last_chunk, *columns = (
+            ctx.saved_tensors
+        )  # read once: checkpointing allows no more
         with torch.autocast(upstream.device.type, enabled=False):
             chunks = _Chunks(states, weight, bias, target, ctx.options)
-            return *_gradients(ctx, chunks, upstream, last_errors), None, None
+            return *_gradients(ctx, chunks, upstream, last_chunk, columns), None, None
 
 
-def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, last_errors: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, chunks: _Chunks, upstream: Tensor, last_chunk: Tensor, columns: list[Tensor]
+) -> tuple[Tensor | None, ...]:
     """The gradients of hidden states, weight and bias, None where one is not needed.
 
-    The errors of the last chunk were saved; those of the others are computed again.
+    The last chunk was saved; the logits of the others are computed again.
     """
     needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     for_states = torch.empty_like(chunks.states) if needs_states else None
@@ -305,22 +246,20 @@ def _gradients(ctx: Any, chunks: _Chunks, upstream: Tensor, last_errors: Tensor)
     if for_weight is not None and not chunks.slices:
         for_weight.zero_()
     for_bias = torch.zeros(len(chunks.weight), **wide) if needs_bias else None
+    factor = -upstream
     for here in reversed(chunks.slices):
         is_last = here is chunks.slices[-1]
-        errors = last_errors if is_last else chunks.write_logps(here, None, with_errors=True)
-        states, scale = chunks.states[here], -upstream[here, None]
-        if errors.dtype == states.dtype:
-            scaled = states * scale  # h numbers per token, where the errors have V
-        else:  # scaled while they are cast, before a product in half precision could overflow
-            narrow = torch.empty_like(errors, dtype=states.dtype)
-            errors, scaled, scale = torch.mul(errors, scale, out=narrow), states, None
+        chunk = last_chunk if is_last else chunks.logits(here)
+        errors, rest = chunks.softmax.scaled_errors(chunk, here, factor, columns, is_saved=is_last)
+        states = chunks.states[here]
+        scaled = states if rest is None else states * rest[:, None]  # h numbers per token, where the errors have V
         if for_states is not None:
             torch.mm(errors, chunks.weight, out=for_states[here])
-            if scale is not None:
-                for_states[here].mul_(scale)
+            if rest is not None:
+                for_states[here].mul_(rest[:, None])
         if for_weight is not None:
-            _add_product(for_weight, errors, scaled, is_first=is_last)
+            add_product(for_weight, errors, scaled, is_first=is_last)
         if for_bias is not None:
-            for_bias += errors.sum(0, dtype=chunks.wide_dtype) if scale is None else errors.T @ scale.squeeze(-1)
+            for_bias += errors.sum(0, dtype=chunks.wide_dtype) if rest is None else errors.T @ rest
     gradients = zip((for_states, for_weight, for_bias), ctx.dtypes, strict=True)
     return tuple(None if gradient is None else gradient.to(dtype) for gradient, dtype in gradients)

@@ -13,8 +13,11 @@ from typing import Any, Protocol, final
 from torch import Tensor
 
 from holdfast.data.columns import REFERENCE_COLUMNS
+from holdfast.data.inputs import completed
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.losses import PairLogps
+from holdfast.reference.user_columns import columns_read
+from holdfast.scoring.causal_lm import unwrap
 
 LOSS_HOOK = "compute_loss"
 BATCH_HOOKS = (LOSS_HOOK, "training_step", "prediction_step")
@@ -45,6 +48,15 @@ def assigned_hooks(trainer: Any, own: Mapping[str, Any]) -> list[str]:
     """In place of which of the methods `own` a script has assigned another function to the trainer itself."""
     values = {name: vars(trainer)[name] for name in own if name in vars(trainer)}
     return [name for name, value in values.items() if getattr(value, "__func__", value) is not own[name]]
+
+
+def in_host_memory(trainer: Any, collator: Any) -> Any:
+    """`collator`, with batches that are complete before they are moved to the device. It is `collator` itself where a
+    script overrides a method that gets batches: such a method reads the keys that the collator returned."""
+    own: Mapping[str, Any] = trainer._own_hooks
+    if overridden(type(trainer), own) or assigned_hooks(trainer, own):
+        return collator
+    return completed(collator, unwrap(trainer.model), columns_read(trainer.reference))
 
 
 def check_layout(names: list[str], kind: type, options: LayoutChoice) -> None:

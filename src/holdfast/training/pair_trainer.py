@@ -53,7 +53,8 @@ from holdfast.reference.look_ahead import LookAhead
 from holdfast.reference.reference import Reference
 from holdfast.training.by_source import BySource
 from holdfast.training.engine_checkpoints import EngineCheckpoints
-from holdfast.training.handed_batches import HandedBatch
+from holdfast.training.handed_batches import HandedBatch, in_host_memory
+from holdfast.training.offloading import offloaded
 from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
 
@@ -122,7 +123,8 @@ class PairTrainer(EngineCheckpoints):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
-        collator, self.data_collator = self.data_collator, pair_of_each_row(self.data_collator, self.args.world_size)
+        collator = self.data_collator
+        self.data_collator = in_host_memory(self, pair_of_each_row(collator, self.args.world_size))
         if not kwargs.get("is_training"):
             keeps = not self.args.remove_unused_columns
             self.data_collator = self._by_source.collator(self.data_collator, dataset, description, keeps_column=keeps)
@@ -207,8 +209,7 @@ class PairTrainer(EngineCheckpoints):
         """See `transformers.Trainer.training_step`; with `activation_offloading` activations wait in host memory."""
         if self.reference is not None:
             self.reference.before_policy_changes()
-        offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-        with offload if self.args.activation_offloading else contextlib.nullcontext():
+        with offloaded(self.model) if self.args.activation_offloading else contextlib.nullcontext():
             loss = super().training_step(model, self._handed_out(inputs), *args, **kwargs)
         self._step_record.add_loss(loss, self.state.global_step + 1)
         return loss

@@ -49,7 +49,7 @@ class Startup:
         self._accelerator = accelerator
         self._first_checksums = first_checksums
         self._run_models: list[nn.Module] = [policy]
-        self._longest_row: int | None = None
+        self.longest_row: int | None = None
         self._dependence: Dependence | None = None
         self._attention = ""
 
@@ -74,7 +74,7 @@ class Startup:
         if options.way != "none":
             ref_models = place_reference_models(ref_models, self._policy, self._accelerator.device, is_main=is_main)
         self._run_models = [self._policy, *filter(None, ref_models)]
-        self._longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
+        self.longest_row = pin_rotations(self._run_models, self._args.max_length, train_dataset, is_main=is_main)
         self._dependence = None if brings_logps else self._find_dependence(self._run_models, train_dataset)
         check_same_batches(self._dependence, self._args)
         return build_reference(
@@ -144,7 +144,6 @@ class Startup:
                     reference,
                     batch,
                     autocast=self._accelerator.autocast,
-                    mixed_precision=self._accelerator.mixed_precision,
                     first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
@@ -155,4 +154,4 @@ class Startup:
         check_resumable(self._dependence or self._find_dependence([self._policy], train_dataset))
 
     def _find_dependence(self, models: Sequence[nn.Module], train_dataset: Any) -> Dependence | None:
-        return find_dependence(models, train_dataset, self._longest_row, self._accelerator.autocast)
+        return find_dependence(models, train_dataset, self.longest_row, self._accelerator.autocast)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pretend.device import CUDA, Event, PretendDevice
 from pretend.kernels import use_single_kernels
 from pretend.pinned import is_pinned, pinned_copy
+from pretend.streams import IdleEvent, IdleStream
 
 
 def set_up() -> None:
@@ -40,6 +41,12 @@ def _apply_to_twins(module: nn.Module, function: Callable[[Tensor], Tensor], rec
     return module
 
 
+def _zeros(tensor: Tensor, observer: Callable[[Event], None]) -> Any:
+    """What `tolist` gives: it reads once, however many numbers there are."""
+    observer(Event("read", "tolist"))
+    return torch.zeros(tensor.shape, dtype=tensor.dtype).tolist()
+
+
 @contextlib.contextmanager
 def on_stage(observer: Callable[[Event], None]) -> Iterator[PretendDevice]:
     """Inside, torch, accelerate and the options say that there is a GPU, and tensors on it are fake."""
@@ -54,11 +61,19 @@ def on_stage(observer: Callable[[Event], None]) -> Iterator[PretendDevice]:
         patch.object(torch.cuda, "device_count", lambda: 1),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(torch.cuda, "manual_seed_all", lambda _: None),
-        patch.object(torch.cuda, "synchronize", lambda *_: None),
+        patch.object(torch.cuda, "synchronize", lambda *_: observer(Event("read", "synchronize"))),
         patch.object(torch.cuda, "empty_cache", lambda: None),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.accelerator, "is_available", lambda: True),
+        patch.object(torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)),
+        patch.object(torch.cuda, "set_rng_state", lambda *_: None),
+        patch.object(torch.cuda, "current_stream", lambda *_: IdleStream(observer)),
+        patch.object(torch.cuda, "default_stream", lambda *_: IdleStream(observer)),
+        patch.object(torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
+        patch.object(torch.cuda, "Stream", lambda *_, **__: IdleStream(observer)),
+        patch.object(torch.cuda, "Event", lambda *_, **__: IdleEvent(observer)),
         patch.object(nn.Module, "_apply", _apply_to_twins),
+        patch.object(FakeTensor, "tolist", lambda tensor: _zeros(tensor, observer)),
         patch.object(torch.Tensor, "pin_memory", pinned_copy),
         patch.object(torch.Tensor, "is_pinned", lambda tensor, *_: is_pinned(tensor)),
         patch.object(torch.utils.checkpoint.DefaultDeviceType, "_default_device_type", "cuda"),

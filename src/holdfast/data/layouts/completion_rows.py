@@ -10,14 +10,13 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.data.layouts.sequences import TokenSequence
 from holdfast.scoring.segments import SEGMENTS
 
 
-def row_per_completion(tensors: Mapping[str, Any], pad_token_id: int) -> dict[str, Tensor]:
+def row_per_completion(tensors: Mapping[str, Any], pad_token_id: int) -> dict[str, Any]:
     """The pairs of a batch as `PaddedLayout` lays them out; a batch whose rows hold no segments comes back as it is."""
     if SEGMENTS not in tensors:
         return dict(tensors)

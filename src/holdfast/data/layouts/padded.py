@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Self, final
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from holdfast.batch import COMPLETION_MASK
+from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES, HostSequences
 from holdfast.data.layouts.base import Layout, LayoutOptions
 from holdfast.data.layouts.sequences import (
     TokenSequence,
@@ -31,7 +30,8 @@ from holdfast.data.layouts.sequences import (
 class PaddedLayout(Layout):
     """`input_ids` and `attention_mask` [2P T], the P chosen rows first, padded on the right to the longest row of the
     batch (and up to a multiple of `pad_to_multiple_of`). The rest of a batch is that of every `Layout`, and
-    `completion_mask` [2P T] for scripts that read batches: 1 at the tokens that count."""
+    `completion_mask` [2P T] for scripts that read batches: 1 at the tokens that count. `host_sequences` is no
+    tensor: it says in host memory what `content`, `sequence` and `source` say."""
 
     name: ClassVar[str] = "padded"
     summary: ClassVar[str] = "a row each"
@@ -49,14 +49,14 @@ class PaddedLayout(Layout):
     def fallback(self) -> None:
         """None: every model computes padded rows right."""
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return self.of_pairs(self.truncated(features))
 
-    def of_pairs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    def of_pairs(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         """The batch of truncated sequences: all chosen ones, then all rejected ones."""
         return self._laid_out(sequences) | pairs_of_halves(len(sequences))
 
-    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    def of_completions(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         """See `Layout.of_completions`."""
         return self._laid_out(sequences) | no_pairs()
 
@@ -64,7 +64,7 @@ class PaddedLayout(Layout):
         """See `Layout.tokens_in_rows`: each row is as long as the longest."""
         return longest * num_sequences
 
-    def _laid_out(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    def _laid_out(self, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         """Everything but `chosen` and `rejected`."""
         input_ids, attention_mask = padded_rows(sequences, self.pad_token_id, self.pad_to_multiple_of)
         num_tokens = input_ids.shape[1]
@@ -79,6 +79,7 @@ class PaddedLayout(Layout):
             counts = np.array([*map(len, scored)])
             position, row = np.concatenate(scored), np.repeat(np.arange(len(sequences)), counts)
         check_counts(counts)
+        content = [content_id_of(sequence) for sequence in sequences]
         tensors = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -86,6 +87,9 @@ class PaddedLayout(Layout):
             "source": position - 1,
             "target": input_ids.reshape(-1)[position],
             "sequence": row,
-            "content": np.array([content_id_of(sequence) for sequence in sequences]),
+            "content": np.array(content),
         }
-        return {name: torch.from_numpy(array) for name, array in tensors.items()}
+        in_host_memory = HostSequences(
+            content=tuple(content), lengths=tuple(counts.tolist()), rows=tuple(range(len(sequences)))
+        )
+        return {name: torch.from_numpy(array) for name, array in tensors.items()} | {HOST_SEQUENCES: in_host_memory}

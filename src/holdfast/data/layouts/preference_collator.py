@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.batch import HOST_SEQUENCES, HostSequences
 from holdfast.data.columns import REFERENCE_COLUMNS
 from holdfast.data.layouts.sequences import (
     check_counts,
@@ -69,7 +70,7 @@ class DataCollatorForPreference:  # not final: scripts subclass it and override 
         return tensors | {column: torch.tensor([row[column] for row in features]) for column in logps}
 
 
-def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_positions(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What `PairBatch.from_tensors` takes, from a dict with `completion_mask`; a complete dict comes back as is.
 
     `input_ids`, `attention_mask` and `completion_mask` are [2P T], chosen rows first, padded on either side. A
@@ -87,7 +88,8 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     num_rows, num_tokens = ids.shape
     counts_as_target = torch.zeros_like(completion)
     counts_as_target[:, 1:] = completion[:, 1:] & attended[:, :-1]
-    check_counts(counts_as_target.sum(1).cpu().numpy())
+    counts = counts_as_target.sum(1).cpu().numpy()
+    check_counts(counts)
     sequence, column = counts_as_target.nonzero(as_tuple=True)  # [N] each, row by row
     rows = zip(ids.cpu().numpy(), attended.cpu().numpy(), completion.cpu().numpy(), strict=True)
     content = [_masked_content_id(row, row_attended, row_completion) for row, row_attended, row_completion in rows]
@@ -98,7 +100,9 @@ def with_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "content": torch.tensor(content, dtype=torch.int64),
         **pairs_of_halves(num_rows),
     }
-    return dict(tensors) | {name: tensor.to(ids.device) for name, tensor in positions.items()}
+    in_host_memory = HostSequences(content=tuple(content), lengths=tuple(counts.tolist()), rows=tuple(range(num_rows)))
+    on_device = {name: tensor.to(ids.device) for name, tensor in positions.items()}
+    return dict(tensors) | on_device | {HOST_SEQUENCES: in_host_memory}
 
 
 def _masked_content_id(ids: np.ndarray, attended: np.ndarray, completion: np.ndarray) -> tuple[int, int]:

@@ -10,7 +10,7 @@ the next one.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
@@ -21,17 +21,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.agreement import of_all
-from holdfast.batch import ContentId, PairBatch, SequenceLogps
+from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.layouts.base import Layout
+from holdfast.data.layouts.noise import by_content, gaps, largest_rounding_gap
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast, frozen_logps
+from holdfast.scoring.precision import is_half_precision, rounding_unit
 from holdfast.scoring.tolerance import TOLERANCE_NATS, TOLERANCE_NATS_HALF, TOLERANCE_NATS_MEAN
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """The kinds of layer that see what their mask lets them see."""
+
+_COLUMNS = 64
+"""Padded rows are compared with rows that are padded to the next multiple of it: kernels divide such rows otherwise."""
 
 
 @final
@@ -62,13 +67,29 @@ class LayoutTrial:
         pairs = self.first_pairs()
         padded = PaddedLayout(layout.pad_token_id, layout.max_length, layout.truncation_mode, layout.pad_to_multiple_of)
         batch, padded_batch = self.pair_batch(layout(pairs)), self.pair_batch(padded(pairs))
+        further = replace(padded, pad_to_multiple_of=self._further(padded_batch.inputs["input_ids"].shape[1]))
+        other = self.pair_batch(further([*reversed(pairs)]))
         one_of_each_class = {type(unwrap(model)): model for model in reversed(self.models)}
         for model in one_of_each_class.values():
-            logps = partial(frozen_logps, model, autocast=_most_exact(model, self.accelerator))
-            own = measured_problem(unwrap(model), logps, batch, padded_batch, is_half_precision=not _is_fp32(model))
+            autocast = _most_exact(model, self.accelerator)
+            own = measured_problem(
+                unwrap(model),
+                partial(frozen_logps, model, autocast=autocast),
+                batch,
+                padded_batch,
+                is_half_precision=is_half_precision(model, autocast),
+                other_padded_batch=other,
+                unit=rounding_unit(model, autocast),
+            )
             if (reason := _of_any(own)) is not None:
                 return reason
         return None
+
+    def _further(self, num_columns: int) -> int:
+        """A number of columns beyond `num_columns`, where every model has positions for it; else that number."""
+        configs: list[Any] = [unwrap(model).config.get_text_config() for model in self.models]
+        limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+        return max(num_columns, min([num_columns // _COLUMNS * _COLUMNS + _COLUMNS, *limits]))
 
 
 def _of_any(reason: str | None) -> str | None:
@@ -76,15 +97,11 @@ def _of_any(reason: str | None) -> str | None:
     return next(filter(None, of_all(reason)), None)
 
 
-def _is_fp32(model: nn.Module) -> bool:
-    is_rounded = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
-    return not is_rounded and all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-
-
 def _most_exact(model: nn.Module, accelerator: Accelerator) -> Autocast:
     """No autocast where the model computes without it, so that a small error is not hidden by rounding."""
+    is_fp32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     attention = attention_of(unwrap(model).config)
-    return contextlib.nullcontext if _is_fp32(model) and attention in ("eager", "sdpa") else accelerator.autocast
+    return contextlib.nullcontext if is_fp32 and attention in ("eager", "sdpa") else accelerator.autocast
 
 
 def measured_problem(
@@ -94,29 +111,34 @@ def measured_problem(
     padded_batch: PairBatch,
     *,
     is_half_precision: bool = False,
+    other_padded_batch: PairBatch | None = None,
+    unit: float = 0.0,
 ) -> str | None:
     """How the log-probs of `batch` differ from those of `padded_batch`, in a clause; None where they are the same.
 
     Both are the same pairs, in two layouts. `logps` scores a batch with the model, without dropout or gradients. In
-    fp32 no token may differ by more than `TOLERANCE_NATS`, and the mean by no more than `TOLERANCE_NATS_MEAN`; in half
-    precision only the mean counts (`TOLERANCE_NATS_HALF`). Raises what `logps` raises for the padded batch.
+    fp32 no token may differ by more than `TOLERANCE_NATS`, and the mean by no more than `TOLERANCE_NATS_MEAN`. In half
+    precision only the mean counts: it may differ by what rounding does to the padded rows themselves (see
+    `data.layouts.noise`), of which `other_padded_batch` is another batch of the same pairs, and `unit` the rounding
+    unit of the dtype; without another batch by `TOLERANCE_NATS_HALF`. Raises what `logps` raises for the padded batch.
     """
-    expected = _by_content(padded_batch, logps(padded_batch))
+    expected = by_content(padded_batch, logps(padded_batch))
+    most = TOLERANCE_NATS_HALF if is_half_precision else TOLERANCE_NATS_MEAN
+    if is_half_precision and other_padded_batch is not None:
+        most = largest_rounding_gap(causal_lm, logps, padded_batch, other_padded_batch, rounding_unit=unit)
     try:
-        computed = _by_content(batch, logps(batch))
+        computed = by_content(batch, logps(batch))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(causal_lm).__name__} fails on them ({type(error).__name__}: {str(error).splitlines()[0]})"
-    assert computed.keys() == expected.keys(), "the same pairs"
-    gaps = torch.cat([(computed[content] - expected[content]).abs() for content in expected])
-    mean, largest = float(gaps.mean()), float(gaps.max())
-    most = TOLERANCE_NATS_HALF if is_half_precision else TOLERANCE_NATS_MEAN
+    distances = gaps(computed, expected)
+    mean, largest = float(distances.mean()), float(distances.max())
     if mean <= most and (is_half_precision or largest <= TOLERANCE_NATS):  # NaN is neither
         return None
     return (
         f"{type(causal_lm).__name__} gives log-probs that differ from those of padded rows by {mean:.3g} nats per "
-        f"token, {largest:.3g} at most ({most:g} is rounding)"
+        f"token, {largest:.3g} at most ({most:.2g} is rounding)"
     )
 
 
@@ -134,8 +156,3 @@ def known_problem(model: nn.Module) -> str | None:
         return f"{name} has layers that are not attention ({', '.join(sorted(others))})"
     is_carried = carries_state(causal_lm) or any(isinstance(module, nn.Conv1d) for module in causal_lm.modules())
     return f"{name} carries state along its rows" if is_carried else None
-
-
-def _by_content(batch: PairBatch, logps: SequenceLogps) -> dict[ContentId, Tensor]:
-    per_sequence = logps.per_token.detach().float().split(batch.lengths())
-    return dict(zip(batch.content_ids(), per_sequence, strict=True))

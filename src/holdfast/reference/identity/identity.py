@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from holdfast.internals.transformers import attention_of, loaded_from
+from holdfast.policy.half_weights import as_loaded
 from holdfast.policy.rotations import has_moving_rotations
 from holdfast.policy.sharding import give_back
 from holdfast.reference.identity.contents import module_contents
 from holdfast.reference.identity.digests import tensor_digests
+from holdfast.scoring.precision import fp32_products
 from holdfast.store.key import StoreKey
 
 _ENTRIES_WITHOUT_EFFECT = {
@@ -72,6 +74,7 @@ class Identity:
         may be on the meta device. Where its weights are spread over processes, it is the identity that they have in one
         process, and collective."""
         give_back(module)
+        as_loaded(module)
         contents = list(module_contents(module))
         tensors = {name: tensor for own in contents for name, tensor in own.tensors.items()}
         configs = list(_distinct_configs((own.path, own.config) for own in contents))
@@ -122,14 +125,13 @@ class Identity:
 
 def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, layout: str) -> dict[str, Any]:
     """What decides how a forward pass rounds: dtypes, autocast, layout, attention, and the kind of device."""
-    precision = torch.get_float32_matmul_precision()
     return {
         "dtype": identity.dtype,
         "autocast": mixed_precision,
         "layout": layout,
         "attention": identity.attention,
         "device": device.type,
-        "tf32": precision != "highest" and device.type != "cpu",
+        "tf32": device.type != "cpu" and fp32_products(device) != "ieee",
     }
 
 

@@ -4,7 +4,6 @@ TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). In bf16 an update of alpha =
 reference in half precision has an fp32 state beside its weights. Given up: memory for that state.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import final
 
@@ -52,9 +51,10 @@ class Average:
         self._fp32: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> float:
-        """Sets `reference <- alpha * policy + (1 - alpha) * reference` in place, accumulated in fp32. Returns the L2
-        norm of the change."""
+    def move(self, reference: Mapping[str, Tensor], policy: Mapping[str, Tensor], alpha: float) -> list[Tensor]:
+        """Sets `reference <- alpha * policy + (1 - alpha) * reference` in place, accumulated in fp32. Returns the
+        squares of policy - reference, summed over parts of the tensors: fp64 numbers on their device (see `squares`).
+        """
         squares: list[Tensor] = []
         for name, tensor in reference.items():
             state = tensor
@@ -62,11 +62,11 @@ class Average:
                 state = self._fp32.setdefault(name, tensor.float())
             target = policy[name].to(device=state.device, dtype=state.dtype)
             chunks = zip(target.reshape(-1).split(2**20), state.view(-1).split(2**20), strict=True)
-            squares += [(ours - theirs).double().square().sum().cpu() for ours, theirs in chunks]
+            squares += [(ours - theirs).double().square().sum() for ours, theirs in chunks]
             state.copy_(target) if alpha == 1 else state.lerp_(target, alpha)
             if state is not tensor:
                 tensor.copy_(state)
-        return alpha * math.sqrt(float(sum(squares)))
+        return squares
 
     @torch.no_grad()
     def restore(self, reference: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

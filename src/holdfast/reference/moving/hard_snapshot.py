@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.policy.sharding import own_part, parameters_of, total
 from holdfast.reference.base import Moving
+from holdfast.reference.moving.squares import read
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.snapshot import ExactSnapshot, description, parts_of_state, trainable, whole_state
 from holdfast.reference.tensor_file import OwnTensors, SnapshotDevice
@@ -66,8 +67,11 @@ def _distance(policy: nn.Module, reference: OwnTensors) -> float:
     """L2 distance of policy and reference in weight space. One tensor of a file is in memory at a time."""
     parameters = parameters_of(policy)
 
-    def square(name: str, theirs: Tensor) -> float:
+    def square(name: str, theirs: Tensor) -> Tensor:
         ours = own_part(parameters[name])
-        return float((ours.float() - theirs.to(ours.device).float()).double().square().sum())
+        theirs = theirs.to(ours.device, non_blocking=True)
+        return (ours.float() - theirs.float()).double().square().sum()
 
-    return math.sqrt(total((parameters[name], square(name, value)) for name, value in reference.items()))
+    squares = {name: square(name, value) for name, value in reference.items()}
+    values = zip(squares, read(list(squares.values())), strict=True)
+    return math.sqrt(total((parameters[name], value) for name, value in values))

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from holdfast.internals.torch import class_of
 from holdfast.policy.sharding import give_back, is_part, shape_of, whole
 from holdfast.reference.moving.rank import TOLERANCE, bound_rank, break_even_rank
+from holdfast.reference.moving.squares import read
 
 SMALLEST_SCALE = 1e-9
 """The least absolute value of a DoRA scale, since factors are divided by it. It replaces a scale of 0, so a row of W
@@ -204,13 +205,13 @@ def synced_state(policy: nn.Module, state: Mapping[str, Tensor], alpha: float) -
     changed. ValueError where `state` belongs to a policy with other adapters.
     """
     after: dict[str, Tensor] = {}
-    squares = 0.0
+    squares: list[Tensor] = []
     for layer in layers_of(policy):
         theirs, ours = LayerState.of_state(state, layer), LayerState.of_policy(layer)
         difference = _difference(ours, theirs)
-        squares += float(_squared_distance(layer, ours, theirs, difference))
+        squares.append(_squared_distance(layer, ours, theirs, difference))
         after |= (ours if alpha == 1 else _mix(layer, ours, theirs, difference, alpha)).by_name(layer.path)
-    return after, alpha**2 * squares
+    return after, alpha**2 * sum(read(squares))
 
 
 @torch.no_grad()

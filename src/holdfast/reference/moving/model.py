@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.policy.adapters import is_adapted
+from holdfast.policy.half_weights import as_loaded
 from holdfast.policy.quantised import is_quantised
 from holdfast.policy.sharding import cut_like, give_back, is_sharded, own_part, total, whole_from_part
 from holdfast.reference.base import Moving, Scorer
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving.average import Average, check_mixable, parameter_name
 from holdfast.reference.moving.effective import effective_copy, effective_parameters, effective_parts
+from holdfast.reference.moving.squares import lengths
 from holdfast.reference.scorers.model import freeze, independent_copy, inputs_on_device_of, weight_tensors
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
@@ -66,16 +68,18 @@ class MovingModel(Scorer, Moving):
         if is_sharded(self.module) or is_sharded(self._policy):
             self._move_parts(mixup_alpha)
         else:
+            as_loaded(self._policy)
             own = dict(self.module.named_parameters())
-            self.drift = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+            squares = self._average.move(own, effective_parameters(self._policy), mixup_alpha)
+            self.drift = lengths({"": squares}, mixup_alpha)[""]
         self.version += 1
 
     def _move_parts(self, mixup_alpha: float) -> None:
         """Each process moves its part of the reference."""
         give_back(self._policy)
         own, policy = self._own_parts(), effective_parts(self._policy, self.module)
-        lengths = {name: self._average.move({name: own[name]}, policy, mixup_alpha) for name in own}
-        self.drift = math.sqrt(total((self.module.get_parameter(name), length**2) for name, length in lengths.items()))
+        moves = lengths({n: self._average.move({n: own[n]}, policy, mixup_alpha) for n in own}, mixup_alpha)
+        self.drift = math.sqrt(total((self.module.get_parameter(name), length**2) for name, length in moves.items()))
 
     def _own_parts(self) -> dict[str, Tensor]:
         """This process's part of each parameter of the module: all of it, unless the module is sharded."""

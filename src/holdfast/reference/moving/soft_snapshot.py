@@ -22,6 +22,7 @@ from holdfast.reference.moving import lora_products
 from holdfast.reference.moving.added_products import adding_products
 from holdfast.reference.moving.average import Average
 from holdfast.reference.moving.product_shares import ProductShares
+from holdfast.reference.moving.squares import lengths
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
 from holdfast.reference.scorers.snapshot import (
@@ -78,17 +79,17 @@ class SoftSnapshot(InsidePolicy, LateCopy, Moving):
         if self._factor_names():
             products, squares = lora_products.synced_state(self.policy, self._products.whole(), mixup_alpha)
             self._write_products(products)
-        policy, lengths = self._plain_of_policy(), dict[str, float]()
+        policy, moved = self._plain_of_policy(), dict[str, list[Tensor]]()
 
         def move(name: str, value: Tensor) -> None:
-            lengths[name] = Average().move({name: value}, policy, mixup_alpha)
+            moved[name] = Average().move({name: value}, policy, mixup_alpha)
 
         self._plain.change(move)
-        parameters = parameters_of(self.policy)
+        parameters, moves = parameters_of(self.policy), lengths(moved, mixup_alpha)
         if is_sharded(self.policy):
-            squares += total((parameters[name], length**2) for name, length in lengths.items())
-            lengths = {}
-        self.drift = math.hypot(math.sqrt(squares), *lengths.values())
+            squares += total((parameters[name], length**2) for name, length in moves.items())
+            moves = {}
+        self.drift = math.hypot(math.sqrt(squares), *moves.values())
         self.version += 1
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

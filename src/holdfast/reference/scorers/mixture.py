@@ -39,7 +39,7 @@ class MixtureReference(Scorer):
     kind = "MixtureReference"
 
     def __init__(self, references: Sequence[Scorer], shares: Sequence[float]) -> None:
-        self.references = tuple(references)
+        self.references = self.parts = tuple(references)
         self.shares = tuple(mixture_shares(shares, len(self.references)))
         self.is_off_device = any(reference.is_off_device for reference in self.references)
 

@@ -5,6 +5,7 @@ the weights are spread over them. A process is then idle only in the last round 
 another's once more. The numbers in the store are the same.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from holdfast.agreement import any_of_all, num_processes, of_all, process, raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
 from holdfast.data.completions import Completions, CompletionsToScore, Deal
-from holdfast.interruption import asked_signal
+from holdfast.interruption import asked_signal, is_asked
+from holdfast.reference.sources.in_flight import InFlight, Started
 from holdfast.reference.sources.lockstep import agreed_blocks, complete_copies, heed_signals, is_writer, received, sent
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import claimed_blocks
@@ -31,12 +33,31 @@ def filled_by_claims(
 ) -> Iterator[tuple[int, int]]:
     """Scores what is missing from `store` and no other process has claimed; after each batch, gives the numbers of its
     completions and of its tokens. `scorer` says in words what scores. `on_wait` is that of `claimed_blocks`, and
-    `check` is called after each batch."""
-    for batch in data.batches(partial(claimed_blocks, store, on_wait=on_wait), store.missing):
-        logps = by_content(batch, score(batch), scorer)
+    `check` is called after each batch. Where an error ends it, what was scored before is kept."""
+
+    def finish(started: Started) -> tuple[int, int]:
+        per_token, tokens = started.read()
+        logps = by_content(started.batch, per_token, scorer)
         store.add(logps)
-        yield len(logps), num_tokens(batch)
+        return len(logps), tokens
+
+    def blocks(ids: Sequence[ContentId]) -> Iterator[Sequence[ContentId]]:
+        return flight.finished_before_next(claimed_blocks(store, ids, on_wait=on_wait))
+
+    flight = InFlight(finish)
+    try:
+        for batch in data.batches(blocks, partial(_missing, store, flight)):
+            flight.start(batch, score(batch))
+            for numbers in flight.finish_early(is_asked=is_asked()):
+                yield numbers
+                check()
+        flight.finish_all()
+        yield from flight.finish_early(is_asked=True)
         check()
+    except Exception:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            flight.finish_all()
+        raise
 
 
 def filled_in_lockstep(
@@ -52,37 +73,52 @@ def filled_in_lockstep(
     writes = is_writer(store)
     ids = [*data.ids()] if isinstance(data, Completions) else []
     complete_copies(store, ids, is_writer=writes)
+    asked: list[int | None] = []
 
-    def missing(own: Sequence[ContentId]) -> Sequence[ContentId]:
-        return own if any_of_all(bool(store.missing(own))) else []
-
-    blocks = partial(agreed_blocks, store, on_wait=on_wait, check=check)
-    deal = Deal(process=process(), num_processes=num_processes())
-    for batch in data.batches(blocks, missing, deal):
-        logps = score(batch)
+    def finish(started: Started) -> tuple[int, int]:
         with raised_together():
-            own = by_content(batch, logps, scorer)
-        told = of_all((sent(own), num_tokens(batch), asked_signal()))
+            per_token, tokens = started.read()
+            own = by_content(started.batch, per_token, scorer)
+        told = of_all((sent(own), tokens, asked_signal()))
         together = received(found for found, _, _ in told)
         with raised_together():
             if writes:
                 store.add(together)
-        yield len(together), sum(tokens for _, tokens, _ in told)
-        heed_signals([signal for _, _, signal in told], check)
+        asked.extend(signal for _, _, signal in told)
+        return len(together), sum(tokens for _, tokens, _ in told)
+
+    def blocks(ids: Sequence[ContentId]) -> Iterator[Sequence[ContentId]]:
+        return flight.finished_before_next(agreed_blocks(store, ids, on_wait=on_wait, check=check))
+
+    def missing(own: Sequence[ContentId]) -> Sequence[ContentId]:
+        return own if any_of_all(bool(_missing(store, flight, own))) else []
+
+    flight = InFlight(finish)
+    deal = Deal(process=process(), num_processes=num_processes())
+    for batch in data.batches(blocks, missing, deal):
+        flight.start(batch, score(batch))
+        yield from flight.finish_early(is_asked=False)
+        if any(asked):  # on all processes
+            yield from flight.finish_early(is_asked=True)
+        heed_signals(asked, check)
+        asked.clear()
+    flight.finish_all()
+    yield from flight.finish_early(is_asked=True)
+    heed_signals(asked, check)
     with raised_together():
         store.flush()
     complete_copies(store, ids, is_writer=writes)
 
 
-def num_tokens(batch: PairBatch) -> int:
-    """The number of tokens that a model reads of a batch."""
-    return int(batch.inputs["attention_mask"].count_nonzero())
+def _missing(store: LogpStore, flight: InFlight, ids: Sequence[ContentId]) -> list[ContentId]:
+    """Those of `ids` that are neither stored nor on their way into the store."""
+    started = flight.content_ids()
+    return [content_id for content_id in store.missing(ids) if content_id not in started]
 
 
-def by_content(batch: PairBatch, logps: SequenceLogps, scorer: str) -> dict[ContentId, Tensor]:
-    """The log-probs of each of the batch's completions by content id, in host memory. ValueError where one is not
-    finite; it names `scorer`."""
-    per_token = logps.per_token.cpu()
+def by_content(batch: PairBatch, per_token: Tensor, scorer: str) -> dict[ContentId, Tensor]:
+    """The log-probs `per_token`, which are in host memory, of each of the batch's completions by content id. ValueError
+    where one is not finite; it names `scorer`."""
     if not bool(per_token.isfinite().all()):
         row = int(batch.sequence[int((~per_token.isfinite()).nonzero()[0])])
         raise ValueError(

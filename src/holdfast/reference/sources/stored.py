@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, final
 
@@ -115,7 +115,7 @@ class PrecomputedReference:
         written, a warning says so once, and training goes on with the computed log-probs.
         """
         with raised_together(where=self._in_lockstep):
-            new = by_content(batch, logps, scorer)
+            new = by_content(batch, logps.per_token.cpu(), scorer)
         stored = self.store.get(batch.content_ids(), batch.lengths())
         try:
             self.store.add(new)
@@ -162,20 +162,21 @@ class PrecomputedReference:
             )  # fmt: skip
 
 
-def on_device_of(batch: PairBatch, values: Tensor) -> Tensor:
-    """`values`, which are in host memory, on the batch's device. The copy starts from pinned memory and is not waited
-    for."""
+def on_device_of(batch: PairBatch, values: Sequence[Tensor]) -> Tensor:
+    """The `values`, which are in host memory, joined and on the batch's device. They are joined in pinned memory, and
+    the copy from there is not waited for."""
     device = batch.sequence.device
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+    num_values, dtype = sum(map(len, values)), values[0].dtype if values else torch.float32
+    joined = torch.empty(num_values, dtype=dtype, pin_memory=device.type == "cuda")
+    if values:
+        torch.cat([*values], out=joined)
+    return joined.to(device, non_blocking=True)
 
 
 def _of_batch(batch: PairBatch, logps: Mapping[ContentId, Tensor]) -> SequenceLogps:
     """The batch's log-probs, from those of its completions by content id."""
-    ids = batch.content_ids()
-    per_token = torch.cat([logps[key] for key in ids]) if ids else torch.zeros(0)
-    return SequenceLogps(
-        per_token=on_device_of(batch, per_token), sequence=batch.sequence, num_sequences=batch.num_sequences
-    )
+    per_token = on_device_of(batch, [logps[key] for key in batch.content_ids()])
+    return SequenceLogps(per_token=per_token, sequence=batch.sequence, num_sequences=batch.num_sequences)
 
 
 @contextlib.contextmanager

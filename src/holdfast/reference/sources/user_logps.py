@@ -58,7 +58,7 @@ class UserLogps:
         values = [entry.value for entry in entries if entry is not None]
         if len(values) < len(entries):
             return None
-        sums = on_device_of(batch, torch.tensor(values, dtype=torch.float32))
+        sums = on_device_of(batch, [torch.tensor(values, dtype=torch.float32)])
         zeros = torch.zeros(len(batch.sequence), device=batch.source.device)
         logps = SequenceLogps(per_token=zeros, sequence=batch.sequence, num_sequences=batch.num_sequences)
         per_token = torch.where(logps.ranks() == 0, sums[batch.sequence], zeros)
