@@ -8,6 +8,9 @@ on rows of 1,000 tokens and more. The formula counts neither padding nor anythin
 recomputed logits and activations, and everything that is no matrix product, all lower the share. The formula has every
 layer compute every token, as is usual. `share_computed` leaves out the tokens of the last layer that nobody reads.
 
+`dialogue`: the same share for a small model on pairs of dialogue length, whose lengths spread as those of real dialogue
+do. Matrix products are smaller there, so all else weighs more.
+
 `growth`: seconds of a forward and backward pass over one row of up to 32k tokens, made longer by more pairs of dialogue
 length (`pairs`) or by more completions of one prompt (`completions`). Each completion sees as many tokens as before, so
 the exponent of a power law through the points is 1 where cost is linear.
@@ -23,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import measure
@@ -31,6 +35,9 @@ import workload
 BATCH = 4
 STEP = {"prompt": 600, "chosen": 250, "rejected": 250}
 """Tokens of the pairs of `share`, each a row of 1,100 where prompts are shared."""
+
+DIALOGUE_SIZE = "dialogue"
+"""The model of `dialogue`, a size of `workload`."""
 
 PAIR = {"prompt": 116, "chosen": 37, "rejected": 49}
 TREE = {"prompt": 512, "completion": 40}
@@ -133,12 +140,37 @@ def ids(count: int, vocabulary: int, seed: int) -> list[int]:
     return torch.randint(3, vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def row_of(lengths: Mapping[str, int], row: int, vocabulary: int) -> dict[str, list[int]]:
+    """The tokenized pair number `row`, of these lengths."""
+    return {f"{side}_ids": ids(num, vocabulary, 3 * row + place) for place, (side, num) in enumerate(lengths.items())}
+
+
 def rows_of(lengths: Mapping[str, int], count: int, vocabulary: int) -> list[dict[str, list[int]]]:
     """Tokenized pairs of these lengths."""
+    return [row_of(lengths, row, vocabulary) for row in range(count)]
+
+
+def dialogue_lengths(count: int) -> list[dict[str, int]]:
+    """Lengths of so many pairs, drawn log-normally around the means of dialogue."""
+    draw, spread = Random(0), workload.DIALOGUE_SPREAD
     return [
-        {f"{side}_ids": ids(num, vocabulary, 3 * row + place) for place, (side, num) in enumerate(lengths.items())}
-        for row in range(count)
+        {
+            side: max(3, round(mean * math.exp(spread * draw.gauss(0, 1) - spread**2 / 2)))
+            for side, mean in workload.DIALOGUE_MEANS.items()
+        }
+        for _ in range(count)
     ]
+
+
+def step_lengths(kind: str, steps: int) -> list[list[dict[str, int]]]:
+    """The lengths of the pairs of so many steps: all alike (`share`), or those of `dialogue`."""
+    lengths = dialogue_lengths(BATCH * steps) if kind == "dialogue" else [STEP] * (BATCH * steps)
+    return [lengths[start : start + BATCH] for start in range(0, len(lengths), BATCH)]
+
+
+def trees_of(lengths: Sequence[Mapping[str, int]]) -> list[tuple[int, tuple[int, int]]]:
+    """Pairs as (prompt, completions)."""
+    return [(pair["prompt"], (pair["chosen"], pair["rejected"])) for pair in lengths]
 
 
 def measured_share(work: dict[str, Any]) -> dict[str, Any]:
@@ -150,19 +182,23 @@ def measured_share(work: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(work["threads"])
     size, inputs = workload.SIZES[work["size"]], Path(work["inputs"])
-    num_tokens, num_completion = BATCH * sum(STEP.values()), BATCH * (STEP["chosen"] + STEP["rejected"])
+    steps = work["warmup"] + work["timed"]
+    lengths = step_lengths(work["kind"], steps)
+    pairs = [pair for step in lengths for pair in step]
+    num_tokens = sum(sum(pair.values()) for pair in pairs) // steps
+    num_completion = sum(pair["chosen"] + pair["rejected"] for pair in pairs) // steps
     before = product_rate(size, num_tokens, num_completion, work["repeats"])
     watch = measure.watch(work["warmup"], work["timed"])
-    steps = work["warmup"] + work["timed"]
     has_gpu = torch.cuda.is_available()
     trainer = DPOTrainer(
         str(inputs / "model"),
         args=DPOConfig(
             output_dir=str(Path(work["folder"]) / "run"), max_steps=steps, per_device_train_batch_size=BATCH,
             gradient_checkpointing=False, max_length=None, save_strategy="no", report_to="none", disable_tqdm=True,
-            use_cpu=not has_gpu, bf16=has_gpu, model_init_kwargs={"dtype": "float32"}, **REFERENCES[work["reference"]],
+            use_cpu=not has_gpu, bf16=has_gpu, model_init_kwargs={"dtype": "float32"},
+            train_sampling_strategy="sequential", **REFERENCES[work["reference"]],
         ),
-        train_dataset=Dataset.from_list(rows_of(STEP, BATCH * steps, size.vocabulary)),
+        train_dataset=Dataset.from_list([row_of(pair, row, size.vocabulary) for row, pair in enumerate(pairs)]),
         callbacks=[watch],
     )  # fmt: skip
     trainer.train()
@@ -231,33 +267,40 @@ def forward_and_backward(model: Any, batch: Any) -> None:
 # --- every part -------------------------------------------------------------------------------------------------------
 
 
-def share(reference: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The summary of all runs with one way to hold the reference."""
-    size = workload.SIZES[options.size]
-    trees = [(STEP["prompt"], (STEP["chosen"], STEP["rejected"]))] * BATCH
+def share(kind: str, size_name: str, reference: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The summary of all runs of `kind` with one way to hold the reference."""
+    size = workload.SIZES[size_name]
+    timed = step_lengths(kind, 2 + options.timed)[2:]
+    trees = [tree for lengths in timed for tree in trees_of(lengths)]
     flops, forward, unread = step_flops(size, trees, reference), forward_flops(size, trees), unread_flops(size, trees)
     runs = []
     for repeat in range(options.repeats):
         work = {
-            "kind": "share", "reference": reference, "size": options.size, "inputs": str(folder),
+            "kind": kind, "reference": reference, "size": size_name, "inputs": str(folder),
             "warmup": 2, "timed": options.timed, "repeats": 3,
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as own:
             run = measure.in_a_process(__file__, work, threads=options.threads, folder=Path(own))
         rate = statistics.mean(run["rates"])
-        run["share"] = flops / statistics.median(run["seconds"]) / rate
+        run["share"] = flops / _sum_of_steps(kind, run["seconds"]) / rate
         run["share_computed"] = run["share"] * (1 - unread / forward)
-        label = f"{options.size}/share/{reference}  {repeat + 1}/{options.repeats}"
+        label = f"{size_name}/{kind}/{reference}  {repeat + 1}/{options.repeats}"
         measure.say(f"{label}  {run['share']:.1%} of {rate / 1e9:,.1f} GFLOP/s")
         runs.append(run)
     return {
-        "tokens": STEP, "batch_pairs": BATCH, "model": size.facts(), "gflop": round(flops / 1e9, 2),
+        "tokens": STEP if kind == "share" else workload.DIALOGUE_MEANS, "batch_pairs": BATCH, "model": size.facts(),
+        "gflop": round(flops / len(timed) / 1e9, 2),
         "seconds": round(statistics.median(statistics.median(run["seconds"]) for run in runs), 4),
         "gflop_per_second_of_products": round(statistics.median(statistics.mean(r["rates"]) for r in runs) / 1e9, 2),
         "share": round(statistics.median(run["share"] for run in runs), 4),
         "share_computed": round(statistics.median(run["share_computed"] for run in runs), 4),
         "runs": runs,
     }  # fmt: skip
+
+
+def _sum_of_steps(kind: str, seconds: Sequence[float]) -> float:
+    """The seconds of all timed steps. Where steps are alike, each counts as the median one."""
+    return sum(seconds) if kind == "dialogue" else statistics.median(seconds) * len(seconds)
 
 
 def growth(kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -288,7 +331,8 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--one", help="measure here, and print it as JSON")
-    parser.add_argument("--only", nargs="+", choices=("share", "growth"), default=["share", "growth"])
+    parts = ["share", "dialogue", "growth"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--references", nargs="+", choices=REFERENCES, default=list(REFERENCES))
     parser.add_argument("--data", type=Path, default=workload.DATA, help="JSONL file on which the tokenizer is trained")
     parser.add_argument("--size", choices=workload.SIZES, default="medium")
@@ -312,16 +356,20 @@ def main() -> None:
     options = parsed()
     if options.one:
         work = json.loads(options.one)
-        found = measured_share(work) if work["kind"] == "share" else measured_growth(work)
+        found = measured_share(work) if work["kind"] in ("share", "dialogue") else measured_growth(work)
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return
     results = measure.Results(options.output, "limit", options.threads)
-    size = workload.SIZES[options.size]
-    with tempfile.TemporaryDirectory() as name:
-        tokenizer = workload.make_tokenizer(workload.read_pairs(options.data), size.vocabulary)
-        workload.write_model(Path(name) / "model", size, tokenizer)
-        for reference in options.references if "share" in options.only else ():
-            results.add(f"{options.size}/share/{reference}", share(reference, options, Path(name)))
+    small = options.size if options.quick else DIALOGUE_SIZE
+    for kind, size_name in (("share", options.size), ("dialogue", small)):
+        if kind not in options.only:
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            size = workload.SIZES[size_name]
+            tokenizer = workload.make_tokenizer(workload.read_pairs(options.data), size.vocabulary)
+            workload.write_model(Path(name) / "model", size, tokenizer)
+            for reference in options.references:
+                results.add(f"{size_name}/{kind}/{reference}", share(kind, size_name, reference, options, Path(name)))
     for kind in ("pairs", "completions") if "growth" in options.only else ():
         results.add(f"{options.growth_size}/growth/{kind}", growth(kind, options))
 

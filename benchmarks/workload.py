@@ -68,6 +68,7 @@ class Size:
 SIZES = {
     "tiny": Size(hidden=64, layers=2, heads=2, key_heads=2, intermediate=176, vocabulary=2048),
     "small": Size(hidden=256, layers=4, heads=4, key_heads=4, intermediate=688, vocabulary=16_384),
+    "dialogue": Size(hidden=384, layers=6, heads=6, key_heads=6, intermediate=1024, vocabulary=16_384),
     "medium": Size(hidden=512, layers=6, heads=8, key_heads=8, intermediate=1376, vocabulary=32_768),
     "large": Size(hidden=1024, layers=8, heads=16, key_heads=16, intermediate=2752, vocabulary=32_768),
     "0.5b": Size(

@@ -1,6 +1,7 @@
 """The benchmarks: what they count, what they cut, what they refuse to compare, and that their tables are up to date."""
 
 import json
+import math
 import random
 import statistics
 import sys
@@ -28,8 +29,9 @@ import gpu_acceptance  # noqa: E402
 import gpu_numbers  # noqa: E402
 import gpu_runs  # noqa: E402
 import measure  # noqa: E402
-import tables  # noqa: E402
 import workload  # noqa: E402
+
+import tables  # noqa: E402
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -110,6 +112,19 @@ def test_a_step_is_three_or_four_forward_passes():
 
 def test_the_exponent_of_a_power_law():
     assert bench_limit.exponent([(n, 3e-4 * n**1.25) for n in (100, 700, 5000)]) == pytest.approx(1.25)
+
+
+def test_dialogue_lengths():
+    """Their means are those of dialogue, and the logarithms spread as said; all timed steps are of unlike cost."""
+    lengths = bench_limit.dialogue_lengths(4000)
+    for side, mean in workload.DIALOGUE_MEANS.items():
+        found = [pair[side] for pair in lengths]
+        assert statistics.mean(found) == pytest.approx(mean, rel=0.05)
+        assert statistics.stdev(map(math.log, found)) == pytest.approx(workload.DIALOGUE_SPREAD, rel=0.05)
+    steps = bench_limit.step_lengths("dialogue", 3)
+    assert [len(step) for step in steps] == [bench_limit.BATCH] * 3
+    size = workload.SIZES["tiny"]
+    assert len({bench_limit.forward_flops(size, bench_limit.trees_of(step)) for step in steps}) == 3
 
 
 def test_long_rows_are_one_row():

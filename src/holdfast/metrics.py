@@ -2,8 +2,8 @@
 
 Every metric is a mean over examples (pairs, sequences or tokens), whichever batches and processes they came in. So the
 sum and the count are kept apart until the log. Nothing here waits for the device before `Tally.reset` or `Tally.total`.
-Names and meanings are those of the common DPO trainer, plus `reference/*`. Given up: the value of a metric at a single
-step.
+Names and meanings are those of the common DPO trainer, plus `reference/*`. All metrics of a batch are summed together,
+since on a GPU each operation costs a launch however small it is. Given up: the value of a metric at a single step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,9 @@ def batch_metrics(
     for each pair that has its sequence. In training also `num_tokens`.
     """
     values = _values_of_pairs(losses, chosen_rewards, rejected_rewards, policy, reference, scores)
-    metrics = {name: _over_pairs(each) for name, each in values.items()}
+    totals = torch.stack([*values.values()]).detach().sum(1)
+    num_pairs = totals.new_full((), len(losses))  # `new_tensor` would wait for the device
+    metrics = {name: (total, num_pairs) for name, total in zip(values, totals.unbind(), strict=True)}
     if scores.statistics is not None:
         metrics |= _token_metrics(batch, scores.statistics)
     return metrics | _token_count(batch) if is_training else metrics
@@ -118,19 +120,18 @@ def _values_of_pairs(
     return values
 
 
-def _over_pairs(values: Float[Tensor, "P"]) -> SumAndCount:
-    return values.detach().sum(), values.new_full((), len(values))  # `new_tensor` would wait for the device
-
-
 def _token_metrics(batch: PairBatch, statistics: TokenStatistics) -> dict[str, SumAndCount]:
-    def over_tokens(values: Tensor, sequences: Tensor) -> SumAndCount:
-        num_pairs = values.new_zeros(batch.num_sequences).index_add(0, sequences, values.new_ones(len(sequences)))
-        count = num_pairs[batch.sequence]  # [N]
-        return (values * count).sum(), count.sum()
-
+    size, sides = batch.num_sequences, torch.cat([batch.chosen, batch.rejected + batch.num_sequences])
+    num_pairs = statistics.entropy.new_zeros(2 * size).index_add(0, sides, statistics.entropy.new_ones(len(sides)))
+    counts = num_pairs.view(2, size)[:, batch.sequence]  # [2 N]: how often each token counts, on either side
+    columns = torch.stack([statistics.entropy, statistics.mean_logit, statistics.is_top1])  # [3 N]
+    totals, num_tokens = (counts[:, None] * columns).sum(-1), counts.sum(-1)  # [2 3], [2]
+    of_both, num_of_both = totals[:, 0].sum(), num_tokens.sum()
     return {
-        name: over_tokens(values, torch.cat(sequences))
-        for name, (values, sequences) in _statistics_by_name(batch, statistics).items()
+        "entropy": (of_both, num_of_both),
+        "logits/chosen": (totals[0, 1], num_tokens[0]),
+        "logits/rejected": (totals[1, 1], num_tokens[1]),
+        "mean_token_accuracy": (totals[0, 2], num_tokens[0]),
     }
 
 
@@ -165,37 +166,53 @@ def _token_count(batch: PairBatch) -> dict[str, SumAndCount]:
 
 @final
 class Tally:
-    """Sums and counts since the last log."""
+    """Sums and counts since the last log, in one table of a row for each metric."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._table: Tensor | None = None  # [M 2]
+
+    @property
+    def _totals(self) -> dict[str, Tensor]:
+        """The rows of the table by name."""
+        return {} if self._table is None else dict(zip(self._names, self._table.unbind(), strict=True))
 
     def add(self, metrics: Mapping[str, SumAndCount]) -> None:
         """Adds the metrics of one batch, on the device."""
-        for name, (total, count) in metrics.items():
-            pair = torch.stack([total.detach().float(), count.detach().float().to(total.device)])
-            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+        numbers = [number.detach() for pair in metrics.values() for number in pair]
+        table = torch.stack([number.to(numbers[0].device, torch.float32) for number in numbers]).view(-1, 2)
+        names = tuple(metrics)
+        if self._table is None:
+            self._names, self._table = names, table
+        elif names == self._names:
+            self._table = self._table + table
+        else:
+            totals = self._totals
+            for name, pair in zip(names, table.unbind(), strict=True):
+                totals[name] = totals[name] + pair if name in totals else pair
+            self._names, self._table = tuple(totals), torch.stack([*totals.values()])
 
     def reset(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
         """(sum, count) of each metric over all processes; then the tally is empty. Waits for the device.
 
         `reduce_sum` adds a tensor up over the processes.
         """
-        if not self._totals:
+        if self._table is None:
             return {}
-        totals = reduce_sum(torch.stack(list(self._totals.values()))).tolist()
-        reduced = {name: (total, count) for name, (total, count) in zip(self._totals, totals, strict=True)}
-        self._totals = {}
+        totals = reduce_sum(self._table).tolist()
+        reduced = {name: (total, count) for name, (total, count) in zip(self._names, totals, strict=True)}
+        self._names, self._table = (), None
         return reduced
 
     def record(self) -> dict[str, list[float]]:
         """[sum, count] of each metric on this process. Waits for the device."""
-        totals = torch.stack(list(self._totals.values())).tolist() if self._totals else []
-        return dict(zip(self._totals, totals, strict=True))
+        totals: list[list[float]] = [] if self._table is None else self._table.tolist()
+        return dict(zip(self._names, totals, strict=True))
 
     def restore(self, record: Mapping[str, list[float]], device: torch.device) -> None:
         """Makes `record` what is tallied."""
-        self._totals = {name: torch.tensor(pair, device=device) for name, pair in record.items()}
+        self._names = tuple(record)
+        self._table = torch.tensor([*record.values()], device=device) if record else None
 
     def total(self, name: str, reduce_sum: Callable[[Tensor], Tensor]) -> float:
         """The sum of one metric since the last log, over all processes; 0 where there is none. Nothing is removed."""

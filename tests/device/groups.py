@@ -13,6 +13,8 @@ _BY_FILE = (
     ("holdfast/scoring/routes", "attention"),
     ("holdfast/scoring/varlen", "attention"),
     ("holdfast/scoring/segments", "attention"),
+    ("holdfast/scoring/fused/norms", "norms"),
+    ("holdfast/scoring/fused/rotary", "rotary"),
     ("holdfast/scoring/last_layer", "last layer"),
     ("holdfast/scoring/head", "head"),
     ("holdfast/scoring/completion_head", "head"),

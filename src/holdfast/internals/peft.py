@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from holdfast.internals.moved import MovedError
-from holdfast.internals.torch import is_bare, is_wrapper
+from holdfast.internals.torch import is_bare, is_wrapper, modules_of
 
 _FLAGS = ("_disable_adapters", "_active_adapter")
 
@@ -167,7 +167,7 @@ class PlainLora:
 
 def lora_linears(model: nn.Module) -> list[Any]:
     """The LoRA layers of `model` around linear maps that run peft's own forward; none where FSDP shards it."""
-    modules = list(model.modules())
+    modules = modules_of(model)
     layers = [module for module in modules if type(module) is LoraLinear and "forward" not in vars(module)]
     is_sharded = layers and any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules)
     return [] if is_sharded else layers

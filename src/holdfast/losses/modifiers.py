@@ -80,9 +80,10 @@ def pair_logps(logps: SequenceLogps, batch: PairBatch, ld_alpha: float | None = 
     ld_alpha times the sum over the others. A completion may then count differently in each of its pairs. The caller
     passes the same `ld_alpha` for policy and reference.
     """
-    sums, lengths = logps.sums(), logps.lengths()
-    chosen_lengths, rejected_lengths = lengths[batch.chosen], lengths[batch.rejected]
-    chosen, rejected = sums[batch.chosen], sums[batch.rejected]
+    both = torch.cat([batch.chosen, batch.rejected])
+    chosen_lengths, rejected_lengths = logps.lengths()[both].chunk(2)
+    chosen_likelihood, rejected = logps.sums()[both].chunk(2)
+    chosen = chosen_likelihood
     if ld_alpha is not None:
         is_shared = logps.ranks() < torch.minimum(chosen_lengths, rejected_lengths)[:, None]  # [P N]
         weighted = torch.where(is_shared, logps.per_token, ld_alpha * logps.per_token)
@@ -94,7 +95,7 @@ def pair_logps(logps: SequenceLogps, batch: PairBatch, ld_alpha: float | None = 
         rejected=rejected,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        chosen_likelihood=sums[batch.chosen],
+        chosen_likelihood=chosen_likelihood,
     )
 
 

@@ -33,14 +33,17 @@ from holdfast.internals.deepspeed import (
     whole_shape,
 )
 from holdfast.internals.fully_shard import replace_tensors, share_tied_parts
-from holdfast.internals.torch import end_forward, without_hooks
+from holdfast.internals.torch import end_forward, modules_of, own_parameters, without_hooks
 from holdfast.internals.transformers import is_averaged
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether this process holds only a part of one of the module's parameters. The same on all processes, also where
     a forward pass has left its values gathered."""
-    return any(isinstance(child, FSDPModule) for child in module.modules()) or any(map(is_part, module.parameters()))
+    modules = modules_of(module)
+    if any(isinstance(child, FSDPModule) for child in modules):
+        return True
+    return any(is_part(parameter) for child in modules for parameter in own_parameters(child))
 
 
 def is_part(tensor: Tensor) -> bool:

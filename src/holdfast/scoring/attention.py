@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from holdfast.internals.torch import modules_of
 from holdfast.internals.transformers import attention_of, recomputation, set_attention, set_recomputation
 from holdfast.scoring.fused.body import Pieces, pieces_of, replaced
-from holdfast.scoring.last_layer import narrowed
+from holdfast.scoring.last_layer import narrowing
 from holdfast.scoring.routes.base import AttentionCall
 from holdfast.scoring.routes.choice import RowMask, attend, mask_of_rows
 from holdfast.scoring.segments import SEGMENTS, Segments
@@ -64,25 +65,25 @@ def attending(
             yield others | segments.flash_arguments(device)
         return
     inputs[SEGMENTS] = segments = segments.to(device)
-    attention = partial(_segment_attention, causal_lm, configs_of(causal_lm), segments, fused, narrows=narrows)
+    nothing: frozenset[nn.Module] = frozenset()
+    narrow = narrowing(causal_lm, segments) if narrows else partial(contextlib.nullcontext, nothing)
+    attention = partial(_segment_attention, configs_of(causal_lm), segments, fused, narrow)
     with attention(), _recomputing_under(attention, causal_lm):
         yield inputs
 
 
 def configs_of(causal_lm: PreTrainedModel) -> list[PretrainedConfig]:
     """The configuration objects that the model's modules read, each once."""
-    configs = (module.__dict__.get("config") for module in causal_lm.modules())
+    configs = (vars(module).get("config") for module in modules_of(causal_lm))
     return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
 
 
 @contextlib.contextmanager
 def _segment_attention(
-    causal_lm: PreTrainedModel,
     configs: Sequence[PretrainedConfig],
     segments: Segments,
     fused: Callable[[], contextlib.AbstractContextManager[None]],
-    *,
-    narrows: bool,
+    narrowed: Callable[[], contextlib.AbstractContextManager[frozenset[nn.Module]]],
 ) -> Iterator[None]:
     """Inside, the configurations name this attention, `segments` are active, and the model's body is `fused`; nothing
     changes if they are active."""
@@ -94,7 +95,7 @@ def _segment_attention(
     try:
         for config in configs:
             set_attention(config, NAME)
-        with fused(), narrowed(causal_lm, segments) if narrows else contextlib.nullcontext(frozenset()) as modules:
+        with fused(), narrowed() as modules:
             narrow = _NARROW.set(modules)
             try:
                 yield
@@ -128,7 +129,7 @@ def _recomputing_under(
         return run
 
     try:
-        modules: Iterator[Any] = causal_lm.modules()
+        modules: list[Any] = list(modules_of(causal_lm))
         for module in modules:
             checkpoint = recomputation(module)
             if checkpoint is not None:

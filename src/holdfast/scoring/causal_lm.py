@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.internals.deepspeed import is_partitioned, whole_shape
-from holdfast.internals.torch import class_of, has_hooks
+from holdfast.internals.torch import class_of, has_hooks, modules_of, own_parameters
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,9 +34,10 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or DeepSpeed shards parameters of `model`. They gather their values for a module's forward pass and
     free them."""
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules()):
+    modules = modules_of(model)
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules):
         return True
-    return any(map(is_partitioned, model.parameters()))
+    return any(is_partitioned(parameter) for module in modules for parameter in own_parameters(module))
 
 
 def output_embeddings(causal_lm: PreTrainedModel) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from holdfast.batch import PairBatch, SequenceLogps
+from holdfast.internals.torch import modules_of, set_training
 from holdfast.scoring.score import score
 
 Autocast = Callable[..., AbstractContextManager[Any]]
@@ -28,11 +29,11 @@ def frozen_logps(module: nn.Module, batch: PairBatch, autocast: Autocast) -> Seq
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Inside, all of `module` is in eval mode; on leaving, each submodule is in the mode that it was in before."""
-    training = [submodule for submodule in module.modules() if submodule.training]
+    training = [submodule for submodule in modules_of(module) if submodule.training]
     for submodule in training:
-        submodule.training = False
+        set_training(submodule, False)
     try:
         yield
     finally:
         for submodule in training:
-            submodule.training = True
+            set_training(submodule, True)

@@ -14,7 +14,8 @@ loss counts every token.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from holdfast.internals.torch import dropout_class
+from holdfast.internals.torch import dropout_class, modules_of, own_parameters
 from holdfast.scoring.forward import replaced_forward
 from holdfast.scoring.segments import Segments
 
@@ -41,22 +42,19 @@ def _last_layer(causal_lm: PreTrainedModel) -> nn.Module | None:
     layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if not isinstance(layers, nn.ModuleList):
         return None
-    earlier = {module for layer in list(layers)[:-1] for module in layer.modules() if _has_parameters(module)}
-    return None if any(module in earlier for module in layers[-1].modules()) else layers[-1]
+    last = {module for module in modules_of(layers[-1]) if own_parameters(module)}
+    runs_before = any(module in last for layer in list(layers)[:-1] for module in modules_of(layer))
+    return None if runs_before else layers[-1]
 
 
 def feed_forward(layer: nn.Module | None) -> nn.Module | None:
     """The feed-forward module of a layer, if it computes each token by itself, else None."""
     module = getattr(layer, "mlp", None)
-    if not isinstance(module, nn.Module) or _has_parameters(module):
+    if not isinstance(module, nn.Module) or own_parameters(module):
         return None
     submodules = list(module.modules())[1:]
     has_maps = any(isinstance(submodule, nn.Linear | Conv1D) for submodule in submodules)
     return module if has_maps and all(map(_is_tokenwise, submodules)) else None
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
 
 
 def _is_tokenwise(module: nn.Module) -> bool:
@@ -65,20 +63,30 @@ def _is_tokenwise(module: nn.Module) -> bool:
     return isinstance(module, _TOKENWISE + _CONTAINERS) or type(module).__module__.startswith(_TOKENWISE_PACKAGES)
 
 
-@contextlib.contextmanager
-def narrowed(causal_lm: PreTrainedModel, segments: Segments) -> Iterator[frozenset[nn.Module]]:
+def narrowed(causal_lm: PreTrainedModel, segments: Segments) -> contextlib.AbstractContextManager[frozenset[nn.Module]]:
     """Inside, the feed-forward module of the last layer computes only the tokens that are read.
 
     Yields the modules of that layer, whose attention may leave out the unread queries too; none where nothing is
     narrowed. On leaving, the model is as it was.
     """
+    return narrowing(causal_lm, segments)()
+
+
+def narrowing(
+    causal_lm: PreTrainedModel, segments: Segments
+) -> Callable[[], contextlib.AbstractContextManager[frozenset[nn.Module]]]:
+    """`narrowed`, to be entered any number of times: what is narrowed is found once."""
     layer, runs = _last_layer(causal_lm), segments.unread_and_read()
     module = feed_forward(layer)
     num_unread, num_tokens = sum(runs[::2]), sum(runs)
     if layer is None or module is None or num_unread * _WORTHWHILE < num_tokens:
-        yield frozenset()
-        return
-    forward = module.forward
+        return partial(contextlib.nullcontext, frozenset[nn.Module]())
+    return partial(_narrowed, module, frozenset(modules_of(layer)), runs)
+
+
+@contextlib.contextmanager
+def _narrowed(module: nn.Module, modules: frozenset[nn.Module], runs: list[int]) -> Iterator[frozenset[nn.Module]]:
+    forward, num_tokens = module.forward, sum(runs)
 
     def of_read_tokens(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if hidden.dim() != 3 or hidden.shape[0] * hidden.shape[1] != num_tokens:
@@ -87,7 +95,7 @@ def narrowed(causal_lm: PreTrainedModel, segments: Segments) -> Iterator[frozens
         return _with_zeros(forward(read[None], *args, **kwargs)[0], runs).view(*hidden.shape[:2], -1)
 
     with replaced_forward(module, of_read_tokens):
-        yield frozenset(layer.modules())
+        yield modules
 
 
 def _with_zeros(outputs: Float[Tensor, "K h"], runs: list[int]) -> Float[Tensor, "M h"]:

@@ -1,8 +1,8 @@
-"""Attention kernels as single operations on the pretend device, as they are on a GPU.
+"""Kernels for attention and RMS norms as single operations on the pretend device, as they are on a GPU.
 
-`scaled_dot_product_attention` and FlexAttention would otherwise be taken apart into the operations of their definition.
-Each becomes one operation forward and one backward there; in host memory both stay what they are. Autocast casts their
-inputs, as it does on CUDA.
+`scaled_dot_product_attention`, FlexAttention and `rms_norm` would otherwise be taken apart into the operations of their
+definition. Each becomes one operation forward and one backward there; in host memory they stay what they are. Autocast
+casts their inputs, as it does on CUDA. A norm whose input and weight differ in dtype is taken apart on a GPU too.
 """
 
 from typing import Any
@@ -37,6 +37,16 @@ def _flex_backward(upstream: Tensor, query: Tensor, key: Tensor, value: Tensor) 
     raise NotImplementedError
 
 
+@torch.library.custom_op("pretend::rms_norm", mutates_args=())
+def _rms_norm(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@torch.library.custom_op("pretend::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(upstream: Tensor, states: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
 def _output_like(query: Tensor, value: Tensor) -> Tensor:
     """As the kernels lay it out: heads beside tokens, so that the transpose back is dense."""
     *batch, heads, tokens, _ = query.shape
@@ -59,6 +69,16 @@ def _(upstream: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tens
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+@_rms_norm.register_fake
+def _(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(states), states.new_empty((*states.shape[:-1], 1), dtype=torch.float32)
+
+
+@_rms_norm_backward.register_fake
+def _(upstream: Tensor, states: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(states), torch.empty_like(weight)
+
+
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:3])
 
@@ -67,6 +87,16 @@ _sdpa.register_autograd(
     lambda ctx, upstream: (*_sdpa_backward(upstream, *ctx.saved_tensors), None), setup_context=_keep
 )
 _flex.register_autograd(lambda ctx, upstream, _: _flex_backward(upstream, *ctx.saved_tensors), setup_context=_keep)
+
+
+def _keep_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # nothing reads the second output's gradient
+    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+
+
+_rms_norm.register_autograd(
+    lambda ctx, upstream, _: _rms_norm_backward(upstream, *ctx.saved_tensors), setup_context=_keep_norm
+)
 
 
 def _cast(*tensors: Tensor | None) -> list[Any]:
@@ -101,6 +131,20 @@ def use_single_kernels() -> None:
             return output, flex.AuxOutput(lse=sums)
         return (output, sums) if kwargs.get("return_lse") else output
 
+    plain_norm = torch.nn.functional.rms_norm
+
+    def rms_norm(
+        input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        if not isinstance(input, FakeTensor) or weight is None:
+            return plain_norm(input, normalized_shape, weight, eps)
+        if torch.is_autocast_enabled("cuda"):
+            input, weight = input.float(), weight.float()
+        if input.dtype != weight.dtype:
+            return plain_norm(input, normalized_shape, weight, eps)
+        return _rms_norm(input, weight)[0]
+
+    torch.nn.functional.rms_norm = rms_norm
     torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention
     torch._C._nn.scaled_dot_product_attention = scaled_dot_product_attention
     flex.flex_attention = flex_attention

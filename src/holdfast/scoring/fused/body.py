@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from holdfast.internals.torch import modules_of
 from holdfast.scoring.fused import lora, norms, rotary
 
 _Forward = Callable[..., Any]
@@ -32,7 +33,7 @@ def pieces_of(causal_lm: PreTrainedModel) -> Pieces:
     """What can be replaced in the model. A module whose forward pass another library has replaced is left alone."""
     forwards = [
         (module, norms.fused_forward(module, kind))
-        for module in causal_lm.modules()
+        for module in modules_of(causal_lm)
         if (kind := norms.kind_of(module)) is not None and "forward" not in vars(module)
     ]
     rotations: list[tuple[dict[str, Any], _Forward]] = []
@@ -46,7 +47,7 @@ def pieces_of(causal_lm: PreTrainedModel) -> Pieces:
 
 @contextlib.contextmanager
 def replaced(pieces: Pieces) -> Iterator[None]:
-    """Inside, the model computes the pieces as they say; on leaving, as it did before. It may be entered again within."""
+    """Inside, the model computes the pieces as they say; on leaving, as it did before. May be entered again within."""
     functions = [namespace[rotary.FUNCTION] for namespace, _ in pieces.rotations]
     forwards = [vars(module).get("forward") for module, _ in pieces.forwards]
     try:

@@ -1,25 +1,27 @@
 """RMS norms by few operations.
 
 A norm in a model's own code is six operations forward and about fourteen backward. On a GPU one kernel of torch does
-each; on a CPU five and six passes do, of which only three each write a whole tensor.
+each; on a CPU there are three passes forward and six backward.
 
 A norm is known by what it computes. Its own code is called with made-up values, on a copy of the module that has a
 made-up weight, so no weight of the model is read, wherever it is. The answer must be that of one `Kind`: a plain weight
 or one that is added to 1 (Gemma), and an output in the input's dtype or in the wider one of input and weight. All is
 computed in fp32 and rounded once, where some models round twice.
 
-Given up: norms without a weight or with a bias, and those that take more than one tensor.
+Given up: norms without a weight or with a bias, those that take more than one tensor, and modules of torch itself.
 """
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
-from holdfast.internals.torch import class_of
+from holdfast.internals.torch import class_of, own_parameters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROBE_SCALES = (1e-3, 1.0, 30.0)
@@ -41,18 +43,21 @@ class Kind(NamedTuple):
 
 
 _KINDS: dict[tuple[Any, ...], Kind | None] = {}
-"""What is known, by class and the numbers that the module holds."""
+"""What is known, by class and what else a module holds."""
+_PLAIN = (bool, int, float, str, torch.dtype, FunctionType, type(None))
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What the norm computes; None where `module` is no such norm. Remembered."""
-    weight = getattr(module, "weight", None)  # asked first, since it rules out most modules
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or len(weight) == 0:
+    parameters = own_parameters(module)  # asked first, since it rules out most modules
+    if len(parameters) != 1 or (weight := parameters[0]) is not getattr(module, "weight", None):
         return None
-    if len(list(module.parameters(recurse=False))) > 1 or next(module.children(), None) is not None:
+    if weight.dim() != 1 or len(weight) == 0 or next(module.children(), None) is not None:
         return None
-    numbers = sorted((name, value) for name, value in vars(module).items() if type(value) in (bool, int, float))
-    key = (class_of(module), *(pair for pair in numbers if pair[0] != "training"))
+    if class_of(module).__module__.startswith("torch."):
+        return None
+    attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    key = (class_of(module), frozenset(attributes.items() - {("training", module.training)}))
     if key not in _KINDS:
         _KINDS[key] = _read(module, len(weight))
     return _KINDS[key]
@@ -77,15 +82,20 @@ def rms_norm(states: Float[Tensor, "*n h"], weight: Float[Tensor, "h"], kind: Ki
     dtype = kind.dtype(states, weight)
     if states.device.type == "cpu":
         return cast(Tensor, _RMSNorm.apply(states, weight, kind, dtype))
+    return _by_one_kernel(states, weight, kind).to(dtype)
+
+
+def _by_one_kernel(states: Tensor, weight: Tensor, kind: Kind) -> Tensor:
+    """torch's own norm. On a GPU it is one kernel where input and weight have one dtype."""
     if states.dtype != weight.dtype or kind.offset:
         states, weight = states.float(), weight.float()
     scale = weight + kind.offset if kind.offset else weight
-    return nn.functional.rms_norm(states, weight.shape, scale, kind.epsilon).to(dtype)
+    return nn.functional.rms_norm(states, weight.shape, scale, kind.epsilon)
 
 
 def _is_usable(states: Tensor, weight: Tensor) -> bool:
-    is_plain = type(weight) in (nn.Parameter, Tensor) and weight.device == states.device
-    return is_plain and states.shape[-1:] == weight.shape and {states.dtype, weight.dtype} <= {*_DTYPES}
+    is_whole = not isinstance(weight, DTensor) and not isinstance(states, DTensor) and weight.device == states.device
+    return is_whole and states.shape[-1:] == weight.shape and {states.dtype, weight.dtype} <= {*_DTYPES}
 
 
 def _read(module: nn.Module, width: int) -> Kind | None:
@@ -134,7 +144,7 @@ class _RMSNorm(torch.autograd.Function):
         """See `torch.autograd.Function`."""
         norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = norm.square_().div_(len(weight)).add_(kind.epsilon).rsqrt_()  # [n 1], 1 / RMS
-        scale = weight + kind.offset if kind.offset else weight
+        scale = weight.float() + kind.offset if kind.offset else weight
         ctx.offset = kind.offset
         ctx.save_for_backward(states, weight, inverse)
         return torch.mul(states, inverse).mul_(scale).to(dtype)

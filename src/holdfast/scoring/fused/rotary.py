@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from holdfast.internals.torch import modules_of
+
 FUNCTION = "apply_rotary_pos_emb"
 """The name under which a model's module has the function."""
 _ARGUMENTS = ["q", "k", "cos", "sin"]
@@ -36,7 +38,7 @@ _KINDS: dict[Callable[..., Any], Kind | None] = {}
 def namespaces(causal_lm: nn.Module) -> list[dict[str, Any]]:
     """The namespaces in which modules of the model look the function up, each once."""
     found: dict[int, dict[str, Any]] = {}
-    for kind in {type(module) for module in causal_lm.modules()}:
+    for kind in {type(module) for module in modules_of(causal_lm)}:
         function: Any = inspect.unwrap(kind.forward)
         if FUNCTION in getattr(getattr(function, "__code__", None), "co_names", ()):
             namespace = function.__globals__
