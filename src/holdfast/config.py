@@ -86,7 +86,7 @@ class DPOConfig(
         default=None,
     )
     activation_offloading: bool = _option(
-        "Keep activations in host memory between forward and backward.", default=False
+        "Keep activations in host memory between forward and backward; weights stay where they are.", default=False
     )
     frozen_weights_dtype: str = _option(
         "How frozen fp32 weights of linear layers are held while a run computes under autocast: `auto` in autocast's "

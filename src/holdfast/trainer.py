@@ -296,8 +296,7 @@ class DPOTrainer(HalfWeightsTrainer):
         return list(islice(iter(dataset), self.args.per_device_train_batch_size))
 
     def _collated(self, rows: list[dict[str, Any]]) -> PairBatch:
-        batch = self.data_collator([*map(self._columns_read, rows)])
-        return self._pair_batch(copied_ahead(batch, self.args.device))
+        return self._pair_batch(self.data_collator([*map(self._columns_read, rows)]))
 
     def _columns_read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the data loader hands it to the collator."""
@@ -308,7 +307,7 @@ class DPOTrainer(HalfWeightsTrainer):
         if self._handed is not None:
             tensors = self._handed.taken_back(tensors)
         tensors = complete_batch(without_user_columns(tensors, self.reference), self.data_collator, unwrap(self.model))
-        return PairBatch.from_tensors(self._prepare_inputs(tensors))
+        return PairBatch.from_tensors(self._prepare_inputs(copied_ahead(tensors, self.args.device)))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -120,8 +120,19 @@ def test_stores_are_found_again(setting: str) -> None:
 
 
 @pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"reference": "model"}], ids=str)
-@pytest.mark.parametrize("setting", ["tf32=True", "tf32=False", "cuda tf32"])
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ("tf32=True", {}),
+        ("tf32=True", {"precompute_ref_log_probs": True}),
+        *(
+            pytest.param(setting, options, marks=pytest.mark.nightly)
+            for setting in ("tf32=False", "cuda tf32")
+            for options in ({}, {"precompute_ref_log_probs": True}, {"reference": "model"})
+        ),
+    ],
+    ids=str,
+)
 def test_runs_whose_products_were_set_by_the_new_names(setting: str, options: dict[str, Any], tmp_path: Any) -> None:
     """They share rows, store and train; a CPU without tf32 computes the same numbers."""
     options |= {"reference_store": str(tmp_path / "store")} if "precompute_ref_log_probs" in options else {}

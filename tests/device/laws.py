@@ -24,7 +24,11 @@ _EVALUATED = "after the last batch of an evaluation"
 _EXPERTS = "torch has a grouped product for bf16 weights alone; of others it reads how many tokens each expert has"
 _SYNCED = "the length of a move is read once in a sync"
 
+_MOVED_IN_HOST_MEMORY = "a sync of a snapshot in host memory moves it there"
+
 BLOCKING_COPIES = {
+    ("holdfast/reference/moving/average.py", "move"): Allowed(99, _MOVED_IN_HOST_MEMORY),
+    ("holdfast/reference/moving/lora_products.py", "<dictcomp>"): Allowed(99, _MOVED_IN_HOST_MEMORY),
     ("peft/tuners/trainable_tokens/layer.py", "get_merged_weights"): Allowed(10, _TOKENS),
     ("transformers/trainer_pt_utils.py", "nested_numpify"): Allowed(1, _EVALUATED),
     ("holdfast/training/pair_trainer.py", "_sum_over_processes"): Allowed(2, _EVALUATED),

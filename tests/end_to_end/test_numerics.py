@@ -142,3 +142,28 @@ def test_every_layout_rounds_alike(dtype: str, family: str) -> None:
         found.append(float(gaps.mean()))
     assert max(found) <= ORACLE_NATS[dtype], found
     assert max(found) <= 2 * min(found), found
+
+
+def test_a_scale_that_overflows_is_halved_and_training_goes_on() -> None:
+    """What `GradScaler` does with the gradient of a sum of log-probs under autocast to fp16: the weights stay until
+    the scale fits, then they get the gradient of fp32, to 2 %."""
+    model, exact, batch = tiny_model(), tiny_model(), PairBatch.from_tensors(PaddedLayout(0)(rows().to_list()[:3]))
+    (-score(exact, batch).logps.sums().sum()).backward()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scales = [scaler.get_scale()]
+    while all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()):
+        assert len(scales) < 40
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = -score(model, batch).logps.sums().sum()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales[1] == scales[0] / 2, "the first step was left out"
+    assert scales[-1] == scales[-2], "the last one was not"
+    for name, parameter in exact.named_parameters():
+        gradient = before[name] - dict(model.named_parameters())[name].detach()
+        assert float((gradient - parameter.grad).norm()) <= 0.02 * float(parameter.grad.norm()), name

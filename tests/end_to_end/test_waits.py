@@ -152,7 +152,11 @@ def test_nothing_waits_between_logs(run: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {"reference": "model"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"precompute_ref_log_probs": True}, pytest.param({"reference": "model"}, marks=pytest.mark.nightly)],
+    ids=str,
+)
 @pytest.mark.parametrize("collator", COLLATORS)
 def test_nothing_waits_under_a_collator_of_the_user(collator: str, options: dict[str, Any], tmp_path: Path) -> None:
     found = waits_between_logs("full", tmp_path, collator=COLLATORS[collator], **options)

@@ -121,6 +121,7 @@ EDGES: dict[str, list[float]] = {
     "one never said": [1.0, 2.0, -INF],
     "the target never said": [-INF, 1.0, 2.0],
     "only the target is said": [3.0, -INF, -INF],
+    "the first ones never said": [-INF, -INF, 1.0, 2.0],
     "none is said": [-INF, -INF, -INF],
     "NaN": [1.0, POISON, 2.0],
     "the target is NaN": [POISON, 1.0, 2.0],

@@ -19,7 +19,7 @@ from policies import POLICIES
 IDS = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]])
 
 
-def frozen(model: nn.Module, *, but: str = "layers.1") -> nn.Module:
+def frozen(model: Any, *, but: str = "layers.1") -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(but in name)
     return model
@@ -87,7 +87,7 @@ class _Other(nn.Linear):
     pass
 
 
-def _with(change: Callable[[Any], object]) -> nn.Module:
+def _with(change: Callable[[Any], object]) -> Any:
     model = frozen(tiny_model(), but="norm")
     change(model)
     return model
@@ -122,7 +122,7 @@ def numbers(dtype: torch.dtype | None = torch.bfloat16) -> Callable[[nn.Module],
 
     def of(model: nn.Module) -> list[Tensor]:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            logits: Tensor = model(input_ids=IDS, use_cache=False).logits
+            logits: Any = model(input_ids=IDS, use_cache=False).logits
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(logits.float().square().mean(), trainable, allow_unused=True)
         return [logits.detach(), *(gradient for gradient in found if gradient is not None)]
@@ -137,7 +137,7 @@ def test_every_family_computes_the_same(family: str, dtype: torch.dtype, tmp_pat
     modules = ["q_proj"] if family not in ("gpt2", "gpt_neox", "phi3") else "all-linear"
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = get_peft_model(
+        model: Any = get_peft_model(
             tiny_model(family),
             LoraConfig(r=4, target_modules=modules, init_lora_weights=False, fan_in_fan_out=family == "gpt2"),
         ).eval()
@@ -166,6 +166,25 @@ def test_without_originals_only_what_a_cast_restores_is_held() -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
     half.close()
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_weights_that_come_to_be_held_later_are_tried_then(tmp_path: Path) -> None:
+    """At first the head alone can be held; the layer that computes with its weight in fp32 is tried with the rest."""
+    model = frozen(tiny_model(), but="norm")
+    model.lm_head.weight.data = model.lm_head.weight.data.bfloat16().float()
+
+    def add_what_bf16_loses(layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        weight: Any = layer.weight
+        return output + (weight.float() - weight.bfloat16().float()).abs().sum()
+
+    model.model.layers[0].mlp.up_proj.register_forward_hook(add_what_bf16_loses)
+    half = HalfWeights(torch.bfloat16, numbers())
+    half.hold([model], None)
+    assert half.holding([model]).num_models_left == 0
+    half.close()
+    half.hold([model], OriginalFiles(tmp_path))
+    assert half.holding([model]).num_models_left == 1
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_what_half_precision_cannot_hold_at_all_stays(tmp_path: Path) -> None:

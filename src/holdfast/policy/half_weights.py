@@ -84,7 +84,8 @@ class HalfWeights:
         self._reads_adapters_alone = False
         self._hooks: list[RemovableHandle] = []
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._tried: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        """The models that were tried, and whether with all of their weights."""
         self._unfit: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     # --- holding ------------------------------------------------------------------------------------------------------
@@ -96,11 +97,12 @@ class HalfWeights:
         if self._is_complete:
             return
         self._originals = originals
-        untried = [model for model in models if model not in self._tried]
+        is_all = originals is not None
+        untried = [model for model in models if self._tried.get(model, False) < is_all or model not in self._tried]
         before = [self._stable_numbers(model) for model in untried] if frozen_linears(untried) else []
         self._cast(models)
         for model, expected in zip(untried, before, strict=bool(before)):
-            self._tried.add(model)
+            self._tried[model] = is_all
             if not self._gives(model, expected):
                 self._unfit.add(model)
         if any(model in self._unfit for model in untried):
@@ -217,8 +219,8 @@ class HalfWeights:
         if model in self._hooked:
             return
         self._hooked.add(model)
-        _HOLDERS[model] = self
         owner = weakref.ref(self)  # a copy of the model must not copy what holds its weights
+        _HOLDERS[model] = owner
 
         def before_state_dict(*_: Any) -> None:
             if (holder := owner()) is not None and not holder._reads_adapters_alone:
@@ -270,12 +272,13 @@ class HalfWeights:
             return None
 
 
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, HalfWeights] = weakref.WeakKeyDictionary()
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[HalfWeights]] = weakref.WeakKeyDictionary()
 
 
 def as_loaded(model: nn.Module) -> None:
     """Gives `model` its original weights, until the next step of the run that holds some of them."""
-    if (holder := _HOLDERS.get(model)) is not None:
+    owner = _HOLDERS.get(model)
+    if owner is not None and (holder := owner()) is not None:
         holder.put_back()
 
 

@@ -117,7 +117,7 @@ class CompletionHead:
         if self._per_token is None:
             logits = outputs.logits[0]
             self._per_token = token_logps(logits, self._target(logits), self._projection.with_statistics)
-        else:
+        elif torch.is_grad_enabled():
             # Adds zero. The gradient passes through the head's output first, where the hooks of a head that is
             # sharded by itself wait for it, to gather the weights that the recomputation needs.
             self._per_token = (self._per_token[0] + anchor[:0].sum(), *self._per_token[1:])

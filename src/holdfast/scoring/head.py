@@ -1,14 +1,14 @@
 """From hidden states to log-probs through a head that is a plain matrix: softmax and both gradients, in chunks.
 
 `linear_logps` is one differentiable operation, and no `[N V]` tensor beyond a chunk of tokens is alive in its forward
-or backward pass. A chunk's logits are computed in a buffer. They are overwritten, a block at a time while the caches
-hold it, by the error p - 1[y] of each token, from which both gradients are computed.
+or backward pass. A chunk's logits are computed in a buffer. They are overwritten by the error p - 1[y] of each token
+(`scoring.softmax`), from which both gradients are computed.
 
 - A frozen head: the gradient of the hidden states is computed in the forward pass. A loss reaches the hidden state h_n
   through one number, logp_n, so d logp_n / d h_n = W[y_n] - sum_v p_n(v) W[v] is saved (`[N h]`), and the backward pass
   scales its rows.
 - A trained head: its gradient mixes the tokens, so the backward pass computes each chunk's logits again. Only the
-  errors of the last chunk are saved.
+  last chunk is saved. The weight's gradient is added up in fp32 (`scoring.weight_gradient`).
 - Log-probs alone, on a CPU, where `any_order` allows it: the vocabulary is taken in parts, and all tokens at once.
 
 Given up: gradients of gradients (they raise), and one more matrix product of a trained head than with all logits saved.

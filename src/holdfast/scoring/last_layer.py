@@ -63,9 +63,7 @@ def _is_tokenwise(module: nn.Module) -> bool:
     return isinstance(module, _TOKENWISE + _CONTAINERS) or type(module).__module__.startswith(_TOKENWISE_PACKAGES)
 
 
-def narrowed(
-    causal_lm: PreTrainedModel, segments: Segments
-) -> contextlib.AbstractContextManager[frozenset[nn.Module]]:
+def narrowed(causal_lm: PreTrainedModel, segments: Segments) -> contextlib.AbstractContextManager[frozenset[nn.Module]]:
     """Inside, the feed-forward module of the last layer computes only the tokens that are read.
 
     Yields the modules of that layer, whose attention may leave out the unread queries too; none where nothing is

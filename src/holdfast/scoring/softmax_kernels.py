@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -43,13 +43,13 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def _decay(logits, inner):  # type: ignore[no-untyped-def]
+def _decay(logits, inner):
     """exp(-2 |z|) of z, the argument of tanh, from which tanh and its slope are computed."""
     return tl.exp(-2.0 * tl.abs(logits * inner))
 
 
 @triton.jit
-def _transformed(logits, scale, inner, cap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _transformed(logits, scale, inner, cap, HAS_CAP: tl.constexpr):
     """`cap * tanh(inner * logits)`, where `inner` is scale / cap; without a cap, `scale * logits`."""
     if HAS_CAP:
         decay = _decay(logits, inner)
@@ -59,7 +59,7 @@ def _transformed(logits, scale, inner, cap, HAS_CAP: tl.constexpr):  # type: ign
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def _fold_kernel(  # type: ignore[no-untyped-def]
+def _fold_kernel(
     logits, target, log_probs, entropies, mean_logits, are_top1, log_sums_sq, tops, log_totals, first, vocabulary,
     row_stride, scale, inner, cap,
     HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr, BLOCK: tl.constexpr,
@@ -112,7 +112,7 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_UNALIGNED)
-def _errors_kernel(  # type: ignore[no-untyped-def]
+def _errors_kernel(
     logits, target, tops, log_totals, factor, out, first, vocabulary, row_stride, out_stride, scale, inner, cap,
     HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -163,11 +163,9 @@ class KernelSoftmax(Softmax):
     ) -> None:
         """See `Softmax`. A target outside the vocabulary has no log-prob: NaN, which no store takes."""
         assert logits.stride(1) == 1, logits.stride()
-        with torch.cuda.device_of(logits):
-            _fold_kernel[(len(logits),)](
-                logits, self._target, *columns, here.start, self._vocabulary, logits.stride(0), *self._transform,
-                **self._constants(IS_EXACT=logits.dtype == torch.float32),
-            )  # fmt: skip
+        sizes = (here.start, self._vocabulary, logits.stride(0))
+        arguments: list[Any] = [logits, self._target, *columns, *sizes, *self._transform]
+        self._launch(_fold_kernel, (len(logits),), arguments, IS_EXACT=logits.dtype == torch.float32)
         if with_errors:
             self._write_errors(logits, here, None, columns[NUM_COLUMNS:], out=logits)
 
@@ -191,14 +189,14 @@ class KernelSoftmax(Softmax):
         """Writes a chunk's errors, times the tokens' factors, into `out`, which may be `logits`."""
         top, log_total = columns
         factors = top if factor is None else factor.contiguous()
+        sizes = (here.start, self._vocabulary, logits.stride(0), out.stride(0))
+        arguments: list[Any] = [logits, self._target, top, log_total, factors, out, *sizes, *self._transform]
         grid = (len(logits), math.ceil(self._vocabulary / BLOCK))
-        with torch.cuda.device_of(logits):
-            _errors_kernel[grid](
-                logits, self._target, top, log_total, factors, out, here.start, self._vocabulary, logits.stride(0),
-                out.stride(0), *self._transform, **self._constants(HAS_FACTOR=factor is not None),
-            )  # fmt: skip
+        self._launch(_errors_kernel, grid, arguments, HAS_FACTOR=factor is not None)
 
-    def _constants(self, **own: bool) -> dict[str, Any]:
-        """What a kernel is compiled for. A product and a sum are rounded each, not fused: a logit is then the same
-        number wherever in a kernel it is computed."""
-        return own | {"HAS_CAP": self._has_cap, "BLOCK": BLOCK, "num_warps": _NUM_WARPS, "enable_fp_fusion": False}
+    def _launch(self, kernel: Any, grid: tuple[int, ...], arguments: list[Any], **constants: bool) -> None:
+        """A product and a sum are rounded each, not fused: a logit is then the same number wherever in a kernel it is
+        computed."""
+        constants |= {"HAS_CAP": self._has_cap}
+        with torch.cuda.device_of(self._target):
+            kernel[grid](*arguments, **constants, BLOCK=BLOCK, num_warps=_NUM_WARPS, enable_fp_fusion=False)

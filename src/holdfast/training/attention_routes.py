@@ -51,9 +51,9 @@ def agreed_routes(models: Sequence[nn.Module], accelerator: Accelerator) -> dict
 
 def line_about(routes: dict[str, list[Route]]) -> str:
     """One line: which routes attention takes, and in how many layers of which model where there are several."""
-    kinds = {tuple(route.name for route in taken) for taken in routes.values()}
-    if len(kinds) == 1 and len(set(*kinds)) == 1:
-        return f"attention: {next(iter(kinds))[0]}"
+    names_of_all = {route.name for taken in routes.values() for route in taken}
+    if len(names_of_all) == 1:
+        return f"attention: {names_of_all.pop()}"
     of_each = [
         f"{model} " + ", ".join(f"{name} in {names.count(name)} layers" for name in dict.fromkeys(names))
         for model, names in ((model, [route.name for route in taken]) for model, taken in routes.items())

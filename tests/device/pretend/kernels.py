@@ -89,9 +89,13 @@ _sdpa.register_autograd(
 _flex.register_autograd(lambda ctx, upstream, _: _flex_backward(upstream, *ctx.saved_tensors), setup_context=_keep)
 
 
+def _keep_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # nothing reads the second output's gradient
+    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+
+
 _rms_norm.register_autograd(
-    lambda ctx, upstream, _: _rms_norm_backward(upstream, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output[1], inputs[1]),
+    lambda ctx, upstream, _: _rms_norm_backward(upstream, *ctx.saved_tensors), setup_context=_keep_norm
 )
 
 

@@ -22,7 +22,7 @@ class SharedLayout(FilledLayout):
     A row has at most `row_tokens` tokens, unless one segment has more. Rows are filled evenly, and padded on the right
     to the longest. By default they have about `ROW_TOKENS` tokens, or more where that saves padding. Equal completions
     of a prompt are one sequence. Two values are no tensors, and stay in host memory: `row_segments`, the `Segments` of
-    the rows, and `host_sequences`, the `HostSequences`.
+    the rows, whose plan goes to the device, and `host_sequences`, the `HostSequences`.
 
     `attention_mask` counts the sequences, of the 2P, that contain a token; it is 0 for padding. A mean over tokens with
     these weights (the load-balancing loss of models with experts) is that of padded rows.

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 
 
-def copied_ahead(batch: Mapping[str, Any], device: torch.device) -> Mapping[str, Any]:
-    """The batch on `device` where that is a GPU, else as it is. What is not to be copied stays where it is."""
-    if device.type != "cuda":
-        return batch
+def copied_ahead(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on `device` where that is a GPU and the batch is in host memory, else as it is."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return dict(batch)
     pinned = {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
     return send_to_device(pinned, device, non_blocking=True)
