@@ -101,7 +101,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def cast_at_once(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, which lie on one device, in `dtype`."""
+    """The tensors, at least one and all on one device, in `dtype`."""
     casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     looked_up("torch", torch, "_foreach_copy_")(casts, list(tensors))
     return casts
