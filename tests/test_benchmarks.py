@@ -29,9 +29,8 @@ import gpu_acceptance  # noqa: E402
 import gpu_numbers  # noqa: E402
 import gpu_runs  # noqa: E402
 import measure  # noqa: E402
-import workload  # noqa: E402
-
 import tables  # noqa: E402
+import workload  # noqa: E402
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
