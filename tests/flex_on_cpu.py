@@ -25,7 +25,7 @@ def flex_on_cpu(backend: str = "aot_eager") -> Iterator[None]:
     compile_function = torch.compile
 
     def compiled(function: Callable[..., Any], **options: Any) -> Any:
-        return compile_function(function, backend=backend, **options)
+        return compile_function(function, **{"backend": backend} | options)
 
     changes: list[Any] = [
         patch.object(flex_attention, "_validate_device", lambda *_: None),

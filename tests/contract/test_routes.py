@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -233,6 +234,21 @@ def test_what_a_route_prepares_is_made_once_a_kind_of_layer(monkeypatch: pytest.
     assert len(made) == 2
 
 
+def test_grouped_heads_meet_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs the fast kernels take no grouped heads under a mask: each head gets keys and values of its own."""
+    heads, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        assert not options.get("enable_gqa")
+        heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        return plain(query, key, value, **options)
+
+    take(monkeypatch, choice.DENSE)
+    monkeypatch.setattr(dense, "scaled_dot_product_attention", watched)
+    logps_of(tiny_model("llama"), shared_batch())
+    assert heads == [(4, 4, 4)] * 2
+
+
 def test_rows_of_a_mask_begin_where_no_copy_is_needed() -> None:
     batch = shared_batch()
     assert batch.inputs["input_ids"].shape[1] % 8 != 0
@@ -259,6 +275,15 @@ def test_which_routes_a_device_has(
 ) -> None:
     monkeypatch.undo()
     assert " ".join(route.name for route in choice.candidates(torch.device(device), dtype)) == names
+
+
+def test_nothing_is_compiled_for_a_dtype_that_the_run_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout is tried in fp32, where it can be; FlexAttention compiled for that would never be used again."""
+    monkeypatch.undo()
+    with choice.compiling_only_in({BF16}):
+        assert choice.FLEX not in choice.candidates(CUDA, torch.float32)
+        assert choice.FLEX in choice.candidates(CUDA, BF16)
+    assert choice.FLEX in choice.candidates(CUDA, torch.float32)
 
 
 PLAIN = Needs(key_width=64, value_width=64, num_scores=10**6)
@@ -424,3 +449,28 @@ def test_pieces_repeat_keys_under_a_mask_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     masks = choice.PIECES.prepared(segments, causal_mask_function, CPU, torch.float32).to("meta")
     assert choice.PIECES.attend(call, masks).shape == (1, 340, 4, 16)
     assert asked == [(False, True), (True, False)]
+
+
+# --- compiled bodies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
+@pytest.mark.parametrize("route", [choice.VARLEN, choice.DENSE], ids=lambda route: route.name)
+def test_a_compiled_body_has_as_many_graphs_as_with_pieces(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_graphs = []
+    for taken in (choice.PIECES, route):
+        take(monkeypatch, taken)
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny_model("mistral")
+        compiled = torch.compile(model, backend="eager")
+        for place, row_tokens in ((2, 30), (3, 1000), (1, 30), (0, 40), (2, 1000), (4, 40)):
+            batch = shared_batch(ROWS[place:], row_tokens=row_tokens)
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    logps_of(compiled, batch).per_token, logps_of(model, batch).per_token, rtol=0, atol=1e-5
+                )
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert num_graphs[0] == num_graphs[1] > 0

@@ -240,7 +240,7 @@ def test_what_is_attended_grows_with_the_tokens_and_not_with_their_square() -> N
     assert Segments.of(long, 1, 40 + 16 * 300).masks(visible, device).numel() == 16 * 300 * 340
 
 
-OFTEN_BY_FLEX = {"gemma2", "gpt_oss"}
+OFTEN_BY_FLEX = {"gpt_oss"}
 
 
 @pytest.mark.slow

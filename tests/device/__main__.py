@@ -1,7 +1,7 @@
 """Runs cells on the pretend accelerator and prints what they do there.
 
 python tests/device full/prefix_shared/model --bf16 --groups     one cell (see `cells.Cell.named`)
-python tests/device --table fast --check                         a table of `tables`, held to the laws
+python tests/device --table fast --check                         a table of `cell_tables`, held to the laws
 python tests/device --table fast --write-budget                  the budget of its cells, written anew
 python tests/device --faults                                     faults are planted, and must be found
 """
@@ -12,7 +12,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "src"), str(HERE.parents[1] / "benchmarks")]
@@ -32,13 +34,13 @@ import torch
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
+from cell_tables import BUDGETED, TABLES
 from cells import Cell
 from faults import FAULTS, planted
 from found_faults import missed_faults
 from laws import broken_laws, read_budget, write_budget
 from report import lines_of
 from run import run
-from tables import TABLES
 
 
 def main() -> int:
@@ -54,22 +56,32 @@ def main() -> int:
         missed = missed_faults()
         print("\n".join([*missed, f"{len(FAULTS) - len(missed)} of {len(FAULTS)} faults found"]))
         is_ok = not missed
+    if asked.check:
+        missing = _without_budget(asked.table or (), budget)
+        print("".join(f"{name}: it has no budget; write one with --write-budget\n" for name in missing), end="")
+        is_ok = is_ok and not missing
     with planted(asked.plant):
         for cell in {cell.name: cell for cell in cells}.values():
             result = run(cell)
             results.append(result)
-            broken = broken_laws(result, budget) if asked.check else []
-            is_ok = is_ok and result.error is None and not broken
-            lines = (
-                [f"{cell.name}: {line}" for line in broken]
-                if asked.check
-                else lines_of(result, with_groups=asked.groups)
-            )
-            print("\n".join([*lines, result.trace] if asked.trace and result.error else lines), flush=True)
+            lines = lines_of(result, with_groups=asked.groups)
+            if asked.check:
+                lines = [f"{cell.name}: {line}" for line in broken_laws(result, budget)]
+                is_ok = is_ok and not lines
+            is_ok = is_ok and result.error is None
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
+            if asked.trace and result.error:
+                print(result.trace, flush=True)
     if asked.write_budget:
         write_budget(results)
     print(f"{len(results)} cells in {time.monotonic() - start:.0f} s")
     return 0 if is_ok else 1
+
+
+def _without_budget(tables: Sequence[str], budget: Mapping[str, Any]) -> list[str]:
+    """The names of cells that must have a budget, and have none."""
+    names = [cell.name for table in tables if table in BUDGETED for cell in TABLES[table]]
+    return [name for name in names if name not in budget]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""A cell: one kind of run on the pretend device, by name. The tables of cells are in `tables`."""
+"""A cell: one kind of run on the pretend device, by name. The tables of cells are in `cell_tables`."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self

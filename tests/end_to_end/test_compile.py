@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from families import tiny_model
+from flex_on_cpu import flex_on_cpu
 from holdfast import DPOTrainer
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.prefix_shared import SharedLayout
@@ -22,6 +23,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("full", {}),
     "padded": ("full", {"layout": "padded"}),
     "packed": ("full", {"layout": "packed"}),
+    "multiple": ("full", {"pad_to_multiple_of": 8}),
     "checkpointing": ("full", {"activation_checkpointing": True}),
     "lora": ("lora_sft", {}),
     "sync": ("full", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
@@ -34,11 +36,12 @@ def _nothing_compiled() -> None:
     counters.clear()
 
 
-def trained(policy: str, folder: Path, **options: Any) -> tuple[DPOTrainer, list[int]]:
-    """The trainer after ten batches of different shapes, and how many graphs there were after each."""
+def trained(policy: str | nn.Module, folder: Path, **options: Any) -> tuple[DPOTrainer, list[int]]:
+    """The trainer after ten batches (or `max_steps`) of different shapes, and how many graphs there were after each."""
     num_graphs: list[int] = []
     args = config(folder, **{"max_steps": 10} | options)
-    ours = trainer(POLICIES[policy](), args, train_dataset=rows(36))
+    model = POLICIES[policy]() if isinstance(policy, str) else policy
+    ours = trainer(model, args, train_dataset=rows(36))
     compute_loss = ours.compute_loss
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -61,17 +64,44 @@ def assert_same_run(found: DPOTrainer, expected: DPOTrainer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [pytest.param(run, marks=[] if run == "lora" else pytest.mark.nightly) for run in RUNS])
 def test_compiled_runs_train_alike(run: str, tmp_path: Path) -> None:
-    """Graphs are made for the first batch, once more when lengths turn out to vary, and then for few more shapes (one
-    row is another graph than several)."""
+    """Graphs are made for the first batch, and no more for nine of other lengths."""
     policy, options = RUNS[run]
     found, num_graphs = trained(policy, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
-    assert 0 < num_graphs[0] < num_graphs[-1] <= 3 * num_graphs[0], num_graphs
-    assert num_graphs[4:] == num_graphs[4:5] * 6, num_graphs
+    assert num_graphs == num_graphs[:1] * 10, num_graphs
+    assert 0 < num_graphs[0] <= 11
     assert not counters["recompile_limit"]
     expected, none = trained(policy, tmp_path, **options)
     assert none[-1] == num_graphs[-1], "nothing is compiled that was not asked for"
     assert_same_run(found, expected)
     assert found.evaluate(rows(8))["eval_loss"] == pytest.approx(expected.evaluate(rows(8))["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen3", "gpt2", "phi3"])
+def test_graphs_of_fifty_unlike_batches(family: str, tmp_path: Path) -> None:
+    """However many layers there are, all share their graphs. One row is another graph than several, so there are at
+    most twice as many as after the first batch."""
+    num_layers = {"gpt2": {"n_layer": 10}}.get(family, {"num_hidden_layers": 10})
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "tokens_per_batch": 40, "max_steps": 50}
+    policy = tiny_model(family, **num_layers)
+    _, num_graphs = trained(policy, tmp_path, **options)
+    assert len(num_graphs) == 50
+    assert len(set(num_graphs)) <= 3, num_graphs
+    assert num_graphs[-1] <= 2 * num_graphs[0] <= 24, num_graphs
+    assert not counters["recompile_limit"]
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_compiled_body_around_compiled_attention(family: str, tmp_path: Path) -> None:
+    """Numbers are not constant to the body's compiler, and are to that of the attention."""
+    with flex_on_cpu():
+        options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
+        found, num_graphs = trained(tiny_model(family), tmp_path, **options)
+        assert num_graphs == num_graphs[:1] * 4, num_graphs
+    assert_same_run(found, trained(tiny_model(family), tmp_path, max_steps=4)[0])
 
 
 @pytest.mark.nightly

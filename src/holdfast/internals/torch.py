@@ -174,8 +174,33 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def compiler(model: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function that compiles another function with the options that `model` was compiled with."""
-    return looked_up("torch", model, "dynamo_ctx")
+    """A function that compiles another function with the options that `model` was compiled with.
+
+    Sizes are dynamic from the first call on, unless these options say which are. Otherwise every graph would be made
+    for the sizes of the first batch, and once more when the second batch has others.
+    """
+    context = looked_up("torch", model, "dynamo_ctx")
+    config = looked_up("torch", looked_up("torch", torch, "_dynamo"), "config")
+    if looked_up("torch", context, "_dynamic") is not None:
+        return context
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        run = context(function)
+
+        def of_any_size(*args: Any, **kwargs: Any) -> Any:
+            with config.patch(assume_static_by_default=False):
+                return run(*args, **kwargs)
+
+        return of_any_size
+
+    return compiled
+
+
+def static_by_default() -> contextlib.AbstractContextManager[Any]:
+    """A context within which what is compiled takes sizes and numbers to stay as they are, unless they are marked. A
+    compiled model may run around it that takes none to stay."""
+    config = looked_up("torch", looked_up("torch", torch, "_dynamo"), "config")
+    return config.patch(assume_static_by_default=True)
 
 
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:

@@ -115,7 +115,7 @@ def _recomputing_under(
 
     Activation checkpointing runs a layer again after this context has ended; that run enters its own `context()`.
     """
-    replaced: list[tuple[Any, Callable[..., Any]]] = []
+    recomputed: list[tuple[Any, Callable[..., Any]]] = []
 
     def wrapped(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,11 +133,11 @@ def _recomputing_under(
         for module in modules:
             checkpoint = recomputation(module)
             if checkpoint is not None:
-                replaced.append((module, checkpoint))
+                recomputed.append((module, checkpoint))
                 set_recomputation(module, wrapped(checkpoint))
         yield
     finally:
-        for module, checkpoint in replaced:
+        for module, checkpoint in recomputed:
             set_recomputation(module, checkpoint)
 
 

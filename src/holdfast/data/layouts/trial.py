@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from holdfast.agreement import of_all
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.layouts.base import Layout
-from holdfast.data.layouts.noise import by_content, gaps, largest_rounding_gap
+from holdfast.data.layouts.noise import by_content, gaps, largest_rounding_gap, typical_gap
 from holdfast.data.layouts.padded import PaddedLayout
 from holdfast.internals.transformers import attention_of, carries_state, is_on_attention_interface
 from holdfast.scoring.attention import configs_of
@@ -133,7 +133,8 @@ def measured_problem(
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(causal_lm).__name__} fails on them ({type(error).__name__}: {str(error).splitlines()[0]})"
     distances = gaps(computed, expected)
-    mean, largest = float(distances.mean()), float(distances.max())
+    mean = typical_gap(causal_lm, distances) if is_half_precision else float(distances.mean())
+    largest = float(distances.max())
     if mean <= most and (is_half_precision or largest <= TOLERANCE_NATS):  # NaN is neither
         return None
     return (

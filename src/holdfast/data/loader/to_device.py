@@ -18,4 +18,5 @@ def copied_ahead(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
     if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
         return dict(batch)
     pinned = {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in batch.items()}
-    return send_to_device(pinned, device, non_blocking=True)
+    moved: Any = send_to_device(pinned, device, non_blocking=True)
+    return moved

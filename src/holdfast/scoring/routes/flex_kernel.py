@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from holdfast.internals.torch import mark_dynamic, without_base
+from holdfast.internals.torch import mark_dynamic, static_by_default, without_base
 from holdfast.scoring.routes.blocks import BLOCK
 from holdfast.scoring.routes.rules import ALLOWS, Rule
 
@@ -72,8 +72,8 @@ def flex(
 
     `softcap` bounds the scores by cap * tanh(score / cap), and `sinks` [H] take a share of the softmax.
     """
-    inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
-    wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
+    leaves = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
+    wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in leaves]
     kind = Kind(
         device=query.device,
         dtype=query.dtype,
@@ -85,11 +85,14 @@ def flex(
         state=(torch.is_grad_enabled(), torch.is_autocast_enabled(query.device.type), *wants),
     )
     query, key, value = without_base(query), without_base(key), without_base(value)
-    is_new = kind not in _COMPILED
-    if is_new:
-        _mark(query, key, value, mask)
-    attend = _COMPILED.setdefault(kind, compiled(_function(kind))) if is_new else _COMPILED[kind]
-    return attend(query, key, value, sinks, mask.ids, mask.lists, mask.reach, mask.visible)
+    inputs = query, key, value, sinks, mask.ids, mask.lists, mask.reach, mask.visible
+    attend = _COMPILED.get(kind)
+    if attend is not None:
+        return attend(*inputs)
+    _mark(query, key, value, mask)
+    attend = _COMPILED[kind] = compiled(_function(kind))
+    with static_by_default():
+        return attend(*inputs)
 
 
 _COMPILED: dict[Kind, Callable[..., Tensor]] = {}

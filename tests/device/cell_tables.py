@@ -19,13 +19,19 @@ OUT_OF_REACH = {
 """Policies that the pretend device cannot run, and why."""
 
 
+_CORE = ("full", "lora_fresh", "lora_sft"), ("model", "adapter", "snapshot", "snapshot_cpu", "precomputed")
+
+
 def _core() -> Iterator[Cell]:
-    ways = ("model", "adapter", "snapshot", "snapshot_cpu", "snapshot_disk", "precomputed", "window")
-    kinds = ("full", "lora_fresh", "lora_sft", "partly_frozen")
-    for policy, layout, way in itertools.product(kinds, LAYOUTS, ways):
-        if way == "adapter" and not policy.startswith("lora"):
-            continue
-        for precision in ("fp32", "bf16", "bf16_weights"):
+    for policy, layout, way in itertools.product(_CORE[0], LAYOUTS, _CORE[1]):
+        for precision in ("fp32", "bf16") if policy != "full" or way != "adapter" else ():
+            yield Cell(policy=policy, layout=layout, way=way, precision=precision)
+
+
+def _around_the_core() -> Iterator[Cell]:
+    policies, ways = (*_CORE[0], "partly_frozen"), (*_CORE[1], "snapshot_disk", "window")
+    for policy, layout, way in itertools.product(policies, LAYOUTS, ways):
+        for precision in ("fp32", "bf16", "bf16_weights") if policy.startswith("lora") or way != "adapter" else ():
             yield Cell(policy=policy, layout=layout, way=way, precision=precision)
 
 
@@ -85,6 +91,7 @@ def _routes() -> Iterator[Cell]:
 
 TABLES = {
     "core": list(_core()),
+    "around the core": list(_around_the_core()),
     "policies": list(_policies()),
     "ways": list(_ways()),
     "variants": list(_variants()),
@@ -118,3 +125,6 @@ FAST = [
     )
 ]
 TABLES["fast"] = FAST
+
+BUDGETED = ("fast", "core", "shapes")
+"""Tables of which every cell has a budget. Others are held to one where there is one."""
