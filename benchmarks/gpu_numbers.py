@@ -79,6 +79,27 @@ def routes(work: Mapping[str, Any]) -> Iterator[Row]:
             asked = f"{str(dtype)[6:]}, {'with' if transform.cap else 'without'} a cap: the head's softmax"
             is_ok = None if work["is_dry"] else found == "KernelSoftmax"
             yield row("routes", asked, found, "" if work["is_dry"] else "KernelSoftmax", is_ok=is_ok)
+    yield wide_product(device, is_dry=work["is_dry"])
+
+
+def wide_product(device: Any, *, is_dry: bool) -> Row:
+    """The sum of two products of bf16 matrices, as a trained head's gradient is added up, against fp64."""
+    import torch
+
+    from holdfast.scoring.weight_gradient import add_product, has_wide_products
+
+    draw = torch.Generator().manual_seed(0)
+    errors, states = (torch.randn(2, 64, size, generator=draw).bfloat16() for size in (96, 48))
+    total = torch.empty(96, 48, device=device)
+    for chunk in range(2):
+        add_product(total, errors[chunk].to(device), states[chunk].to(device), is_first=chunk == 0)
+    expected = sum(errors[chunk].double().T @ states[chunk].double() for chunk in range(2))
+    error = float((total.cpu().double() - expected).abs().max() / expected.abs().max())
+    is_wide = has_wide_products(device, torch.bfloat16)
+    found = f"{error:.1e} of the largest, {'in fp32' if is_wide else 'each product in bf16'}"
+    is_ok = error <= 1e-2 if is_dry else is_wide and error <= 1e-5
+    asked = "bf16: a trained head's gradient over two chunks, against fp64"
+    return row("routes", asked, found, "<= 1e-2" if is_dry else "<= 1e-5", is_ok=is_ok)
 
 
 def layouts(work: Mapping[str, Any]) -> Iterator[Row]:

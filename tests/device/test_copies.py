@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 STORED, OFFLOADED = "holdfast/reference/sources/stored.py", "holdfast/training/offloading.py"
+PLAN = "holdfast/scoring/row_plan.py"
 SNAPSHOT, LOADER = "holdfast/reference/scorers/snapshot.py", "accelerate/utils/operations.py"
 
 CELLS: dict[str, set[tuple[str, str]]] = {
     "full/padded/precomputed/bf16": {("cpu->cuda", STORED)},
-    "lora_sft/packed/precomputed/bf16": {("cpu->cuda", STORED)},
+    "lora_sft/packed/precomputed/bf16": {("cpu->cuda", STORED), ("cpu->cuda", PLAN)},
     "full/padded/snapshot_cpu/bf16": {("cpu->cuda", SNAPSHOT)},
     "full/padded/model/offloading/shape=0.5b/pairs=1": {("cpu->cuda", OFFLOADED), ("cuda->cpu", OFFLOADED)},
     "lora_fresh/padded/adapter/bf16/offloading/shape=0.5b/pairs=1": {
@@ -32,7 +33,8 @@ COPY = re.compile(r"copy (\d+)x (\w+->\w+) \S+( BLOCKING)? at ([^:]+):")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend device is compiled")
 def test_copies_are_those_and_nobody_waits() -> None:
-    """The routes of attention are left out: with SDPA alone, padded and packed rows need no copies of their own."""
+    """The routes of attention are left out: with SDPA alone, padded rows need no copies of their own, and filled rows
+    one, of their plan, which goes with the batch."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, str(here), *CELLS, "--routes", "pieces"], capture_output=True, text=True, timeout=600,

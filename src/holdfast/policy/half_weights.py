@@ -219,7 +219,7 @@ class HalfWeights:
         if model in self._hooked:
             return
         self._hooked.add(model)
-        owner = weakref.ref(self)  # a copy of the model must not copy what holds its weights
+        owner: weakref.ref[HalfWeights] = weakref.ref(self)  # a copy of the model must not copy what holds its weights
         _HOLDERS[model] = owner
 
         def before_state_dict(*_: Any) -> None:
