@@ -224,7 +224,7 @@ def live(folder, place):
                 some = list(reference)[: len(reference) // 2]
                 plain({n: reference[n] for n in some}, {n: policy[n] for n in some}, alpha)
                 die()
-            plain(reference, policy, alpha)
+            return plain(reference, policy, alpha)
         ours.reference.scorer._average.move = move
     elif place.startswith("rotate"):
         plain = shutil.rmtree
