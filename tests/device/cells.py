@@ -93,4 +93,6 @@ class Cell:
         options |= VARIANTS[self.variant]
         if self.loss != "sigmoid":
             options["loss_type"] = self.loss
+        if self.loss == "exo_pair":
+            options["label_smoothing"] = 1e-3
         return options

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cells import Cell
 from pretend.places import Place
 from run import Result
 
@@ -13,10 +14,12 @@ TOLERANCE = 0.05
 
 
 class Allowed(NamedTuple):
-    """What a function may do that the host waits for: at most so often while a cell is watched, and why."""
+    """What a function may do that the host waits for: at most so often while a cell is watched, and why. With a `way`,
+    only where the reference is held that way."""
 
     most: int
     reason: str
+    way: str | None = None
 
 
 _TOKENS = "peft makes the indices of trainable tokens in host memory in each forward pass"
@@ -25,9 +28,11 @@ _EXPERTS = "torch has a grouped product for bf16 weights alone; of others it rea
 _SYNCED = "the length of a move is read once in a sync"
 
 _MOVED_IN_HOST_MEMORY = "a sync of a snapshot in host memory moves it there"
+_FROM_A_FILE = "the values of a snapshot on disk are read from its file, once per window"
 
 BLOCKING_COPIES = {
     ("holdfast/reference/moving/average.py", "move"): Allowed(99, _MOVED_IN_HOST_MEMORY),
+    ("holdfast/reference/scorers/snapshot.py", "like_parameters"): Allowed(99, _FROM_A_FILE, "snapshot_disk"),
     ("holdfast/reference/moving/lora_products.py", "<dictcomp>"): Allowed(99, _MOVED_IN_HOST_MEMORY),
     ("peft/tuners/trainable_tokens/layer.py", "get_merged_weights"): Allowed(10, _TOKENS),
     ("transformers/trainer_pt_utils.py", "nested_numpify"): Allowed(1, _EVALUATED),
@@ -60,19 +65,19 @@ def broken_laws(result: Result, budget: Mapping[str, Mapping[str, int]]) -> list
         return [f"{result.error} at {result.place}"]
     watch, found = result.watch, []
     for (place, detail, blocks), count in watch.copies.items():
-        if blocks and not _is_allowed(place, count, BLOCKING_COPIES):
+        if blocks and not _is_allowed(result.cell, place, count, BLOCKING_COPIES):
             found.append(f"the host waits for {count} copies {detail} at {place}")
     for (place, name), count in watch.reads.items():
-        if not _is_allowed(place, count, READS):
+        if not _is_allowed(result.cell, place, count, READS):
             found.append(f"the host reads {count} values by {name} at {place}")
     if result.tallies != {"cuda"}:
         found.append(f"metrics are added up on {sorted(result.tallies)}")
     return found + _beyond_budget(result, budget)
 
 
-def _is_allowed(place: Place, count: int, table: Mapping[tuple[str, str], Allowed]) -> bool:
+def _is_allowed(cell: Cell, place: Place, count: int, table: Mapping[tuple[str, str], Allowed]) -> bool:
     allowed = table.get((f"{place.package}/{place.file}", place.function))
-    return allowed is not None and count <= allowed.most
+    return allowed is not None and count <= allowed.most and allowed.way in (None, cell.way)
 
 
 def _beyond_budget(result: Result, budget: Mapping[str, Mapping[str, int]]) -> list[str]:
