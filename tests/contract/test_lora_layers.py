@@ -5,6 +5,7 @@ same layer in fp64.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from families import tiny_model
 from holdfast.batch import PairBatch
 from holdfast.data.layouts.packed import PackedLayout
 from holdfast.internals.peft import lora_linears, plain_lora, switched
+from holdfast.policy.prepare import disable_dropout
 from holdfast.scoring.attention import attending
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.fused.body import Pieces, replaced
@@ -304,6 +306,21 @@ def test_dropout_in_training_is_peft_s_affair(calls: list[int]) -> None:
 
 
 # --- equal models give equal log-probs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+@pytest.mark.parametrize("kind", [*KINDS, "dropout_of_zero"])
+def test_log_probs_are_those_of_every_mode(kind: str, precision: str) -> None:
+    """A policy trains, with gradients; the same model as a reference evaluates, without. Both compute alike, to the
+    bit, also where dropout was set to zero."""
+    model = adapted(lora_dropout=0.5) if kind == "dropout_of_zero" else KINDS[kind].make()
+    disable_dropout(model)
+    found = []
+    with _precision(precision):
+        for is_training, has_gradients in itertools.product((False, True), repeat=2):
+            with torch.set_grad_enabled(has_gradients):
+                found.append(logps_of(model.train(is_training), shared_batch()).per_token.detach())
+    assert all(torch.equal(logps, found[0]) for logps in found)
 
 
 @contextlib.contextmanager

@@ -189,8 +189,8 @@ def plain_lora(layer: Any) -> PlainLora | None:
     maps = (layer.base_layer, down, up)
     if any(type(each) is not nn.Linear or not is_bare(each) for each in maps):
         return None
-    if not (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)):
-        return None
+    if type(dropout) not in (nn.Identity, nn.Dropout) or (dropout.training and getattr(dropout, "p", 0.0) > 0):
+        return None  # dropout of probability 0 drops nothing, so training and evaluating are one
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     if up.bias is not None or down.bias is not None or not is_bare(dropout):
         return None
