@@ -72,7 +72,7 @@ def _share(results: Mapping[str, Any]) -> list[Row]:
     rows = [["model", "reference", "GFLOP a step", "seconds", "GFLOP/s of products", "share", "of what is computed"]]
     for name, r in results.items():
         size, part, reference = name.split("/")
-        if part == "share":
+        if part in ("share", "dialogue"):
             rate = f"{r['gflop_per_second_of_products']:.0f}"
             shares = [f"{r['share']:.1%}", "" if "share_computed" not in r else f"{r['share_computed']:.1%}"]
             rows.append([size, reference, f"{r['gflop']:.0f}", f"{r['seconds']:.2f}", rate, *shares])
