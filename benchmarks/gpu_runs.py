@@ -99,16 +99,16 @@ def device_name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def after_each_step(trainer: Any, number: Callable[[], int]) -> list[int]:
-    """Trains, and returns what `number` says after each step."""
+def after_each_step(trainer: Any, read: Callable[[], Any]) -> list[Any]:
+    """Trains, and returns what `read` returns after each step."""
     from transformers import TrainerCallback
 
-    numbers: list[int] = []
+    found: list[Any] = []
 
     class After(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            numbers.append(number())
+            found.append(read())
 
     trainer.add_callback(After())
     trainer.train()
-    return numbers
+    return found
