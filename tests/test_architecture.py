@@ -30,7 +30,7 @@ LAYERS = (
     {"reference"},
     {"options"},
     {"config", "passed_through", "testing", "training_arguments"},
-    {"arguments", "callbacks", "card", "checkpoint", "metrics"},
+    {"arguments", "callbacks", "card", "checkpoint", "metrics", "record"},
     {"training"},
     {"trainer"},
     {"demo", "inspect"},
