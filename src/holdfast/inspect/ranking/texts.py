@@ -29,9 +29,9 @@ class PairText:
         before they differ."""
         start = max(0, self.num_shared - _BEFORE_THE_DIFFERENCE)
         start = 0 if start < _BEFORE_THE_DIFFERENCE else start
-        completions = (_beginning(text[start:], most, is_cut=start > 0) for text in (self.chosen, self.rejected))
+        chosen, rejected = (_beginning(text[start:], most, is_cut=start > 0) for text in (self.chosen, self.rejected))
         prompt = " ".join(self.prompt.split())
-        return (prompt if len(prompt) <= most else f"...{prompt[3 - most :]}", *completions)
+        return prompt if len(prompt) <= most else f"...{prompt[3 - most :]}", chosen, rejected
 
 
 def _beginning(text: str, most: int, *, is_cut: bool) -> str:

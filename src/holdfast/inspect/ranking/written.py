@@ -1,0 +1,97 @@
+"""How numbers are written in a report: few digits, a share with its standard error, sentences in lines."""
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len, set_cell_size
+
+from holdfast.inspect.lines import FAINT, HEADING, Line, Span
+from holdfast.inspect.ranking.shares import Share
+from holdfast.visible import visible
+
+NOTHING = "-"
+"""Stands for what cannot be said."""
+_COLUMN_GAP = 2
+_WIDEST_NAME = 28
+
+
+def number(value: float | None) -> str:
+    """A number with three or four digits that count; `NOTHING` of None."""
+    if value is None:
+        return NOTHING
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    size = abs(value)
+    for least, decimals in ((10_000, 0), (100, 1), (1, 2), (0.1, 3), (0.001, 4)):
+        if size >= least:
+            return f"{value:,.{decimals}f}" if size < 1e7 else f"{value:.2e}"
+    return f"{value:.1e}"
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent; `NOTHING` of None."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def with_error(share: Share) -> str:
+    """A share and its standard error, in per cent."""
+    if share.share is None or share.standard_error is None:
+        return NOTHING
+    return f"{100 * share.share:.1f} ± {100 * share.standard_error:.1f} %"
+
+
+def counted(share: Share) -> str:
+    """`120 of 300 (40.0 ± 2.8 %)`."""
+    return f"{share.count:,} of {share.num_pairs:,} ({with_error(share)})"
+
+
+def sentence(text: str, width: int | None, indent: str = "  ", style: str = "") -> Iterator[Line]:
+    """The sentence in lines of at most so many columns, each behind the indent; one line without a width."""
+    text = visible(text)
+    room = None if width is None else max(20, width - len(indent) - 1)
+    pieces = [text] if room is None else textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+    for piece in pieces:
+        yield (Span(f"{indent}{piece}", style),)
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, indent: str, expendable: Sequence[int] = ()
+) -> Iterator[Line]:
+    """A table whose first column is to the left. Where the width is too small for all columns, some are left out, those
+    of `expendable` first and then the last ones; a line says which."""
+    cells = [[visible(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    if width is not None:
+        widths[0] = min(widths[0], max(_WIDEST_NAME, width // 4))
+    columns = _columns_with_room(widths, None if width is None else width - len(indent), expendable)
+    for place, row in enumerate(cells):
+        name = _cut(row[0], widths[0])
+        others = [" " * (widths[column] - cell_len(row[column])) + row[column] for column in columns[1:]]
+        text = indent + (" " * _COLUMN_GAP).join([name, *others])
+        yield (Span(text.rstrip(), FAINT if place == 0 else ""),)
+    if missing := [name for column, name in enumerate(head) if column not in columns]:
+        yield from sentence(f"(no room for: {', '.join(missing)})", width, indent, FAINT)
+
+
+def _columns_with_room(widths: Sequence[int], room: int | None, expendable: Sequence[int]) -> list[int]:
+    """The columns for which there is room, of which there are two at least."""
+    columns = list(range(len(widths)))
+    order = [*expendable, *(column for column in reversed(columns) if column not in expendable)]
+    while room is not None and len(columns) > 2:
+        if sum(widths[column] + _COLUMN_GAP for column in columns) - _COLUMN_GAP < room:
+            break
+        columns.remove(next(column for column in order if column in columns))
+    return columns
+
+
+def _cut(text: str, size: int) -> str:
+    """The text in so many columns, with dots where it is too long."""
+    if cell_len(text) <= size:
+        return set_cell_size(text, size)
+    return set_cell_size(f"{set_cell_size(text, size - 3).rstrip()}...", size)
+
+
+def heading(text: str) -> Line:
+    """A heading."""
+    return (Span(visible(text), HEADING),)
