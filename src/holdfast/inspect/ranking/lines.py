@@ -10,7 +10,7 @@ from holdfast.inspect.ranking.reference_sections import reference_sections
 from holdfast.inspect.ranking.sections import Histogram, Section
 from holdfast.inspect.ranking.shares import Bin
 from holdfast.inspect.ranking.training_sections import training_sections
-from holdfast.inspect.ranking.written import heading, number, sentence, table
+from holdfast.inspect.ranking.written import heading, sentence, table
 
 _INDENT = "    "
 _WIDTH_OF_A_FILE = 120

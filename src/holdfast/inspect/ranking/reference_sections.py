@@ -31,7 +31,7 @@ def groups_section(sources: Sequence[Group], lengths: Sequence[Group], table_of:
     """The tables of sources and lengths, as far as there are several groups."""
     tables = [
         table_of(groups, of)
-        for groups, of in ((sources, "source"), (lengths, "tokens of the longer completion"))
+        for groups, of in ((sources, "source"), (lengths, "tokens of the longer"))
         if len(groups) > 1
     ]
     return (Section(title="By source and length", sentences=(), tables=tuple(tables)),) if tables else ()

@@ -58,31 +58,46 @@ def sentence(text: str, width: int | None, indent: str = "  ", style: str = "") 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, indent: str, expendable: Sequence[int] = ()
 ) -> Iterator[Line]:
-    """A table whose first column is to the left. Where the width is too small for all columns, some are left out, those
-    of `expendable` first and then the last ones; a line says which."""
+    """A table whose first column is to the left. Where the width is too small for all columns, those of `expendable`
+    are left out in their order, and a line says which. Without any to leave out, the table goes on below itself."""
     cells = [[visible(cell) for cell in row] for row in [head, *rows]]
     widths = [max(cell_len(cell) for cell in column) for column in zip(*cells, strict=True)]
     if width is not None:
         widths[0] = min(widths[0], max(_WIDEST_NAME, width // 4))
-    columns = _columns_with_room(widths, None if width is None else width - len(indent), expendable)
-    for place, row in enumerate(cells):
-        name = _cut(row[0], widths[0])
-        others = [" " * (widths[column] - cell_len(row[column])) + row[column] for column in columns[1:]]
-        text = indent + (" " * _COLUMN_GAP).join([name, *others])
-        yield (Span(text.rstrip(), FAINT if place == 0 else ""),)
+    room = math.inf if width is None else width - len(indent) - 1
+    columns = _without(expendable, widths, room)
+    for part in _parts(columns, widths, room):
+        for place, row in enumerate(cells):
+            name = _cut(row[0], widths[0])
+            others = [" " * (widths[column] - cell_len(row[column])) + row[column] for column in part]
+            text = indent + (" " * _COLUMN_GAP).join([name, *others])
+            yield (Span(text.rstrip(), FAINT if place == 0 else ""),)
     if missing := [name for column, name in enumerate(head) if column not in columns]:
         yield from sentence(f"(no room for: {', '.join(missing)})", width, indent, FAINT)
 
 
-def _columns_with_room(widths: Sequence[int], room: int | None, expendable: Sequence[int]) -> list[int]:
-    """The columns for which there is room, of which there are two at least."""
+def _without(expendable: Sequence[int], widths: Sequence[int], room: float) -> list[int]:
+    """The columns that are left where as many of the expendable ones are left out as need be."""
     columns = list(range(len(widths)))
-    order = [*expendable, *(column for column in reversed(columns) if column not in expendable)]
-    while room is not None and len(columns) > 2:
-        if sum(widths[column] + _COLUMN_GAP for column in columns) - _COLUMN_GAP < room:
+    for column in expendable:
+        if _total(columns, widths) <= room:
             break
-        columns.remove(next(column for column in order if column in columns))
+        columns.remove(column)
     return columns
+
+
+def _parts(columns: Sequence[int], widths: Sequence[int], room: float) -> list[list[int]]:
+    """The columns after the first, in as many parts as they need beside the first."""
+    parts: list[list[int]] = [[]]
+    for column in columns[1:]:
+        if parts[-1] and _total([0, *parts[-1], column], widths) > room:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
+
+
+def _total(columns: Sequence[int], widths: Sequence[int]) -> int:
+    return sum(widths[column] + _COLUMN_GAP for column in columns) - _COLUMN_GAP
 
 
 def _cut(text: str, size: int) -> str:
