@@ -40,7 +40,6 @@ class Request:
     loading: Loading = field(default_factory=Loading)
     limit: int = 64
     seed: int = 0
-    columns: Any = None
     max_length: int = 1024
     template_date: str | None = None
     beta: float = 0.1
@@ -110,13 +109,13 @@ def _rows(request: Request, model: Side, reference: Side, dataset: Any) -> tuple
             "or name a model that has one."
         )
     numbers, raw = draw_rows(dataset, request.limit, request.seed)
-    date = date_of_run(model.tokenizer, request.template_date, None, (raw,), request.columns)
-    options: dict[str, Any] = {"columns": request.columns, "max_length": request.max_length}
-    rows = read_rows(model, numbers, raw, date=date, models=[model, reference], **options)
+    date = date_of_run(model.tokenizer, request.template_date, None, (raw,))
+    length = request.max_length
+    rows = read_rows(model, numbers, raw, date=date, models=[model, reference], max_length=length)
     if request.weights_only or reference.tokenizer is None:
         return rows, None
     try:
-        return rows, read_rows(reference, numbers, raw, date=date, models=[], **options)
+        return rows, read_rows(reference, numbers, raw, date=date, models=[], max_length=length)
     except ValueError as error:
         return rows, str(error)
 

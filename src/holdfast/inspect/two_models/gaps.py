@@ -56,7 +56,8 @@ class LargeGap:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
     """The gaps of all scored tokens. `mean`, `quantiles` and `largest` are of their absolute values, `signed_mean` is
-    not; a quantile is the smallest gap that so large a share of all does not exceed. `share_above` is that of tokens
+    not; a quantile is the smallest gap that so large a share of all does not exceed, and `curve` are those of 0, 1, ...
+    100 %. `share_above` is that of tokens
     whose gap is above `tolerance`. `nats_per_token` has, by side and model, the mean log-prob of a token.
 
     `log_ratio` is the mean gap of a completion, summed over its tokens, by side. `first_loss` and `first_accuracy` are
@@ -69,6 +70,7 @@ class Gaps:
     mean: float
     signed_mean: float
     quantiles: Mapping[str, float]
+    curve: tuple[float, ...]
     largest: float
     tolerance: float
     share_above: float
@@ -124,6 +126,7 @@ def compare_gaps(
         mean=float(sizes.mean()),
         signed_mean=float(gaps.mean()),
         quantiles={f"{share:.0%}": float(np.quantile(sizes, share, method="inverted_cdf")) for share in QUANTILES},
+        curve=tuple(np.quantile(sizes, np.linspace(0, 1, 101), method="inverted_cdf").tolist()),
         largest=float(sizes.max()),
         tolerance=tolerance,
         share_above=float((sizes > tolerance).mean()),

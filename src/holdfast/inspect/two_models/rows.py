@@ -72,7 +72,6 @@ def read_rows(
     raw: Dataset,
     *,
     models: Sequence[Side],
-    columns: Any,
     max_length: int,
     date: str | None,
 ) -> Rows:
@@ -83,7 +82,7 @@ def read_rows(
     if num_ids is not None:
         check_vocabulary(side.tokenizer, num_ids)
     numbered = raw.add_column(_NUMBER, numbers) if _NUMBER not in raw.column_names else raw  # type: ignore[call-arg]
-    preparation = Preparation(processing_class=side.tokenizer, columns=columns, max_length=max_length,
+    preparation = Preparation(processing_class=side.tokenizer, max_length=max_length,
                               vocab_size=num_ids, template_date=date, disable_tqdm=True)  # fmt: skip
     prepared: Any = preparation.of(numbered, "data")
     check_positions([each.model for each in models], {"data": prepared}, max_length)

@@ -213,8 +213,8 @@ def _of_same_architecture(evidence: Evidence) -> tuple[Kind, str]:
         whose, dtype = weights.rounded
         first, second = ("REF", "MODEL") if whose == "reference" else ("MODEL", "REF")
         return Kind.ROUNDED, (
-            f"{first} is {second}{_merged(evidence, second)}, rounded to {dtype}: {_num_differing(weights)} differ, by this rounding alone "
-            f"({gap})."
+            f"{first} is {second}{_merged(evidence, second)}, rounded to {dtype}: {_num_differing(weights)} differ, by "
+            f"this rounding alone ({gap})."
         )
     if untied := _untied(evidence):
         return Kind.UNTIED, untied
