@@ -4,7 +4,6 @@ It makes the arguments of the run's trainer, hands them to `inspect.inspect_data
 All text of the data goes through `cli.text`, so that no row can steer the terminal.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.options import Debug, RunFilePath
+from holdfast.cli.output_files import check_files
 from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
@@ -66,7 +66,7 @@ def data(
     """Show what a run would train on: rows, token by token, and numbers. No model is loaded."""
     with messages(debug):
         files = {"html": html, "json": json, "png": png}
-        _check_files(files)
+        check_files(files)
         run = read_run_file(run_file, overrides or [])
         from holdfast.inspect.data import Request
         from holdfast.inspect.lines import Showing
@@ -119,23 +119,6 @@ def _check_name(run: RunFile, name: str | None) -> None:
         raise RunFileError(
             f"--dataset is the name of a dataset of the run: {', '.join(map(str, names))}. Found {name!r}."
         )
-
-
-def _check_files(files: dict[str, Path | None]) -> None:
-    """ValueError where a file could not be written, before anything is loaded."""
-    for name, path in files.items():
-        if path is None:
-            continue
-        folder = path.parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            found = (
-                "which is a folder" if path.is_dir()
-                else f"and there is no folder {str(folder)!r}" if not folder.is_dir()
-                else "whose folder cannot be written to"
-            )  # fmt: skip
-            raise ValueError(
-                f"--{name} is to be {str(path)!r}, {found}. Name a file in a folder that you can write to."
-            )
 
 
 def _write(inspection: "DataInspection", files: dict[str, Path | None], most_tokens: int | None) -> None:
