@@ -1,7 +1,7 @@
 """An inspection of a run's pairs: every dataset counted under the reference and, after training, under the policy."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -47,13 +47,16 @@ class DatasetRanking:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankingInspection:
     """The pairs of a run. `reference` and `policy` say in words which models these are; `policy` is None before
-    training. `objective` is None where the run's losses compare with no reference."""
+    training. `objective` is None where the run's losses compare with no reference. `notes` is what else is to be said,
+    and `not_read` has the reason for each dataset that is not shown, by name."""
 
     reference: str
     policy: str | None
     loss_types: tuple[str, ...]
     objective: Objective | None
     datasets: tuple[DatasetRanking, ...]
+    notes: tuple[str, ...] = ()
+    not_read: Mapping[str, str] = field(default_factory=dict)
 
 
 def inspect_ranking(
@@ -64,6 +67,8 @@ def inspect_ranking(
     loss_types: Sequence[str] = ("sigmoid",),
     objective: Objective | None = None,
     num_shown: int = _SHOWN,
+    notes: Sequence[str] = (),
+    not_read: Mapping[str, str] | None = None,
 ) -> RankingInspection:
     """The inspection of these datasets, with the texts of `num_shown` pairs of each kind. ValueError where a log-prob
     is no finite number, or where reference and policy were not asked about the same pairs."""
@@ -73,6 +78,8 @@ def inspect_ranking(
         loss_types=tuple(loss_types),
         objective=objective,
         datasets=tuple(_ranking(dataset, objective, num_shown) for dataset in datasets),
+        notes=tuple(notes),
+        not_read=dict(not_read or {}),
     )
 
 
@@ -94,7 +101,7 @@ def _ranking(dataset: ScoredDataset, objective: Objective | None, num_shown: int
         by_source=by_source(reference, policy, objective),
         by_length=by_length(reference, policy, objective),
         picks=picks,
-        texts={place: dataset.texts.text(place) for place in places},
+        texts={place: dataset.texts.text(place, int(reference.row[place])) for place in places},
     )
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from holdfast.inspect.lines import FAINT, Line, Span
+from holdfast.inspect.lines import FAINT, WARNING, Line, Span
 from holdfast.inspect.ranking.inspection import DatasetRanking, RankingInspection
 from holdfast.inspect.ranking.pair_facts import facts_of_pair
 from holdfast.inspect.ranking.picks import Pick
-from holdfast.inspect.ranking.reference_sections import reference_sections
+from holdfast.inspect.ranking.report import about, remarks, sections_of
 from holdfast.inspect.ranking.sections import Histogram, Section
 from holdfast.inspect.ranking.shares import Bin
-from holdfast.inspect.ranking.training_sections import training_sections
 from holdfast.inspect.ranking.written import heading, sentence, table
 
 _INDENT = "    "
@@ -21,28 +20,13 @@ _LINES_OF_TEXT = 2
 
 def report_lines(inspection: RankingInspection, width: int | None = None) -> Iterator[Line]:
     """The lines of the whole report, of at most so many columns; None: lines end where sentences do."""
-    yield from sentence(f"reference: {inspection.reference}", width, "")
-    if inspection.policy is not None:
-        yield from sentence(f"policy: {inspection.policy}", width, "")
-    beta = "" if inspection.objective is None else f", beta {inspection.objective.options.beta:g}"
-    yield from sentence(f"loss: {losses_of(inspection)}{beta}", width, "")
+    for name, text in about(inspection).items():
+        yield from sentence(f"{name}: {text}", width, "")
+    for text in remarks(inspection):
+        yield from sentence(text, width, "", WARNING)
     for dataset in inspection.datasets:
         yield ()
         yield from _dataset_lines(dataset, inspection, width)
-
-
-def losses_of(inspection: RankingInspection) -> str:
-    """The names of the run's losses."""
-    return " + ".join(inspection.loss_types)
-
-
-def sections_of(dataset: DatasetRanking, inspection: RankingInspection) -> tuple[Section, ...]:
-    """All sections of a dataset: those of training first, where there was one."""
-    groups = dataset.whole, dataset.by_source, dataset.by_length
-    return (
-        *training_sections(*groups),
-        *reference_sections(*groups, inspection.objective, losses_of(inspection)),
-    )
 
 
 def _dataset_lines(dataset: DatasetRanking, inspection: RankingInspection, width: int | None) -> Iterator[Line]:

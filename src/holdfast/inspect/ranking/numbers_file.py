@@ -36,6 +36,8 @@ def as_json(inspection: RankingInspection) -> dict[str, Any]:
             "rest": objective.rest if math.isfinite(objective.rest) else None,
             "obstacle": objective.obstacle,
         },
+        "notes": inspection.notes,
+        "not_read": dict(inspection.not_read),
         "datasets": {each.name: _dataset(each) for each in inspection.datasets},
     }  # fmt: skip
     return json.loads(json.dumps(values, allow_nan=False))

@@ -9,11 +9,11 @@ import numpy as np
 from holdfast.inspect.ranking.flipping import loss_to_flip
 from holdfast.inspect.ranking.groups import Group
 from holdfast.inspect.ranking.inspection import DatasetRanking, RankingInspection
-from holdfast.inspect.ranking.lines import losses_of, sections_of
 from holdfast.inspect.ranking.margins import length_differences, margins, margins_per_token
 from holdfast.inspect.ranking.movement import changes
 from holdfast.inspect.ranking.pair_facts import facts_of_pair
 from holdfast.inspect.ranking.picks import Pick
+from holdfast.inspect.ranking.report import about, remarks, sections_of
 from holdfast.inspect.ranking.sections import Section
 from holdfast.inspect.ranking.written import with_error
 from holdfast.pages.charts.bars import bars
@@ -26,6 +26,7 @@ from holdfast.pages.tables import facts, table
 from holdfast.store.files import write_durably
 
 _STYLE = """
+main td:not(:first-child) { white-space: nowrap; }
 .pair { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; padding: .6rem .9rem; }
 .pair > summary { font-weight: 600; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); padding: .5rem .7rem;
@@ -47,23 +48,21 @@ def write_page(inspection: RankingInspection, path: Path) -> None:
 
 def page(inspection: RankingInspection) -> str:
     """The page's HTML."""
-    objective = inspection.objective
-    about = {
-        "reference": inspection.reference,
-        **({} if inspection.policy is None else {"policy": inspection.policy}),
-        "loss": losses_of(inspection) + ("" if objective is None else f", beta {objective.options.beta:g}"),
-    }
     title = "What training did to the pairs" if inspection.policy is not None else "How the reference ranks the pairs"
+    said = (element("p", text, kind="note") for text in remarks(inspection))
     datasets = joined(_dataset(each, inspection) for each in inspection.datasets)
-    return whole_page(title, element("h1", title), facts(about), element("main", datasets), style=_STYLE)
+    return whole_page(
+        title, element("h1", title), facts(about(inspection)), *said, element("main", datasets), style=_STYLE
+    )
 
 
 def _dataset(dataset: DatasetRanking, inspection: RankingInspection) -> Html:
-    sections = (_section(section) for section in sections_of(dataset, inspection))
+    first, *others = (_section(section) for section in sections_of(dataset, inspection))
     return joined([
         element("h2", f"{dataset.name}: {len(dataset.reference):,} pairs"),
+        first,
         element("div", *_charts(dataset, inspection), kind="charts"),
-        *sections,
+        *others,
         *(_pick(pick, dataset, inspection) for pick in dataset.picks),
     ])  # fmt: skip
 
@@ -106,12 +105,13 @@ def _charts_of_training(dataset: DatasetRanking) -> Iterator[Html]:
     chosen, rejected = changes(dataset.reference, dataset.policy)
     before, after = margins(dataset.reference), margins(dataset.policy)
     yield histogram(
-        {"chosen": chosen, "rejected": rejected}, title="What each completion gained", x_label="nats, policy minus reference",
-        marks=[Level(y=0.0, text="0: to the left, it lost log-prob")],
+        {"chosen": chosen, "rejected": rejected}, title="What each completion gained",
+        x_label="nats, policy minus reference", marks=[Level(y=0.0, text="0: to the left, it lost log-prob")],
     )  # fmt: skip
     yield scatter(
-        [Points(name="pairs", x=before, y=after, texts=_rows(dataset))], title="Margins before and after", x_label="nats, reference",
-        y_label="nats, policy", levels=[Level(y=0.0, text="0: below, ranked wrongly")], has_diagonal=True,
+        [Points(name="pairs", x=before, y=after, texts=_rows(dataset))], title="Margins before and after",
+        x_label="nats, reference", y_label="nats, policy", has_diagonal=True,
+        levels=[Level(y=0.0, text="0: below, ranked wrongly")],
     )  # fmt: skip
     known = np.isfinite(dataset.reference.normalised_ches)
     if known.any():

@@ -14,6 +14,8 @@ def facts_of_pair(dataset: DatasetRanking, place: int, objective: Objective | No
     """Short statements on the pair at this place: which row it is, its lengths, its margins, and how they changed."""
     one = dataset.reference.where(np.array([place]))
     said = [f"row {int(one.row[0]):,}"]
+    if (file := dataset.texts[place].place) is not None:
+        said.append(file)
     if (code := int(one.source[0])) >= 0:
         said.append(f"source {one.sources[code]}")
     said.append(f"{int(one.chosen_tokens[0]):,} and {int(one.rejected_tokens[0]):,} tokens")

@@ -23,18 +23,20 @@ def reference_sections(
         _flipping(counts.flipping, objective, losses),
         _length(counts),
         _likeness(counts.likeness, counts.num_pairs),
-        *groups_section(sources, lengths, _groups),
+        *groups_section("The reference by source and length", sources, lengths, _groups),
     )
 
 
-def groups_section(sources: Sequence[Group], lengths: Sequence[Group], table_of: TableOf) -> tuple[Section, ...]:
+def groups_section(
+    title: str, sources: Sequence[Group], lengths: Sequence[Group], table_of: TableOf
+) -> tuple[Section, ...]:
     """The tables of sources and lengths, as far as there are several groups."""
     tables = [
         table_of(groups, of)
         for groups, of in ((sources, "source"), (lengths, "tokens of the longer"))
         if len(groups) > 1
     ]
-    return (Section(title="By source and length", sentences=(), tables=tuple(tables)),) if tables else ()
+    return (Section(title=title, sentences=(), tables=tuple(tables)),) if tables else ()
 
 
 def _ranking(counts: Counts) -> Section:

@@ -6,6 +6,8 @@ from typing import Any, final
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.data.columns import SOURCE, SOURCE_ROW
+from holdfast.data.files.places import Places
 from holdfast.inspect.pairs import Cutting, pair_at
 
 _BEFORE_THE_DIFFERENCE = 30
@@ -17,8 +19,9 @@ _MOST_IDS = 4_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairText:
     """The texts of a pair, without special tokens and after truncation. `num_shared` is the number of characters with
-    which both completions begin."""
+    which both completions begin. `place` is the file and line it comes from, None where that is not known."""
 
+    place: str | None
     prompt: str
     chosen: str
     rejected: str
@@ -42,20 +45,34 @@ def _beginning(text: str, most: int, *, is_cut: bool) -> str:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextReader:
-    """Reads the text of the pairs of one dataset, which has token ids: a row for each used pair."""
+    """Reads the text of the pairs of one dataset, which has token ids: a row for each used pair. `places` says where a
+    row of the dataset as it was loaded comes from."""
 
     dataset: Dataset
     cutting: Cutting
     tokenizer: PreTrainedTokenizerBase
+    places: Places | None = None
 
-    def text(self, place: int) -> PairText:
-        """The text of the pair at this place among the used ones."""
-        pair = pair_at(self.dataset, place, self.cutting)
+    def text(self, index: int, row: int) -> PairText:
+        """The text of the pair with this index among the used ones, whose row was loaded with that number."""
+        pair = pair_at(self.dataset, index, self.cutting)
         prompt = self._decoded(pair.chosen.prompt[pair.chosen.seen_prompt][-_MOST_IDS:])
         chosen, rejected = (
             self._decoded(side.completion[side.seen_completion][:_MOST_IDS]) for side in (pair.chosen, pair.rejected)
         )
-        return PairText(prompt=prompt, chosen=chosen, rejected=rejected, num_shared=_num_shared(chosen, rejected))
+        return PairText(
+            place=None if self.places is None else self.places.of(row, self._source_of(index)),
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            num_shared=_num_shared(chosen, rejected),
+        )
+
+    def _source_of(self, index: int) -> dict[str, Any]:
+        """The columns of a row that say where it comes from."""
+        names = [name for name in (SOURCE, SOURCE_ROW) if name in self.dataset.column_names]
+        rows: Any = self.dataset.select_columns(names)[index : index + 1] if names else {}
+        return {name: values[0] for name, values in rows.items()}
 
     def _decoded(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))

@@ -23,7 +23,7 @@ def training_sections(whole: Group, sources: Sequence[Group], lengths: Sequence[
     return (
         _flips(whole.movement, whole.reference, whole.policy),
         _moves(whole.movement),
-        *groups_section(sources, lengths, _groups),
+        *groups_section("Training by source and length", sources, lengths, _groups),
     )
 
 
