@@ -2,7 +2,8 @@
 
 `holdfast store` is in `cli.store`, `holdfast data` in `cli.data`, `holdfast inspect` in `cli.inspect`; which errors end
 in a message is in `cli.errors`. All works the same under `accelerate launch -m holdfast.cli train run.yaml` and
-`torchrun`, where only the first process prints."""
+`torchrun`, where only the first process prints.
+"""
 
 import os
 import shlex

@@ -2,7 +2,8 @@
 
 A log-prob that falls is no fault by itself. DPO raises margins, and does so mostly by lowering the rejected completion
 and the chosen one with it ("displacement", Razin et al. 2024, arXiv:2410.08847), so both are counted here by
-themselves."""
+themselves.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """An inspection of pairs as one HTML file, on the kit of all pages: the report's words and tables, charts, and
-texts."""
+texts.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
