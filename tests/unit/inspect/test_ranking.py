@@ -1,17 +1,4 @@
-"""What is counted of how models rank pairs: eight pairs by hand, and laws on drawn ones.
-
-The eight pairs, their reference's log-probs (nats) and tokens, the margin of the sums, and that of the means:
-
-    row   chosen       rejected     sum             per token
-    0     -10 in  5    -12 in  6    -10 + 12 =  2   -2 + 2 =  0  tied
-    1     -20 in 10    -12 in  4    -20 + 12 = -8   -2 + 3 =  1  wrong by length alone
-    2      -6 in  3     -2 in  2     -6 +  2 = -4   -2 + 1 = -1
-    3      -4 in  2     -9 in  3     -4 +  9 =  5   -2 + 3 =  1
-    4      -8 in  4     -8 in  2     -8 +  8 =  0   -2 + 4 =  2  tied by sum
-    5     -30 in 10    -10 in 10    -30 + 10 = -20  -3 + 1 = -2
-    6      -3 in  3    -15 in  5     -3 + 15 = 12   -1 + 3 =  2
-    7     -12 in  4    -10 in  5    -12 + 10 = -2   -3 + 2 = -1
-"""
+"""What is counted of how models rank pairs: the eight pairs of `ranked_pairs` by hand, and laws on drawn ones."""
 
 import math
 from dataclasses import replace
@@ -23,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.inspect.pair_numbers import PairNumbers
 from holdfast.inspect.ranking.bias import LengthBias
 from holdfast.inspect.ranking.counts import Counts, Likeness, counts_of
 from holdfast.inspect.ranking.flipping import AGREEMENTS, Objective, dpo_loss, is_wrong_at_optimum, loss_to_flip
@@ -34,32 +20,7 @@ from holdfast.inspect.ranking.picks import picks_after, picks_before
 from holdfast.inspect.ranking.shares import Bin, Share, Spread, correlation, histogram, rank_correlation
 from holdfast.losses.modifiers import ModifierOptions
 from holdfast.losses.objective import LossOptions
-
-NAN = float("nan")
-CHOSEN = [-10, -20, -6, -4, -8, -30, -3, -12]
-REJECTED = [-12, -12, -2, -9, -8, -10, -15, -10]
-CHOSEN_TOKENS = [5, 10, 3, 2, 4, 10, 3, 4]
-REJECTED_TOKENS = [6, 4, 2, 3, 2, 10, 5, 5]
-AFTER_CHOSEN = [-12, -15, -9, -4, -10, -25, -0.3, -11]
-AFTER_REJECTED = [-11, -18, -8, -19, -9, -30, -16, -9]
-
-
-def numbers(chosen=CHOSEN, rejected=REJECTED, **others) -> PairNumbers:
-    """The eight pairs, or others of the same lengths."""
-    count = len(chosen)
-    values = {
-        "row": np.arange(count) * 10,
-        "chosen_logps": np.array(chosen, dtype=np.float64),
-        "rejected_logps": np.array(rejected, dtype=np.float64),
-        "chosen_tokens": np.array(CHOSEN_TOKENS),
-        "rejected_tokens": np.array(REJECTED_TOKENS),
-        "prompt_tokens": np.full(count, 7),
-        "source": np.array([0, 1, 0, 1, 0, 1, 0, 1]),
-        "sources": ("maths", "prose"),
-        "ches": np.array([1.0, -2, 3, -4, NAN, 6, -7, 8]),
-        "normalised_ches": np.array([0.1, -0.2, 0.3, -0.4, NAN, 0.6, -0.7, 0.8]),
-    }
-    return PairNumbers(**(values | others))
+from ranked_pairs import AFTER_CHOSEN, AFTER_REJECTED, NAN, eight_pairs
 
 
 def objective(*loss_types: str, weights=None, modifiers=None, **options) -> Objective:
@@ -67,7 +28,7 @@ def objective(*loss_types: str, weights=None, modifiers=None, **options) -> Obje
 
 
 def counts(**options) -> Counts:
-    return counts_of(numbers(), objective(**options))
+    return counts_of(eight_pairs(), objective(**options))
 
 
 # Ranking -------------------------------------------------------------------------------------------------------------
@@ -76,8 +37,8 @@ def counts(**options) -> Counts:
 def test_what_is_ranked_wrongly_by_hand():
     """4 of 8 by sum: 0.5, standard error sqrt(0.5 * 0.5 / 8) = 0.176777. 3 of 8 per token: sqrt(0.375 * 0.625 / 8)."""
     found = counts()
-    assert margins(numbers()).tolist() == [2, -8, -4, 5, 0, -20, 12, -2]
-    assert margins_per_token(numbers()).tolist() == [0, 1, -1, 1, 2, -2, 2, -1]
+    assert margins(eight_pairs()).tolist() == [2, -8, -4, 5, 0, -20, 12, -2]
+    assert margins_per_token(eight_pairs()).tolist() == [0, 1, -1, 1, 2, -2, 2, -1]
     assert (found.by_sum.wrong.count, found.by_sum.wrong.share, found.by_sum.tied.count) == (4, 0.5, 1)
     assert found.by_sum.wrong.standard_error == pytest.approx(0.1767767, abs=1e-7)
     assert (found.per_token.wrong.count, found.per_token.tied.count) == (3, 1)
@@ -156,7 +117,7 @@ def test_where_losses_come_to_rest(case):
     aim = objective(*names, weights=weights, **options)
     assert aim.obstacle is None
     assert aim.rest == pytest.approx(rest, abs=1e-9)
-    flipping = counts_of(numbers(), aim).flipping
+    flipping = counts_of(eight_pairs(), aim).flipping
     assert flipping is not None
     assert flipping.out_of_reach is not None
     assert flipping.out_of_reach.count == beyond
@@ -165,8 +126,8 @@ def test_where_losses_come_to_rest(case):
 def test_the_own_loss_at_which_pairs_flip_by_hand():
     """hinge, beta 0.2, m = 0.2 * (8, 4, 20, 2) = 1.6, 0.8, 4, 0.4: losses 0, 0.2, 0, 0.6; with weight 2 twice that.
     ipo, beta 0.5, per token m = 0.5 * (1, 2, 1): ((m - 0.5) / 0.5)^2 = 0, 1, 0."""
-    hinge = counts_of(numbers(), objective("hinge", weights=[2.0], beta=0.2)).flipping
-    ipo = counts_of(numbers(), objective("ipo", beta=0.5)).flipping
+    hinge = counts_of(eight_pairs(), objective("hinge", weights=[2.0], beta=0.2)).flipping
+    ipo = counts_of(eight_pairs(), objective("ipo", beta=0.5)).flipping
     assert hinge is not None
     assert hinge.own_loss is not None
     assert ipo is not None
@@ -192,7 +153,7 @@ def test_why_the_loss_of_a_flipped_pair_cannot_be_stated(reason, case):
     aim = objective(*names, modifiers=modifiers, **options)
     assert aim.obstacle is not None
     assert reason in aim.obstacle
-    flipping = counts_of(numbers(), aim).flipping
+    flipping = counts_of(eight_pairs(), aim).flipping
     assert flipping is not None
     assert (flipping.own_loss, flipping.out_of_reach) == (None, None)
 
@@ -204,7 +165,7 @@ def test_length_bias_by_hand():
     """Differences -1, 6, 1, -1, 2, 0, -2, -1. By sum the shorter one is preferred in pairs 0, 1, 2, 3, 6 of the seven
     that differ (4 is tied, 7 prefers the longer one); per token the longer one in pairs 1, 4, 7. Of the three with a
     longer chosen completion 1 and 2 are wrong, of the four with a shorter one 7 is. Pair 1 is wrong by length alone."""
-    bias = LengthBias.of(numbers())
+    bias = LengthBias.of(eight_pairs())
     difference = np.array([-1, 6, 1, -1, 2, 0, -2, -1])
     assert (bias.mean_chosen, bias.mean_rejected, bias.mean_difference) == (41 / 8, 37 / 8, 0.5)
     assert (bias.longer.count, bias.equal.count) == (3, 1)
@@ -213,8 +174,8 @@ def test_length_bias_by_hand():
     assert (bias.wrong_where_longer.count, bias.wrong_where_longer.num_pairs) == (2, 3)
     assert (bias.wrong_where_shorter.count, bias.wrong_where_shorter.num_pairs) == (1, 4)
     assert bias.wrong_by_length.count == 1
-    assert bias.correlation == pytest.approx(np.corrcoef(margins(numbers()), difference)[0, 1])
-    assert bias.nats_per_token == pytest.approx(np.polyfit(difference, margins(numbers()), 1)[0])
+    assert bias.correlation == pytest.approx(np.corrcoef(margins(eight_pairs()), difference)[0, 1])
+    assert bias.nats_per_token == pytest.approx(np.polyfit(difference, margins(eight_pairs()), 1)[0])
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=30))
@@ -236,12 +197,12 @@ def test_correlations_are_those_of_torch_and_of_ranks(pairs):
 
 
 def test_likeness_leaves_out_what_is_not_known():
-    found = Likeness.of(numbers())
+    found = Likeness.of(eight_pairs())
     assert found is not None
     assert (found.num_known, found.above_zero.count, found.above_zero.num_pairs) == (7, 4, 7)
     assert found.ches.mean == pytest.approx(5 / 7)
     assert found.normalised.most == 0.8
-    assert Likeness.of(numbers(ches=np.full(8, NAN))) is None
+    assert Likeness.of(eight_pairs(ches=np.full(8, NAN))) is None
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
@@ -250,23 +211,23 @@ def test_likeness_leaves_out_what_is_not_known():
 def test_groups_are_the_counts_of_their_pairs_alone():
     """maths has rows 0, 2, 4, 6 with margins 2, -4, 0, 12; prose -8, 5, -20, -2. The longer completion has 6, 10, 3, 3,
     4, 10, 5, 5 tokens: two of 2 to 3, four of 4 to 7, two of 8 to 15."""
-    sources = by_source(numbers(), None, objective())
+    sources = by_source(eight_pairs(), None, objective())
     assert [(each.name, each.reference.num_pairs, each.reference.by_sum.wrong.count) for each in sources] == [
         ("maths", 4, 1),
         ("prose", 4, 3),
     ]
-    lengths = by_length(numbers(), None, objective())
+    lengths = by_length(eight_pairs(), None, objective())
     assert [(each.name, each.reference.num_pairs, each.reference.by_sum.wrong.count) for each in lengths] == [
         ("2 to 3", 2, 1),
         ("4 to 7", 4, 1),
         ("8 to 15", 2, 2),
     ]
-    assert sources[0].reference == counts_of(numbers().where(np.array([True, False] * 4)), objective())
+    assert sources[0].reference == counts_of(eight_pairs().where(np.array([True, False] * 4)), objective())
 
 
 def test_pairs_without_a_source():
-    assert by_source(numbers(source=np.full(8, -1), sources=()), None, objective()) == ()
-    some = by_source(numbers(source=np.array([0, 0, -1, 0, 0, 0, 0, 0])), None, objective())
+    assert by_source(eight_pairs(source=np.full(8, -1), sources=()), None, objective()) == ()
+    some = by_source(eight_pairs(source=np.array([0, 0, -1, 0, 0, 0, 0, 0])), None, objective())
     assert [(each.name, each.reference.num_pairs) for each in some] == [("maths", 7), ("(none)", 1)]
 
 
@@ -278,7 +239,7 @@ def test_movement_by_hand():
     unflip; 2 and 7 are still wrong, and of these only the margin of 2 rose. Chosen changes by -2, 5, -3, 0, -2, 5, 2.7,
     1, rejected by 1, -6, -6, -10, -1, -20, -1, 1: chosen fell in 0, 2, 4; of these the margin rose in 2, and rejected
     fell too in 2 and 4. Of pair 6 the chosen completion is at -0.1 per token, above log 0.9 = -0.105."""
-    moved = movement_of(numbers(), numbers(AFTER_CHOSEN, AFTER_REJECTED), 0.1)
+    moved = movement_of(eight_pairs(), eight_pairs(AFTER_CHOSEN, AFTER_REJECTED), 0.1)
     flips = moved.by_sum
     assert [each.count for each in (flips.flipped, flips.unflipped, flips.still_wrong, flips.still_right)] == [
         2,
@@ -299,7 +260,7 @@ def test_movement_by_hand():
     assert moved.loss is not None
     assert moved.loss.mean == pytest.approx(np.log(1 + np.exp(-0.1 * change)).mean())
     assert moved.length_correlation == pytest.approx(np.corrcoef(change, [-1, 6, 1, -1, 2, 0, -2, -1])[0, 1])
-    assert movement_of(numbers(), numbers(), None).by_sum.flipped.count == 0
+    assert movement_of(eight_pairs(), eight_pairs(), None).by_sum.flipped.count == 0
 
 
 @pytest.mark.parametrize(
@@ -308,28 +269,28 @@ def test_movement_by_hand():
 )
 def test_other_pairs_are_not_compared(name, values, message):
     with pytest.raises(ValueError, match=f"their {name} differ: .*({message})"):
-        movement_of(numbers(), replace(numbers(), **{name: values}), 0.1)
+        movement_of(eight_pairs(), replace(eight_pairs(), **{name: values}), 0.1)
 
 
 def test_fewer_pairs_are_not_compared():
     with pytest.raises(ValueError, match="8 and 7 pairs"):
-        movement_of(numbers(), numbers().where(np.arange(7)), 0.1)
+        movement_of(eight_pairs(), eight_pairs().where(np.arange(7)), 0.1)
 
 
 def test_a_group_has_both_models():
-    group = group_of("all", numbers(), numbers(AFTER_CHOSEN, AFTER_REJECTED), objective())
+    group = group_of("all", eight_pairs(), eight_pairs(AFTER_CHOSEN, AFTER_REJECTED), objective())
     assert group.policy is not None
     assert group.policy.by_sum.wrong.count == 4
     assert group.policy.flipping is None
 
 
 def test_the_pairs_to_look_at():
-    assert [(pick.num_pairs, pick.places) for pick in picks_before(numbers(), 2)] == [
+    assert [(pick.num_pairs, pick.places) for pick in picks_before(eight_pairs(), 2)] == [
         (4, (5, 1)),
         (3, (5, 2)),
         (7, (7, 5)),
     ]
-    after = picks_after(numbers(), numbers(AFTER_CHOSEN, AFTER_REJECTED), 3)
+    after = picks_after(eight_pairs(), eight_pairs(AFTER_CHOSEN, AFTER_REJECTED), 3)
     assert {pick.title: pick.places for pick in after} == {
         "moved the most": (5, 1, 3),
         "flipped": (5, 1),

@@ -16,6 +16,7 @@ _WIDTH_OF_A_FILE = 120
 """Excerpts in a file are as long as on a terminal of so many columns."""
 _WIDEST_BAR = 60
 _LINES_OF_TEXT = 2
+_NAME_OF_TEXT = len(f"{_INDENT}  rejected | ")
 
 
 def report_lines(inspection: RankingInspection, width: int | None = None) -> Iterator[Line]:
@@ -30,10 +31,10 @@ def report_lines(inspection: RankingInspection, width: int | None = None) -> Ite
 
 
 def _dataset_lines(dataset: DatasetRanking, inspection: RankingInspection, width: int | None) -> Iterator[Line]:
-    yield heading(f"{dataset.name}: {len(dataset.reference):,} pairs")
+    yield from heading(f"{dataset.name}: {len(dataset.reference):,} pairs", width)
     for section in sections_of(dataset, inspection):
         yield ()
-        yield heading(f"  {section.title}")
+        yield from heading(section.title, width, "  ")
         yield from _section_lines(section, width)
     for pick in dataset.picks:
         yield ()
@@ -74,11 +75,11 @@ def _name(each: Bin) -> str:
 def _pick_lines(
     pick: Pick, dataset: DatasetRanking, inspection: RankingInspection, width: int | None
 ) -> Iterator[Line]:
-    yield heading(f"  Pairs {pick.title}: {len(pick.places):,} of {pick.num_pairs:,}")
+    yield from heading(f"Pairs {pick.title}: {len(pick.places):,} of {pick.num_pairs:,}", width, "  ")
     yield from sentence(f"{pick.reason[:1].upper()}{pick.reason[1:]}", width, "  ", FAINT)
     for place in pick.places:
         yield from sentence(", ".join(facts_of_pair(dataset, place, inspection.objective)), width, _INDENT)
-        room = ((width or _WIDTH_OF_A_FILE) - len(_INDENT) - 13) * _LINES_OF_TEXT
+        room = ((width or _WIDTH_OF_A_FILE) - _NAME_OF_TEXT - 1) * _LINES_OF_TEXT
         excerpts = dataset.texts[place].excerpts(max(40, room))
         for name, text in zip(("prompt", "chosen", "rejected"), excerpts, strict=True):
             yield from _excerpt_lines(name, text, width)
@@ -86,7 +87,7 @@ def _pick_lines(
 
 def _excerpt_lines(name: str, text: str, width: int | None) -> Iterator[Line]:
     """The text behind its name, indented, so that no text can look like a line of the report."""
-    pieces: Sequence[Line] = [*sentence(text, None if width is None else width - 11, "")]
+    pieces: Sequence[Line] = [*sentence(text, None if width is None else width - _NAME_OF_TEXT, "")]
     for place, piece in enumerate(pieces):
         before = f"{_INDENT}  {name if place == 0 else '':<8} | "
         yield (Span(before, FAINT), *piece)

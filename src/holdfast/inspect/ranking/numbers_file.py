@@ -19,6 +19,7 @@ from holdfast.inspect.ranking.margins import margins, margins_per_token
 from holdfast.inspect.ranking.movement import is_memorised
 from holdfast.inspect.ranking.picks import Pick
 from holdfast.store.files import write_durably
+from holdfast.visible import visible
 
 
 def as_json(inspection: RankingInspection) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def as_json(inspection: RankingInspection) -> dict[str, Any]:
 
 def write_json(inspection: RankingInspection, path: Path) -> None:
     """Writes the counts as a JSON file."""
-    write_durably(path, (json.dumps(as_json(inspection), indent=2, ensure_ascii=False) + "\n").encode())
+    write_durably(path, (json.dumps(as_json(inspection), indent=2) + "\n").encode())
 
 
 def _dataset(dataset: DatasetRanking) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _lines(dataset: DatasetRanking, columns: dict[str, np.ndarray]) -> Iterator[
     values = [_plain(column) for column in columns.values()]
     heads = zip(numbers.row.tolist(), (names[code] for code in numbers.source.tolist()), strict=True)
     for (row, source), line in zip(heads, zip(*values, strict=True), strict=True):
-        yield [_unlike_a_formula(dataset.name), row, _unlike_a_formula(source), *line]
+        yield [_cell(dataset.name), row, _cell(source), *line]
 
 
 def _columns(dataset: DatasetRanking, beta: float | None) -> dict[str, np.ndarray]:
@@ -139,6 +140,6 @@ def _plain(column: np.ndarray) -> list[Any]:
     return ["" if math.isnan(value) else repr(value) for value in column.tolist()]
 
 
-def _unlike_a_formula(text: str) -> str:
-    """The text, with an apostrophe before it where a spreadsheet would compute it."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+def _cell(text: str) -> str:
+    """The text without characters that do not print, and with an apostrophe where a spreadsheet would compute it."""
+    return visible(f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text)

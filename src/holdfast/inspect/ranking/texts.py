@@ -13,6 +13,8 @@ from holdfast.inspect.pairs import Cutting, pair_at
 _BEFORE_THE_DIFFERENCE = 30
 """So many characters that both completions share are left before the first difference, in an excerpt."""
 _MOST_IDS = 4_000
+_FARTHEST = 50_000
+"""A row beyond so many is named by its number alone: to find its line, the file is read up to it."""
 
 
 @final
@@ -61,7 +63,7 @@ class TextReader:
             self._decoded(side.completion[side.seen_completion][:_MOST_IDS]) for side in (pair.chosen, pair.rejected)
         )
         return PairText(
-            place=None if self.places is None else self.places.of(row, self._source_of(index)),
+            place=self.places.of(row, self._source_of(index)) if self.places is not None and row < _FARTHEST else None,
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,

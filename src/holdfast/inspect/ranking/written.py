@@ -1,10 +1,9 @@
 """How numbers are written in a report: few digits, a share with its standard error, sentences in lines."""
 
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 from holdfast.inspect.lines import FAINT, HEADING, Line, Span
 from holdfast.inspect.ranking.shares import Share
@@ -14,6 +13,7 @@ NOTHING = "-"
 """Stands for what cannot be said."""
 _COLUMN_GAP = 2
 _WIDEST_NAME = 28
+_NARROWEST = 20
 
 
 def number(value: float | None) -> str:
@@ -49,10 +49,24 @@ def counted(share: Share) -> str:
 def sentence(text: str, width: int | None, indent: str = "  ", style: str = "") -> Iterator[Line]:
     """The sentence in lines of at most so many columns, each behind the indent; one line without a width."""
     text = visible(text)
-    room = None if width is None else max(20, width - len(indent) - 1)
-    pieces = [text] if room is None else textwrap.wrap(text, room, break_on_hyphens=False) or [""]
-    for piece in pieces:
+    room = math.inf if width is None else max(_NARROWEST, width - len(indent) - 1)
+    for piece in _wrapped(text, room):
         yield (Span(f"{indent}{piece}", style),)
+
+
+def _wrapped(text: str, room: float) -> Iterator[str]:
+    """The text in lines of at most so many columns. A word that is wider is broken."""
+    line = ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if cell_len(longer) <= room:
+            line = longer
+            continue
+        if line:
+            yield line
+        *whole, line = chop_cells(word, int(room)) or [""]
+        yield from whole
+    yield line
 
 
 def table(
@@ -63,7 +77,7 @@ def table(
     cells = [[visible(cell) for cell in row] for row in [head, *rows]]
     widths = [max(cell_len(cell) for cell in column) for column in zip(*cells, strict=True)]
     if width is not None:
-        widths[0] = min(widths[0], max(_WIDEST_NAME, width // 4))
+        widths[0] = min(widths[0], width // 3, max(_WIDEST_NAME, width // 4))
     room = math.inf if width is None else width - len(indent) - 1
     columns = _without(expendable, widths, room)
     for part in _parts(columns, widths, room):
@@ -107,6 +121,6 @@ def _cut(text: str, size: int) -> str:
     return set_cell_size(f"{set_cell_size(text, size - 3).rstrip()}...", size)
 
 
-def heading(text: str) -> Line:
-    """A heading."""
-    return (Span(visible(text), HEADING),)
+def heading(text: str, width: int | None, indent: str = "") -> Iterator[Line]:
+    """A heading in lines of at most so many columns."""
+    yield from sentence(text, width, indent, HEADING)
