@@ -39,7 +39,7 @@ class Comparing:
 
     model: str
     reference: str
-    data: str
+    data: str | None = None
     revision: str | None = None
     reference_revision: str | None = None
     split: str | None = None
@@ -51,6 +51,7 @@ class Comparing:
     beta: float = 0.1
     tolerance: float | None = None
     weights_only: bool = False
+    ignore_tokenizer: bool = False
     trust_remote_code: bool = False
     html: Path | None = None
     json: Path | None = None
@@ -82,6 +83,14 @@ def _exit_codes() -> Iterator[None]:
 def _check(asked: Comparing) -> None:
     """ValueError for what cannot be, before anything is loaded."""
     check_files({"html": asked.html, "json": asked.json})
+    if asked.data is None and not asked.weights_only:
+        raise ValueError(
+            "two models were to be compared, and --data is missing: the pairs on which they are run. Name a file, a "
+            "folder or a hub id, or add --weights-only, which runs neither."
+        )
+    of_data = {"data": asked.data, "split": asked.split, "columns": asked.columns, "tolerance": asked.tolerance}
+    if asked.weights_only and (found := [f"--{name}" for name, value in of_data.items() if value is not None]):
+        raise ValueError(f"--weights-only runs no model, so {', '.join(found)} would be ignored. Drop one of them.")
     if asked.dtype not in _DTYPES:
         raise ValueError(f"--dtype is {', '.join(_DTYPES)}; found {asked.dtype!r}.")
     for name, value in (("beta", asked.beta), ("tolerance", asked.tolerance)):
@@ -108,12 +117,12 @@ def _compared(asked: Comparing) -> "Comparison":
         beta=asked.beta,
         tolerance=asked.tolerance,
         weights_only=asked.weights_only,
+        with_tokenizers=not asked.ignore_tokenizer,
     )
     from holdfast.data.progress import bars
 
     with bars(are_shown=is_shown):
-        dataset = _dataset(asked)
-        return compare_models(request, dataset)
+        return compare_models(request, None if asked.data is None else _dataset(asked, asked.data))
 
 
 def _expanded(name: str, text: str) -> str:
@@ -123,7 +132,7 @@ def _expanded(name: str, text: str) -> str:
         raise ValueError(f"{name} is {text!r}: {error}.") from error
 
 
-def _dataset(asked: Comparing) -> Any:
+def _dataset(asked: Comparing, data: str) -> Any:
     """The pairs to compare on. ValueError where they cannot be read, or have several splits."""
     from holdfast.data.load import load_preferences
 
@@ -135,10 +144,10 @@ def _dataset(asked: Comparing) -> Any:
             raise ValueError(
                 f"--columns is {columns!r}, which is no JSON: {error}. Name a format, or a mapping."
             ) from error
-    dataset = load_preferences(_expanded("--data", asked.data), split=asked.split, columns=columns)
+    dataset = load_preferences(_expanded("--data", data), split=asked.split, columns=columns)
     if isinstance(dataset, dict):
         raise ValueError(
-            f"--data must be one dataset; found the splits {', '.join(map(str, dataset))} in {asked.data!r}. Choose "
+            f"--data must be one dataset; found the splits {', '.join(map(str, dataset))} in {data!r}. Choose "
             f"one of them, as in --split {next(iter(dataset))}."
         )
     return dataset

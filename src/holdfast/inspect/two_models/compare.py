@@ -31,9 +31,12 @@ _ROUNDED_STATES, _ROUNDED_STATES_HALF = 1e-4, 3e-2
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is compared and how. `reference` may have `BASE` as its path. At most `limit` pairs are compared on, drawn
-    with `seed`. `tolerance` (nats, of one token) and `weights_only` change the verdict: see `verdict`, and tokenizers
-    are left aside."""
+    """What is compared and how. `reference` may have `BASE` as its path.
+
+    At most `limit` pairs are compared on, drawn with `seed`. `tolerance` is the largest gap of a token, in nats, that
+    is no difference (see `verdict`). With `weights_only` no model is run and no row is read; without `with_tokenizers`
+    the reference's tokenizer is left aside.
+    """
 
     model: Place
     reference: Place
@@ -45,13 +48,15 @@ class Request:
     beta: float = 0.1
     tolerance: float | None = None
     weights_only: bool = False
+    with_tokenizers: bool = True
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two models, compared. `gaps` and `parting` are None where the reference cannot score the model's token ids.
-    `said` are warnings about the data and the models."""
+    """Two models, compared. `gaps` and `parting` are None where no model was run, or where the reference cannot score
+    the model's token ids; `tokenizers` is None where they were left aside. `said` are warnings about data and models.
+    """
 
     verdict: Verdict
     model: Facts
@@ -66,21 +71,23 @@ class Comparison:
 
 
 def compare_models(request: Request, dataset: Any) -> Comparison:
-    """Two models compared on pairs of `dataset`. ValueError where one cannot be loaded, where no row is usable, and
-    where a log-prob is not a number."""
+    """Two models compared on pairs of `dataset`, which is not read with `weights_only`. ValueError where one cannot be
+    loaded, where no row is usable, and where a log-prob is not a number."""
     with warnings_collected() as said:
         place = request.reference
         place = place_of_base(request.model) if place.path == BASE else place
         model = load_side("MODEL", request.model, request.loading)
         reference = load_side("REF", place, request.loading)
-        rows, other = _rows(request, model, reference, dataset)
-        unscored = _unscored(rows, reference)
         device = torch.device(PartialState().device or "cpu")
-        gaps, parting = (None, None) if unscored else _computed(request, model, reference, rows, device)
+        rows, other = (None, None) if request.weights_only else _rows(request, model, reference, dataset)
+        unscored = None if rows is None else _unscored(rows, reference)
+        gaps, parting = None, None
+        if rows is not None and unscored is None:
+            gaps, parting = _computed(request, model, reference, rows, device)
         identities = Identity.of(model.model), Identity.of(reference.model)
         weights = compare_weights(model, reference)
         settings = compare_settings(model, reference, identities, device)
-    tokenizers = _tokenizers(request, model, reference, rows, other)
+    tokenizers = None if rows is None else _tokenizers(request, model, reference, rows, other)
     is_half = any(is_half_precision(each.model, nullcontext) for each in (model, reference))
     evidence = Evidence(
         model=model.facts, reference=reference.facts, weights=weights, settings=settings, gaps=gaps, unscored=unscored,
@@ -111,13 +118,16 @@ def _rows(request: Request, model: Side, reference: Side, dataset: Any) -> tuple
     numbers, raw = draw_rows(dataset, request.limit, request.seed)
     date = date_of_run(model.tokenizer, request.template_date, None, (raw,))
     length = request.max_length
-    rows = read_rows(model, numbers, raw, date=date, models=[model, reference], max_length=length)
-    if request.weights_only or reference.tokenizer is None:
+    rows = read_rows(model, numbers, raw, date=date, models=[model, reference], max_length=length, name="compared")
+    if not request.with_tokenizers or reference.tokenizer is None:
         return rows, None
     try:
-        return rows, read_rows(reference, numbers, raw, date=date, models=[], max_length=length)
+        return rows, read_rows(reference, numbers, raw, date=date, models=[], max_length=length, name=_BY_REF)
     except ValueError as error:
         return rows, str(error)
+
+
+_BY_REF = "compared (by REF's tokenizer)"
 
 
 def _unscored(rows: Rows, reference: Side) -> str | None:
@@ -170,7 +180,7 @@ def _is_rounding(gaps: Gaps, is_half: bool) -> bool:
 def _tokenizers(
     request: Request, model: Side, reference: Side, rows: Rows, other: Rows | str | None
 ) -> Tokenizers | None:
-    if request.weights_only:
+    if not request.with_tokenizers:
         return None
     if other is None or model.tokenizer is None or reference.tokenizer is None:
         return Tokenizers(num_rows=len(rows.numbers), missing="REF")

@@ -52,7 +52,7 @@ def comparison_lines(comparison: Comparison, width: int | None = None) -> Iterat
         yield from _tokenizers(comparison.tokenizers, width)
     for message in comparison.said:
         yield ()
-        yield (Span("said: ", WARNING), Span(visible(message)))
+        yield from _wrapped(f"said: {message}", width, style=WARNING, hanging=6)
 
 
 def _models(comparison: Comparison) -> Iterator[Line]:
@@ -73,12 +73,12 @@ def _gaps(gaps: Gaps, width: int | None) -> Iterator[Line]:
     yield (Span("  gap in nats" + "".join(f"{name:>11}" for name in names), FAINT),)
     yield _line("  per token  " + "".join(f"{value:>11.3g}" for value in values))
     above = f"{100 * gaps.share_above:.1f} % of tokens are further apart than {gaps.tolerance:g} nats"
-    yield _line(f"  {above}; MODEL - REF is {gaps.signed_mean:+.3g} per token on average")
+    mean = f"MODEL - REF is {gaps.signed_mean:+.3g} per token on average"
+    yield from _wrapped(f"{above}; {mean}", width, indent="  ")
+    yield (Span(f"  {'':<11}{'MODEL, a token':>16}{'REF, a token':>16}{'log ratio, a completion':>26}", FAINT),)
     for side, nats in gaps.nats_per_token.items():
-        yield _line(
-            f"  {side:<9} nats per token: MODEL {nats['model']:.4f}, REF {nats['reference']:.4f}; "
-            f"log ratio {gaps.log_ratio[side]:+.3g} a completion"
-        )
+        values = f"{nats['model']:>16.4f}{nats['reference']:>16.4f}{gaps.log_ratio[side]:>+26.3g}"
+        yield _line(f"  {side:<11}{values}")
     yield from _wrapped(start_sentence(gaps), width, indent="  ")
     if gaps.examples:
         yield ()

@@ -88,9 +88,9 @@ def _gaps(gaps: Gaps) -> list[Html]:
         element("h2", "Log-probs"),
         element("p", f"Of {count}. A gap is |log p by MODEL - log p by REF| of a token."),
         table(["gap in nats", *names], [["per token", *(f"{value:.3g}" for value in values)]]),
-        table(["completions", "MODEL, nats per token", "REF, nats per token", "log ratio of a completion"], nats),
+        table(["nats", "MODEL, a token", "REF, a token", "log ratio, a completion"], nats),
         element("p", start_sentence(gaps)),
-        element("div", chart, kind="charts"),
+        *([element("div", chart, kind="charts")] if gaps.largest > 0 else []),
         *([element("h3", "Largest gaps, one of a completion")] if gaps.examples else []),
         *map(_example, gaps.examples),
     ]
@@ -107,7 +107,7 @@ def _example(example: LargeGap) -> Html:
 
 def _text(text: str) -> Html:
     """Text in which line breaks stay."""
-    return joined((joined([line]) for line in text.split("\n")), "\n")
+    return joined((joined([line]) for line in text.split("\n")), Html("\n"))
 
 
 def _parting(comparison: Comparison) -> list[Html]:
@@ -236,4 +236,4 @@ def _vocabulary(tokenizers: Tokenizers) -> Iterable[Html]:
 def _diff(diff: Sequence[str]) -> Html:
     kinds = {"+": "added", "-": "removed", "@": "faint"}
     lines = [element("span", line, kind=kinds.get(line[:1])) for line in diff[:_MOST_DIFF]]
-    return element("pre", joined(lines, "\n"), kind="diff")
+    return element("pre", joined(lines, Html("\n")), kind="diff")

@@ -74,9 +74,13 @@ def read_rows(
     models: Sequence[Side],
     max_length: int,
     date: str | None,
+    name: str,
 ) -> Rows:
-    """The usable pairs among the rows `raw`, tokenized by the tokenizer of `side`. The `models`
-    are asked about these rows. ValueError where there is none, and where the rows or the tokenizer do not fit them."""
+    """The usable pairs among the rows `raw`, tokenized by the tokenizer of `side`. Messages call them `name`.
+
+    The `models` are asked about these rows. ValueError where no row is usable, and where the rows or the tokenizer do
+    not fit the models.
+    """
     assert side.tokenizer is not None
     num_ids = side.facts.num_embeddings if models else None
     if num_ids is not None:
@@ -84,17 +88,17 @@ def read_rows(
     numbered = raw.add_column(_NUMBER, numbers) if _NUMBER not in raw.column_names else raw  # type: ignore[call-arg]
     preparation = Preparation(processing_class=side.tokenizer, max_length=max_length,
                               vocab_size=num_ids, template_date=date, disable_tqdm=True)  # fmt: skip
-    prepared: Any = preparation.of(numbered, "data")
-    check_positions([each.model for each in models], {"data": prepared}, max_length)
+    prepared: Any = preparation.of(numbered, name)
+    check_positions([each.model for each in models], {name: prepared}, max_length)
     layout = PaddedLayout(padding_id(side.tokenizer, None), max_length)
     features = list(prepared)
     sequences = layout.truncated(features)
-    places = [(int(each[_NUMBER]), name) for name in (CHOSEN, REJECTED) for each in features]
+    places = [(int(each[_NUMBER]), side_of) for side_of in (CHOSEN, REJECTED) for each in features]
     return Rows(
         numbers=tuple(int(each[_NUMBER]) for each in features),
         completions=tuple(
-            Completion(row=row, side=name, sequence=sequence)
-            for (row, name), sequence in zip(places, sequences, strict=True)
+            Completion(row=row, side=side_of, sequence=sequence)
+            for (row, side_of), sequence in zip(places, sequences, strict=True)
         ),
         layout=layout,
         raw=raw,

@@ -31,7 +31,7 @@ def parting_sentence(comparison: Comparison) -> str:
     """Where hidden states part, and whether a tensor there differs."""
     parting = comparison.parting
     if parting is None:
-        return "Hidden states were not compared, since REF cannot compute on MODEL's token ids."
+        return "Hidden states were not compared: no model was run on these rows."
     found = parting.beyond_rounding
     if found is None:
         if parting.first is None:
@@ -57,11 +57,12 @@ def _relative(distance: float | None) -> str:
 
 def _cause(event: Event, weights: Weights) -> str:
     """Why a module may give other numbers where all before gave the same."""
+    if any("|prompt" in name for name in (*weights.only_model, *weights.only_reference)):
+        return "an adapter's virtual tokens stand before each row of one of the two"
     within = event.module if event.when == "returned" else event.module.rpartition(".")[0]
     names = [each.name for each in weights.differing if each.name.startswith(f"{within}.")]
-    names += [
-        name for name in (*weights.only_model, *weights.only_reference) if name.startswith((f"{within}.", f"{within}|"))
-    ]
+    only = (*weights.only_model, *weights.only_reference)
+    names += [name for name in only if name.startswith((f"{within}.", f"{within}|"))]
     if event.when == "returned" and names:
         return f"its {', '.join(name.removeprefix(f'{within}.') for name in names[:3])} differs"
     if event.when == "returned":

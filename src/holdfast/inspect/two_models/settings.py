@@ -17,7 +17,7 @@ from holdfast.reference.identity.identity import Identity, numerics
 from holdfast.scoring.causal_lm import unwrap
 
 _CONFIG = re.compile(r"^(?:.*\.)?config\.")
-_SAID_ELSEWHERE = {"vocab_size", "architectures", "model_type", "tie_word_embeddings", "quantization_config"}
+_SAID_ELSEWHERE = ("vocab_size", "architectures", "model_type", "tie_word_embeddings", "quantization_config")
 """Entries of a config that the tensors and modules say as well."""
 _NEVER_SHOWN = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
 
@@ -49,10 +49,15 @@ def compare_settings(
 ) -> Settings:
     """The settings that differ between two models, whose identities these are."""
     counting = _differing(*(_counting(each.settings) for each in identities))
-    named = {_CONFIG.sub("", each.name) for each in counting} | _SAID_ELSEWHERE
+    counting = [each for each in counting if not _CONFIG.sub("", each.name).startswith(_SAID_ELSEWHERE)]
+    named = {_CONFIG.sub("", each.name) for each in counting}
     configs = [_config(side) for side in (model, reference)]
     is_same_kind = model.facts.kind == reference.facts.kind
-    without = [each for each in _differing(*configs) if is_same_kind and each.name not in named]
+    without = [
+        each
+        for each in _differing(*configs)
+        if is_same_kind and each.name not in named and not each.name.startswith(_SAID_ELSEWHERE)
+    ]
     how = [numerics(each, device=device, mixed_precision="no", layout="padded") for each in identities]
     return Settings(counting=_grouped(counting), without_effect=tuple(without), numerics=tuple(_differing(*how)))
 

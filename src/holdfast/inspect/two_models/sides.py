@@ -137,7 +137,7 @@ def _tokenizer(place: Place, model: nn.Module, loading: Loading) -> PreTrainedTo
             return read_tokenizer(
                 each.path,
                 trust_remote_code=loading.trust_remote_code,
-                advice="Mend that folder, or compare the models alone with --weights-only.",
+                advice="Mend that folder, or name another model.",
                 **each.location(),
             )
     return None

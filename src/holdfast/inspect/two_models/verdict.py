@@ -13,10 +13,11 @@ from holdfast.inspect.two_models.gaps import Gaps
 from holdfast.inspect.two_models.settings import Setting, Settings
 from holdfast.inspect.two_models.sides import Facts
 from holdfast.inspect.two_models.tokenizers import Tokenizers
-from holdfast.inspect.two_models.weights import Weights
+from holdfast.inspect.two_models.weights import TensorDifference, Weights
 
 ROUNDING, ROUNDING_HALF = 1e-5, 5e-3
 """A relative distance of tensors that rounding explains where an adapter is merged, in fp32 and below."""
+_MOST_NAMED = 3
 _OTHER_MODEL = 0.2
 """Below this median cosine of their matrices, two models have nothing in common but their shape."""
 
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     ROUNDED = "rounded"
     QUANTISED = "quantised"
     RESIZED = "resized"
+    OTHER_DTYPE = "other_dtype"
     UNTIED = "untied"
     SETTINGS = "settings"
     NUMERICS = "numerics"
@@ -60,8 +62,8 @@ class Verdict:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """All that a verdict is made from. `gaps` is None where the reference cannot score the model's ids, which
-    `unscored` explains. `tolerance` is the user's; None where none was named."""
+    """All that a verdict is made from. `gaps` is None where no model was run, or where the reference cannot score the
+    model's ids, which `unscored` explains. `tolerance` is the user's; None where none was named."""
 
     model: Facts
     reference: Facts
@@ -209,6 +211,12 @@ def _of_same_architecture(evidence: Evidence) -> tuple[Kind, str]:
         return Kind.RESIZED, (
             f"The same weights, with another number of embeddings ({names}): all rows that both have are equal ({gap})."
         )
+    if weights.is_of_other_dtype and not settings.counting:
+        first = weights.differing[0]
+        return Kind.OTHER_DTYPE, (
+            f"The same values, computed in other dtypes: `{first.name}` is {first.dtypes[0]} in MODEL and "
+            f"{first.dtypes[1]} in REF ({gap})."
+        )
     if weights.rounded is not None and not settings.counting:
         whose, dtype = weights.rounded
         first, second = ("REF", "MODEL") if whose == "reference" else ("MODEL", "REF")
@@ -246,10 +254,17 @@ def _of_training(evidence: Evidence) -> tuple[Kind, str]:
             f"Another model of the same architecture: {_num_differing(weights)} differ, and their directions have "
             f"nothing in common (median cosine {cosine:.2f}): neither was trained from the other ({gap})."
         )
+    if len(weights.differing) <= _MOST_NAMED:
+        each_of = ", ".join(_of_tensor(each) for each in weights.differing)
+        return Kind.TRAINED, f"Other weights in {each_of}; all else is equal ({gap})."
     return Kind.TRAINED, (
         f"Other weights: {_num_differing(weights)} differ, as after training (matrices by "
         f"{_median_relative(weights):.2g} of their norm) ({gap})."
     )
+
+
+def _of_tensor(each: TensorDifference) -> str:
+    return f"`{each.name}` ({each.num_differing:,} of {each.num_values:,} values, by up to {each.largest or 0:.3g})"
 
 
 def _median_relative(weights: Weights) -> float:
@@ -286,15 +301,17 @@ def _untied(evidence: Evidence) -> str | None:
 
 def _gap(gaps: Gaps | None) -> str:
     if gaps is None:
-        return "log-probs could not be compared"
+        return "no log-probs were compared"
     if gaps.largest == 0:
         return f"no log-prob of {gaps.num_tokens:,} tokens differs"
     return f"gap {gaps.mean:.3g} nats per token on average, {gaps.largest:.3g} at most"
 
 
 def _listed(settings: tuple[Setting, ...], most: int = 3) -> str:
-    shown = [f"{_name(each)} {each.model} and {each.reference}" for each in settings[:most]]
-    return ", ".join([*shown, *([f"{len(settings) - most} more"] if len(settings) > most else [])])
+    """The settings by name and value: those of the config, or where there is none those of modules."""
+    of_config = [each for each in settings if each.name.startswith("config.")] or list(settings)
+    shown = [f"{_name(each)} {each.model} and {each.reference}" for each in of_config[:most]]
+    return ", ".join([*shown, *([f"{len(of_config) - most} more"] if len(of_config) > most else [])])
 
 
 def _name(setting: Setting) -> str:
@@ -313,11 +330,13 @@ def _remarks(evidence: Evidence, kind: Kind) -> tuple[str, ...]:
         remarks.append("MODEL's adapter adds nothing yet.")
     if weights.are_equal and weights.model_is_base:
         remarks.append("REF's adapter adds nothing.")
-    if settings.counting and kind is not Kind.SETTINGS:
+    if settings.counting and kind not in (Kind.SETTINGS, Kind.OTHER_ARCHITECTURE):
         remarks.append(f"Settings that change log-probs differ: {_listed(settings.counting)}.")
     is_merged_lora = kind is Kind.TRAINED and not (evidence.model.adapter or evidence.reference.adapter)
     if weights.rank is not None and is_merged_lora and len(weights.differing) > 1:
         remarks.append(f"The difference of {weights.rank_of} has rank {weights.rank}, as after merging a LoRA.")
+    if kind in (Kind.TRAINED, Kind.OTHER_MODEL) and weights.base_is_reference is False:
+        remarks.append("REF is not the base of MODEL's adapter either.")
     if evidence.model.adapter and evidence.reference.adapter and weights.same_base is False:
         remarks.append("The two adapters stand over other bases.")
     if settings.without_effect:

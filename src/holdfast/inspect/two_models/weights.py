@@ -113,6 +113,16 @@ class Weights:
         return next(iter(found)) if has_all and len(found) == 1 else None
 
     @property
+    def is_of_other_dtype(self) -> bool:
+        """Whether nothing differs but the dtypes of equal values."""
+        has_all = not (self.only_model or self.only_reference)
+        return (
+            has_all
+            and bool(self.differing)
+            and all(d.shapes[0] == d.shapes[1] and d.num_differing == 0 for d in self.differing)
+        )
+
+    @property
     def is_of_other_shape(self) -> bool:
         """Whether one has tensors that the other lacks, or has in another shape (not only with more rows)."""
         return bool(self.only_model or self.only_reference) or any(d.relative is None for d in self.differing)
@@ -167,12 +177,13 @@ def tensors_of(side: Side) -> Tensors:
     adapted = {name.partition("|")[0] for name in of_adapters}
     for path, module in _bare_modules(unwrap(side.model)):
         layer: Any = getattr(module, "base_layer", module)
+        if _is_dequantisable(layer):  # its scales and code books are in its numbers
+            kept = (f"{path}.bias", f"{path}.weight")
+            own = {name: read for name, read in own.items() if name in kept or not name.startswith(f"{path}.")}
+            own[f"{path}.weight"] = partial(_dequantised, layer)
         if path in adapted and isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
             of_adapters = {name: read for name, read in of_adapters.items() if not name.startswith(f"{path}|")}
             own |= {f"{path}.{name}": partial(_merged, module, name) for name in _names(module)}
-        elif _is_dequantisable(layer):
-            own = {name: read for name, read in own.items() if not name.startswith(f"{path}.weight")}
-            own[f"{path}.weight"] = partial(_dequantised, layer)
     return own | of_adapters
 
 
@@ -180,11 +191,7 @@ def _without_adapter(side: Side) -> Tensors:
     """The tensors that the model computes with while its adapter is off."""
     assert side.peft is not None
     with side.peft.disable_adapter():
-        return {
-            name.removeprefix("."): partial(_itself, tensor)
-            for contents in module_contents(side.model)
-            for name, tensor in contents.tensors.items()
-        }
+        return {name: read for name, read in tensors_of(side).items() if "|" not in name}
 
 
 def _bare_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
