@@ -77,7 +77,9 @@ def _flipping(flipping: Flipping | None, objective: Objective | None, losses: st
         f"{number(flipping.loss.quantiles[0.5])} "
         "or less. " + " ".join(f"Below {limit}: {counted(share)}." for limit, share in flipping.only_below.items()),
         "The optimum of DPO would rank wrongly, if a share of raters prefers chosen: "
-        + ", ".join(f"{with_error(share)} at {percent(agreement)}" for agreement, share in flipping.at_optimum.items())
+        + ", ".join(
+            f"{with_error(share)} at {100 * agreement:.0f} %" for agreement, share in flipping.at_optimum.items()
+        )
         + ".",
         *_own_loss(flipping, objective, losses),
     ]
