@@ -131,7 +131,7 @@ def _likeness(likeness: Likeness | None, num_pairs: int) -> Section:
         "CHES says how alike both completions are to the model: the higher, the likelier training lowers the chosen "
         f"one too (Razin et al. 2024). Above 0: {counted(likeness.above_zero)}.{known}",
     )
-    spreads = [("CHES", likeness.ches), ("normalised by length", likeness.normalised)]
+    spreads = [("CHES", likeness.ches), ("normalised", likeness.normalised)]
     return Section(title=title, sentences=said, tables=(spread_table(spreads, "CHES"),))
 
 
