@@ -107,7 +107,7 @@ def asked(folder, tmp_path, monkeypatch, capsys):
 
     def run(first: str, second: str, **options: Any) -> tuple[int, str, dict[str, Any]]:
         reference = second if second.startswith("__") else str(folder / second)
-        pairs = {"data": str(folder / "pairs.jsonl")} if not options.get("weights_only") else {}
+        pairs: dict[str, Any] = {"data": str(folder / "pairs.jsonl")} if not options.get("weights_only") else {}
         path = tmp_path / "out.json"
         code = exit_code(Comparing(model=str(folder / first), reference=reference, json=path, **pairs | options))
         return code, capsys.readouterr().out, json.loads(path.read_text())

@@ -41,7 +41,7 @@ def comparison_lines(comparison: Comparison, width: int | None = None) -> Iterat
         yield from _wrapped(recorded_sentence(comparison.recorded), width)
     for remark in verdict.remarks:
         yield from _wrapped(f"- {remark}", width, indent="  ")
-    yield from _models(comparison)
+    yield from _both_models(comparison)
     if comparison.gaps is not None:
         yield from _gaps(comparison.gaps, width)
     yield ()
@@ -55,7 +55,7 @@ def comparison_lines(comparison: Comparison, width: int | None = None) -> Iterat
         yield from _wrapped(f"said: {message}", width, style=WARNING, hanging=6)
 
 
-def _models(comparison: Comparison) -> Iterator[Line]:
+def _both_models(comparison: Comparison) -> Iterator[Line]:
     for label, facts in (("MODEL", comparison.model), ("REF", comparison.reference)):
         yield ()
         yield _heading(label)
