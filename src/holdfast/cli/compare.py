@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.output_files import check_files
 from holdfast.cli.paths import expanded
-from holdfast.cli.text import printable
 
 if TYPE_CHECKING:
-    from holdfast.inspect.lines import Line
     from holdfast.inspect.two_models.compare import Comparison
 
 IS_SAME, DIFFERS, NOT_COMPARED = 0, 1, 2
@@ -90,7 +86,7 @@ def _check(asked: Comparing) -> None:
     if asked.data is None and not asked.weights_only:
         raise ValueError(
             "two models were to be compared, and --data is missing: the pairs on which they are run. Name a file, a "
-            "folder or a hub id, or add --weights-only, which runs neither."
+            "folder or a hub id, or add --weights-only, which runs no model."
         )
     of_data = {"data": asked.data, "split": asked.split, "columns": asked.columns, "tolerance": asked.tolerance}
     if asked.weights_only and (found := [f"--{name}" for name, value in of_data.items() if value is not None]):
@@ -171,16 +167,8 @@ def _write(comparison: "Comparison", asked: Comparing) -> None:
 
 
 def _print(comparison: "Comparison") -> None:
+    from holdfast.cli.printed_lines import console_of_reports, print_lines, width_of
     from holdfast.inspect.two_models.lines import comparison_lines
 
-    console = Console(quiet=RANK != 0)
-    for line in comparison_lines(comparison, console.width if console.is_terminal else None):
-        console.print(_text(line, console.encoding), soft_wrap=True, highlight=False)
-
-
-def _text(line: "Line", encoding: str) -> Text:
-    text = Text()
-    for span in line:
-        shown = printable(span.text).encode(encoding, "backslashreplace").decode(encoding)
-        text.append(shown, _STYLES.get(span.style, ""))
-    return text
+    console = console_of_reports()
+    print_lines(console, comparison_lines(comparison, width_of(console)), _STYLES)
