@@ -86,7 +86,7 @@ def _check(asked: Comparing) -> None:
     if asked.data is None and not asked.weights_only:
         raise ValueError(
             "two models were to be compared, and --data is missing: the pairs on which they are run. Name a file, a "
-            "folder or a hub id, or add --weights-only, which runs neither."
+            "folder or a hub id, or add --weights-only, which runs no model."
         )
     of_data = {"data": asked.data, "split": asked.split, "columns": asked.columns, "tolerance": asked.tolerance}
     if asked.weights_only and (found := [f"--{name}" for name, value in of_data.items() if value is not None]):

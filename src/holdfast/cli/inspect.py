@@ -46,6 +46,7 @@ def inspect(
     beta: option.Beta = None,
     tolerance: option.Tolerance = None,
     weights_only: option.WeightsOnly = False,
+    ignore_tokenizer: option.IgnoreTokenizer = False,
     trust_remote_code: option.TrustRemoteCode = False,
     html: option.Html = None,
     json: option.Json = None,
@@ -61,15 +62,12 @@ def inspect(
     of_models = _given(
         data=data, revision=revision, reference_revision=reference_revision, split=split, columns=columns, dtype=dtype,
         limit=limit, seed=seed, max_length=max_length, beta=beta, tolerance=tolerance,
-        weights_only=weights_only or None, trust_remote_code=trust_remote_code or None,
+        weights_only=weights_only or None, ignore_tokenizer=ignore_tokenizer or None,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     of_run = _given(run=out, set=overrides or None, dataset=dataset, pairs=num_pairs, csv=csv)
     if reference is not None:
         _refuse(of_run, "shows a run's pairs, and --reference compares two models; leave one of them out")
-        if data is None:
-            raise typer.BadParameter(
-                "is needed to compare two models: name the pairs to compare on", param_hint="--data"
-            )
         compare(Comparing(model=target, reference=reference, html=html, json=json, **of_models), debug=debug)
         return
     _refuse(of_models, "compares two models: name the other one with --reference, or leave it out to inspect a run")

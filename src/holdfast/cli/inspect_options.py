@@ -39,7 +39,12 @@ NumPairs = Annotated[
 ]
 Csv = Annotated[Path | None, _file("--csv", "Write a line of numbers for every pair.", rich_help_panel=_RUN)]
 
-Reference = Annotated[str | None, _of_models("--reference", metavar="REF", help="The model to compare MODEL with.")]
+Reference = Annotated[
+    str | None,
+    _of_models(
+        "--reference", metavar="REF", help="The model to compare MODEL with; __base__ is the base of its adapter."
+    ),
+]
 Data = Annotated[
     str | None, _of_models("--data", metavar="DATA", help="The pairs to compare on: a file, a folder or a hub id.")
 ]
@@ -55,6 +60,9 @@ Limit = Annotated[int | None, _of_models("--limit", min=1, help="Compare on so m
 Seed = Annotated[int | None, _of_models("--seed", min=0, max=2**32 - 1, help="Draws these pairs (default 0).")]
 MaxLength = Annotated[int | None, _of_models("--max-length", min=1, help="Most tokens of a row (default 1024).")]
 Beta = Annotated[float | None, _of_models("--beta", help="Beta of the run that is meant (default 0.1).")]
-Tolerance = Annotated[float | None, _of_models("--tolerance", help="So many nats per token are no difference.")]
+Tolerance = Annotated[
+    float | None, _of_models("--tolerance", help="A gap of so many nats in a token is no difference.")
+]
 WeightsOnly = Annotated[bool, _of_models("--weights-only", help="Compare weights and settings; run no model.")]
+IgnoreTokenizer = Annotated[bool, _of_models("--ignore-tokenizer", help="Leave REF's tokenizer and template aside.")]
 TrustRemoteCode = Annotated[bool, _of_models("--trust-remote-code", help="Let the models run code of their own.")]

@@ -41,7 +41,7 @@ def comparison_lines(comparison: Comparison, width: int | None = None) -> Iterat
         yield from _wrapped(recorded_sentence(comparison.recorded), width)
     for remark in verdict.remarks:
         yield from _wrapped(f"- {remark}", width, indent="  ")
-    yield from _models(comparison)
+    yield from _both_models(comparison)
     if comparison.gaps is not None:
         yield from _gaps(comparison.gaps, width)
     yield ()
@@ -55,7 +55,7 @@ def comparison_lines(comparison: Comparison, width: int | None = None) -> Iterat
         yield from _wrapped(f"said: {message}", width, style=WARNING, hanging=6)
 
 
-def _models(comparison: Comparison) -> Iterator[Line]:
+def _both_models(comparison: Comparison) -> Iterator[Line]:
     for label, facts in (("MODEL", comparison.model), ("REF", comparison.reference)):
         yield ()
         yield _heading(label)
@@ -88,10 +88,9 @@ def _gaps(gaps: Gaps, width: int | None) -> Iterator[Line]:
 
 
 def _example(example: LargeGap, width: int | None) -> Iterator[Line]:
-    yield _line(
-        f"  {abs(example.gap):.3g} nats: row {example.row}, {example.side}, scored token {example.place} (id "
-        f"{example.token}): MODEL {example.model:.3f}, REF {example.reference:.3f}"
-    )
+    where = f"row {example.row}, {example.side}, scored token {example.place} (id {example.token})"
+    values = f"MODEL {example.model:.3f}, REF {example.reference:.3f}"
+    yield from _wrapped(f"{abs(example.gap):.3g} nats: {where}: {values}", width, indent="  ", hanging=2)
     before, text, after = (visible(each, shows_spaces=False) for each in (example.before, example.text, example.after))
     if width is not None:
         room = max(16, width - cell_len(text) - 8)
@@ -105,7 +104,7 @@ def _parting(comparison: Comparison, width: int | None) -> Iterator[Line]:
     parting = comparison.parting
     if parting is None or parting.first is None:
         return
-    yield _line(f"  relative distance after each layer, {where_of(parting)}:")
+    yield from _wrapped(f"relative distance after each layer, {where_of(parting)}:", width, indent="  ")
     yield from _layers(parting)
 
 
@@ -130,12 +129,12 @@ def _weights(weights: Weights) -> Iterator[Line]:
     yield _heading("tensors")
     yield _line(f"  {num_equal(weights)}")
     if weights.groups:
-        yield (Span("    differ    of   mean |a-b|/|a|   largest |a-b|  name", FAINT),)
+        yield (Span(f"  {'differ':>12}{'|a-b|/|a|':>11}{'most |a-b|':>12}  name", FAINT),)
     for group in weights.groups[:_MOST_GROUPS]:
-        relative = "other shape" if group.relative is None else f"{group.relative:.2g}"
+        relative = "shape" if group.relative is None else f"{group.relative:.2g}"
         largest = "" if group.largest is None else f"{group.largest:.2g}"
-        counts = f"{group.count:>10,}{group.num_tensors:>6,}"
-        yield _line(f"{counts}{relative:>17}{largest:>16}  {group.pattern}")
+        counts = f"{group.count:,} of {group.num_tensors:,}"
+        yield _line(f"  {counts:>12}{relative:>11}{largest:>12}  {group.pattern}")
     yield from _more(len(weights.groups) - _MOST_GROUPS)
     for each in [d for d in weights.differing if d.shapes[0] != d.shapes[1]][:_MOST_GROUPS]:
         rows = (
@@ -196,7 +195,8 @@ def _tokenizers(tokenizers: Tokenizers, width: int | None) -> Iterator[Line]:
         yield (Span("  without effect on training:", FAINT),)
         yield from _two_columns(_parts(tokenizers.without_effect))
     if (first := tokenizers.first) is not None:
-        yield _line(f"  first difference: row {first.row}, {first.side}, token {first.place}, after {first.before!r}")
+        where = f"row {first.row}, {first.side}, token {first.place}, after {first.before!r}"
+        yield from _wrapped(f"first difference: {where}", width, indent="  ", hanging=2)
         for label, tokens in (("MODEL", first.model), ("REF", first.reference)):
             yield from _wrapped(f"{label:<5} {' '.join(tokens)}", width, indent="    ", hanging=6)
     if tokenizers.template_diff:

@@ -51,7 +51,7 @@ def page(comparison: Comparison) -> str:
         element("h1", "Is this the reference you think it is?"),
         element("p", verdict.sentence, kind=kind),
         element("ul", *(element("li", remark) for remark in remarks)) if remarks else Html(""),
-        element("div", *_models(comparison), kind="models"),
+        element("div", *_both_models(comparison), kind="models"),
         *([] if comparison.gaps is None else _gaps(comparison.gaps)),
         *_parting(comparison),
         *_weights(comparison.weights),
@@ -62,7 +62,7 @@ def page(comparison: Comparison) -> str:
     return whole_page(f"{comparison.model.path} and {comparison.reference.path}", *body, style=_STYLE)
 
 
-def _models(comparison: Comparison) -> list[Html]:
+def _both_models(comparison: Comparison) -> list[Html]:
     named = (("MODEL", comparison.model), ("REF", comparison.reference))
     return [element("section", element("h2", label), facts(facts_of(each))) for label, each in named]
 

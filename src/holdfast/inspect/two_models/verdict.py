@@ -330,7 +330,7 @@ def _remarks(evidence: Evidence, kind: Kind) -> tuple[str, ...]:
         remarks.append("MODEL's adapter adds nothing yet.")
     if weights.are_equal and weights.model_is_base:
         remarks.append("REF's adapter adds nothing.")
-    if settings.counting and kind not in (Kind.SETTINGS, Kind.OTHER_ARCHITECTURE):
+    if settings.counting and kind not in (Kind.SETTINGS, Kind.OTHER_ARCHITECTURE, Kind.QUANTISED):
         remarks.append(f"Settings that change log-probs differ: {_listed(settings.counting)}.")
     is_merged_lora = kind is Kind.TRAINED and not (evidence.model.adapter or evidence.reference.adapter)
     if weights.rank is not None and is_merged_lora and len(weights.differing) > 1:
