@@ -65,6 +65,7 @@ from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
+from holdfast.training.margins import Margins
 from holdfast.training.never_called import check_patches
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
@@ -146,6 +147,7 @@ class DPOTrainer(HalfWeightsTrainer):
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally(), "handed": Tally()}
+        self._margins = {"train": Margins(), "eval": Margins()}
         self._begin_with(policy, ref_model)
 
     def _begin_with(self, policy: nn.Module, ref_model: RefModel | Sequence[RefModel]) -> None:
@@ -333,13 +335,15 @@ class DPOTrainer(HalfWeightsTrainer):
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
         pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven)
-        losses = pairs.losses(self.args)
+        losses = pairs.losses_of(terms := pairs.terms(self.args))
         term = None if scores.aux_loss is None else self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
         values = chosen, rejected, policy, reference, scores
         own_losses = pairs.of_this_process(losses if term is None else losses + term)
-        metrics = batch_metrics(batch, own_losses, *values, is_training=is_training)
+        loss_terms = pairs.terms_by_name(self.args, terms, term)
+        metrics = batch_metrics(batch, own_losses, *values, is_training=is_training, loss_terms=loss_terms)
         self._tallies["train" if is_training else "eval"].add(metrics)
+        self._margins["train" if is_training else "eval"].add(chosen, rejected)
         of_sources = None if is_training else self._global_batch.losses_by_source(batch, pairs)
         if of_sources is not None and batch.host_sources is not None:
             of_sources = of_sources if term is None else of_sources + term

@@ -24,6 +24,7 @@ from holdfast.config import DPOConfig
 from holdfast.metrics import Tally
 from holdfast.reference.reference import Reference
 from holdfast.training.engine_checkpoints import EngineCheckpoints
+from holdfast.training.margins import Margins
 from holdfast.training.step_record import StepRecord, still_line
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class FiniteTrainer(EngineCheckpoints):
     """pi_ref; None where no loss compares with one."""
 
     _tallies: dict[str, Tally]
+    _margins: dict[str, Margins]
     _step_record: StepRecord = StepRecord()
     _has_said_still: bool = False
     _infinite_masks: Masks | None = None
@@ -50,7 +52,7 @@ class FiniteTrainer(EngineCheckpoints):
         """Forgets what was recorded of earlier steps, before training or after a checkpoint was restored."""
         is_fp16 = self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16"
         self._step_record = StepRecord(skips_steps=is_fp16 or self.accelerator.scaler is not None)
-        self._tallies["train"] = Tally()
+        self._tallies["train"], self._margins["train"] = Tally(), Margins()
         self._masks()
 
     def _masks(self) -> Masks:

@@ -45,6 +45,7 @@ from holdfast.reference.look_ahead import LookAhead
 from holdfast.training.by_source import BySource
 from holdfast.training.finite_trainer import FiniteTrainer
 from holdfast.training.handed_batches import HandedBatch, in_host_memory
+from holdfast.training.margins import Margins
 from holdfast.training.offloading import offloaded
 from holdfast.training_arguments import check_optimizer
 
@@ -235,13 +236,13 @@ class PairTrainer(FiniteTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
-        self._tallies["eval"], self._tallies["handed"] = Tally(), Tally()
+        self._tallies["eval"], self._tallies["handed"], self._margins["eval"] = Tally(), Tally(), Margins()
         self._by_source.begin()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._look_ahead.of_evaluation(dataloader)
         with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
+        metrics = means(self._tallies["eval"].reset(self._sum_over_processes)) | self._margins["eval"].reset()
         metrics |= means(self._tallies["handed"].reset(self._sum_over_processes))
         metrics |= self._by_source.metrics(dataloader.dataset, self._sum_over_processes)
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
@@ -290,7 +291,7 @@ class PairTrainer(FiniteTrainer):
         first = self._first_break(ends_period=True)
         totals = self._tallies["train"].reset(self._sum_over_processes)
         num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
-        metrics = means(totals)
+        metrics = means(totals) | self._margins["train"].reset()
         loss = metrics.pop("loss", 0.0)
         if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted
             self._check_finite(loss, self._folder, first)
