@@ -80,10 +80,10 @@ class Pace:
 
     def _restart(self, step: int = 0) -> None:
         self._step = step
-        self._current = _REST
+        self._current: str = _REST
         self._since = time.perf_counter()
-        self._on_host = dict.fromkeys((*PARTS, *ASIDE), 0.0)
-        self._on_device = dict.fromkeys((*PARTS, *ASIDE), 0.0)
+        self._on_host: dict[str, float] = dict.fromkeys((*PARTS, *ASIDE), 0.0)
+        self._on_device = dict(self._on_host)
         self._events: list[tuple[str, Any]] = []  # the part that begins at each
 
     def _border(self, begins: str) -> None:
@@ -117,4 +117,3 @@ def peak_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-

@@ -69,6 +69,8 @@ class PairTrainer(FiniteTrainer):
     _stream_position: StreamPosition
     _resumed: Path | None = None
     """The checkpoint that the run was taken up from."""
+    _num_pairs_logged: float = 0.0
+    """The pairs of all processes that the last log of training was about."""
     _makes_optimizer: bool = False
     """Whether the optimizer is made here, not handed over by the user."""
     _is_real_row: Tensor | None = None
@@ -291,6 +293,7 @@ class PairTrainer(FiniteTrainer):
         first = self._first_break(ends_period=True)
         totals = self._tallies["train"].reset(self._sum_over_processes)
         num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
+        _, self._num_pairs_logged = totals.get("loss", (0.0, 0.0))
         metrics = means(totals) | self._margins["train"].reset()
         loss = metrics.pop("loss", 0.0)
         if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 import holdfast
 from holdfast import record
@@ -31,6 +32,11 @@ from holdfast.secrets import MASK, is_secret, masked, secrets_in
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 _OF_THE_MACHINE = {"local_rank", "ddp_backend", "n_gpu"}
+_MADE_OF_DEFAULTS = {
+    "bf16": False, "disable_tqdm": False, "debug": [], "do_eval": True, "activation_checkpointing": True,
+    "dataloader_pin_memory": False, "report_to": [],
+}  # fmt: skip
+"""What options come to that nobody has set."""
 
 
 def versions() -> dict[str, str]:
@@ -114,10 +120,10 @@ def dataset_facts(dataset: Any) -> record.Dataset:
 
 def memory_facts(policy: nn.Module, reference: Reference | None, optimizer: Any, args: DPOConfig) -> record.Memory:
     """Bytes on this process by part. Those of the optimizer's state are worked out until it has some."""
-    held = {own_part(tensor).data_ptr(): own_part(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
+    held = [own_part(tensor) for tensor in (*policy.parameters(), *policy.buffers())]
     trainable = [own_part(parameter) for parameter in policy.parameters() if parameter.requires_grad]
     return record.Memory(
-        weights=sum(tensor.nbytes for tensor in held.values()),
+        weights=sum(tensor.nbytes for tensor in held),
         reference=0 if reference is None else num_bytes(reference),
         gradients=sum(tensor.nbytes for tensor in trainable),
         optimizer=optimizer_bytes(optimizer, trainable, args),
@@ -154,8 +160,13 @@ def changed_options(args: DPOConfig) -> dict[str, Any]:
     for each in fields(args):
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         value = getattr(args, each.name, default)
-        if each.name in _OF_THE_MACHINE or value == default or not each.init:
+        is_made = each.name in _MADE_OF_DEFAULTS and value == _MADE_OF_DEFAULTS[each.name]
+        if each.name in _OF_THE_MACHINE or value == default or is_made or not each.init:
             continue
+        if isinstance(value, AcceleratorConfig):
+            if value == AcceleratorConfig(non_blocking=value.non_blocking):
+                continue
+            value = value.to_dict()
         found[each.name] = MASK if is_secret(each.name) and value else masked(_plain(value))
     return found
 

@@ -46,6 +46,10 @@ class Startup:
         self.is_introduced = False
         self.finding: Finding | None = None
         """What the audit of the reference found."""
+        self.introduction: str | None = None
+        """The line about the reference, once it was introduced; None without one."""
+        self.has_said = False
+        """Whether that was said."""
         self._policy = policy
         self._args = args
         self._accelerator = accelerator
@@ -151,8 +155,8 @@ class Startup:
                     first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
-        self.finding = found
-        return introduction(reference, digest, found)
+        self.finding, self.introduction = found, introduction(reference, digest, found)
+        return self.introduction
 
     def check_resumable(self, train_dataset: Any) -> None:
         """ValueError where the policy's numbers depend on batches before, which a resumed run has not seen."""
