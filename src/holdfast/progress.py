@@ -80,6 +80,11 @@ def bar(total: int, description: str, unit: str, *, is_shown: bool) -> Iterator[
         opened.close()
 
 
+def is_displaying() -> bool:
+    """Whether bars are on the terminal now, which a bar of another library would disturb."""
+    return _display.is_there
+
+
 def write(text: str) -> None:
     """Prints a line to standard output, above the bars."""
     sys.stdout.write(f"{text}\n")
@@ -200,6 +205,11 @@ class _Display:
         self._progress: Progress | None = None
         self._open: set[TaskID] = set()
         self._last = 0.0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there are bars."""
+        return self._progress is not None
 
     def add(self, description: str, total: int, done: int) -> TaskID:
         """Begins a bar."""

@@ -98,7 +98,7 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int, *, left: str = 
     prefix = next((name.removesuffix("loss") for name in logs if re.fullmatch(r"eval_(.*_)?loss", name)), "")
     named = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
     if all(name in logs for name in _AT_THE_END):
-        fields = [f"trained in {clock(float(logs['train_runtime']))}, mean loss {_number(logs['train_loss'])}"]
+        fields = [f"trained in {clock(float(logs['train_runtime']))}, mean loss {_number(logs['train_loss'], 4)}"]
     else:
         fields = [*([prefix.rstrip("_")] if prefix else []), *_fields(named), *([f"{left} left"] if left else [])]
     line = f"step {step:>{len(str(max_steps))}}/{max_steps}"
@@ -112,7 +112,8 @@ def log_line(logs: Mapping[str, Any], step: int, max_steps: int, *, left: str = 
 def _fields(logs: Mapping[str, Any]) -> list[str]:
     """What is said of a log, the most important first."""
     names = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    fields = [f"{label} {_number(logs[name])}" for name, label in names.items() if name in logs]
+    shown = [(name, label) for name, label in names.items() if name in logs]
+    fields = [f"{label} {_number(logs[name], 4 if name == 'loss' else 3)}" for name, label in shown]
     if "rewards/chosen" in logs and "rewards/rejected" in logs:
         fields.append(f"rewards {_number(logs['rewards/chosen'])} / {_number(logs['rewards/rejected'])}")
     if "learning_rate" in logs:
@@ -130,8 +131,8 @@ def _is_unknown(name: str, value: Any) -> bool:
     return isinstance(value, int | float) and not (is_known or of_source or is_of_training)
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+def _number(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, int | float) else str(value)
 
 
 def _speed(logs: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ class WatchedTrainer(HalfWeightsTrainer):
             error = caught
             raise
         finally:
+            self._interruption.close_progress()
             self._watch.close(error)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
