@@ -205,9 +205,8 @@ def test_options_that_were_changed_without_secrets(tmp_path: Path) -> None:
 
 def test_transformers_bar_is_replaced_and_can_be_removed(tmp_path: Path) -> None:
     ours = trainer(tiny_model(), config(tmp_path, disable_tqdm=False))
-    assert [type(each) for each in ours.callback_handler.callbacks if isinstance(each, ProgressCallback)] == [
-        RunProgress
-    ]
+    bars = [each for each in ours.callback_handler.callbacks if isinstance(each, ProgressCallback)]
+    assert [type(each) for each in bars] == [RunProgress]
     ours.remove_callback(ProgressCallback)
     assert not [each for each in ours.callback_handler.callbacks if isinstance(each, ProgressCallback)]
 
