@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.checkpoint.manifest import to_text
 from holdfast.record.entries import Sample
 from holdfast.record.facts import Audit, Dataset, Facts, Layout, Memory, Model, Reference
 from holdfast.record.writer import RecordWriter
@@ -123,6 +124,18 @@ def write_state(folder: Path, numbers: Callable[[float], Mapping[str, float]] = 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
     return folder
+
+
+def write_checkpoint(folder: Path, step: int, **manifest: Any) -> Path:
+    """A folder that is a complete checkpoint, as far as its manifest says."""
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "reference").mkdir(parents=True)
+    content = {
+        "format": 2, "kind": "adapter", "place": {"num_passes": 0, "num_batches": step}, "version": 0, "drift": 0.0,
+        "state": None, "weights": "ab" * 16, "description": "the policy as it was handed in", **manifest,
+    }  # fmt: skip
+    (checkpoint / "reference" / "manifest.json").write_text(to_text(content), encoding="utf-8")
+    return checkpoint
 
 
 def moving(facts: Facts = FACTS, steps: int = 50) -> Facts:

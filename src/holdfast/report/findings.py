@@ -141,8 +141,10 @@ def _left_out(run: Run) -> Iterator[Finding]:
         if num_left_out > _SHARE_LEFT_OUT * data.num_rows:
             reason, count = max(data.left_out.items(), key=lambda item: item[1])
             share = percent(num_left_out / data.num_rows)
-            text = f"{num_left_out:,} of {data.num_rows:,} rows of the {name} data ({share}) are left out, most "
-                f"of them since: {reason} ({count:,}). `holdfast data` shows such rows."
+            text = (
+                f"{num_left_out:,} of {data.num_rows:,} rows of the {name} data ({share}) are left out, most of them "
+                f"since: {reason} ({count:,}). `holdfast data` shows such rows."
+            )
             yield Finding(kind=Kind.WARNING, metric="", text=text)
 
 
@@ -154,8 +156,10 @@ def _waiting_for_reference(run: Run) -> Iterator[Finding]:
         return
     if whole and parts.get("reference", 0.0) > _SHARE_OF_REFERENCE * whole:
         share = percent(parts["reference"] / whole)
-        text = f"The reference took {share} of the time. With `precompute_ref_log_probs=True` it is asked once for "
-            "each completion, and never again for the same data."
+        text = (
+            f"The reference took {share} of the time. With `precompute_ref_log_probs=True` it is asked once for each "
+            "completion, and never again for the same data."
+        )
         yield Finding(kind=Kind.NOTE, metric="time/reference", text=text)
 
 
