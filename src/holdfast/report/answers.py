@@ -22,6 +22,8 @@ from holdfast.report.units import in_bytes, percent
 _NUM_ERRORS = 2
 _RESUME = "training.resume_from_checkpoint"
 _DIGITS = 12
+_COMMANDS = ("holdfast", "holdfast.exe", "holdfast.cli", "__main__.py")
+"""How the command line is called: as a script, or as a module under a launcher."""
 
 
 class Mood(StrEnum):
@@ -293,9 +295,7 @@ def _command(run: Run, resumes: bool) -> str:
 
 def _is_holdfast(before: list[str]) -> bool:
     names = [Path(word).name for word in before]
-    return any(name in ("holdfast", "holdfast.exe", "holdfast.cli") for name in names) or any(
-        "holdfast/cli" in word.replace("\\", "/") for word in before
-    )
+    return any(name in _COMMANDS for name in names)
 
 
 def _without_option(words: list[str]) -> list[str]:

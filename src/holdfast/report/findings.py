@@ -21,6 +21,8 @@ _GAP_OF_ACCURACIES = 0.15
 _RISE_OF_LOSS = 0.02
 _SHARE_LEFT_OUT = 0.1
 _SHARE_OF_REFERENCE = 0.3
+_AHEAD = ("PrecomputedReference", "WindowedReference", "GivenReference")
+"""The kinds of a reference whose log-probs are known ahead."""
 _NOTHING = 0.01
 """A mean margin below this, in rewards, is nothing learnt."""
 
@@ -152,7 +154,7 @@ def _waiting_for_reference(run: Run) -> Iterator[Finding]:
     parts = time_by_part(run)
     whole = sum(parts.values())
     reference = None if run.facts is None else run.facts.reference
-    if reference is None or reference.moves or reference.kind == "precomputed":
+    if reference is None or reference.moves or reference.kind in _AHEAD:
         return
     if whole and parts.get("reference", 0.0) > _SHARE_OF_REFERENCE * whole:
         share = percent(parts["reference"] / whole)

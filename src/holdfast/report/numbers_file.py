@@ -20,7 +20,7 @@ def report_json(runs: Sequence[Run]) -> str:
     """The report's JSON: {"format", "runs": [{"name", "folder", "outcome", "last_step", "answers", "findings",
     "changes", "healthy", "series", "seconds_by_part", "bytes_by_part", "syncs", "samples", "facts"}]}."""
     content = {"format": FORMAT, "runs": [_run(run) for run in runs]}
-    return json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False, default=str) + "\n"
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, default=str) + "\n"
 
 
 def _run(run: Run) -> dict[str, Any]:

@@ -18,9 +18,21 @@ from holdfast.report.page_style import CSS
 from holdfast.report.panels import Panel, by_source, panels_of
 from holdfast.report.run import Run
 from holdfast.report.samples_shown import samples
-from holdfast.report.units import in_bytes, in_short, in_time
+from holdfast.report.units import in_bytes, in_short, in_time, unit_of_bytes
 
 _MOST_EVENTS = 60
+_PROVENANCE = {
+    "description": "reference",
+    "weights": "digest of its weights",
+    "config": "digest of its settings",
+    "data": "digest of the training data",
+    "adapters": "adapters of the policy",
+    "way": "option reference",
+    "numerics": "numerics",
+    "max_length": "max_length",
+    "truncation_mode": "truncation_mode",
+    "version": "syncs so far",
+}
 _MEMORY = {"weights": "policy's weights", "reference": "reference", "gradients": "gradients",
            "optimizer": "optimizer's state"}  # fmt: skip
 
@@ -119,8 +131,8 @@ def _state(run: Run) -> str:
 
 def _reference(run: Run) -> str:
     if run.facts is None:
-        return "not recorded" if run.checkpoint is None else str(run.checkpoint.manifest.get("kind", "none"))
-    return "none" if run.facts.reference is None else run.facts.reference.kind
+        return "not recorded" if run.checkpoint is None else str(run.checkpoint.manifest.get("description", "none"))
+    return "none" if run.facts.reference is None else run.facts.reference.description
 
 
 def differing_options(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -202,11 +214,12 @@ def _time_and_memory(runs: Sequence[Run]) -> Html:
         texts = {part: in_time(seconds) for part, seconds in whole.items()} if len(times) == 1 else {}
         charts.append(stacked_bars(times, title="Time by part", x_label="seconds", texts=texts))
     if memory:
-        scaled = {name: {part: size / 1e9 for part, size in parts.items()} for name, parts in memory.items()}
+        unit, name_of_unit = unit_of_bytes(max(sum(parts.values()) for parts in memory.values()))
+        scaled = {name: {part: size / unit for part, size in parts.items()} for name, parts in memory.items()}
         first = next(iter(memory.values()))
         texts = {part: in_bytes(size) for part, size in first.items()} if len(memory) == 1 else {}
         note = "Worked out from shapes and dtypes, on one process; activations are not in it."
-        charts.append(stacked_bars(scaled, title="Memory by part", x_label="GB", texts=texts, note=note))
+        charts.append(stacked_bars(scaled, title="Memory by part", x_label=name_of_unit, texts=texts, note=note))
     if not charts:
         return Html("")
     peaks = {run.name: peak for run in runs if (peak := run.last("memory/peak_bytes")) is not None}
@@ -219,7 +232,7 @@ def memory_by_part(run: Run) -> dict[str, int]:
     if run.facts is None:
         return {}
     found = {words: getattr(run.facts.memory, part) for part, words in _MEMORY.items()}
-    return {words: size for words, size in found.items() if size}
+    return {words: size for words, size in found.items() if size is not None}
 
 
 def _of(name: str, runs: Sequence[Run]) -> str:
@@ -241,7 +254,7 @@ def _data(runs: Sequence[Run]) -> Html:
     if not rows:
         return Html("")
     head = ["data", "rows", "pairs used", "left out", "pairs by source"]
-    return joined([element("h2", "Data"), table(head, rows)])
+    return joined([element("h2", "Data"), table(head, rows, kind="words")])
 
 
 def _count(number: int | None) -> str:
@@ -265,14 +278,27 @@ def _events(runs: Sequence[Run]) -> Html:
 def _made(runs: Sequence[Run]) -> Html:
     parts = []
     for run in runs:
-        if run.facts is None:
-            continue
-        shown = [element("summary", f"{_of(run.name, runs)}model, options, versions"), fact_table(_facts(run.facts))]
-        if run.facts.options:
+        shown = [] if run.facts is None else [fact_table(_facts(run.facts))]
+        if run.facts is not None and run.facts.options:
             options = {name: str(value) for name, value in run.facts.options.items()}
             shown += [element("h3", "Options that were set"), fact_table(options)]
-        parts.append(element("details", *shown))
+        if (provenance := provenance_of(run)) and run.checkpoint is not None:
+            where = f"{run.checkpoint.folder.name}/reference/manifest.json"
+            shown += [element("h3", f"What the reference was made from, by {where}"), fact_table(provenance)]
+        if shown:
+            summary = element("summary", f"{_of(run.name, runs)}model, options, versions, provenance of the reference")
+            parts.append(element("details", summary, *shown))
     return joined([element("h2", "How it was made"), *parts]) if parts else Html("")
+
+
+def provenance_of(run: Run) -> dict[str, Content]:
+    """What the last complete checkpoint records of the reference: digests, settings, and how far it had moved."""
+    manifest = {} if run.checkpoint is None else run.checkpoint.manifest
+    return {
+        words: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, words in _PROVENANCE.items()
+        if (value := manifest.get(name)) not in (None, [], {})
+    }
 
 
 def _facts(facts: Facts) -> dict[str, Content]:

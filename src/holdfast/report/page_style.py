@@ -1,7 +1,7 @@
 """What the style of a report adds to the one of all pages: the four answers as cards, and completions side by side."""
 
 CSS = """
-.status { color: var(--faint); margin: 0 0 1rem; }
+.status { color: var(--faint); margin: 0 0 1rem; max-width: none; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: 1rem; }
 .answer { border: 1px solid var(--line); border-left: 5px solid var(--line); border-radius: 6px; padding: .7rem 1rem;
   min-width: 0; break-inside: avoid; }

@@ -26,6 +26,8 @@ class Panel:
     unit: str = ""
     words: str = ""
     is_main: bool = False
+    scale: float = 1.0
+    """What the numbers are divided by, to be in the unit."""
 
 
 PANELS = (
@@ -73,7 +75,7 @@ PANELS = (
     ),
     Panel(title="Speed", metrics={"speed/pairs_per_second": "pairs"}, unit="pairs per second"),
     Panel(title="Speed in tokens", metrics={"speed/tokens_per_second": "tokens"}, unit="tokens per second"),
-    Panel(title="Memory", metrics={"memory/peak_bytes": "highest"}, unit="bytes"),
+    Panel(title="Memory", metrics={"memory/peak_bytes": "highest"}, unit="GB", scale=1e9),
 )  # fmt: skip
 
 
@@ -120,6 +122,7 @@ def curves_of(run: Run, panel: Panel) -> list[Curve]:
     for prefix in ("", *run.evaluations):
         for place, (metric, label) in enumerate(panel.metrics.items()):
             steps, values = run.series(prefix + metric)
+            values = values / panel.scale
             if not values.size:
                 continue
             name = label if not prefix else f"{label}, {prefix.removeprefix('eval_').removesuffix('_') or 'eval'}"

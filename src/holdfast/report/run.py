@@ -38,7 +38,8 @@ class Checkpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A run. `facts` is None where it left no record; then events and samples are empty, and logs are those of
-    `trainer_state.json`. `is_summary` logs are left out."""
+    `trainer_state.json`. What is logged once, at the end of training, is left out. `columns` are steps and values of
+    each metric, in the order of their first log."""
 
     name: str
     folder: Path
@@ -47,6 +48,7 @@ class Run:
     events: tuple[Event, ...]
     samples: tuple[Sample, ...]
     checkpoint: Checkpoint | None
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
     @property
     def last_step(self) -> int:
@@ -56,7 +58,7 @@ class Run:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of all logged numbers, in the order of their first log."""
-        return tuple(dict.fromkeys(name for log in self.logs for name in log.numbers))
+        return tuple(self.columns)
 
     @property
     def evaluations(self) -> tuple[str, ...]:
@@ -71,9 +73,7 @@ class Run:
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """The steps at which a metric was logged, and its values."""
-        points = [(log.step, log.numbers[metric]) for log in self.logs if metric in log.numbers]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        return self.columns.get(metric, (np.empty(0), np.empty(0)))
 
     def last(self, metric: str) -> float | None:
         """The last finite value of a metric, None where it was never logged."""
@@ -119,9 +119,10 @@ def read_run(folder: Path) -> Run:
     name = folder.resolve().name
     if has_record(folder):
         record = read(folder)
+        logs = _without_summaries(record.logs)
         return Run(
-            name=name, folder=folder, facts=record.facts, logs=_without_summaries(record.logs), events=record.events,
-            samples=record.samples, checkpoint=checkpoint,
+            name=name, folder=folder, facts=record.facts, logs=logs, events=record.events, samples=record.samples,
+            checkpoint=checkpoint, columns=_columns(logs),
         )  # fmt: skip
     states = [folder / STATE, *([checkpoint.folder / STATE] if checkpoint is not None else [])]
     state = next((path for path in states if path.is_file()), None)
@@ -131,7 +132,20 @@ def read_run(folder: Path) -> Run:
             f"{STATE}. Name the output folder of a run that has logged something."
         )
     logs = _without_summaries(_logged(state))
-    return Run(name=name, folder=folder, facts=None, logs=logs, events=(), samples=(), checkpoint=checkpoint)
+    return Run(
+        name=name, folder=folder, facts=None, logs=logs, events=(), samples=(), checkpoint=checkpoint,
+        columns=_columns(logs),
+    )  # fmt: skip
+
+
+def _columns(logs: Sequence[Log]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for log in logs:
+        for name, value in log.numbers.items():
+            steps, values = points.setdefault(name, ([], []))
+            steps.append(log.step)
+            values.append(value)
+    return {name: (np.array(steps, dtype=np.float64), np.array(values)) for name, (steps, values) in points.items()}
 
 
 def _checkpoint(folder: Path) -> Checkpoint | None:

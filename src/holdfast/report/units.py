@@ -1,5 +1,7 @@
 """Numbers with their units, as people read them."""
 
+import math
+
 _BYTES = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -9,6 +11,12 @@ def in_bytes(number: float) -> str:
     while size >= 999.5 and unit < len(_BYTES) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.0f} {_BYTES[unit]}" if unit == 0 or size >= 99.5 else f"{size:.3g} {_BYTES[unit]}"
+
+
+def unit_of_bytes(most: float) -> tuple[float, str]:
+    """The unit in which sizes up to `most` are read best: its bytes, and its name."""
+    place = min(len(_BYTES) - 1, max(0, int(math.log10(most) // 3))) if most >= 1 else 0
+    return 1000.0**place, _BYTES[place]
 
 
 def in_time(seconds: float) -> str:

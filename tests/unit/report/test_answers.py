@@ -218,7 +218,7 @@ def test_how_to_resume(tmp_path, outcome, checkpoint, short, command):
             "holdfast train 'a b.yaml' --set training.resume_from_checkpoint=true",
         ),
         (
-            ["/v/holdfast/cli/__main__.py", "train", "r.yaml", "--set=training.resume_from_checkpoint=x"],
+            ["__main__.py", "train", "r.yaml", "--set=training.resume_from_checkpoint=x"],
             "holdfast train r.yaml --set training.resume_from_checkpoint=true",
         ),
         (["dpo.py", "model"], "trainer.train(resume_from_checkpoint=True)"),
