@@ -1,12 +1,16 @@
 """What a report reads: the record, or the logs of a run without one, and what stands in the last checkpoint."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from holdfast.checkpoint import foreign
 from holdfast.report.findings import time_by_part
-from holdfast.report.run import read_run, read_runs
+from holdfast.report.run import STATE, read_run, read_runs
 from runs import moving, write_checkpoint, write_run, write_state
 
 
@@ -85,6 +89,23 @@ def test_names_tell_runs_apart(tmp_path):
 def test_what_is_no_run(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         read_run(make(tmp_path))
+
+
+def test_a_report_is_read_without_the_libraries_that_train(tmp_path):
+    """They would take most of the time of the command."""
+    write_run(tmp_path)
+    code = (
+        "import sys; from holdfast.report.files import write_own_report; from pathlib import Path; "
+        f"write_own_report(Path({str(tmp_path)!r})); "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_of_files_are_those_of_transformers():
+    assert (foreign.TRAINER_STATE_NAME, foreign.TRAINING_ARGS_NAME) == (TRAINER_STATE_NAME, TRAINING_ARGS_NAME)
+    assert STATE == TRAINER_STATE_NAME
 
 
 def test_a_run_that_is_named_twice(tmp_path):
