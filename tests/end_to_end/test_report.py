@@ -1,4 +1,4 @@
-"""`holdfast report`, and the report that `holdfast train` leaves: its numbers are those of the run, whatever its end."""
+"""`holdfast report`, and the report that `holdfast train` leaves: its numbers are the run's, whatever its end."""
 
 import json
 import os
@@ -71,8 +71,8 @@ def content(output: str) -> dict:
 
 
 def test_the_report_of_a_run(folder, monkeypatch):
-    """Its series are the numbers of `trainer_state.json`, its syncs are every second step, its reference is the one that
-    the last checkpoint names, and the command writes the same page again."""
+    """Its series are the numbers of `trainer_state.json`, its syncs are every second step, its reference is the one
+    that the last checkpoint names, and the command writes the same page again."""
     monkeypatch.chdir(folder)
     code, text = train("out", "training.sync_ref_model=true", "training.ref_model_sync_steps=2")
     assert code == 0, text
