@@ -33,7 +33,7 @@ LAYERS = (
     {"arguments", "callbacks", "card", "checkpoint", "metrics", "record"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect"},
+    {"demo", "inspect", "report"},
     {"cli"},
 )
 EXPORTED = {
