@@ -1,7 +1,7 @@
 """The model card of a trained model: its base model, how it was trained, and which reference it had."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
 from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import loaded_from
+from holdfast.record.entries import Sample
 from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
 
@@ -65,6 +66,8 @@ def write_card(
     dataset: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
+    log_history: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Sample] = (),
 ) -> None:
     """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...),
     what `transformers` calls `finetuned_from`, `dataset_tags` and `tasks` under the names that headers have for it. A

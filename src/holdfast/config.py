@@ -25,6 +25,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
+from holdfast.options.samples import SampleOptions
 from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
@@ -42,11 +43,11 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class DPOConfig(
-    LossOptions, ModifierOptions, ResumeOptions, DataOptions, ProcessOptions, TrainingArguments, metaclass=ConfigClass
+    LossOptions, ModifierOptions, ResumeOptions, DataOptions, ProcessOptions, SampleOptions, TrainingArguments, metaclass=ConfigClass
 ):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `DataOptions`, `ResumeOptions` and `ProcessOptions` (in `options`) those about data, checkpoints and processes. All
-    others that are not listed here come from `transformers.TrainingArguments`.
+    `DataOptions`, `ResumeOptions`, `ProcessOptions` and `SampleOptions` (in `options`) those about data, checkpoints,
+    processes and samples. All others that are not listed here come from `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the
@@ -251,14 +252,22 @@ class DPOConfig(
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
     @property
+    def asks_for_reference(self) -> bool:
+        """Whether the options name a reference. Beside losses that need none, it is kept for metrics and samples."""
+        names_way = self.reference not in ("auto", "none")
+        return names_way or self.ref_adapter_name is not None or self.computes_ahead
+
+    @property
     def computes_ahead(self) -> bool:
         """Whether the reference's log-probs are computed before training: by the flag, or by the way it is held."""
         return self.precompute_ref_log_probs or self.reference == "precomputed"
 
-    def reference_options(self, *, is_stream: bool) -> ReferenceOptions:
-        """Which reference the options ask for. `is_stream`: whether the training data are a stream."""
+    def reference_options(self, *, is_stream: bool, has_ref_model: bool = False) -> ReferenceOptions:
+        """Which reference the options ask for. `is_stream`: whether the training data are a stream. `has_ref_model`:
+        whether the trainer was given a `ref_model`, which asks for one."""
+        is_kept = self.needs_reference or self.asks_for_reference or has_ref_model
         return ReferenceOptions(
-            way=self.reference if self.needs_reference else "none",
+            way=self.reference if is_kept else "none",
             adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
             window=self.reference_window,
@@ -370,14 +379,14 @@ class DPOConfig(
             )
         is_set = {
             "sync_ref_model": self.sync_ref_model,
-            "ref_adapter_name": self.ref_adapter_name is not None,
-            "precompute_ref_log_probs": self.computes_ahead,
+            "precompute_ref_log_probs": self.precompute_ref_log_probs,
             "reference_window": self.reference_window is not None,
-            "ref_model_weights": self.ref_model_weights is not None,
         }
         option = next(filter(is_set.get, is_set), None)
-        if option is not None and not self.needs_reference:
+        is_kept = self.asks_for_reference and self.reference != "none"
+        if option is not None and not (self.needs_reference or is_kept):
             raise ValueError(
                 f"{option} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
-                f"reference to apply it to. Drop it, or add a loss that compares with a reference."
+                "reference to apply it to. Drop it, name a reference to be kept for the metrics (reference='model', "
+                "...), or add a loss that compares with one."
             )

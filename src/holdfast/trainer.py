@@ -192,6 +192,7 @@ class DPOTrainer(HalfWeightsTrainer):
         )
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
         self._begin_holding(self._first_rows, self._startup.longest_row)
+        self._begin_sampling()
         self._announce(self._datasets())
         as_trained = self._full_eval.as_trained
         self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, as_trained)
