@@ -43,7 +43,14 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class DPOConfig(
-    LossOptions, ModifierOptions, ResumeOptions, DataOptions, ProcessOptions, SampleOptions, TrainingArguments, metaclass=ConfigClass
+    LossOptions,
+    ModifierOptions,
+    ResumeOptions,
+    DataOptions,
+    ProcessOptions,
+    SampleOptions,
+    TrainingArguments,
+    metaclass=ConfigClass,
 ):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
     `DataOptions`, `ResumeOptions`, `ProcessOptions` and `SampleOptions` (in `options`) those about data, checkpoints,

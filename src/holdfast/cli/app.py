@@ -128,9 +128,9 @@ def precompute(
     """
     with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run, arguments = _joined("precompute", run_file, overrides or [])
-        has_reference = arguments.reference_options(
-            is_stream=False, has_ref_model=run["reference.model"] is not None
-        ).way != "none"
+        has_reference = (
+            arguments.reference_options(is_stream=False, has_ref_model=run["reference.model"] is not None).way != "none"
+        )
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))

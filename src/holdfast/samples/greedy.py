@@ -12,6 +12,7 @@ after it, which read the whole row for each token.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from holdfast.policy.adapters import is_adapted
 from holdfast.policy.sharding import give_back
 from holdfast.policy.untouched import untouched
 from holdfast.reference.base import Share
@@ -38,10 +40,11 @@ def complete_greedily(
 ) -> list[list[int]]:
     """The token ids of each prompt's completion, without the token of `stop_ids` that ended it.
 
-    One model, or a mixture of several. They are in eval mode meanwhile and as before afterwards, but for caches that
-    no result depends on. Prompts of a batch are filled up with `pad_id` on the left.
+    `models` are one model, or those of a mixture, each with its share. They are in eval mode meanwhile, and as before
+    afterwards. Prompts of a batch are filled up with `pad_id` on the left.
     """
-    size = batch_size if len(models) == 1 else 1  # alone, a row needs no filling up
+    is_plain = len(models) == 1 and not _learns_prompt(models[0][1])
+    size = batch_size if is_plain else 1  # alone, a row needs no filling up
     completions: list[list[int]] = []
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for _, model in models:
@@ -72,10 +75,15 @@ def _complete(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     processors: Any = LogitsProcessorList([_Mixing(share, others)] if others else [])
     generate: Any = getattr(first, "generate")  # noqa: B009  # nn.Module has no such method
-    rows: Tensor = generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-    )
+    rows: Tensor = generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors)
     return rows[:, longest:].tolist()
+
+
+def _learns_prompt(model: Any) -> bool:
+    """Whether an adapter puts virtual tokens before a row. peft gives the tokens after filled positions other places
+    than without them."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {}) if is_adapted(model) else {}
+    return any(config.is_prompt_learning for config in configs.values())
 
 
 @final
@@ -99,7 +107,9 @@ class _Mixing(LogitsProcessor):
 def _ready(model: nn.Module) -> Iterator[None]:
     """A context in which the model generates by the config that it is given alone."""
     causal_lm: Any = unwrap(model)
-    with untouched(model), evaluating(model):
+    with untouched(model), evaluating(model), warnings.catch_warnings():
+        # peft drops them under virtual tokens; a row that is not filled up has the same without them
+        warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
         causal_lm.generation_config = GenerationConfig()
         try:
             yield

@@ -1,7 +1,7 @@
 """Samples shown by the trackers of a run: as a table (trackio, wandb), as text (TensorBoard).
 
-The trackers are those that transformers has set up for `report_to`. What a model says is other people's text: it is made
-visible, and what would be markup there is shown as it stands.
+The trackers are those that transformers has set up for `report_to`. What a model says is other people's text: it is
+made visible, and what would be markup there is shown as it stands.
 """
 
 import html

@@ -7,6 +7,7 @@ evaluation's metrics, so the best model can be chosen by them. Trackers and the 
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,8 @@ class SamplingTrainer(RenewableTrainer):
     """None where no prompts are completed."""
     _sampled_metrics: dict[str, float] | None = None
     """What the evaluation that is under way has of its samples."""
+    _recalled: Path | None = None
+    """The checkpoint of the run whose record was read."""
 
     @property
     def _judges(self) -> list[WinRateCallback]:
@@ -127,6 +130,9 @@ class SamplingTrainer(RenewableTrainer):
 
     def _samples(self, sampler: Sampler, name: str) -> list[Sample]:
         model: nn.Module = self.model
+        if self._resumed is not None and self._recalled != self._resumed:
+            self._recalled, record = self._resumed, self._sample_record()
+            sampler.recall(of_all([] if record is None else [*record.samples()])[0], self.state.global_step)
         with doing("generating samples", is_long=True):
             samples, is_new = sampler.samples(name, self.state.global_step, model)
         self._last_samples = samples

@@ -62,8 +62,8 @@ class Startup:
         brings_logps: bool,
         layout: Callable[[], str],
     ) -> Reference | None:
-        """The run's reference; None where no loss needs one and none is asked for. `ref_models` are those that the user chose, with None for
-        the policy itself. `layout()` names the layout in the end.
+        """The run's reference; None where no loss needs one and none is asked for. `ref_models` are those that the user
+        chose, with None for the policy itself. `layout()` names the layout in the end.
 
         ValueError where the options contradict the models, or where a log-prob depends on the rest of its batch and
         would be kept. `brings_logps` says that all data bring the reference's log-probs along: they come from other
