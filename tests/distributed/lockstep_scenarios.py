@@ -66,7 +66,8 @@ def made(
     if engine == "native":
         policy = loaded_in_shards(policy, folder / "model")
     return trainer(
-        policy, config(folder, **options | changed), ref_model=ref_model, data_collator=data_collator, callbacks=callbacks,
+        policy, config(folder, **options | changed), ref_model=ref_model, data_collator=data_collator,
+        callbacks=callbacks,
         train_dataset=rows(9) if train_dataset is None else train_dataset,
         eval_dataset=rows(5, seed=1) if eval_dataset is None else eval_dataset,
     )  # fmt: skip
