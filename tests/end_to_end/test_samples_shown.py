@@ -110,6 +110,16 @@ def test_a_judge_without_anything_to_compare(options: dict[str, Any], message: s
         ])  # fmt: skip
 
 
+def test_a_judge_that_comes_later_is_heeded_or_refused(tmp_path: Path) -> None:
+    made = trainer(tiny_model(), config(tmp_path / "0", **OPTIONS), eval_dataset=rows(4, 1))
+    made.add_callback(WinRateCallback(prefers("x")))
+    assert made.evaluate()["eval_win_rate"] == 0.5
+    made = trainer(tiny_model(), config(tmp_path / "1"), eval_dataset=rows(4, 1))
+    made.add_callback(WinRateCallback(prefers("x")))
+    with pytest.raises(ValueError, match="A WinRateCallback was given with generate_samples=0"):
+        made.evaluate()
+
+
 def test_without_a_reference_there_are_the_policy_and_the_data(tmp_path: Path) -> None:
     judge = WinRateCallback(prefers("x"), against="chosen")
     made = trainer(

@@ -133,6 +133,12 @@ def test_answers_that_are_none(judge: Any, is_batched: bool, message: str) -> No
         WinRateCallback(judge, is_batched=is_batched).metrics(samples(("a", "x")))
 
 
+def test_arguments_of_the_common_trainers_callback() -> None:
+    with pytest.raises(TypeError, match=r"(?s)given 3 names.*- trainer: drop it: .*- num_prompts: write generate_sam"
+                       r".*- judges: there is nothing"):  # fmt: skip
+        WinRateCallback(lambda *_: 1, trainer=object(), num_prompts=4, judges=1)
+
+
 def test_what_is_no_judge() -> None:
     with pytest.raises(TypeError, match=r"`judge` is a str; pass a function of \(prompt, first, second\)"):
         WinRateCallback("gpt")

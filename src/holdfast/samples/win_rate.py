@@ -14,7 +14,7 @@ the standard errors are too wide for that.
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -70,7 +70,11 @@ class WinRateCallback(TrainerCallback):
     The judge is called in the first process only. What it raises ends the run.
     """
 
-    def __init__(self, judge: Any, *, is_batched: bool = False, against: Against = "reference") -> None:
+    def __init__(
+        self, judge: Any, *, is_batched: bool = False, against: Against = "reference", **of_others: Any
+    ) -> None:
+        if of_others:
+            raise TypeError(_advice(of_others))
         if not callable(judge) and not callable(getattr(judge, "judge", None)):
             raise TypeError(
                 f"`judge` is a {type(judge).__name__}; pass a function of (prompt, first, second) that returns the "
@@ -92,6 +96,21 @@ class WinRateCallback(TrainerCallback):
             logger.warning("The judge gave an answer of %d of %d prompts.", found.num_judged, len(samples))
         metrics = {"win_rate": found.win_rate, "win_rate_ties": found.ties}
         return metrics if found.standard_error is None else metrics | {"win_rate_se": found.standard_error}
+
+
+_INSTEAD = {
+    "trainer": "drop it: the callback is one of the trainer's `callbacks`",
+    "generation_config": "write samples_max_new_tokens in DPOConfig; completions are greedy",
+    "num_prompts": "write generate_samples in DPOConfig",
+    "shuffle_order": "drop it: each pair is shown in both orders, always",
+    "use_soft_judge": "drop it: a judge may return probabilities, always",
+}
+"""Arguments of the common trainer's callback of this name."""
+
+
+def _advice(of_others: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {_INSTEAD.get(name, 'there is nothing of this name; drop it')}." for name in of_others]
+    return "\n".join([f"WinRateCallback was given {len(of_others)} names that are none of its arguments:", *lines])
 
 
 Ask = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float | None]]

@@ -49,12 +49,7 @@ class SamplingTrainer(RenewableTrainer):
         """Chooses the prompts of this run. ValueError where none of a set can be completed, or where what is asked for
         contradicts itself."""
         args, tokenizer, datasets = self.args, self._preparation.processing_class, datasets_by_name(self.eval_dataset)
-        check_samples(
-            args,
-            has_eval_data=bool(datasets),
-            has_judge=bool(self._judges),
-            lacks_reference=self.reference is None and any(judge.against == "reference" for judge in self._judges),
-        )
+        self._check_samples()
         self._sampler = None
         if args.generate_samples == 0:
             return
@@ -86,6 +81,15 @@ class SamplingTrainer(RenewableTrainer):
         if self.reference is not None:
             self.reference.before_offload = self._complete_while_there
 
+    def _check_samples(self) -> None:
+        """ValueError where there is nothing to complete or to compare."""
+        check_samples(
+            self.args,
+            has_eval_data=self.eval_dataset is not None,
+            has_judge=bool(self._judges),
+            lacks_reference=self.reference is None and any(judge.against == "reference" for judge in self._judges),
+        )
+
     def _completed(
         self, models: Sequence[Share], prompts: Sequence[Prompt], *, stop_ids: Sequence[int], most: int
     ) -> list[str]:
@@ -114,6 +118,7 @@ class SamplingTrainer(RenewableTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`. Of the trainer's own evaluation sets, prompts are completed before."""
+        self._check_samples()  # a callback may have been added meanwhile
         name = eval_dataset if isinstance(eval_dataset, str) else "eval"
         is_own = eval_dataset is None or isinstance(eval_dataset, str)
         if self._sampler is None or not is_own or name not in self._sampler.prompts:
