@@ -45,9 +45,9 @@ th:first-child, td:first-child { text-align: left; }
   .words td:first-child { white-space: normal; min-width: 7rem; } }
 """
 _CHARTS = """
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 1.2rem 1.4rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 1.2rem 1.4rem; }
 .charts > * { min-width: 0; }
-.chart { margin: 0; max-width: 720px; }
+.chart { margin: 0; max-width: 600px; }
 .chart figcaption { font-weight: 600; }
 .chart svg { display: block; width: 100%; height: auto; }
 .chart text { font: 12px system-ui, sans-serif; fill: var(--faint); }
@@ -58,6 +58,8 @@ _CHARTS = """
 .chart .dot { fill: var(--color); stroke: none; } .chart .target { fill: transparent; stroke: none; }
 .chart .target:hover { fill: var(--color); fill-opacity: .55; }
 .chart .fill { fill: var(--color); fill-opacity: .75; stroke: var(--back); stroke-width: .5; }
+.chart .point { fill: var(--color); fill-opacity: .55; stroke: none; }
+.chart .value { fill: var(--ink); } .chart .within { fill: var(--ink); font-weight: 600; }
 .chart .range { fill: var(--healthy); opacity: .1; } .chart .edge { stroke: var(--healthy); stroke-dasharray: 2 3; }
 .chart .level { stroke: var(--faint); stroke-dasharray: 5 4; }
 .chart .mark { stroke: var(--ink); stroke-dasharray: 1 3; }

@@ -14,12 +14,13 @@ _STEPS = [1, 2, 2.5, 5, 10]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """An axis from `low` to `high`, with ticks between."""
+    """An axis from `low` to `high`, with ticks between. `names` is the text of the ticks where they are no numbers."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
     is_log: bool = False
+    names: tuple[str, ...] = ()
 
     def share(self, values: np.ndarray) -> np.ndarray:
         """Where the values are: 0 at the low end, 1 at the high one, NaN where an axis of logarithms has no place."""
@@ -31,6 +32,8 @@ class Axis:
     @property
     def labels(self) -> tuple[str, ...]:
         """The ticks as text."""
+        if self.names:
+            return self.names
         spacing = min(np.diff(self.ticks)) if len(self.ticks) > 1 and not self.is_log else None
         return tuple(tick_label(tick, spacing) for tick in self.ticks)
 
@@ -56,6 +59,12 @@ def axis_of(
     return Axis(low=low, high=high, ticks=_within(ticks, low, high))
 
 
+def axis_of_names(names: Sequence[str], most_letters: int = 22) -> Axis:
+    """An axis upwards with a place for each name, the first at the top: the `n`-th is at `-n`. Long names are cut."""
+    shown = tuple(name if len(name) <= most_letters else name[: most_letters - 3] + "..." for name in names)
+    return Axis(low=0.5 - max(1, len(names)), high=0.5, ticks=tuple(-float(n) for n in range(len(names))), names=shown)
+
+
 def tick_label(value: float, spacing: float | None = None) -> str:
     """A value with as many decimals as the spacing of its ticks needs, or in scientific notation where it is tiny or
     huge."""
@@ -66,7 +75,7 @@ def tick_label(value: float, spacing: float | None = None) -> str:
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if spacing is None:
-        return f"{value:,.0f}" if value >= 1 else f"{value:g}"
+        return f"{value:,.7g}"
     decimals = next((number for number in range(7) if math.isclose(round(spacing, number), spacing)), 7)
     return f"{value:,.{decimals}f}"
 

@@ -12,7 +12,7 @@ from holdfast.pages.markup import Html, element, joined
 NUM_COLORS = 8
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 3", "1 2", "6 2 1 2", "4 4")
 """The pattern of each series, so that they differ without colour as well."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 20, 22, 38
+_RIGHT, _TOP, _BOTTOM = 20, 22, 38
 
 
 @final
@@ -24,21 +24,18 @@ class Frame:
     y: Axis
     width: int = 420
     height: int = 240
+    left: int = 54
+    """Where the plot begins; to its left are the names of ticks."""
 
     def across(self, values: np.ndarray | Sequence[float] | float) -> np.ndarray:
         """The horizontal places of values, in units from the left."""
         share = self.x.share(np.asarray(values, dtype=np.float64))
-        return _LEFT + share * (self.width - _LEFT - _RIGHT)
+        return self.left + share * (self.right - self.left)
 
     def down(self, values: np.ndarray | Sequence[float] | float) -> np.ndarray:
         """The vertical places of values, in units from the top."""
         share = self.y.share(np.asarray(values, dtype=np.float64))
         return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
-
-    @property
-    def left(self) -> int:
-        """Where the plot begins."""
-        return _LEFT
 
     @property
     def right(self) -> int:
