@@ -25,6 +25,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
+from holdfast.options.run_record import RecordOptions
 from holdfast.options.samples import SampleOptions
 from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
@@ -48,13 +49,15 @@ class DPOConfig(
     ResumeOptions,
     DataOptions,
     ProcessOptions,
+    RecordOptions,
     SampleOptions,
     TrainingArguments,
     metaclass=ConfigClass,
 ):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `DataOptions`, `ResumeOptions`, `ProcessOptions` and `SampleOptions` (in `options`) those about data, checkpoints,
-    processes and samples. All others that are not listed here come from `transformers.TrainingArguments`.
+    `DataOptions`, `ResumeOptions`, `ProcessOptions`, `RecordOptions` and `SampleOptions` (in `options`) those about
+    data, checkpoints, processes, the record and samples. All others that are not listed here come from
+    `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the

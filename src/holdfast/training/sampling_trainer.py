@@ -5,6 +5,7 @@ drawn at random, and the policy is afterwards in the modes and with the buffers 
 evaluation's metrics, so the best model can be chosen by them. Trackers and the run's record get the texts.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -148,9 +149,9 @@ class SamplingTrainer(RenewableTrainer):
                     record.sample(sample)
         return samples
 
+    @abstractmethod
     def _sample_record(self) -> RecordWriter | None:
         """What writes the run's record in this process; None where it writes none."""
-        return None
 
     def _win_rates(self, samples: Sequence[Sample]) -> dict[str, float]:
         """The metrics of all judges, in all processes. The first process asks them."""
