@@ -16,7 +16,7 @@ from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
-from holdfast.options.combinations import check_combinations, refused_by_transformers
+from holdfast.options.combinations import check_combinations, check_losses_compare, refused_by_transformers
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
@@ -192,7 +192,7 @@ class DPOConfig(
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.check()
-        self._check_losses_compare()
+        check_losses_compare(self)
 
     def _post_init_of_transformers(self) -> None:
         """What `TrainingArguments` makes of its options. ValueError where it refuses one, by whatever error."""
@@ -376,27 +376,4 @@ class DPOConfig(
             raise ValueError(
                 f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
                 "inside the policy that stay as they are, the second is not. Drop one of them."
-            )
-
-    def _check_losses_compare(self) -> None:
-        """A loss that compares with a reference needs one. An option about the reference needs such a loss."""
-        if self.reference == "none" and self.needs_reference:
-            needy = [name for name in self.loss_types if LOSSES[name].needs_reference]
-            raise ValueError(
-                f"reference='none' was asked for, but loss_type {needy} compares with a reference. Use a loss that "
-                "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
-                "or leave `reference` at 'auto'."
-            )
-        is_set = {
-            "sync_ref_model": self.sync_ref_model,
-            "precompute_ref_log_probs": self.precompute_ref_log_probs,
-            "reference_window": self.reference_window is not None,
-        }
-        option = next(filter(is_set.get, is_set), None)
-        is_kept = self.asks_for_reference and self.reference != "none"
-        if option is not None and not (self.needs_reference or is_kept):
-            raise ValueError(
-                f"{option} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
-                "reference to apply it to. Drop it, name a reference to be kept for the metrics (reference='model', "
-                "...), or add a loss that compares with one."
             )

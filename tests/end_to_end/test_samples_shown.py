@@ -1,6 +1,7 @@
 """Samples where people see them: win rates among the metrics, trackers, the model card, and the record of a run that
 is resumed."""
 
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,10 +13,8 @@ from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 
 from families import tiny_model
-from holdfast import DPOTrainer, WinRateCallback
-from holdfast.checkpoint.folder import complete_checkpoints
+from holdfast import DPOTrainer, WinRateCallback, record
 from holdfast.record.entries import Sample
-from holdfast.record.writer import RecordWriter
 from holdfast.samples import tables
 from policies import POLICIES, config, rows, trainer
 
@@ -233,11 +232,9 @@ def test_the_card_has_numbers_and_a_sample(tmp_path: Path) -> None:
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def recorded(made: DPOTrainer, folder: Path) -> tuple[RecordWriter, list[int]]:
-    """The writer of a run's record, and a list that grows by the number of prompts whenever some are completed."""
-    (folder / "record").mkdir(parents=True, exist_ok=True)
-    writer, asked = RecordWriter(folder), []
-    made._sample_record = lambda: writer
+def completions_of(made: DPOTrainer) -> list[int]:
+    """A list that grows by the number of prompts whenever some are completed."""
+    asked: list[int] = []
     sampler = made._sampler
     assert sampler is not None
     completed = sampler._completed
@@ -247,7 +244,7 @@ def recorded(made: DPOTrainer, folder: Path) -> tuple[RecordWriter, list[int]]:
         return completed(models, prompts)
 
     sampler._completed = counted
-    return writer, asked
+    return asked
 
 
 @pytest.mark.parametrize("moves", [False, True])
@@ -256,29 +253,28 @@ def test_a_resumed_run_generates_nothing_again(moves: bool, tmp_path: Path) -> N
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 4} if moves else {}
     options = {**OPTIONS, **moving, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     whole = trainer(POLICIES["full"](), config(tmp_path / "whole", **options), eval_dataset=rows(4, 1))
-    everything, asked = recorded(whole, tmp_path / "whole")
+    asked = completions_of(whole)
     whole.train()
-    assert [sample.step for sample in everything.samples()] == [2, 2, 2, 4, 4, 4, 6, 6, 6]
+    everything = record.read(tmp_path / "whole").samples
+    assert [sample.step for sample in everything] == [2, 2, 2, 4, 4, 4, 6, 6, 6]
     assert asked == [3] * (3 + 2 if moves else 3 + 1)
-    checkpoint = next(path for path in complete_checkpoints(tmp_path / "whole") if path.name == "checkpoint-4")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    checkpoint = str(tmp_path / "again" / "checkpoint-4")
     again = trainer(POLICIES["full"](), config(tmp_path / "again", **options), eval_dataset=rows(4, 1))
-    writer, asked = recorded(again, tmp_path / "again")
-    for sample in everything.samples()[:6]:
-        writer.sample(sample)
-    again.train(resume_from_checkpoint=str(checkpoint))
-    assert writer.samples() == everything.samples()
+    asked = completions_of(again)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert record.read(tmp_path / "again").samples == everything
     assert asked == [3]  # of the policy at step 6
 
     shorter = {**options, "samples_max_new_tokens": 2}
     other = trainer(POLICIES["full"](), config(tmp_path / "again", **shorter), eval_dataset=rows(4, 1))
-    _, asked = recorded(other, tmp_path / "again")
-    other.train(resume_from_checkpoint=str(checkpoint))
+    asked = completions_of(other)
+    other.train(resume_from_checkpoint=checkpoint)
     assert asked == [3, 3]  # completions of another length are not compared with those
 
 
 def test_what_was_evaluated_twice_is_recorded_once(tmp_path: Path) -> None:
     made = trainer(tiny_model(), config(tmp_path, **OPTIONS), eval_dataset=rows(4, 1))
-    writer, _ = recorded(made, tmp_path)
+    made.train()
     made.evaluate()
-    made.evaluate()
-    assert len(writer.samples()) == 3
+    assert len(record.read(tmp_path).samples) == 6

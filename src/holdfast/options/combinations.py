@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.trainer_utils import IntervalStrategy
 
 from holdfast.data.shapes.mapping import check_mapping
+from holdfast.losses import LOSSES
 from holdfast.losses.options import shown
 from holdfast.options.engines import check_engine_options
 from holdfast.options.ranges import count
@@ -128,6 +129,31 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, f"{name}[{index}]")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
+
+
+def check_losses_compare(args: Any) -> None:
+    """ValueError where a loss compares with a reference and there is none, or where an option is about a reference that
+    no loss needs and nobody named."""
+    if args.reference == "none" and args.needs_reference:
+        needy = [name for name in args.loss_types if LOSSES[name].needs_reference]
+        raise ValueError(
+            f"reference='none' was asked for, but loss_type {needy} compares with a reference. Use a loss that "
+            "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
+            "or leave `reference` at 'auto'."
+        )
+    is_set = {
+        "sync_ref_model": args.sync_ref_model,
+        "precompute_ref_log_probs": args.precompute_ref_log_probs,
+        "reference_window": args.reference_window is not None,
+    }
+    option = next(filter(is_set.get, is_set), None)
+    is_kept = args.asks_for_reference and args.reference != "none"
+    if option is not None and not (args.needs_reference or is_kept):
+        raise ValueError(
+            f"{option} was asked for, but loss_type {args.loss_types} with reference={args.reference!r} has no "
+            "reference to apply it to. Drop it, name a reference to be kept for the metrics (reference='model', "
+            "...), or add a loss that compares with one."
+        )
 
 
 def check_evaluation(args: Any, *, has_eval_data: bool) -> None:
