@@ -7,7 +7,7 @@ prompt, which is then completed once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, final
+from typing import Any, cast, final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,24 +58,24 @@ def choose_prompts(
 
 def _prompt(row: int, ids: Sequence[int], values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
     chosen, rejected = (text_of(values[name], tokenizer) for name in (CHOSEN_IDS, REJECTED_IDS))
-    return Prompt(row=row, ids=tuple(ids), text=str(tokenizer.decode(ids)), chosen=chosen, rejected=rejected)
+    return Prompt(row=row, ids=tuple(ids), text=str(tokenizer.decode([*ids])), chosen=chosen, rejected=rejected)
 
 
 def text_of(completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a completion, without special tokens."""
-    return str(tokenizer.decode(completion_ids, skip_special_tokens=True))
+    return str(tokenizer.decode([*completion_ids], skip_special_tokens=True))
 
 
 def stop_ids(dataset: Any, tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
     """The tokens that end a completion: those that the model's generation config names, the tokenizer's end of
     sequence, and the special token that ends the dataset's first chosen completion (a chat template may have its
     own)."""
-    named = getattr(generation_config, "eos_token_id", None)
-    ids = [*named] if isinstance(named, list | tuple) else [named]
+    named, eos = getattr(generation_config, "eos_token_id", None), cast(Any, tokenizer.eos_token_id)
+    ids: list[Any] = [*named] if isinstance(named, list | tuple) else [named]
     first = next(iter(dataset), None)
     if first is not None:
         ids.append(_last_special(first[CHOSEN_IDS], tokenizer))
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    return sorted({int(token) for token in (*ids, eos) if token is not None})
 
 
 def _last_special(completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
