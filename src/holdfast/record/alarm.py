@@ -54,9 +54,9 @@ class Alarm:
             f"Step {self.step}: log-probs of chosen completions fall ({self.chosen_before:.3g} to "
             f"{self.chosen_now:.3g} nats{against} since step {self.since}) while margins rise "
             f"({self.margin_before:.3g} to {self.margin_now:.3g}). Pairs are told apart by making both completions "
-            "less likely; what the policy writes instead is in no pair. If its samples get worse: lower the learning rate "
-            f'(now {learning_rate:g}), raise beta (now {beta:g}), or {likelihood}. See "Both fall" in '
-            "docs/metrics.md."
+            "less likely; what the policy writes instead is in no pair. If its samples get worse: lower the learning "
+            f"rate (now {learning_rate:g}), raise beta (now {beta:g}), or {likelihood}. See "
+            '"Both fall" in docs/metrics.md.'
         )
 
     def numbers(self) -> dict[str, float]:
