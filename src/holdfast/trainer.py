@@ -195,6 +195,7 @@ class DPOTrainer(WatchedTrainer):
         )
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
         self._begin_holding(self._first_rows, self._startup.longest_row)
+        self._begin_sampling()
         self._announce(self._datasets())
         self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, self._as_reference)
         if self.reference is not None and self.args.sync_ref_model:
