@@ -159,7 +159,8 @@ with sync_playwright() as driver:
     page.wait_for_selector(".md-search__form", state="visible")
     page.locator("input.md-search__input").press_sequentially(words)
     page.wait_for_selector(".md-search-result__item")
-    print(*(found.inner_text().splitlines()[0] for found in page.query_selector_all(".md-search-result__item")), sep="\\n")
+    for found in page.query_selector_all(".md-search-result__item"):
+        print(found.inner_text().splitlines()[0])
 """
 
 
