@@ -36,13 +36,18 @@ from shown_texts import TEXTS
 
 PAGES = [page for page in pages() if blocks_of(page)]
 
-SLOW = {"README.md", "docs/index.md", "docs/references.md", "docs/store.md", "docs/troubleshooting.md"}
-NIGHTLY = {"docs/howto/devices.md", "docs/howto/job.md", "docs/migrate/llama-factory.md", "docs/migrate/trl.md"}
-"""Pages whose blocks train for more than a moment."""
+IN_EVERY_RUN = {"README.md", "docs/index.md", "docs/quickstart.md", "docs/troubleshooting.md"}
+"""Of the pages that train, those that `make test` runs."""
+
+_TRAINS = re.compile(r"holdfast (train|precompute|report|inspect|quickstart)|\.train\(|python examples|holdfast\.cli")
 
 
 def marks_of(page: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.nightly] * (page in NIGHTLY) + [pytest.mark.slow] * (page in SLOW)
+    """Pages that train take seconds."""
+    commands = (block.text for block in blocks_of(page) if block.language in ("bash", "console", "python"))
+    if not any(map(_TRAINS.search, commands)):
+        return []
+    return [pytest.mark.slow] if page in IN_EVERY_RUN else [pytest.mark.nightly]
 
 
 @pytest.fixture(scope="session")
