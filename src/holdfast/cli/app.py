@@ -128,11 +128,14 @@ def precompute(
     """
     with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run, arguments = _joined("precompute", run_file, overrides or [])
+        has_reference = (
+            arguments.reference_options(is_stream=False, has_ref_model=run["reference.model"] is not None).way != "none"
+        )
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
         is_stream = run["data.train"].is_stream
-        if is_stream or arguments.sync_ref_model or not arguments.needs_reference:
+        if is_stream or arguments.sync_ref_model or not has_reference:
             raise ValueError(_NOT_AHEAD)  # before anything is loaded
         from holdfast.cli.assembly import trainer_of
 
