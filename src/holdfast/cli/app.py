@@ -26,6 +26,7 @@ from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
@@ -78,6 +79,7 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
+app.command()(report)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -175,8 +177,7 @@ def demo(
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
     """The metrics of a run that is trained, saved into `folder` and evaluated."""
     from holdfast.checkpoint.hosts import agreed_checkpoint
-    from holdfast.checkpoint.placed import write_text
-    from holdfast.checkpoint.sound import check_together, last_complete, resuming
+    from holdfast.checkpoint.sound import check_together, resuming
     from holdfast.cli.assembly import trainer_of
 
     checkpoint = agreed_checkpoint(arguments.resume_from_checkpoint, folder)
@@ -185,6 +186,16 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         check_together(checkpoint, resuming(checkpoint), reads_all=False, adopts=adopts)  # before anything is loaded
     with interruption.saying("Nothing is trained yet."):
         trainer = trainer_of(run, arguments)
+    with reported(trainer, folder):
+        return _trained(run, trainer, folder)
+
+
+def _trained(run: RunFile, trainer: "DPOTrainer", folder: Path) -> dict[str, float]:
+    """The metrics of a trainer's run: trained, saved into `folder`, evaluated."""
+    from holdfast.checkpoint.placed import write_text
+    from holdfast.checkpoint.sound import last_complete
+
+    arguments: DPOConfig = trainer.args
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     interruption.wait("the trained model is saved first. A second signal ends it at once.")
     trainer.save_model()
@@ -282,4 +293,5 @@ def _report(folder: Path, metrics: dict[str, float]) -> None:
         table.add_row(escape(printable(name)), f"{value:.6g}" if isinstance(value, float) else printable(str(value)))
     _output.print(table)
     _output.print(f"model, tokenizer and run.yaml: {escape(printable(str(folder)))}", soft_wrap=True)
+    _output.print(f"what became of it: {escape(printable(str(folder / 'report.html')))}", soft_wrap=True)
     _output.print(f"logged numbers: {escape(printable(str(folder / 'trainer_state.json')))}", soft_wrap=True)
