@@ -33,7 +33,7 @@ LAYERS = (
     {"arguments", "callbacks", "card", "checkpoint", "metrics"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect"},
+    {"demo", "inspect", "quickstart"},
     {"cli"},
 )
 EXPORTED = {

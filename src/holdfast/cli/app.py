@@ -26,6 +26,7 @@ from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.quickstart import quickstart
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
@@ -78,6 +79,7 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
+app.command()(quickstart)
 
 
 def _print_version(is_asked: bool) -> None:
