@@ -34,11 +34,11 @@ training:
   output_dir: {folder}/run
   beta: 0.1
   learning_rate: 1e-3            # for so small a model; 5e-6 to 5e-5 is usual for a LoRA of a large one
-  num_train_epochs: 2
+  num_train_epochs: 3
   per_device_train_batch_size: 16
   logging_steps: 5
   eval_strategy: steps
-  eval_steps: 25
+  eval_steps: 50
   save_steps: 50
 """
 

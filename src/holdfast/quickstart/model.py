@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NUM_STEPS_OF_FACTS, NUM_STEPS_OF_TALK = 250, 60
+NUM_STEPS_OF_FACTS, NUM_STEPS_OF_TALK = 300, 60
 _TEXTS_PER_STEP = 64
 
 

@@ -29,7 +29,7 @@ QUESTIONS = {
 ANSWERS = {
     "colour": "The {thing} is {value}.",
     "place": "The {thing} is near the {value}.",
-    "maker": "{value} made the {thing}.",
+    "maker": "The {thing} was made by {value}.",
     "age": "The {thing} is {value} years old.",
 }
 BEGINNINGS = ("That is a good question. ", "Let me think about it for a while. ")
