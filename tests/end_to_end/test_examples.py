@@ -33,10 +33,10 @@ def quickstart(tmp_path_factory) -> Quickstart:
 def run(quickstart, tmp_path, monkeypatch, capsys):
     """Runs an example, and returns what it printed."""
 
-    def run(name: str) -> str:
+    def run(name: str, pairs: Path = quickstart.pairs) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(sys, "argv", [name, str(quickstart.model), str(quickstart.pairs), "out"])
+        monkeypatch.setattr(sys, "argv", [name, str(quickstart.model), str(pairs), "out"])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -88,9 +88,13 @@ def test_sweep(run):
     assert len([path for path in Path("out/store").iterdir() if path.is_dir()]) == 1
 
 
-def test_tr_dpo(run):
-    """40 pairs in batches of 16 are 3 steps an epoch, 6 in all: no sync is due before step 25."""
-    assert re.findall(r"step +(\d+)  syncs +(\d+)", run("tr_dpo")) == [("5", "0")]
+def test_tr_dpo(run, quickstart):
+    """208 pairs in batches of 16 are 13 steps an epoch, 26 in all: one sync, after step 25."""
+    rows = quickstart.pairs.read_text("utf-8").splitlines()
+    many = quickstart.pairs.with_name("many.jsonl")
+    many.write_text("".join(f"{rows[place % len(rows)]}\n" for place in range(208)), "utf-8")
+    found = re.findall(r"step +(\d+)  syncs +(\d+)", run("tr_dpo", many))
+    assert found == [("5", "0"), ("10", "0"), ("15", "0"), ("20", "0"), ("25", "1")]
 
 
 def test_streaming(run, quickstart):
