@@ -27,7 +27,7 @@ trainer = DPOTrainer(
         logging_steps=5,
         sync_ref_model=True,
         ref_model_mixup_alpha=0.6,  # ref <- 0.6 policy + 0.4 ref
-        ref_model_sync_steps=25,  # the paper's best with alpha 0.6 was 512, in runs of thousands of steps
+        ref_model_sync_steps=25,  # the default, 512, is for runs of thousands of steps
     ),
     train_dataset=load_dataset("json", data_files=pairs, split="train"),
     peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -36,7 +36,7 @@ print(trainer.reference.describe())
 trainer.train()
 trainer.save_model()
 for entry in trainer.state.log_history:
-    if "reference/version" in entry:
+    if "loss" in entry:
         print(
             f"step {entry['step']:4}  syncs {entry['reference/version']:3.0f}  loss {entry['loss']:.4f}  "
             f"chosen, policy less reference {entry['reference/kl_chosen']:7.3f} nats"

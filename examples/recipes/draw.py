@@ -1,4 +1,7 @@
-"""The picture of a recipe: four curves of each run, in one SVG that follows the reader's light or dark scheme."""
+"""The picture of a recipe: four curves of each run, as SVG that follows the reader's light or dark scheme.
+
+There are two of each: four panels in a square, and in one column for narrow screens.
+"""
 
 import re
 from pathlib import Path
@@ -26,8 +29,13 @@ SERIES_DARK = ("#56b4e9", "#ff8f45", "#3ccf9f", "#e591c2")
 DASHES = ("-", "--", ":", "-.")
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Writes the picture of what `run.py` publishes as JSON."""
+def draw(found: dict[str, Any], folder: Path) -> None:
+    """Writes both pictures of what `run.py` publishes as JSON: `NAME.svg` and `NAME-narrow.svg`."""
+    _draw(found, folder / f"{found['recipe']}.svg", num_columns=2, size=(9, 6))
+    _draw(found, folder / f"{found['recipe']}-narrow.svg", num_columns=1, size=(4.6, 10))
+
+
+def _draw(found: dict[str, Any], path: Path, *, num_columns: int, size: tuple[float, float]) -> None:
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": "holdfast", "font.family": "sans-serif", "font.size": 10,
         "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["faint"], "axes.edgecolor": LIGHT["line"],
@@ -35,14 +43,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
         "axes.facecolor": LIGHT["back"], "figure.facecolor": LIGHT["back"],
     }  # fmt: skip
     with plt.rc_context(settings):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+        figure, axes = plt.subplots(
+            4 // num_columns, num_columns, figsize=size, sharex=True, squeeze=False, layout="constrained"
+        )
         for (name, title), panel in zip(PANELS.items(), axes.flat, strict=True):
             _panel(panel, name, title, found["runs"])
-        for panel in axes[1]:
+        for panel in axes[-1]:
             panel.set_xlabel("optimizer step")
         runs = zip(found["runs"], SERIES_LIGHT, DASHES, strict=False)
         lines = [Line2D([], [], color=color, linestyle=dash, linewidth=2, label=run) for run, color, dash in runs]
-        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
+        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines) if num_columns > 1 else 2, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Title": found["recipe"]})
         plt.close(figure)
     path.write_text(_themed(path.read_text(encoding="utf-8"), _description(found)), encoding="utf-8")

@@ -32,17 +32,27 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=sorted(path.name for path in HERE.iterdir() if path.is_dir()))
     parser.add_argument("--work", type=Path, default=Path("build/recipes"), help="where runs and models are kept")
     parser.add_argument("--published", type=Path, default=PUBLISHED, help="where curves are written")
+    parser.add_argument("--draw", action="store_true", help="only draw what is published already, and write its table")
     options = parser.parse_args()
     for recipe in options.recipes:
         if not list((HERE / recipe).glob("*.yaml")):
             parser.error(f"there is no recipe {recipe!r}: a recipe is a folder of run files in {HERE}")
     published = options.published.resolve()
     published.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
-    os.chdir(options.work)  # the run files have paths relative to it
+    if not options.draw:
+        train_all(options.recipes, options.work, published)
+    for recipe in options.recipes:
+        draw(json.loads((published / f"{recipe}.json").read_text(encoding="utf-8")), published)
+    write_tables(published)
+
+
+def train_all(recipes: list[str], work: Path, published: Path) -> None:
+    """Trains every recipe in the folder `work`, with a model and pairs of its own."""
+    work.mkdir(parents=True, exist_ok=True)
+    os.chdir(work)  # the run files have paths relative to it
     if not Path("quickstart").exists():
         holdfast("quickstart")
-    for recipe in options.recipes:
+    for recipe in recipes:
         publish(recipe, published)
 
 
@@ -60,8 +70,44 @@ def publish(recipe: str, published: Path) -> None:
         found["runs"][run_file.stem] = curves(folder) | {"answers": answers(folder)}
     path = published / f"{recipe}.json"
     path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    draw(found, published / f"{recipe}.svg")
     print(f"{recipe}: {path}")
+
+
+def write_tables(published: Path) -> None:
+    """Puts the numbers of each recipe's runs into its table in `index.md`, if that page is there."""
+    page = published / "index.md"
+    if not page.exists():
+        return
+    text = page.read_text(encoding="utf-8")
+    for path in sorted(published.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        begin, end = f"<!-- table: {found['recipe']} -->", "<!-- /table -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{table(found)}{end}{rest.split(end, 1)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def table(found: dict[str, Any]) -> str:
+    """A recipe's runs at their last evaluation, and the reference, in Markdown."""
+    lines = [
+        "| run | held-out loss | ranked rightly | log-prob of chosen | of rejected | answers right | answers plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first = next(iter(found["runs"].values()))["eval"]
+    start = [f"{first[name][0]:.2f}" for name in ("logps/chosen", "logps/rejected")]
+    lines.append(f"| the reference | | | {' | '.join(start)} | {shares(found['reference'])} |")
+    for run, curves in found["runs"].items():
+        last = {name: values[-1] for name, values in curves["eval"].items()}
+        numbers = (
+            f"{last['loss']:.4f}", f"{last['rewards/accuracies']:.2f}", f"{last['logps/chosen']:.2f}",
+            f"{last['logps/rejected']:.2f}",
+        )  # fmt: skip
+        lines.append(f"| `{run}.yaml` | {' | '.join(numbers)} | {shares(curves['answers'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def shares(answers: dict[str, float]) -> str:
+    return f"{answers['right']:.2f} | {answers['plain']:.2f}"
 
 
 def holdfast(*words: str) -> None:
