@@ -11,10 +11,12 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo recipes test nightly test-oldest check lint format docs peer same dist clean
+.PHONY: help setup quickstart demo recipes test nightly test-oldest check lint format docs peer same dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+setup: $(VENV)/test.stamp  ## make .venv with this package in it, and do no more
 
 quickstart: quickstart/run.yaml  ## set everything up, make a small model and pairs, and train a first model, offline
 	$(BIN)/holdfast train $<

@@ -216,7 +216,9 @@ def _escaped(text: str) -> str:
     """A text as a cell of a table."""
     text = " ".join(text.split()).replace("|", "\\|")
     return "".join(
-        part if part.startswith("`") else part.replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*")
+        part
+        if part.startswith("`")
+        else part.replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*").replace("__", "\\_\\_")
         for part in re.split(r"(`[^`]*`)", text)
     )
 
