@@ -26,6 +26,7 @@ from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.quickstart import quickstart
 from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
@@ -79,6 +80,7 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
+app.command()(quickstart)
 app.command()(report)
 
 
