@@ -52,7 +52,9 @@ def _draw(found: dict[str, Any], path: Path, *, num_columns: int, size: tuple[fl
             panel.set_xlabel("optimizer step")
         runs = zip(found["runs"], SERIES_LIGHT, DASHES, strict=False)
         lines = [Line2D([], [], color=color, linestyle=dash, linewidth=2, label=run) for run, color, dash in runs]
-        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines) if num_columns > 1 else 2, frameon=False)
+        figure.legend(
+            handles=lines, loc="outside upper center", ncols=len(lines) if num_columns > 1 else 2, frameon=False
+        )
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Title": found["recipe"]})
         plt.close(figure)
     path.write_text(_themed(path.read_text(encoding="utf-8"), _description(found)), encoding="utf-8")

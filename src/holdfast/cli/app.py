@@ -1,8 +1,8 @@
 """The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`; which errors end in a message is in `cli.errors`. All
-works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process
-prints.
+`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`, `holdfast inspect` in `cli.inspect`; which errors end
+in a message is in `cli.errors`. All works the same under `accelerate launch -m holdfast.cli train run.yaml` and
+`torchrun`, where only the first process prints.
 """
 
 import os
@@ -24,6 +24,7 @@ from holdfast import interruption
 from holdfast.cli import store as store_cli
 from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
+from holdfast.cli.inspect import inspect
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
 from holdfast.cli.quickstart import quickstart
@@ -82,6 +83,7 @@ app.add_typer(store_cli.app)
 app.command()(data)
 app.command()(quickstart)
 app.command()(report)
+app.command()(inspect)
 
 
 def _print_version(is_asked: bool) -> None:
