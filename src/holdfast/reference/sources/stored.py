@@ -131,14 +131,21 @@ class PrecomputedReference:
         return _of_batch(batch, new | stored)
 
     def fill(
-        self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps], scorer: str
+        self,
+        name: str,
+        data: CompletionsToScore,
+        score: Callable[[PairBatch], SequenceLogps],
+        scorer: str,
+        whose: str = "Reference",
     ) -> None:
-        """Scores every completion of the dataset `name` that is not stored yet. ValueError where a log-prob is not
+        """Scores every completion of the dataset `name` that is not stored yet, and puts the products of its pairs'
+        hidden states beside the log-probs where both completions of a pair are scored. Messages say `whose` log-probs
+        they are. ValueError where a log-prob is not
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
-        description = f"Reference log-probs ({name})"
+        description = f"{whose} log-probs ({name})"
         with (
-            doing(f"scoring the reference's log-probs ({name})"),
+            doing(f"scoring the {whose.lower()}'s log-probs ({name})"),
             contextlib.ExitStack() as waits,
             store,
             pairing(store, data.pairs) as collect,
@@ -161,11 +168,22 @@ class PrecomputedReference:
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
             logger.warning(
-                "Reference log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
+                "%s log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
                 "completions, %s bytes.",
-                name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
+                whose, name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
                 f"{store.num_bytes:,}",
             )  # fmt: skip
+
+    def holds(self, data: CompletionsToScore) -> bool:
+        """Whether all log-probs of a dataset are known to be stored; False as well where its completions cannot be
+        listed."""
+        if not isinstance(data, Completions):
+            return False
+        content = data.content()
+        sides = ((content.content[:, :2], content.lengths[:, 0]), (content.content[:, 2:], content.lengths[:, 1]))
+        with raised_together(where=self._in_lockstep):
+            is_missing = any(bool(np.isnan(self.store.sums(*side)).any()) for side in sides)
+        return not (any_of_all(is_missing) if self._in_lockstep else is_missing)
 
     def fill_pairs(self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps]) -> None:
         """Scores the pairs of the dataset `name` again whose products of hidden states are not beside the store's
