@@ -1,7 +1,9 @@
 """The parts of a comparison of two models: numbers worked out by hand, and what a difference is taken for."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -424,3 +426,10 @@ def test_the_remark_of_a_merged_lora():
     verdict = verdict_of(replace(EVIDENCE, weights=weights))
     assert verdict.kind is Kind.TRAINED
     assert any("has rank 4, as after merging a LoRA" in remark for remark in verdict.remarks)
+
+
+def test_the_page_lists_every_verdict_with_its_exit_code():
+    page = Path(__file__).parents[3] / "docs" / "howto" / "compare.md"
+    written = dict(re.findall(r"^\| `(\w+)` \| (\d) \|", page.read_text(encoding="utf-8"), re.MULTILINE))
+    same = {Kind.IDENTICAL, Kind.MERGED, Kind.WITHIN_TOLERANCE}
+    assert written == {kind.value: "0" if kind in same else "1" for kind in Kind}
