@@ -33,7 +33,7 @@ LAYERS = (
     {"arguments", "callbacks", "card", "checkpoint", "metrics", "record", "samples"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect", "report"},
+    {"demo", "inspect", "quickstart", "report"},
     {"cli"},
 )
 EXPORTED = {

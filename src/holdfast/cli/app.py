@@ -27,6 +27,7 @@ from holdfast.cli.errors import RANK, messages
 from holdfast.cli.inspect import inspect
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.quickstart import quickstart
 from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
@@ -80,8 +81,9 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
-app.command()(inspect)
+app.command()(quickstart)
 app.command()(report)
+app.command()(inspect)
 
 
 def _print_version(is_asked: bool) -> None:
