@@ -35,7 +35,7 @@ def outputs_of(source: str, name: str, names: dict[str, Any], number: int) -> li
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(True)})
-    if value is not None:
+    if value is not None and not source.rstrip().endswith(";"):
         shown = {"text/plain": repr(value).splitlines(True)}
         outputs.append({"output_type": "execute_result", "execution_count": number, "metadata": {}, "data": shown})
     return outputs + [{"output_type": "display_data", "metadata": {}, "data": each} for each in figures()]
