@@ -21,7 +21,7 @@ trainer = DPOTrainer(
         output_dir=output,
         beta=0.1,
         learning_rate=LEARNING_RATE,
-        num_train_epochs=3,
+        num_train_epochs=2,
         per_device_train_batch_size=16,
         eval_strategy="epoch",
     ),

@@ -1,6 +1,6 @@
-"""Four runs that pay for the reference once. The first run scores the pairs; the others find the log-probs in the store.
+"""Four runs that pay for the reference once. The first one scores the pairs, and the others find the log-probs.
 
-The reference is not in memory while a run trains. The same store serves other losses, betas, learning rates and seeds.
+They are kept in a store. The reference is not in memory while a run trains. The same store serves other losses, betas, learning rates and seeds.
 
 Usage: python examples/sweep.py MODEL PAIRS.jsonl OUTPUT
 """

@@ -62,7 +62,10 @@ def _draw(found: dict[str, Any], path: Path, *, num_columns: int, size: tuple[fl
 
 def _panel(panel: Axes, name: str, title: str, runs: dict[str, Any]) -> None:
     for curves, color, dash in zip(runs.values(), SERIES_LIGHT, DASHES, strict=False):
-        panel.plot(curves["eval"]["step"], curves["eval"][name], color=color, linestyle=dash, linewidth=2)
+        steps, values, margins = (curves["eval"][key] for key in ("step", name, "rewards/margins"))
+        if name == "rewards/accuracies":  # while policy and reference are one model, no pair is ranked
+            steps, values = zip(*((s, v) for s, v, m in zip(steps, values, margins, strict=True) if m), strict=True)
+        panel.plot(steps, values, color=color, linestyle=dash, linewidth=2)
     panel.set_title(title, loc="left", fontsize=10)
     panel.grid(axis="y")
     panel.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
-"""Runs the recipes and publishes their curves: for each folder of run files here a JSON and an SVG in docs/recipes.
+"""Runs the recipes and publishes their curves: for each folder of run files here JSON and pictures in docs/recipes.
 
-`make recipes` does all of them in some minutes on a CPU; `python examples/recipes/run.py tr-dpo beta` does two. The model
-and the pairs are made by `holdfast quickstart` if they are not there. What is published is written by this script alone.
+`make recipes` does all of them in some minutes on a CPU; `python examples/recipes/run.py tr-dpo beta` does two. Model
+and pairs are made by `holdfast quickstart` if they are not there. What is published is written by this script alone.
 """
 
 import argparse

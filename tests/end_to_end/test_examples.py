@@ -1,4 +1,4 @@
-"""Every example is run as a script, on a small model and few pairs made by the quickstart, and its numbers are looked at.
+"""Every example is run as a script, on a small model and few pairs of the quickstart, and its numbers are looked at.
 
 Numbers that an example prints are compared with what must be so: a first loss worked out by hand, a fixed reference,
 a reference that was moved.

@@ -34,12 +34,13 @@ training:
   output_dir: {folder}/run
   beta: 0.1
   learning_rate: 1e-3            # for so small a model; 5e-6 to 5e-5 is usual for a LoRA of a large one
-  num_train_epochs: 3
+  num_train_epochs: 2
   per_device_train_batch_size: 16
   logging_steps: 5
   eval_strategy: steps
   eval_steps: 50
   save_steps: 50
+  generate_samples: 4            # held-out prompts, answered by policy and reference at each evaluation
 """
 
 

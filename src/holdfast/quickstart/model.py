@@ -1,8 +1,8 @@
 """The model of the quickstart: a tokenizer and a Llama of 0.4 million parameters, trained from nothing on the village.
 
-It stands for the model after supervised fine-tuning. First it learns the facts from right answers, then for a short time
-the village's talk, which is often wrong and mostly padded: by plain maximum likelihood on the answers. So it knows what
-is right, and says something else in four of ten answers. One thread is used, so that a seed gives the same model
+It stands for the model after supervised fine-tuning. First it learns the facts from right answers, then for a short
+time the village's talk, which is often wrong and mostly padded: by plain maximum likelihood on the answers. So it knows
+what is right, and says something else in four of ten answers. One thread is used, so that a seed gives the same model
 wherever the kernels are the same.
 """
 
