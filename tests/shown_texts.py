@@ -150,6 +150,24 @@ def formulas_of_the_loss(place: Workplace) -> str:
     return block.text
 
 
+def losses_of_two_rewards(place: Workplace) -> str:
+    """The lines of the page with the loss of the package at the rewards that each names."""
+    (block,) = [block for block in blocks_of("docs/troubleshooting.md") if block.text.startswith("loss = ")]
+    first, *lines = block.text.splitlines()
+    return "\n".join([first, *map(_with_its_loss, lines)])
+
+
+def _with_its_loss(line: str) -> str:
+    """A line `... sigmoid(a - b) = ...` with the loss at the rewards a and b: beta 1, a reference of log-prob 0."""
+    numbers = line.partition("sigmoid(")[2].rpartition(") = ")[0]
+    chosen, rejected = (float(part.strip(" ()")) for part in numbers.split(" - "))
+    found = preference_loss(
+        _pair(chosen, rejected), _pair(0.0, 0.0), loss_types=["sigmoid"], loss_weights=[1.0],
+        options=LossOptions(beta=1.0),
+    )  # fmt: skip
+    return f"{line.rpartition(' = ')[0]} = {found.item():.3f}"
+
+
 def _pair(chosen: float, rejected: float) -> PairLogps:
     logps = [torch.tensor([value]) for value in (chosen, rejected)]
     lengths = torch.tensor([4])
@@ -201,5 +219,6 @@ TEXTS: Mapping[tuple[str, str], str | Callable[[Workplace], str]] = {
     ("docs/layouts.md", "layout: padded"): what_is_said_of_padded_rows,
     ("docs/layouts.md", "attention: varlen is not"): what_is_said_of_a_broken_route,
     ("docs/layouts.md", "attention: varlen"): lines_about_routes,
+    ("docs/troubleshooting.md", "loss = -log"): losses_of_two_rewards,
     ("docs/templates.md", "# one turn"): "tests/unit/test_templates.py::test_the_page_is_what_the_table_says",
 }
