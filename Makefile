@@ -8,6 +8,7 @@ BEFORE := HEAD
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test nightly test-oldest check lint format docs peer same dist clean

@@ -1,0 +1,173 @@
+"""The record of a run: what is written is read back, whatever a kill or a resumption leaves of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from holdfast.record import (
+    Audit,
+    Dataset,
+    Event,
+    Facts,
+    Layout,
+    Log,
+    Memory,
+    Model,
+    RecordWriter,
+    Reference,
+    Sample,
+    has_record,
+    read,
+)  # fmt: skip
+from holdfast.record.entries import LOGS, append
+
+FACTS = Facts(
+    versions={"holdfast": "0.1.0"},
+    started="2026-01-02T03:04:05+00:00",
+    command=("holdfast", "train", "run.yaml"),
+    model=Model(name="base", class_name="LlamaForCausalLM", num_parameters=7, num_trainable=3, dtype="float32"),
+    reference=Reference(description="a copy", kind="model", held_bytes=28),
+    audit=Audit(line="equal", mean_gap_nats=0.0, largest_gap_nats=0.0),
+    layout=Layout(name="padded"),
+    data={"train": Dataset(num_rows=3, num_used=2, left_out={"too long": 1}, sources={"a": 2}), "eval": Dataset()},
+    memory=Memory(weights=28, reference=28, gradients=12, optimizer=24),
+    loss_types=("sigmoid",),
+    beta=0.1,
+    options={"seed": 3, "columns": {"prompt": "question"}},
+    num_processes=1,
+    device="cpu",
+    max_steps=4,
+    num_epochs=2.0,
+)
+SAMPLE = Sample(step=2, dataset="eval", row=0, prompt="Hi \u202e", policy="there", reference="you")
+
+
+@pytest.fixture
+def writer(tmp_path) -> RecordWriter:
+    writer = RecordWriter(tmp_path)
+    writer.begin(FACTS)
+    return writer
+
+
+def test_what_is_written_is_read(writer, tmp_path):
+    writer.log(2, 0.5, {"loss": 0.5, "is_good": True, "text": "left out", "nan": float("nan"), "step": 9})
+    writer.event(2, "sync", "The reference moved.", drift=0.25)
+    writer.sample(SAMPLE)
+    writer.end("finished")
+    found = read(tmp_path)
+    assert replace(found.facts, finished=None, outcome="running") == FACTS
+    assert found.facts.outcome == "finished"
+    assert found.logs == (Log(step=2, epoch=0.5, seconds=found.logs[0].seconds, numbers={"loss": 0.5, "is_good": 1}),)
+    assert (found.events[0].kind, found.events[0].numbers["drift"]) == ("sync", 0.25)
+    assert found.samples == (SAMPLE,)
+
+
+def test_a_new_run_replaces_the_record(writer, tmp_path):
+    writer.log(1, 0.1, {"loss": 1.0})
+    RecordWriter(tmp_path).begin(replace(FACTS, max_steps=9))
+    found = read(tmp_path)
+    assert (found.facts.max_steps, found.logs, found.events, found.samples) == (9, (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "steps_left"),
+    [
+        (None, [1, 2, 2]),
+        ({LOGS: 2}, [1, 2]),  # the third was logged after the checkpoint of step 2
+        ({LOGS: 5}, [1, 2, 2]),  # of a record that has since lost lines
+    ],
+)
+def test_a_resumed_run_goes_on_from_its_checkpoint(writer, tmp_path, num_lines, steps_left):
+    for step in (1, 2, 2, 3):
+        writer.log(step, None, {"loss": step})
+    writer.event(3, "sync", "gone")
+    resumed = RecordWriter(tmp_path)
+    resumed.resume(replace(FACTS, started="later", num_processes=2), 2, num_lines)
+    found = read(tmp_path)
+    assert [log.step for log in found.logs] == steps_left
+    assert [(event.step, event.kind) for event in found.events] == [(2, "resumed")]
+    assert (found.facts.started, found.facts.num_processes) == (FACTS.started, 2)
+    assert [each.step for each in found.facts.resumed] == [2]
+
+
+def test_seconds_go_on_where_the_checkpoint_was(writer, tmp_path):
+    file = tmp_path / "record" / LOGS
+    append(file, {"step": 1, "epoch": None, "seconds": 100.0})
+    append(file, {"step": 2, "epoch": None, "seconds": 200.0})
+    resumed = RecordWriter(tmp_path)
+    resumed.resume(FACTS, 1)
+    assert 100.0 <= resumed.seconds < 150.0
+
+
+def test_a_run_resumed_in_another_folder_begins_a_record_there(tmp_path):
+    RecordWriter(tmp_path / "other").resume(FACTS, 5)
+    found = read(tmp_path / "other")
+    assert [each.step for each in found.facts.resumed] == [5]
+    assert has_record(tmp_path / "other")
+    assert not has_record(tmp_path)
+
+
+@pytest.mark.parametrize("length", range(0, 60, 7))
+def test_a_line_that_a_kill_cut_is_no_entry(writer, tmp_path, length):
+    writer.log(1, 0.5, {"loss": 1.0})
+    writer.log(2, 1.0, {"loss": 0.5, "rewards/margins": 0.123456789})
+    file = tmp_path / "record" / LOGS
+    whole = file.read_bytes().index(b"\n") + 1
+    file.write_bytes(file.read_bytes()[: whole + length])
+    assert [log.step for log in read(tmp_path).logs] == [1]
+    resumed = RecordWriter(tmp_path)
+    resumed.resume(FACTS, 1)
+    resumed.log(2, 1.0, {"loss": 0.5})
+    assert [log.step for log in read(tmp_path).logs] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("logs.jsonl", '{"step": 1, "epoch": 1, "seconds": 1, "loss": 1}\n{"step": "x"}\n', "line 2.*step is 'x'"),
+        ("logs.jsonl", '{"step": 1, "epoch": 1, "seconds": 1, "loss": "low"}\n', "line 1.*loss is 'low', not float"),
+        ("logs.jsonl", "[1]\n", "line 1.*no JSON object"),
+        ("events.jsonl", '{"step": 1, "kind": "sync"}\n', "line 1.*text is missing"),
+        ("samples.jsonl", "{\n", "line 1.*Expecting"),
+        ("facts.json", "{}", "facts.*versions is missing"),
+        ("facts.json", '{"format": 2}', "its format is 2"),
+        ("facts.json", "[" * 100_000, "damaged"),
+    ],
+)
+def test_damage_is_named(writer, tmp_path, file, content, message):
+    (tmp_path / "record" / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path)
+    assert file in str(error.value)
+
+
+def test_a_folder_without_a_record(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be read.*run_record=True"):
+        read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_once(tmp_path, caplog):
+    (tmp_path / "record").write_text("a file")
+    writer = RecordWriter(tmp_path)
+    writer.begin(FACTS)
+    writer.log(1, None, {"loss": 1.0})
+    assert [record.getMessage().count("cannot be written") for record in caplog.records] == [1]
+
+
+def test_unknown_keys_are_ignored(writer, tmp_path):
+    file = tmp_path / "record" / "facts.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"later": 1}))
+    assert read(tmp_path).facts == FACTS
+
+
+def test_reading_a_record_imports_no_torch():
+    code = "import sys, holdfast.record; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_events_without_seconds_are_read(tmp_path, writer):
+    append(tmp_path / "record" / "events.jsonl", {"step": 1, "kind": "alarm", "text": "Falling."})
+    assert read(tmp_path).events == (Event(step=1, kind="alarm", text="Falling.", numbers={}),)
