@@ -18,6 +18,9 @@ pytestmark = pytest.mark.slow
 SCENARIOS = {
     "agreement_itself": True,
     "plain": False,
+    "samples_of_a_snapshot": True,
+    "samples_of_a_moving_module": False,
+    "samples_of_adapters": False,
     "transform_known_to_one": True,
     "transform_known_to_one_without_reference": False,
     "transform_forgotten_by_one": False,
@@ -143,8 +146,16 @@ def _copies(found: dict[str, Any], n: int) -> None:
     assert [len(values) for values in found["stores"].values()] == [26]
 
 
+def _said_by_all(found: dict[str, Any], n: int) -> None:
+    assert found["texts of each_process"] == [found["texts"]] * n
+    assert any("eval_win_rate" in log for log in found["logs"])
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], int], None]] = {
     "agreement_itself": _agrees,
+    "samples_of_a_snapshot": _said_by_all,
+    "samples_of_a_moving_module": _said_by_all,
+    "samples_of_adapters": _said_by_all,
     "store_of_each_process": _copies,
     "window_measured_by_each": _windows,
     "nan_of_one": _nan,
