@@ -186,7 +186,7 @@ def too_little_memory(folder: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 def an_older_version(folder: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has stored no products."""
     ours = ours_in(folder, layout, precompute_ref_log_probs=True)
-    for path in ours.reference.stored.store.folder.glob("*.pairs.safetensors"):
+    for path in ours.reference.stored.store.folder.glob("*.pairs"):
         path.unlink()
 
 

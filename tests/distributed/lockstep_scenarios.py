@@ -262,7 +262,7 @@ def pairs_of_hidden_states(engine: str, folder: Path) -> Any:
         first = alike_pairs()
         together()
         if RANK == 0:
-            for path in ours.reference.stored.store.folder.glob("*.pairs.safetensors"):
+            for path in ours.reference.stored.store.folder.glob("*.pairs"):
                 path.unlink()
         together()
         ours.reference.fill(data)

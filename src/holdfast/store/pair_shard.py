@@ -19,8 +19,8 @@ from holdfast.store.files import DamagedError
 from holdfast.store.shard import MOST_TOKENS, Declared, Header, header_of, named_paths, open_arrays, write_arrays
 from holdfast.store.trust import Trust
 
-PAIR_SUFFIX = ".pairs.safetensors"
-PAIR_NAME = re.compile(r"[0-9a-f]{32}\.pairs\.safetensors")
+PAIR_SUFFIX = ".pairs"
+PAIR_NAME = re.compile(r"[0-9a-f]{32}\.pairs")
 PAIR_ARRAYS: Declared = {"content": ("I64", ("M", 4)), "lengths": ("I64", ("M", 2)), "products": ("F64", ("M", 3))}
 _ROUNDING = 1e-9
 """How far beyond the product of two norms a product may be, as a share of it."""
