@@ -23,17 +23,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"internals"},
-    {"agreement", "batch", "interruption", "own_error", "peers", "secrets", "visible"},
+    {"agreement", "batch", "interruption", "own_error", "peers", "progress", "secrets", "visible"},
     {"scoring", "losses", "pages", "store"},
     {"data"},
     {"policy"},
     {"reference"},
     {"options"},
     {"config", "passed_through", "testing", "training_arguments"},
-    {"arguments", "callbacks", "card", "checkpoint", "metrics", "record"},
+    {"arguments", "callbacks", "card", "checkpoint", "metrics", "record", "samples"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect"},
+    {"demo", "inspect", "quickstart", "report"},
     {"cli"},
 )
 EXPORTED = {
@@ -44,6 +44,7 @@ EXPORTED = {
     "ModelReference",
     "PrecomputedReference",
     "Reference",
+    "WinRateCallback",
     "__version__",
 }
 MAX_FUNCTION_LINES = 60

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 
 
@@ -46,6 +46,10 @@ class TableReference(Scorer):
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`: a table always is."""
         return contextlib.nullcontext()
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: none."""
+        return []
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: the table, by content id."""

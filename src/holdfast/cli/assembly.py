@@ -66,7 +66,9 @@ def store_needs(run: RunFile) -> StoreNeeds:
     """The store of a run, and what the run would look up there. Nothing is scored or written. ValueError where that
     cannot be listed: for a stream, a moving reference, or no reference."""
     arguments = run.training_arguments()
-    arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
+    has_ref_model = run["reference.model"] is not None
+    if arguments.reference_options(is_stream=False, has_ref_model=has_ref_model).way != "none":
+        arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
     arguments.save_strategy, arguments.disable_tqdm = "no", True
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         arguments.output_dir = folder

@@ -54,8 +54,10 @@ def inspect(
 ) -> None:
     """Show how the reference ranks a run's pairs, and what training did to them; or compare two models.
 
-    `holdfast inspect run.yaml`, `holdfast inspect run.yaml --run out`, `holdfast inspect MODEL --reference REF --data
-    DATA`. The last ends with exit code 0 where both are the same, 1 where they differ, 2 where they cannot be compared.
+    With RUN.YAML: the pairs of the run under its reference, and with --run under the trained policy too.
+
+    With MODEL, --reference and --data: whether both are the same. The exit code is 0 where they are, 1 where they
+    differ, and 2 where they cannot be compared.
     """
     of_models = _given(
         data=data, revision=revision, reference_revision=reference_revision, split=split, columns=columns, dtype=dtype,

@@ -35,7 +35,7 @@ Overrides = Annotated[
 ]
 Dataset = Annotated[str | None, _of_run("--dataset", metavar="NAME", help="Only `train`, `eval`, or one of several.")]
 NumPairs = Annotated[
-    int | None, _of_run("--pairs", min=0, max=1000, help="Show the text of so many pairs of each kind.  [default: 5]")
+    int | None, _of_run("--pairs", min=0, max=1000, help="Show the text of so many pairs of each kind (default 5).")
 ]
 Csv = Annotated[Path | None, _file("--csv", "Write a line of numbers for every pair.", rich_help_panel=_RUN)]
 
@@ -45,19 +45,21 @@ Reference = Annotated[
         "--reference", metavar="REF", help="The model to compare MODEL with; __base__ is the base of its adapter."
     ),
 ]
-Data = Annotated[str | None, _of_models("--data", help="The pairs to compare on: a file, a folder or a hub id.")]
+Data = Annotated[
+    str | None, _of_models("--data", metavar="DATA", help="The pairs to compare on: a file, a folder or a hub id.")
+]
 Revision = Annotated[str | None, _of_models("--revision", help="The revision of MODEL on the hub.")]
 ReferenceRevision = Annotated[str | None, _of_models("--reference-revision", help="The revision of REF on the hub.")]
 Split = Annotated[str | None, _of_models("--split", help="The split of DATA.")]
 Columns = Annotated[str | None, _of_models("--columns", help="The columns of DATA: a format, or a mapping as JSON.")]
 Dtype = Annotated[
     str | None,
-    _of_models("--dtype", help="float32, bfloat16, float16, or auto for each model's own.  [default: float32]"),
+    _of_models("--dtype", help="float32, bfloat16, float16, or auto for each model's own (default float32)."),
 ]
-Limit = Annotated[int | None, _of_models("--limit", min=1, help="Compare on so many pairs.  [default: 64]")]
-Seed = Annotated[int | None, _of_models("--seed", min=0, max=2**32 - 1, help="Draws these pairs.  [default: 0]")]
-MaxLength = Annotated[int | None, _of_models("--max-length", min=1, help="Most tokens of a row.  [default: 1024]")]
-Beta = Annotated[float | None, _of_models("--beta", help="Beta of the run that is meant.  [default: 0.1]")]
+Limit = Annotated[int | None, _of_models("--limit", min=1, help="Compare on so many pairs (default 64).")]
+Seed = Annotated[int | None, _of_models("--seed", min=0, max=2**32 - 1, help="Draws these pairs (default 0).")]
+MaxLength = Annotated[int | None, _of_models("--max-length", min=1, help="Most tokens of a row (default 1024).")]
+Beta = Annotated[float | None, _of_models("--beta", help="Beta of the run that is meant (default 0.1).")]
 Tolerance = Annotated[
     float | None, _of_models("--tolerance", help="A gap of so many nats in a token is no difference.")
 ]

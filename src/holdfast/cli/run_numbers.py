@@ -131,7 +131,7 @@ def _policy_numbers(
             eval_dataset=evaluation,
             processing_class=loaded["processing_class"],
         )
-        return pair_numbers_of(trainer)
+        return pair_numbers_of(trainer, "Policy")
 
 
 @contextmanager

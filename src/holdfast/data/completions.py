@@ -25,6 +25,7 @@ from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.sequences import TokenSequence, content_id_of
 from holdfast.data.pair_content import PairContent, PairContentInProgress
+from holdfast.data.ragged import lists_of
 
 ChooseBlocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
 """Takes all content ids and returns those to be scored, block by block. The next block is asked for once a block is
@@ -104,7 +105,7 @@ class Completions:
         num_pairs: int,
         most_tokens: int | None = None,
     ) -> None:
-        self._pairs = dataset.select_columns(columns_of_pairs(dataset.column_names))
+        self._pairs: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
         self._logps = dataset.select_columns(_reference_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
@@ -134,8 +135,11 @@ class Completions:
 
     def content(self) -> PairContent:
         """The completions of all pairs, by content id, with their lengths."""
-        self._completions()
-        assert self._content is not None
+        if self._content is None:
+            content = PairContentInProgress()
+            for side, _, sequence in self._all_sequences():
+                content.add(side, sequence)
+            self._content = content.done()
         return self._content
 
     def batches_of_pairs(
@@ -206,8 +210,9 @@ class Completions:
     def _sequences_of(self, indices: Sequence[int]) -> Iterator[tuple[int, int, TokenSequence]]:
         """(side, index of the pair, sequence) for both completions of each of these pairs. Side 0 is chosen, 1
         rejected."""
-        table = self._pairs[list(indices)]
-        pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        table = self._pairs[indices if isinstance(indices, range) else list(indices)]
+        lists = zip(*map(lists_of, table.columns), strict=True)
+        pairs = [dict(zip(table.column_names, values, strict=True)) for values in lists]
         for number, sequence in enumerate(self._layout.truncated(pairs)):
             yield number // len(indices), indices[number % len(indices)], sequence
 

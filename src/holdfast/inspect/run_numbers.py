@@ -65,8 +65,9 @@ class RunNumbers:
     tokenizer: PreTrainedTokenizerBase
 
 
-def pair_numbers_of(trainer: DPOTrainer) -> dict[str, PairNumbers]:
+def pair_numbers_of(trainer: DPOTrainer, whose: str = "Reference") -> dict[str, PairNumbers]:
     """The reference's numbers of the pairs of each dataset of a trainer, by the dataset's name; streams are left out.
+    Messages say `whose` numbers they are.
 
     What the store lacks is scored and stored. The trainer must have been made with `precompute_ref_log_probs=True` and
     `reference_window=1`, so that its reference is held and nothing was scored yet. ValueError where a log-prob is not
@@ -77,7 +78,7 @@ def pair_numbers_of(trainer: DPOTrainer) -> dict[str, PairNumbers]:
     datasets = prepared_datasets(trainer)
     completions = trainer.completions_to_score(datasets)
     with untouched(trainer.model):
-        reference.fill(completions)
+        reference.fill(completions, whose=whose)
     store = reference.stored.store
     table = PairTable.open(store)
     return {name: _numbers(data, datasets[name], store, table) for name, data in completions.items()}

@@ -15,7 +15,7 @@ from holdfast.losses.modifiers import (
     pair_logps,
     wpo_weights,
 )
-from holdfast.losses.objective import LossOptions, implicit_rewards, preference_loss
+from holdfast.losses.objective import LossOptions, implicit_rewards, loss_terms, preference_loss, sum_of_terms
 from holdfast.losses.pairwise import (
     aot,
     aot_unpaired,
@@ -58,6 +58,7 @@ __all__ = [
     "hinge",
     "implicit_rewards",
     "ipo",
+    "loss_terms",
     "nca_pair",
     "orpo",
     "pair_logps",
@@ -68,5 +69,6 @@ __all__ = [
     "sigmoid_norm",
     "simpo",
     "sppo_hard",
+    "sum_of_terms",
     "wpo_weights",
 ]

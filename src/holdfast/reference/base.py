@@ -17,6 +17,9 @@ from holdfast.policy.sharding import own_part
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
+Share = tuple[float, nn.Module]
+"""A model and its share in a mixture; 1 where it is the only one."""
+
 
 class Scorer(abc.ABC):
     """Computes `log pi_ref` of a batch.
@@ -47,6 +50,10 @@ class Scorer(abc.ABC):
         share the cost of entering it. It may be entered again while it is active."""
 
     @abc.abstractmethod
+    def models(self) -> Sequence[Share]:
+        """The models that compute as the reference within `in_place()`; none where its log-probs come from no model."""
+
+    @abc.abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that the reference has in memory on top of the policy. A tensor that stands for one of the
         policy's has its name."""
@@ -72,6 +79,10 @@ class InsidePolicy(Scorer):
         """See `Scorer.logps`."""
         with self.in_place():
             return frozen_logps(self.policy, batch, self.autocast)
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: the policy's."""
+        return [(1.0, self.policy)]
 
     def identity(self) -> Identity:
         """See `Scorer.identity`."""

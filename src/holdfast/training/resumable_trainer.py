@@ -51,6 +51,7 @@ from holdfast.checkpoint.training_state import (
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
+from holdfast.record.entries import Sample
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.interruption import InterruptionCallback
@@ -66,6 +67,8 @@ class ResumableTrainer(SavingTrainer):
     _uploading: Sequence[str] = ()
     _interruption: InterruptionCallback
     _unlogged: Sequence[dict[str, Any]] = ()
+    _last_samples: Sequence[Sample] = ()
+    """What was generated at the last evaluation."""
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
@@ -76,7 +79,8 @@ class ResumableTrainer(SavingTrainer):
         if self.is_world_process_zero():
             write_card(
                 self.args, self.model, self.reference, train_dataset=self.train_dataset, title=model_name,
-                dataset=dataset_name, tags=tags, metadata=metadata,
+                dataset=dataset_name, tags=tags, metadata=metadata, log_history=self.state.log_history,
+                samples=self._last_samples,
             )  # fmt: skip
 
     @doing("saving a checkpoint", is_long=True)
@@ -89,7 +93,8 @@ class ResumableTrainer(SavingTrainer):
             self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         loss, step = unlogged_loss(self)
-        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record()}
+        margins = self._margins["train"].record()
+        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record(), "margins": margins}
         self._unlogged = gather_object([unlogged])
         push = getattr(self, "push_in_progress", None)
         self._uploading = () if push is None or push.is_done() else self._uploading
@@ -174,14 +179,16 @@ class ResumableTrainer(SavingTrainer):
         index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         own = of_processes[index if len(of_processes) == num_processes else 0]
         mean = sum(part["loss"] for part in of_processes) / len(of_processes)
-        loss, metrics = own["loss"], own["metrics"]
+        loss, metrics, margins = own["loss"], own["metrics"], [own.get("margins", "")]
         if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
             loss, parts = mean, of_processes if index == 0 else []
+            margins = [part.get("margins", "") for part in parts]
             metrics = {
                 name: [sum((part["metrics"][name][i] for part in parts), 0.0) for i in (0, 1)] for name in metrics
             }
         set_unlogged_loss(self, loss, own["step"], mean)
         self._tallies["train"].restore(metrics, self.accelerator.device)
+        self._margins["train"].restore(margins)
 
     def _print_date_of(self, checkpoint: Path) -> None:
         """Chat templates print the date that they printed in the run that wrote `checkpoint`."""

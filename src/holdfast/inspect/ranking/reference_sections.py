@@ -77,7 +77,9 @@ def _flipping(flipping: Flipping | None, objective: Objective | None, losses: st
         f"{number(flipping.loss.quantiles[0.5])} "
         "or less. " + " ".join(f"Below {limit}: {counted(share)}." for limit, share in flipping.only_below.items()),
         "The optimum of DPO would rank wrongly, if a share of raters prefers chosen: "
-        + ", ".join(f"{with_error(share)} at {percent(agreement)}" for agreement, share in flipping.at_optimum.items())
+        + ", ".join(
+            f"{with_error(share)} at {100 * agreement:.0f} %" for agreement, share in flipping.at_optimum.items()
+        )
         + ".",
         *_own_loss(flipping, objective, losses),
     ]
@@ -129,7 +131,7 @@ def _likeness(likeness: Likeness | None, num_pairs: int) -> Section:
         "CHES says how alike both completions are to the model: the higher, the likelier training lowers the chosen "
         f"one too (Razin et al. 2024). Above 0: {counted(likeness.above_zero)}.{known}",
     )
-    spreads = [("CHES", likeness.ches), ("normalised by length", likeness.normalised)]
+    spreads = [("CHES", likeness.ches), ("normalised", likeness.normalised)]
     return Section(title=title, sentences=said, tables=(spread_table(spreads, "CHES"),))
 
 

@@ -15,6 +15,7 @@ IsSo = NDArray[np.bool_]
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 NUM_BINS = 24
+_LEAST_BINS = 6
 _SHOWN = (0.005, 0.995)
 """The quantiles between which a histogram has bins of one width: a single far pair would squeeze all others into
 one."""
@@ -79,7 +80,7 @@ class Spread:
             least=float(values.min()),
             most=float(values.max()),
             quantiles=dict(zip(QUANTILES, np.quantile(values, QUANTILES).tolist(), strict=True)),
-            histogram=histogram(values),
+            histogram=histogram(values, min(NUM_BINS, max(_LEAST_BINS, 2 * math.ceil(math.sqrt(len(values)))))),
         )
 
 

@@ -10,6 +10,7 @@ from holdfast.inspect.ranking.sections import Histogram, Section, Table, spread_
 from holdfast.inspect.ranking.shares import Share
 from holdfast.inspect.ranking.written import counted, number, percent, with_error
 
+_ACCURACY = ": `rewards/accuracies` of these pairs"
 _USUAL = (
     "Both fall and the margin rises: the usual squeeze of DPO. It is no fault while the chosen completion falls by "
     "little per token; add `sft` to loss_type, lower the learning rate or raise beta where it does not."
@@ -48,7 +49,7 @@ def _flip_cells(flips: Flips) -> tuple[str, ...]:
 
 def _moves(movement: Movement) -> Section:
     said = [
-        f"The margin rose in {counted(movement.rose)}: these are the reward accuracies.",
+        f"The margin rose in {counted(movement.rose)}{_ACCURACY if movement.loss is not None else ''}.",
         f"Displaced, the chosen completion lost log-prob: {counted(movement.displaced)}; its margin rose all the same "
         f"in {counted(movement.squeezed)}. Both completions fell in {counted(movement.both_fell)}, and the rejected "
         f"one rose in {counted(movement.rejected_rose)}.",

@@ -1,6 +1,7 @@
 """How numbers are written in a report: few digits, a share with its standard error, sentences in lines."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len, chop_cells, set_cell_size
@@ -11,9 +12,12 @@ from holdfast.visible import visible
 
 NOTHING = "-"
 """Stands for what cannot be said."""
+SHARE = re.compile(r"([\d.]+ ± [\d.]+ %)")
+"""A share with its error, within a text."""
 _COLUMN_GAP = 2
 _WIDEST_NAME = 28
 _NARROWEST = 20
+_WORD = re.compile(r"\S+ ± \S+ %\S*|\S+ %\S*|\S+")
 
 
 def number(value: float | None) -> str:
@@ -55,9 +59,10 @@ def sentence(text: str, width: int | None, indent: str = "  ", style: str = "") 
 
 
 def _wrapped(text: str, room: float) -> Iterator[str]:
-    """The text in lines of at most so many columns. A word that is wider is broken."""
+    """The text in lines of at most so many columns. A share stays with its error and its sign; a word that is wider
+    than a line is broken."""
     line = ""
-    for word in text.split(" "):
+    for word in _WORD.findall(text):
         longer = f"{line} {word}" if line else word
         if cell_len(longer) <= room:
             line = longer

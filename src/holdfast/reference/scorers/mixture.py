@@ -25,7 +25,7 @@ from torch import Tensor
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 
 
@@ -58,6 +58,14 @@ class MixtureReference(Scorer):
             for reference in self.references:
                 stack.enter_context(reference.in_place())
             yield
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: those of all references."""
+        return [
+            (share * own, model)
+            for share, reference in zip(self.shares, self.references, strict=True)
+            for own, model in reference.models()
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: those of reference i, under `<i>.<name>`."""

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from holdfast.agreement import any_of_all, num_processes, of_all, process, raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
@@ -27,6 +26,7 @@ from holdfast.data.completions import NO_DEAL, Completions, CompletionsToScore, 
 from holdfast.interruption import Interrupted, asked_signal, interruption_behind, is_asked, waiting
 from holdfast.peers.guard import is_of_communication
 from holdfast.peers.phase import doing
+from holdfast.progress import Bar, bar
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep, filled_pairs
 from holdfast.reference.sources.pairing import pairing
@@ -131,41 +131,59 @@ class PrecomputedReference:
         return _of_batch(batch, new | stored)
 
     def fill(
-        self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps], scorer: str
+        self,
+        name: str,
+        data: CompletionsToScore,
+        score: Callable[[PairBatch], SequenceLogps],
+        scorer: str,
+        whose: str = "Reference",
     ) -> None:
-        """Scores every completion of the dataset `name` that is not stored yet. ValueError where a log-prob is not
+        """Scores every completion of the dataset `name` that is not stored yet, and puts the products of its pairs'
+        hidden states beside the log-probs where both completions of a pair are scored. Messages say `whose` log-probs
+        they are. ValueError where a log-prob is not
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
-        description, unit = f"Reference log-probs ({name})", "completions"
+        description = f"{whose} log-probs ({name})"
         with (
-            doing(f"scoring the reference's log-probs ({name})"),
+            doing(f"scoring the {whose.lower()}'s log-probs ({name})"),
             contextlib.ExitStack() as waits,
             store,
             pairing(store, data.pairs) as collect,
             _kept_when_interrupted(store, name, data) as check,
-            tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
+            bar(data.num_completions(), description, "completions", is_shown=not self._is_quiet) as shown,
         ):
-            on_wait = partial(_show_waiting, bar, check, waits)
+            on_wait = partial(_show_waiting, shown, check, waits)
             work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
             for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check, collect):
                 num_scored += num_new
                 num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(num_new)
+                shown.note(f"{rate:,.0f} tokens/s")
+                shown.update(num_new)
             waits.close()
-            bar.update(bar.total - bar.n)
+            shown.update(max(0, data.num_completions() - num_scored))
             store.flush()
             self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
             logger.warning(
-                "Reference log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
+                "%s log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
                 "completions, %s bytes.",
-                name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
+                whose, name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
                 f"{store.num_bytes:,}",
             )  # fmt: skip
+
+    def holds(self, data: CompletionsToScore) -> bool:
+        """Whether all log-probs of a dataset are known to be stored; False as well where its completions cannot be
+        listed."""
+        if not isinstance(data, Completions):
+            return False
+        content = data.content()
+        sides = ((content.content[:, :2], content.lengths[:, 0]), (content.content[:, 2:], content.lengths[:, 1]))
+        with raised_together(where=self._in_lockstep):
+            is_missing = any(bool(np.isnan(self.store.sums(*side)).any()) for side in sides)
+        return not (any_of_all(is_missing) if self._in_lockstep else is_missing)
 
     def fill_pairs(self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps]) -> None:
         """Scores the pairs of the dataset `name` again whose products of hidden states are not beside the store's
@@ -181,12 +199,12 @@ class PrecomputedReference:
                 doing(f"scoring pairs for their hidden states ({name})"),
                 pairing(store, lambda: pairs) as collect,
                 _kept_when_interrupted(store, name, data) as check,
-                tqdm(total=len({*chain(*pairs)}), desc=description, unit="completions", disable=self._is_quiet) as bar,
+                bar(len({*chain(*pairs)}), description, "completions", is_shown=not self._is_quiet) as shown,
             ):
                 batches = data.batches_of_pairs(pairs, deal)
                 summed = partial(_scored, score, contextlib.ExitStack())
                 for number in filled_pairs(store, batches, summed, check, collect, in_lockstep=self._in_lockstep):
-                    bar.update(number)
+                    shown.update(number)
         self._wait_for_all()
 
     def _open_pairs(self, data: Completions) -> list[PairIds]:
@@ -255,12 +273,12 @@ def _scored(
     return score(replace(batch, sums_states=True))
 
 
-def _show_waiting(bar: Any, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
+def _show_waiting(shown: Bar, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
     """Says in the progress bar that other processes still score. `waits` is closed when that is over."""
     check()
     waits.close()
     waits.enter_context(doing("waiting for what other processes score", waits=True))
-    bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
+    shown.note(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
 def _flush(store: LogpStore) -> None:
