@@ -1,8 +1,8 @@
 """The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`; which errors end in a message is in `cli.errors`. All
-works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process
-prints.
+`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`, `holdfast inspect` in `cli.inspect`; which errors end
+in a message is in `cli.errors`. All works the same under `accelerate launch -m holdfast.cli train run.yaml` and
+`torchrun`, where only the first process prints.
 """
 
 import os
@@ -24,8 +24,10 @@ from holdfast import interruption
 from holdfast.cli import store as store_cli
 from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
+from holdfast.cli.inspect import inspect
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.quickstart import quickstart
 from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
@@ -79,7 +81,9 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
+app.command()(quickstart)
 app.command()(report)
+app.command()(inspect)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -130,11 +134,14 @@ def precompute(
     """
     with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run, arguments = _joined("precompute", run_file, overrides or [])
+        has_reference = (
+            arguments.reference_options(is_stream=False, has_ref_model=run["reference.model"] is not None).way != "none"
+        )
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
         is_stream = run["data.train"].is_stream
-        if is_stream or arguments.sync_ref_model or not arguments.needs_reference:
+        if is_stream or arguments.sync_ref_model or not has_reference:
             raise ValueError(_NOT_AHEAD)  # before anything is loaded
         from holdfast.cli.assembly import trainer_of
 
