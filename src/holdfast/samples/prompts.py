@@ -23,8 +23,11 @@ ROWS_PER_PROMPT = 64
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A prompt, as token ids and as text, and its row's completions as text. `row` is the row's number in the dataset as
-    it was loaded, counted from 0; of a stream, among the rows that are used. The prompt's text has its special tokens, the completions' have none."""
+    """A prompt, as token ids and as text, and its row's completions as text.
+
+    `row` is the row's number in the dataset as it was loaded, counted from 0; in a stream, among the rows that are used.
+    The prompt's text has its special tokens, the completions' have none.
+    """
 
     row: int
     ids: tuple[int, ...]
