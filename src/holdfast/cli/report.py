@@ -4,7 +4,7 @@ It also writes the report at the end of `holdfast train`, whatever end that was.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,22 +67,26 @@ def report(
 
 
 @contextmanager
-def reported(trainer: "DPOTrainer", folder: Path) -> Iterator[None]:
+def reported(trainer: "DPOTrainer", folder: Path) -> Iterator[Callable[[], None]]:
     """A context for a whole run: its page is written while it trains, and page, picture and JSON when the context is
-    left, also by an error or an interruption once training has begun."""
+    left, also by an error or an interruption once training has begun. It gives a function that writes them earlier."""
     from holdfast.report.files import write_own_report
     from holdfast.report.live import LiveReport
 
     live = LiveReport()
+
+    def write() -> None:
+        try:
+            if live.has_begun:
+                write_own_report(folder)
+        except Exception as error:  # whatever is wrong with a report, the run's model is not lost over it
+            logger.warning("The report of the run in %s cannot be written: %s: %s", folder, type(error).__name__, error)
+
     trainer.add_callback(live)
     try:
-        yield
+        yield write if trainer.args.run_record else lambda: None  # the logs are not on the disk yet
     finally:
-        if live.has_begun:
-            try:
-                write_own_report(folder)
-            except (ValueError, OSError) as error:
-                logger.warning("The report of the run in %s cannot be written: %s", folder, error)
+        write()
 
 
 def _check_folders(files: "Files") -> None:

@@ -54,7 +54,7 @@ PANELS = (
         is_main=True, words="Of the policy, summed over a completion's tokens.",
     ),
     Panel(
-        title="Win rate", metrics={"win_rate": "win rate"},
+        title="Win rate", metrics={"win_rate": "win rate", "win_rate_ties": "ties"},
         words="Share of prompts for which the judge prefers the policy's completion to the reference's.",
     ),
     Panel(title="Gradient norm", metrics={"grad_norm": "norm"}, words="Before it is clipped."),
