@@ -161,7 +161,7 @@ def test_a_run_without_a_reference_is_looked_at_through_its_model(place):
     [
         (["model"], 2, "is a folder. Name a run file"),
         (["run.yaml", "--data", "pairs.jsonl"], 2, "compares two models: name the other one with --reference"),
-        (["model", "--reference", "out"], 2, "is needed to compare two models"),
+        (["model", "--reference", "out"], 2, "--data is missing"),
         (["model", "--reference", "out", "--data", "pairs.jsonl", "--csv", "a.csv"], 2, "shows a run's pairs"),
         (
             ["run.yaml", "--dataset", "other"],

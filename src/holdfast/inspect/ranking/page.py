@@ -16,7 +16,7 @@ from holdfast.inspect.ranking.pair_facts import facts_of_pair
 from holdfast.inspect.ranking.picks import Pick
 from holdfast.inspect.ranking.report import about, remarks, sections_of
 from holdfast.inspect.ranking.sections import Section
-from holdfast.inspect.ranking.written import with_error
+from holdfast.inspect.ranking.written import SHARE, with_error
 from holdfast.pages.charts.bars import bars
 from holdfast.pages.charts.histogram import histogram
 from holdfast.pages.charts.lines import Level
@@ -27,6 +27,7 @@ from holdfast.pages.tables import facts, table
 from holdfast.store.files import write_durably
 
 _STYLE = """
+.share { white-space: nowrap; }
 main td:not(:first-child) { white-space: nowrap; }
 .pair { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; padding: .6rem .9rem; }
 .pair > summary { font-weight: 600; }
@@ -70,7 +71,13 @@ def _dataset(dataset: DatasetRanking, inspection: RankingInspection) -> Html:
 
 def _section(section: Section) -> Html:
     tables = [table(each.head, each.rows, caption=each.caption or None) for each in section.tables]
-    return joined([element("h3", section.title), *(element("p", text) for text in section.sentences), *tables])
+    return joined([element("h3", section.title), *map(_sentence, section.sentences), *tables])
+
+
+def _sentence(text: str) -> Html:
+    """A paragraph in which no line ends within a share and its error."""
+    parts = SHARE.split(text)  # every second one is a share
+    return element("p", *(element("span", part, kind="share") if at % 2 else part for at, part in enumerate(parts)))
 
 
 # Charts --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from holdfast.visible import visible
 
 NOTHING = "-"
 """Stands for what cannot be said."""
+SHARE = re.compile(r"([\d.]+ ± [\d.]+ %)")
+"""A share with its error, within a text."""
 _COLUMN_GAP = 2
 _WIDEST_NAME = 28
 _NARROWEST = 20
