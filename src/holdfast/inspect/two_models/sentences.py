@@ -78,7 +78,8 @@ def _cause(event: Event, weights: Weights) -> str:
         return f"its {', '.join(name.removeprefix(f'{within}.') for name in names[:3])} differs"
     if event.when == "returned":
         return "its tensors are equal, so a setting or its code differs"
-    return f"all modules before give the same, so what {within or 'the model'} computes between them differs (attention, or a setting)"
+    between = f"what {within or 'the model'} computes between them differs (attention, or a setting)"
+    return f"all modules before give the same, so {between}"
 
 
 def where_of(parting: Parting) -> str:
