@@ -47,5 +47,5 @@ def test_commands_exist(page):
 def test_keys_exist(page):
     known = field_hints(DPOConfig).keys() - runfile.ELSEWHERE.keys() | {"reference"}
     for code in inline(page):
-        for name in re.findall(r"\btraining\.([a-z]\w*)\b(?!\.py|\()", code):
+        for name in re.findall(r"(?<!\.)\btraining\.([a-z]\w*)\b(?!\.py|\()", code):
             assert name in known or f"training.{name}" in NOT_THERE, code

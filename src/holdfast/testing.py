@@ -29,6 +29,7 @@ class TableReference(Scorer):
     """A scorer that looks log-probs up: by a completion's content id, nats, one for each of its tokens."""
 
     kind = "TableReference"
+    sums_states = False
 
     def __init__(self, logps: Mapping[ContentId, Sequence[float]]) -> None:
         self._table = {content_id: torch.tensor(values, dtype=torch.float32) for content_id, values in logps.items()}

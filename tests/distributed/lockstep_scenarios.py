@@ -35,6 +35,7 @@ from holdfast.reference.sources import lockstep
 from holdfast.reference.sources.stored import PrecomputedReference
 from holdfast.scoring import transform
 from holdfast.scoring.frozen import frozen_logps
+from holdfast.store.pair_shard import joined_pairs, open_pair_shard, pair_shard_paths
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import CLAIM
 from policies import POLICIES, config, rows, trainer
@@ -237,6 +238,36 @@ def store_of_each_process(engine: str, folder: Path) -> Any:
     found = trained(made(engine, folder), folder)
     each = gather_object([found["stores"]])
     return found | {"are_alike": all(close(one, each[0]) for one in each)}
+
+
+def alike_pairs() -> dict[str, float]:
+    """How alike the hidden states of each stored pair are (their cosine), by content ids."""
+    root = Path(os.environ["HOLDFAST_HOME"]) / "store"
+    found: dict[str, float] = {}
+    for folder in sorted(root.iterdir()):
+        pairs = joined_pairs([open_pair_shard(path, folder.name) for path in pair_shard_paths(folder)])
+        for key, (cross, one, other) in zip(pairs.content.tolist(), pairs.products.tolist(), strict=True):
+            found[str(key)] = round(cross / (one * other) ** 0.5, 3)
+    return found
+
+
+def pairs_of_hidden_states(engine: str, folder: Path) -> Any:
+    """All pairs have theirs after a filling pass, and again after one that finds log-probs alone. Batches are
+    small, so the completions of a pair come in different ones."""
+    with small_batches():
+        ours = made(engine, folder, reference_window=1)
+        data = ours.completions_to_score({"train": ours.train_dataset})
+        ours.reference.fill(data)
+        together()
+        first = alike_pairs()
+        together()
+        if RANK == 0:
+            for path in ours.reference.stored.store.folder.glob("*.pairs.safetensors"):
+                path.unlink()
+        together()
+        ours.reference.fill(data)
+        together()
+    return {"first": first, "again": alike_pairs(), "num_pairs": len({*data["train"].pairs()})}
 
 
 def close(one: Any, other: Any) -> bool:
@@ -471,5 +502,6 @@ SCENARIOS: dict[str, Scenario] = {
         audit_of_one,
         disk_of_one_full,
         signal_to_one,
+        pairs_of_hidden_states,
     )
 }

@@ -40,6 +40,7 @@ SCENARIOS = {
     "audit_of_one": False,
     "disk_of_one_full": False,
     "signal_to_one": True,
+    "pairs_of_hidden_states": True,
 }
 """The scenarios, and whether `make test` runs them, over FSDP2 on two processes. `make nightly` runs all of `WAYS`."""
 
@@ -130,6 +131,10 @@ def _ended(found: dict[str, Any], n: int) -> None:
     assert 0 < kept[0] < 26
 
 
+def _paired(found: dict[str, Any], n: int) -> None:
+    assert len(found["first"]) == len(found["again"]) == found["num_pairs"] == 9
+
+
 def _windows(found: dict[str, Any], n: int) -> None:
     lengths = found["window_of_each_process"]
     assert lengths == [lengths[0]] * n
@@ -158,6 +163,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], int], None]] = {
     "audit_of_one": _named("found a gap of 2 nats in one token", "All weights, buffers, adapters and settings agree"),
     "disk_of_one_full": _named("the disk is full"),
     "signal_to_one": _ended,
+    "pairs_of_hidden_states": _paired,
 }
 """What else is looked at, by scenario."""
 

@@ -40,8 +40,22 @@ def logs(made: Any) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("losses", LOSSES, ids=str)
-@pytest.mark.parametrize(("policy", "options", "arguments"), WAYS.values(), ids=WAYS)
+OFTEN = [("sft", "second module"), ("simpo", "named, scored ahead"), ("orpo", "adapters off"), ("cpo", "several")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "policy", "options", "arguments"),
+    [
+        pytest.param(
+            losses,
+            *WAYS[way],
+            id=f"{losses['loss_type']}, {way}",
+            marks=() if (losses["loss_type"], way) in OFTEN else pytest.mark.nightly,
+        )
+        for losses in LOSSES
+        for way in WAYS
+    ],
+)
 def test_it_trains_as_without_and_has_the_metrics(
     losses: dict[str, Any], policy: str, options: dict[str, Any], arguments: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def content(output: str) -> dict:
     return run
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run(folder, monkeypatch):
     """Its series are the numbers of `trainer_state.json`, its syncs are every second step, its reference is the one
     that the last checkpoint names, and the command writes the same page again."""
@@ -96,6 +97,7 @@ def test_the_report_of_a_run(folder, monkeypatch):
     assert (page.complaints, page.requests, page.too_wide) == ((), (), ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "code", "outcome"),
     [
@@ -115,6 +117,7 @@ def test_the_report_of_a_run_that_did_not_finish(folder, monkeypatch, action, co
     assert Path(outcome, "report.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_never_began_writes_no_report(folder, monkeypatch):
     monkeypatch.chdir(folder)
     write_run(folder / "earlier")
@@ -123,6 +126,7 @@ def test_a_run_that_never_began_writes_no_report(folder, monkeypatch):
     assert not (folder / "earlier" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_record_has_its_report_from_the_logs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert train("plain", "training.run_record=false")[0] == 0

@@ -94,7 +94,17 @@ WAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "options"), WAYS.values(), ids=WAYS)
+def nightly_but(table: dict[str, Any], *names: str) -> list[Any]:
+    """The rows of a table, of which only those of these names run in `make test`."""
+    return [
+        pytest.param(*row, id=name, marks=() if name in names else pytest.mark.nightly) for name, row in table.items()
+    ]
+
+
+OFTEN = ("adapters off", "snapshot on disk", "precomputed", "policy prompt_tuning")
+
+
+@pytest.mark.parametrize(("make", "options"), nightly_but(WAYS, *OFTEN))
 def test_the_reference_is_the_policy_as_it_started(make: Any, options: dict[str, Any], tmp_path: Path) -> None:
     policy = make()
     first = of_model(policy)
@@ -145,8 +155,18 @@ def test_a_mixture_takes_the_largest_sum_of_weighted_log_probs(tmp_path: Path) -
     assert expected not in (of_model(one), of_model(two))
 
 
-@pytest.mark.parametrize("options", [{"ref_model_mixup_alpha": 1.0}, {"ref_model_mixup_alpha": 0.5}], ids=str)
-@pytest.mark.parametrize("way", ["model", "snapshot"])
+@pytest.mark.parametrize(
+    ("way", "options"),
+    nightly_but(
+        {
+            f"{way} {alpha}": (way, {"ref_model_mixup_alpha": alpha})
+            for way in ("model", "snapshot")
+            for alpha in (1.0, 0.5)
+        },
+        "model 0.5",
+        "snapshot 1.0",
+    ),
+)
 def test_a_moving_reference_completes_anew_after_each_sync(
     way: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +201,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("policy", "options"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("policy", "options"), nightly_but(RUNS, "lora, dropout, recomputed"))
 def test_training_does_not_notice(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Losses, gradients, metrics, weights and the random state are those of a run without samples, bit for bit."""
     runs = []

@@ -247,7 +247,7 @@ def completions_of(made: DPOTrainer) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("moves", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_resumed_run_generates_nothing_again(moves: bool, tmp_path: Path) -> None:
     """Killed after step 4: steps 2 and 4 are recorded. A reference that moves every 4 steps is at version 1 then."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 4} if moves else {}

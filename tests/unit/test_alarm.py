@@ -6,7 +6,7 @@ import random
 import pytest
 
 from holdfast.record import Log, alarms, training_logs
-from holdfast.record.alarm import Alarm, falling
+from holdfast.record.alarm import Alarm, _Line, falling
 
 KL, LOGPS, MARGIN = "reference/kl_chosen", "logps/chosen", "rewards/margins"
 
@@ -76,10 +76,10 @@ def test_a_line_and_its_noise_by_hand() -> None:
     residuals are 0.1, -0.3, 0.3, -0.1, their squares add up to 0.2, so t = -1.6 / sqrt(0.2/2/5) = -11.3: within what
     noise does in one of 1000 windows of four (22.3)."""
     assert falling(logs([-2, -4, -5, -7], [0.1, 0.2, 0.3, 0.4])) is None
-    from holdfast.record.alarm import _Line
-
-    found = _Line.through([10, 20, 30, 40], [-2, -4, -5, -7])
-    assert (found.first, found.last, found.t) == pytest.approx((-2.1, -6.9, -1.6 / math.sqrt(0.02)))
+    line = _Line()
+    for step, value in ((40, -7), (30, -5), (20, -4), (10, -2)):
+        line.add(step, value)
+    assert (line.first(), line.last(), line.t()) == pytest.approx((-2.1, -6.9, -1.6 / math.sqrt(0.02)))
 
 
 def test_once_per_onset() -> None:

@@ -4,14 +4,14 @@ It also writes the report at the end of `holdfast train`, whatever end that was.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from holdfast.cli.errors import RANK, messages
@@ -67,22 +67,26 @@ def report(
 
 
 @contextmanager
-def reported(trainer: "DPOTrainer", folder: Path) -> Iterator[None]:
+def reported(trainer: "DPOTrainer", folder: Path) -> Iterator[Callable[[], None]]:
     """A context for a whole run: its page is written while it trains, and page, picture and JSON when the context is
-    left, also by an error or an interruption once training has begun."""
+    left, also by an error or an interruption once training has begun. It gives a function that writes them earlier."""
     from holdfast.report.files import write_own_report
     from holdfast.report.live import LiveReport
 
     live = LiveReport()
+
+    def write() -> None:
+        try:
+            if live.has_begun:
+                write_own_report(folder)
+        except Exception as error:  # whatever is wrong with a report, the run's model is not lost over it
+            logger.warning("The report of the run in %s cannot be written: %s: %s", folder, type(error).__name__, error)
+
     trainer.add_callback(live)
     try:
-        yield
+        yield write if trainer.args.run_record else lambda: None  # the logs are not on the disk yet
     finally:
-        if live.has_begun:
-            try:
-                write_own_report(folder)
-            except (ValueError, OSError) as error:
-                logger.warning("The report of the run in %s cannot be written: %s", folder, error)
+        write()
 
 
 def _check_folders(files: "Files") -> None:
@@ -100,31 +104,43 @@ def _print(run: "Run", console: Console) -> None:
 
     _line(console, f"{run.name}: {status_of(run)}", "bold")
     for answer in answers(run):
-        _line(console, "")
+        console.print()
         _line(console, answer.question, "dim")
-        _line(console, answer.short, _STYLES[answer.mood], indent=2)
+        _line(console, answer.short, _STYLES[answer.mood], before="  ")
         for sentence in answer.more:
-            _line(console, sentence, indent=2)
+            _line(console, sentence, before="  ")
         if answer.command:
-            _line(console, answer.command, "cyan", indent=2)
+            _whole_line(console, f"  {answer.command}", "cyan")
     found = findings(run)
     if found:
-        _line(console, "")
+        console.print()
         _line(console, "What stands out", "dim")
     for finding in found:
-        _line(console, f"{_MARKS[finding.kind]} {finding.text}", _STYLES[finding.kind], indent=2)
-    _line(console, "")
+        _line(console, finding.text, _STYLES[finding.kind], before=f"  {_MARKS[finding.kind]} ")
+    console.print()
 
 
 def _print_files(files: "Files", console: Console) -> None:
     for path in files.paths():
-        _line(console, f"written: {path}")
+        _whole_line(console, f"written: {path}")
 
 
-def _line(console: Console, text: str, style: str = "", indent: int = 0) -> None:
-    """A line; on a terminal it is broken between words and stays indented, elsewhere it stays whole."""
-    plain = printable(text.replace("`", "")).encode(console.encoding, "backslashreplace").decode(console.encoding)
-    if console.is_terminal:
-        console.print(Padding(Text(plain, style), (0, 0, 0, indent), expand=False), highlight=False)
-    else:
-        console.print(" " * indent + plain, soft_wrap=True, highlight=False, markup=False)
+def _line(console: Console, text: str, style: str = "", before: str = "") -> None:
+    """A line. On a terminal it is broken between words, and goes on below its first word; elsewhere it stays whole."""
+    if not console.is_terminal:
+        _whole_line(console, before + text)
+        return
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(before, style), Text(_shown(console, text), style))
+    console.print(grid, highlight=False)
+
+
+def _whole_line(console: Console, text: str, style: str = "") -> None:
+    """A line that is never broken, so that it can be copied."""
+    console.print(Text(_shown(console, text), style), soft_wrap=True, highlight=False)
+
+
+def _shown(console: Console, text: str) -> str:
+    return printable(text.replace("`", "")).encode(console.encoding, "backslashreplace").decode(console.encoding)

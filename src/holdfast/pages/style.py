@@ -41,6 +41,7 @@ th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 .words th, .words td { text-align: left; } .words td { overflow-wrap: anywhere; }
 .words td:first-child { white-space: nowrap; }
+.left th, .left td { text-align: left; min-width: 3.5rem; max-width: 30rem; overflow-wrap: break-word; }
 @media (max-width: 600px) { body { padding: 1rem; } th, td { padding: .2rem .45rem; }
   .words td:first-child { white-space: normal; min-width: 7rem; } }
 """

@@ -37,6 +37,9 @@ class Scorer(abc.ABC):
     is_off_device: bool = False
     """Whether `in_place()` moves weights between devices, so that scoring many batches within it saves time."""
 
+    sums_states: bool = True
+    """Whether it sums hidden states where a batch asks for that (`SequenceLogps.state_sums`)."""
+
     @abc.abstractmethod
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """`log pi_ref` (nats, fp32) of the batch's completion tokens; no gradients, eval mode, no dropout."""

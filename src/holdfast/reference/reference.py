@@ -199,6 +199,20 @@ class Reference:
             self.before_offload()
             self.scorer, self._offload = self._offload(), None
 
+    def fill(self, datasets: Mapping[str, CompletionsToScore], *, whose: str = "Reference") -> None:
+        """Scores all completions of these datasets now, where the run would ask for them later, and all of their pairs'
+        products of hidden states. What is stored already is not scored. Log-probs must be stored, and the reference
+        fixed. Messages say `whose` log-probs they are. ValueError as for `prepare`."""
+        assert self.stored is not None and self._moving is None  # noqa: PT018
+        if not self.stored.is_open:
+            self._open(self.stored)
+        with self.while_scoring_datasets(), self.many_batches():
+            for name, data in datasets.items():
+                if not self.stored.holds(data):
+                    self.stored.fill(name, data, self._score, self._describe_scorer(PER_BATCH), whose)
+                if self.scorer is not None and self.scorer.sums_states:
+                    self.stored.fill_pairs(name, data, self._score)
+
     def _open(self, stored: PrecomputedReference) -> None:
         assert self.scorer is not None
         stored.open(self.scorer.identity(), None if self._moving is None else self._moving.version)

@@ -133,7 +133,11 @@ def did_it_help(run: Run) -> Answer:
     if not run.logs:
         return Answer(question=question, short="Nothing was logged yet.")
     judges = [*_judged_samples(run)]
-    evaluated = [prefix for prefix in run.evaluations if run.last(f"{prefix}rewards/accuracies") is not None]
+    name = "rewards/accuracies"
+    evaluated = [prefix for prefix in run.evaluations if (run.series(prefix + name)[0] > 0).any()]
+    if run.evaluations and not evaluated:
+        short = "Not known yet: held-out pairs were evaluated before the first step only."
+        return Answer(question=question, short=short)
     if not evaluated:
         of_training = run.last("rewards/accuracies")
         seen = (
@@ -155,16 +159,23 @@ def _verdict(run: Run, prefix: str) -> tuple[str, Mood]:
     spread = "" if error is None else f" ± {percent(error)}"
     of_pairs = f"{number:,} held-out pairs" if number else "the held-out pairs"
     name = "" if prefix == "eval_" else f" ({prefix.removeprefix('eval_').removesuffix('_')})"
-    what = (
-        "the policy prefers the chosen completion more than the reference does"
-        if compares_with_reference(run)
-        else "the policy gives the chosen completion the higher reward"
-    )
-    found = f"in {percent(share)}{spread} of {of_pairs}{name} {what} (50 % is chance)."
-    margin = _NUM_ERRORS * (error or 0.0)
-    if share - margin > 0.5:
+    found = f"in {percent(share)}{spread} of {of_pairs}{name} the policy"
+    if compares_with_reference(run):
+        what = f"{found} prefers the chosen completion more than the reference does (50 % is chance)."
+        return _judged(share - 0.5, error or 0.0, what)
+    what = f"{found} gives the chosen completion the higher reward"
+    steps, shares = run.series(f"{prefix}rewards/accuracies")
+    if len(shares) < 2:
+        return f"Not known: {what}, and there is no evaluation before to compare with (eval_on_start).", Mood.PLAIN
+    before = f"{what}; at the first evaluation (step {steps[0]:,.0f}) it was {percent(shares[0])}."
+    return _judged(share - float(shares[0]), math.sqrt(2) * (error or 0.0), before)
+
+
+def _judged(gain: float, error: float, found: str) -> tuple[str, Mood]:
+    """The verdict on a gain that has this standard error."""
+    if gain > _NUM_ERRORS * error:
         return f"Yes: {found}", Mood.GOOD
-    if share + margin < 0.5:
+    if gain < -_NUM_ERRORS * error:
         return f"No: {found}", Mood.WARNING
     return f"Not measurably: {found}", Mood.PLAIN
 

@@ -14,6 +14,7 @@ from holdfast.report.panels import Curve, Panel, curves_of, ranges_of
 from holdfast.report.run import Run
 
 _MANY = 60
+_MOST_SYNCS = 150
 _LEVELS = {
     "loss": Level(y=LN_2, text="ln 2: policy and reference are the same"),
     "rewards/accuracies": Level(y=0.5, text="chance"),
@@ -88,7 +89,10 @@ def _has_level(runs: Sequence[Run], metric: str) -> bool:
 
 
 def _marks(run: Run) -> list[Mark]:
-    marks = [Mark(x=step, text=text, kind="sync of the reference") for step, text in run.syncs()]
+    syncs = run.syncs()
+    every = -(-len(syncs) // _MOST_SYNCS)
+    kind = "sync of the reference" if every <= 1 else f"every {every}th of {len(syncs):,} syncs of the reference"
+    marks = [Mark(x=step, text=text, kind=kind) for step, text in syncs[:: max(1, every)]]
     marks += [Mark(x=event.step, text=event.text, kind="resumed") for event in run.events if event.kind == "resumed"]
     return sorted(marks, key=lambda mark: mark.x)
 

@@ -7,7 +7,7 @@ of the logs, so that a single log decides nothing, and are not asked of the firs
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -27,7 +27,7 @@ REFERENCE_FREE = frozenset({"sft", "simpo", "orpo", "cpo"})
 class Healthy:
     """The healthy values of a metric, from `low` to `high` (None: without end), in words, and what to think and do
     where they are left. `of_losses`: only where these are the run's losses; `compares`: only where the losses compare
-    with a reference."""
+    with a reference. With `share_of_first`, `low` is that share of the metric's first values."""
 
     metric: str
     low: float | None = None
@@ -36,6 +36,7 @@ class Healthy:
     otherwise: str
     of_losses: tuple[str, ...] | None = None
     compares: bool = False
+    share_of_first: float | None = None
 
 
 SQUEEZE = (
@@ -69,6 +70,11 @@ HEALTHY = (
         otherwise="the policy is leaving the text it was anchored to. Raise `beta`, or lower the learning rate",
     ),
     Healthy(
+        metric="entropy", share_of_first=0.5, words="above half of its first value",
+        otherwise="the policy puts its probability on ever fewer tokens. Lower the learning rate, raise `beta`, or "
+        "train for fewer epochs",
+    ),
+    Healthy(
         metric="win_rate", low=0.5, words="above 0.5, where policy and reference win equally often",
         otherwise="the judge prefers the reference's completions: the policy has lost more than it has learnt",
     ),
@@ -77,11 +83,15 @@ BY_METRIC = {each.metric: each for each in HEALTHY}
 
 
 def healthy_range(run: Run, metric: str) -> Healthy | None:
-    """The healthy values of a metric in this run, also of its evaluations; None where none are known."""
+    """The healthy values of a metric in this run, also of its evaluations, with the ends of their range; None where
+    none are known."""
     prefix = max((each for each in run.evaluations if metric.startswith(each)), key=len, default="")
     found = BY_METRIC.get(metric.removeprefix(prefix))
     if found is None or (found.compares and not compares_with_reference(run)):
         return None
+    if found.share_of_first is not None:
+        first = run.series(metric)[1][:FEWEST_LOGS]
+        return replace(found, low=found.share_of_first * float(first.mean())) if first.size else None
     losses = None if run.facts is None else run.facts.loss_types
     return found if found.of_losses is None or losses == found.of_losses else None
 

@@ -58,8 +58,9 @@ class LiveReport(TrainerCallback):
             if has_record(folder):
                 write_page((read_run(folder),), folder / f"{NAME}.html", refresh_seconds=self._refresh_seconds)
                 self.num_written += 1
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever is wrong with a page, a run is not lost over it
             self._has_failed = True
-            logger.warning("The report of the run in %s cannot be written (%s). The run goes on.", folder, error)
+            words = f"{type(error).__name__}: {error}"
+            logger.warning("The report of the run in %s cannot be written (%s). The run goes on.", folder, words)
         self._next = time.monotonic() - now
         self._spent += self._next

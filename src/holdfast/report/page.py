@@ -254,7 +254,7 @@ def _data(runs: Sequence[Run]) -> Html:
     if not rows:
         return Html("")
     head = ["data", "rows", "pairs used", "left out", "pairs by source"]
-    return joined([element("h2", "Data"), table(head, rows, kind="words")])
+    return joined([element("h2", "Data"), table(head, rows, kind="left")])
 
 
 def _count(number: int | None) -> str:

@@ -54,7 +54,7 @@ PANELS = (
         is_main=True, words="Of the policy, summed over a completion's tokens.",
     ),
     Panel(
-        title="Win rate", metrics={"win_rate": "win rate"},
+        title="Win rate", metrics={"win_rate": "win rate", "win_rate_ties": "ties"},
         words="Share of prompts for which the judge prefers the policy's completion to the reference's.",
     ),
     Panel(title="Gradient norm", metrics={"grad_norm": "norm"}, words="Before it is clipped."),
@@ -143,7 +143,7 @@ def curves_of(run: Run, panel: Panel) -> list[Curve]:
 def ranges_of(runs: Sequence[Run], panel: Panel) -> list[Healthy]:
     """The healthy ranges of a panel's metrics that hold for all the runs; none where they differ between metrics."""
     found = [healthy_range(run, metric) for run in runs for metric in panel.metrics]
-    ranges = [each for each in found if each is not None]
+    ranges = [each for each in found if each is not None and (len(runs) == 1 or each.share_of_first is None)]
     distinct = {(each.low, each.high): each for each in ranges}
     if len(distinct) == 1 and len(ranges) >= len(runs):
         return [*distinct.values()]

@@ -18,7 +18,7 @@ COLORS = ("#0072B2", "#D55E00", "#00835F", "#A8457F", "#8A6D00", "#2F8FC4", "#5B
 _DASHES = ("-", "--", ":", "-.")
 _HEALTHY, _FAINT = "#2E9E5B", "#63676C"
 _NUM_COLUMNS, _MANY = 3, 60
-_MOST_LETTERS = 110
+_MOST_LETTERS, _MOST_SYNCS = 110, 150
 
 
 def report_png(runs: Sequence[Run], dots_per_inch: int = 110) -> bytes:
@@ -66,7 +66,8 @@ def _draw(axes: Axes, runs: Sequence[Run], panel: Panel) -> None:
                 marker="o" if curve.evaluation or len(values) == 1 else None, markersize=3, label=visible(label),
             )  # fmt: skip
     _draw_ranges(axes, runs, panel)
-    for step, _ in runs[0].syncs() if len(runs) == 1 else []:
+    syncs = runs[0].syncs() if len(runs) == 1 else []
+    for step, _ in syncs[:: max(1, -(-len(syncs) // _MOST_SYNCS))]:
         axes.axvline(step, color=_FAINT, linewidth=0.6, linestyle=":")
     axes.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
     axes.set_ylabel(panel.unit, fontsize=8)

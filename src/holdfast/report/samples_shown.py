@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from holdfast.pages.markup import Html, element, joined
+from holdfast.pages.markup import Html, element, html, joined
 from holdfast.record.entries import Sample
 from holdfast.report.run import Run
 from holdfast.visible import visible
@@ -57,5 +57,5 @@ def _sample(sample: Sample) -> Html:
 def _text(title: str, text: str, kind: str = "") -> Html:
     shown = visible(text[:_MOST_LETTERS], keeps_lines=True)
     rest = f" ... ({len(text):,} characters)" if len(text) > _MOST_LETTERS else ""
-    lines = joined(shown.split("\n"), "\n") if shown else element("i", "(nothing)")
+    lines = Html("\n".join(map(html, shown.split("\n")))) if shown else element("i", "(nothing)")
     return element("div", element("div", title, kind="part"), element("div", lines, rest, kind=f"text {kind}".strip()))

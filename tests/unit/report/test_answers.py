@@ -102,6 +102,23 @@ def test_whether_it_helped(tmp_path, numbers, short, mood):
     assert "eval_loss went from" in answer.more[0]
 
 
+def test_a_policy_without_a_reference_is_compared_with_its_first_evaluation(tmp_path):
+    """The shares are 0.5 + 0.3 * (0.25, ..., 1): 57.5 % at step 50 and 80 % at step 200, of 400 pairs."""
+    facts = replace(FACTS, loss_types=("simpo",), reference=None)
+    answer = did_it_help(read_run(write_run(tmp_path / "a", facts=facts)))
+    assert answer.short.startswith("Yes: in 80.0 % ± 2.0 % of 400 held-out pairs the policy gives")
+    assert "at the first evaluation (step 50) it was 57.5 %." in answer.short
+    answer = did_it_help(read_run(write_run(tmp_path / "b", facts=facts, num_evaluations=1)))
+    assert answer.short.startswith("Not known: in 80.0 %")
+
+
+def test_an_evaluation_before_the_first_step_says_nothing(tmp_path):
+    writer = RecordWriter(tmp_path)
+    writer.begin(FACTS)
+    writer.log(0, 0.0, {"eval_loss": math.log(2), "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0})
+    assert did_it_help(read_run(tmp_path)).short.startswith("Not known yet")
+
+
 def test_nothing_was_held_out(tmp_path):
     answer = did_it_help(read_run(write_run(tmp_path, num_evaluations=0)))
     assert answer.short == "Not known: no pairs were held out."
@@ -248,6 +265,8 @@ def overfitted(share: float) -> dict[str, float]:
          "3 of 10 rows of the train data (30.0 %) are left out, most of them since: too long (2)"),
         ({"numbers": lambda share: squeezed(share) | {"time/reference": 0.57}},
          "The reference took 50.0 % of the time"),
+        ({"numbers": lambda share: squeezed(share) | {"entropy": 2 - 1.9 * share}},
+         "outside its healthy range (above half of its first value) since step 120"),
         ({"numbers": lambda share: squeezed(share) | {"win_rate": 0.3}},
          "outside its healthy range (above 0.5, where policy and reference win equally often) since step 30"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from holdfast.cli.report import reported
 from holdfast.report import live
 from holdfast.report.live import LiveReport
 from runs import write_run
@@ -96,3 +97,22 @@ def test_a_run_without_a_record_has_no_page_before_its_end(tmp_path, monkeypatch
     clock.now += 1e6
     log(report, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), KeyError("a defect"), OSError("the disk is full")])
+def test_a_run_is_not_lost_over_its_report(tmp_path, monkeypatch, caplog, error):
+    """What the run returns, and what it raises, is its own."""
+
+    def write(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("holdfast.report.files.write_own_report", write)
+    callbacks: list[LiveReport] = []
+    trainer: Any = SimpleNamespace(add_callback=callbacks.append, args=SimpleNamespace(run_record=True))
+    with reported(trainer, tmp_path) as write_report:
+        callbacks[0].has_begun = True
+        write_report()
+    assert len(caplog.records) == 2
+    assert type(error).__name__ in caplog.text
+    with pytest.raises(RuntimeError, match="of the run"), reported(trainer, tmp_path):
+        raise RuntimeError("of the run")

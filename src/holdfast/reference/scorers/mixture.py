@@ -37,6 +37,7 @@ class MixtureReference(Scorer):
     """
 
     kind = "MixtureReference"
+    sums_states = False  # several models have as many hidden states
 
     def __init__(self, references: Sequence[Scorer], shares: Sequence[float]) -> None:
         self.references = self.parts = tuple(references)
