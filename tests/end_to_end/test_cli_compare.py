@@ -11,11 +11,13 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.cells import cell_len
+from typer.testing import CliRunner
 
 import tiny
 from browser import opened
 from families import tiny_model
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.cli import app as cli
 from holdfast.cli import compare as command
 from holdfast.cli.compare import Comparing, compare
 from holdfast.data.load import load_preferences
@@ -400,3 +402,13 @@ def test_the_page_in_a_browser(asked, tmp_path, first, second, charts):
         assert page.smallest_text >= 8
         assert page.faintest[0] >= 4.5, page.faintest
         assert " ".join(found["verdict"]["sentence"].split()) in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize(
+    ("reference", "more", "code"),
+    [("base", [], 0), ("sft", [], 1), ("nowhere", [], 2), ("sft", ["--limit", "0"], 2), ("sft", ["--run", "out"], 2)],
+)
+def test_the_command_ends_with_these_exit_codes(folder, monkeypatch, reference, more, code):
+    monkeypatch.chdir(folder)
+    words = ["inspect", "base", "--reference", reference, "--data", "pairs.jsonl", *more]
+    assert CliRunner().invoke(cli.app, words).exit_code == code
