@@ -1,6 +1,7 @@
-"""Four runs that pay for the reference once. The first one scores the pairs, and the others find the log-probs.
+"""Four runs that pay for the reference once: the first one scores the pairs, and the others find the log-probs.
 
-They are kept in a store. The reference is not in memory while a run trains. The same store serves other losses, betas, learning rates and seeds.
+The reference is not in memory while a run trains. Its log-probs are kept in a store, which serves other losses, betas,
+learning rates and seeds.
 
 Usage: python examples/sweep.py MODEL PAIRS.jsonl OUTPUT
 """

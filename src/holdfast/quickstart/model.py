@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -55,6 +56,7 @@ def make_model(
     on_step: Callable[[], None] = lambda: None,
 ) -> LlamaForCausalLM:
     """A model that has learnt the village's facts, then its talk, in so many steps; `on_step` is called after each."""
+    pad, end = (tokenizer.convert_tokens_to_ids(token) for token in (PAD, END))
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
@@ -67,9 +69,9 @@ def make_model(
                 num_key_value_heads=4,
                 max_position_embeddings=512,
                 tie_word_embeddings=True,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad,
                 bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
             )
         )
         draw = random.Random(seed)
@@ -109,24 +111,31 @@ def _batches(
 ) -> Iterator[tuple[Int[Tensor, "S T"], Int[Tensor, "S T"]]]:
     """Token ids of conversations, padded on the right, and the targets: the ids of the answers, else -100."""
     asked = list(questions())
-    prompts = [
+    prompts: list[Any] = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=False
         )
         for question in asked
     ]
-    prompt_ids: list[list[int]] = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    prompt_ids = _ids(tokenizer, prompts)
+    padding: Any = tokenizer.pad_token_id
     for _ in range(num_steps):
         chosen = draw.choices(range(len(asked)), k=_TEXTS_PER_STEP)
         replies = [f"{answer(asked[index], draw, share_right=share_right)}{END}" for index in chosen]
-        reply_ids: list[list[int]] = tokenizer(replies, add_special_tokens=False)["input_ids"]
+        reply_ids = _ids(tokenizer, replies)
         rows = [(prompt_ids[index], ids) for index, ids in zip(chosen, reply_ids, strict=True)]
         tokens = [torch.tensor(prompt + reply) for prompt, reply in rows]
         targets = [torch.tensor([-100] * len(prompt) + reply) for prompt, reply in rows]
         yield (
-            nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id),
+            nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding),
             nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100),
         )
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, with no special tokens but those that it spells."""
+    ids: Any = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 @contextmanager
