@@ -33,7 +33,7 @@ LAYERS = (
     {"arguments", "callbacks", "card", "checkpoint", "metrics", "record", "samples"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect"},
+    {"demo", "inspect", "quickstart", "report"},
     {"cli"},
 )
 EXPORTED = {

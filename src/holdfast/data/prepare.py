@@ -282,8 +282,8 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     left_out = {row for rows in unusable.values() for row in rows}
     rows = [row for row in range(len(dataset)) if row not in left_out]
     usable = dataset.select(rows)
-    remember_used_rows(usable, rows)
     note_left_out(usable, LeftOut(num_rows=len(dataset), by_reason=counts))
+    remember_used_rows(usable, rows)
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
     return usable
 

@@ -54,6 +54,7 @@ _CHARTS = """
 .chart .frame { stroke: var(--faint); stroke-width: 1; fill: none; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .series { fill: none; stroke: var(--color); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.chart .faint-series { opacity: .35; } .chart .faint-series .series { stroke-width: 1; }
 .chart .spread { fill: var(--color); opacity: .16; stroke: none; }
 .chart .dot { fill: var(--color); stroke: none; } .chart .target { fill: transparent; stroke: none; }
 .chart .target:hover { fill: var(--color); fill-opacity: .55; }

@@ -230,7 +230,7 @@ def _adapter(policy: nn.Module) -> str | None:
 
 
 def _device(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def _plain(value: Any) -> Any:
