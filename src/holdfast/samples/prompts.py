@@ -25,8 +25,8 @@ ROWS_PER_PROMPT = 64
 class Prompt:
     """A prompt, as token ids and as text, and its row's completions as text.
 
-    `row` is the row's number in the dataset as it was loaded, counted from 0; in a stream, among the rows that are used.
-    The prompt's text has its special tokens, the completions' have none.
+    `row` is the row's number in the dataset as it was loaded, counted from 0; in a stream, among the rows that are
+    used. The prompt's text has its special tokens, the completions' have none.
     """
 
     row: int
@@ -51,15 +51,19 @@ def choose_prompts(
     are read anew.
     """
     found: dict[tuple[int, ...], Prompt] = {}
-    numbers = used_rows(dataset) if isinstance(dataset, Dataset) else None
+    numbers = _numbers(dataset)
     for row, values in enumerate(islice(iter(dataset), num_prompts * ROWS_PER_PROMPT)):
         ids, _ = truncate(list(values[PROMPT_IDS]), [], max_length, truncation_mode)
         if tuple(ids) in found or (longest is not None and len(ids) > longest):
             continue
-        found[tuple(ids)] = _prompt(row if numbers is None else int(numbers[row]), ids, values, tokenizer)
+        found[tuple(ids)] = _prompt(row if numbers is None else numbers[row], ids, values, tokenizer)
         if len(found) == num_prompts:
             break
     return [*found.values()]
+
+
+def _numbers(dataset: Any) -> Sequence[Any] | None:
+    return used_rows(dataset).tolist() if isinstance(dataset, Dataset) else None
 
 
 def _prompt(row: int, ids: Sequence[int], values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
