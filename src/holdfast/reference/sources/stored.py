@@ -199,12 +199,12 @@ class PrecomputedReference:
                 doing(f"scoring pairs for their hidden states ({name})"),
                 pairing(store, lambda: pairs) as collect,
                 _kept_when_interrupted(store, name, data) as check,
-                tqdm(total=len({*chain(*pairs)}), desc=description, unit="completions", disable=self._is_quiet) as bar,
+                bar(len({*chain(*pairs)}), description, "completions", is_shown=not self._is_quiet) as shown,
             ):
                 batches = data.batches_of_pairs(pairs, deal)
                 summed = partial(_scored, score, contextlib.ExitStack())
                 for number in filled_pairs(store, batches, summed, check, collect, in_lockstep=self._in_lockstep):
-                    bar.update(number)
+                    shown.update(number)
         self._wait_for_all()
 
     def _open_pairs(self, data: Completions) -> list[PairIds]:
