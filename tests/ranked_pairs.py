@@ -28,7 +28,7 @@ AFTER_CHOSEN = [-12, -15, -9, -4, -10, -25, -0.3, -11]
 AFTER_REJECTED = [-11, -18, -8, -19, -9, -30, -16, -9]
 
 
-def eight_pairs(chosen: list[Any] = CHOSEN, rejected: list[Any] = REJECTED, **others: Any) -> PairNumbers:
+def eight_pairs(chosen: Any = CHOSEN, rejected: Any = REJECTED, **others: Any) -> PairNumbers:
     """The eight pairs with these log-probs."""
     values: dict[str, Any] = {
         "row": np.arange(8) * 10,

@@ -11,11 +11,13 @@ import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.cells import cell_len
+from typer.testing import CliRunner
 
 import tiny
 from browser import opened
 from families import tiny_model
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.cli import app as cli
 from holdfast.cli import compare as command
 from holdfast.cli.compare import Comparing, compare
 from holdfast.data.load import load_preferences
@@ -82,8 +84,14 @@ def folder(tmp_path_factory) -> Path:
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(root / "lora")
     save(adapted.merge_and_unload(), root / "merged")
+    save(model(family="mistral"), root / "mistral")
     edited(root / "dropout", root / "base", attention_dropout=0.1)
     edited(root / "rope", root / "base", rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
+    scaled = model()
+    scaled.lm_head.weight.data.mul_(1.1)
+    save(scaled, root / "head")
+    edited(root / "window", root / "mistral", sliding_window=9)
+    edited(root / "dynamic", root / "base", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
     save(model(), root / "template", with_template(("{{ message['role'] }}\n", "{{ message['role'] }}: ")))
     save(model(), root / "left", shorter())
     config = root / "left" / "tokenizer_config.json"
@@ -134,6 +142,10 @@ def asked(folder, tmp_path, monkeypatch, capsys):
         ("base", "bf16", 1, "rounded", "model.embed_tokens"),
         ("base", "resized", 1, "resized", None),
         ("base", "rope", 1, "settings", "model.rotary_emb"),
+        ("base", "dynamic", 1, "settings", None),
+        ("base", "head", 1, "trained", None),
+        ("base", "mistral", 1, "other_architecture", "model.layers.0.self_attn.o_proj"),
+        ("mistral", "window", 1, "settings", "model.layers.0"),
         ("base", "template", 1, "tokenizer", None),
         ("base", "words", 1, "tokenizer", None),
     ],
@@ -202,6 +214,12 @@ def test_tensors_that_differ_are_named(asked):
     assert [each["name"] for each in found["weights"]["differing"]] == ["model.layers.1.mlp.gate_proj.weight"]
     assert "model.layers.*.mlp.gate_proj.weight" in printed
     assert "its weight differs" in printed
+
+
+def test_where_models_part_after_all_modules_or_between_them(asked):
+    assert "log-probs part in the head, or in what follows it: lm_head.weight differs" in asked("base", "head")[1]
+    printed = asked("mistral", "window")[1]
+    assert "They part first in what model.layers.0 is given as attention_mask" in printed
 
 
 def test_the_templates_and_a_row_are_shown(asked):
@@ -384,3 +402,13 @@ def test_the_page_in_a_browser(asked, tmp_path, first, second, charts):
         assert page.smallest_text >= 8
         assert page.faintest[0] >= 4.5, page.faintest
         assert " ".join(found["verdict"]["sentence"].split()) in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize(
+    ("reference", "more", "code"),
+    [("base", [], 0), ("sft", [], 1), ("nowhere", [], 2), ("sft", ["--limit", "0"], 2), ("sft", ["--run", "out"], 2)],
+)
+def test_the_command_ends_with_these_exit_codes(folder, monkeypatch, reference, more, code):
+    monkeypatch.chdir(folder)
+    words = ["inspect", "base", "--reference", reference, "--data", "pairs.jsonl", *more]
+    assert CliRunner().invoke(cli.app, words).exit_code == code

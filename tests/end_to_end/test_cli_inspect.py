@@ -156,6 +156,19 @@ def test_a_run_without_a_reference_is_looked_at_through_its_model(place):
     assert "Nothing is said of it: simpo compares with no reference" in printed
 
 
+def test_other_values_than_those_of_training_are_said(place):
+    same = inspect("--run", "out", "--dataset", "far", "--pairs", "0", "--set", "training.logging_steps=3")
+    other = inspect(
+        "--run", "out", "--dataset", "far", "--pairs", "0", "--set", "training.beta=0.2", "--set",
+        "training.label_smoothing=0.1", "--set", "data.train={path: pairs.jsonl}",
+    )  # fmt: skip
+    assert "other values" not in same
+    assert (
+        "The run in out was trained with other values: training.beta was 0.5 and is 0.2 here; training.label_smoothing "
+        "was not set and is 0.1 here." in other
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [

@@ -40,6 +40,14 @@ def test_the_first_ones_that_differ() -> None:
     assert [prompt.row for prompt in chosen(pairs(3, 4), 5)] == [0, 1]
 
 
+def test_rows_are_counted_as_they_were_loaded() -> None:
+    """Row 1 of 4 is left out, since its completions are equal."""
+    rows = tiny.preference_rows(4, seed=3)
+    rows[1]["rejected"] = rows[1]["chosen"]
+    prepared = prepare_dataset(Dataset.from_list(rows), TOKENIZER)
+    assert [prompt.row for prompt in chosen(prepared, 3)] == [0, 2, 3]
+
+
 def test_prompts_are_cut_as_rows_are_and_long_ones_passed_over() -> None:
     assert [prompt.row for prompt in chosen(pairs(3, 9, 4), 3, longest=4)] == [0, 2]
     (whole,) = chosen(pairs(9), 1)

@@ -202,7 +202,9 @@ def _trained(run: RunFile, trainer: "DPOTrainer", folder: Path, write_report: Ca
     arguments: DPOConfig = trainer.args
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     interruption.wait("the trained model is saved first. A second signal ends it at once.")
-    write_report()  # the model card shows its picture
+    write_report()
+    if (folder / "README.md").is_file():  # the card of the last checkpoint: now with the report's picture
+        trainer.create_model_card(model_name=(arguments.hub_model_id or "").split("/")[-1] or None)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

@@ -108,10 +108,12 @@ def _run_file(target: str) -> Path:
 def _inspected(run: RunFile, out: Path | None, only: str | None, num_pairs: int) -> "RankingInspection":
     """The inspection of a run's pairs. ValueError, TypeError or OSError where they cannot be scored."""
     from holdfast.cli.run_numbers import run_numbers
+    from holdfast.cli.trained_by import other_values
     from holdfast.inspect.ranking.of_run import inspect_run
 
     arguments = run.training_arguments()  # as they are, before any is changed to ask the reference
-    return inspect_run(run_numbers(run, out), arguments, only=only, num_shown=num_pairs)
+    others = () if out is None else other_values(run, out)
+    return inspect_run(run_numbers(run, out), arguments, only=only, num_shown=num_pairs, notes=others)
 
 
 def _write(inspection: "RankingInspection", files: dict[str, Path | None]) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast, final
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.columns import CHOSEN_IDS, PROMPT_IDS, REJECTED_IDS
 from holdfast.data.tokenize import TruncationMode, truncate
+from holdfast.data.used_rows import used_rows
 
 ROWS_PER_PROMPT = 64
 """So many rows are looked at for each prompt that is wanted."""
@@ -21,8 +23,11 @@ ROWS_PER_PROMPT = 64
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A prompt of the dataset's row `row` (counted from 0 among the rows that are used), as token ids and as text, and
-    the row's completions as text. The prompt's text has its special tokens, the completions' have none."""
+    """A prompt, as token ids and as text, and its row's completions as text.
+
+    `row` is the row's number in the dataset as it was loaded, counted from 0; in a stream, among the rows that are used.
+    The prompt's text has its special tokens, the completions' have none.
+    """
 
     row: int
     ids: tuple[int, ...]
@@ -46,11 +51,12 @@ def choose_prompts(
     are read anew.
     """
     found: dict[tuple[int, ...], Prompt] = {}
+    numbers = used_rows(dataset) if isinstance(dataset, Dataset) else None
     for row, values in enumerate(islice(iter(dataset), num_prompts * ROWS_PER_PROMPT)):
         ids, _ = truncate(list(values[PROMPT_IDS]), [], max_length, truncation_mode)
         if tuple(ids) in found or (longest is not None and len(ids) > longest):
             continue
-        found[tuple(ids)] = _prompt(row, ids, values, tokenizer)
+        found[tuple(ids)] = _prompt(row if numbers is None else int(numbers[row]), ids, values, tokenizer)
         if len(found) == num_prompts:
             break
     return [*found.values()]

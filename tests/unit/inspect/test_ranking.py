@@ -190,7 +190,7 @@ def test_correlations_are_those_of_torch_and_of_ranks(pairs):
     ranks = [
         [(values < each).sum() + ((values == each).sum() + 1) / 2 for each in values] for values in (first, second)
     ]
-    assert rank_correlation(first, second) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert rank_correlation(first, second) == pytest.approx(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 # Likeness ------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def by_length(reference: PairNumbers, policy: PairNumbers | None, objective: Obj
 def _length_bins(lengths: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     for each in histogram(lengths) if len(lengths) else ():
         if each.count:
-            name = f"{each.first:,}" if each.first == each.last else f"{each.first:,} to {each.last:,}"
+            name = str(each.first) if each.first == each.last else f"{each.first} to {each.last}"
             yield name, (lengths >= each.first) & (lengths <= each.last)
 
 

@@ -11,11 +11,16 @@ from holdfast.losses.modifiers import ModifierOptions
 
 
 def inspect_run(
-    numbers: RunNumbers, args: DPOConfig, *, only: str | None = None, num_shown: int = 5
+    numbers: RunNumbers,
+    args: DPOConfig,
+    *,
+    only: str | None = None,
+    num_shown: int = 5,
+    notes: Sequence[str] = (),
 ) -> RankingInspection:
     """The inspection of these numbers under the losses of `args`. `only` is "train", "eval" for all evaluation data, or
-    the name of one evaluation set; None shows all. `num_shown` pairs of each kind are shown with their text. ValueError
-    where there is no such dataset."""
+    the name of one evaluation set; None shows all. `num_shown` pairs of each kind are shown with their text, and
+    `notes` are said before those of the numbers. ValueError where there is no such dataset."""
     return inspect_ranking(
         [_scored(each, numbers) for each in _asked(numbers.datasets, only)],
         reference=f"{numbers.reference} (digest {numbers.reference_digest})",
@@ -23,7 +28,7 @@ def inspect_run(
         loss_types=args.loss_types,
         objective=objective_of(args),
         num_shown=num_shown,
-        notes=numbers.notes,
+        notes=(*notes, *numbers.notes),
         not_read=numbers.not_read,
     )
 

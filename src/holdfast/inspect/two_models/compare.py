@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from holdfast.data.dates import date_of_run
+from holdfast.data.progress import bars
 from holdfast.inspect.said import warnings_collected
 from holdfast.inspect.two_models.gaps import Gaps, compare_gaps, logps_of, worst_completion
 from holdfast.inspect.two_models.parting import Parting, compare_states, record
@@ -73,7 +74,7 @@ class Comparison:
 def compare_models(request: Request, dataset: Any) -> Comparison:
     """Two models compared on pairs of `dataset`, which is not read with `weights_only`. ValueError where one cannot be
     loaded, where no row is usable, and where a log-prob is not a number."""
-    with warnings_collected() as said:
+    with warnings_collected() as said, bars(are_shown=not request.loading.disable_tqdm):
         place = request.reference
         place = place_of_base(request.model) if place.path == BASE else place
         model = load_side("MODEL", request.model, request.loading)

@@ -13,6 +13,7 @@ from typing import final
 
 import numpy as np
 import torch
+from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.batch import PairBatch
@@ -85,7 +86,7 @@ class Gaps:
 def logps_of(side: Side, rows: Rows, device: torch.device) -> Logps:
     """The log-probs that a model gives the completions. ValueError where one is not a number."""
     found: dict[int, np.ndarray] = {}
-    for numbers in _batches(rows.completions):
+    for numbers in tqdm(list(_batches(rows.completions)), desc=f"Log-probs by {side.label}"):
         sequences = [rows.completions[number].sequence for number in numbers]
         batch = PairBatch.from_tensors(on_device(rows.layout.of_completions(sequences), device))
         logps = frozen_logps(side.model, batch, nullcontext).per_token.double().cpu().numpy()

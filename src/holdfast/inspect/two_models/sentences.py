@@ -32,16 +32,27 @@ def parting_sentence(comparison: Comparison) -> str:
     parting = comparison.parting
     if parting is None:
         return "Hidden states were not compared: no model was run on these rows."
+    if not parting.layers:
+        return "Their modules have other names, so hidden states cannot be laid beside each other."
     found = parting.beyond_rounding
     if found is None:
         if parting.first is None:
-            return "No module gives another number."
+            return _after_all_modules(comparison)
         size = _relative(parting.first.relative)
         return f"They part by no more than rounding, first in what {_place(parting.first.event)} ({size})."
     return (
         f"They part first in what {_place(found.event)} ({_relative(found.relative)}): "
         f"{_cause(found.event, comparison.weights)}."
     )
+
+
+def _after_all_modules(comparison: Comparison) -> str:
+    """What is said where every module before the head gives the same."""
+    if comparison.gaps is None or comparison.gaps.largest == 0:
+        return "No module gives another number."
+    names = [each.name for each in comparison.weights.differing]
+    why = f"{', '.join(names[:3])} differs" if names else "a setting or the head's code differs"
+    return f"They are equal up to the head; log-probs part in the head, or in what follows it: {why}."
 
 
 def _place(event: Event) -> str:
@@ -67,7 +78,8 @@ def _cause(event: Event, weights: Weights) -> str:
         return f"its {', '.join(name.removeprefix(f'{within}.') for name in names[:3])} differs"
     if event.when == "returned":
         return "its tensors are equal, so a setting or its code differs"
-    return f"all modules before give the same, so what {within} computes between them differs (attention, or a setting)"
+    between = f"what {within or 'the model'} computes between them differs (attention, or a setting)"
+    return f"all modules before give the same, so {between}"
 
 
 def where_of(parting: Parting) -> str:

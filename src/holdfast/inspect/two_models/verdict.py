@@ -280,8 +280,8 @@ def _num_differing(weights: Weights) -> str:
 
 def _only_of_settings(weights: Weights) -> bool:
     """Whether no tensor differs but buffers that a config decides, such as rotary frequencies."""
-    has_all = not (weights.only_model or weights.only_reference)
-    return has_all and all(each.name.endswith("inv_freq") for each in weights.differing)
+    names = (*(each.name for each in weights.differing), *weights.only_model, *weights.only_reference)
+    return all(name.endswith("inv_freq") for name in names)
 
 
 def _untied(evidence: Evidence) -> str | None:
