@@ -76,11 +76,13 @@ def test_the_tables_of_the_page_are_those_of_the_numbers(recipes, tmp_path):
     ]
 
 
-def test_the_pictures_are_those_of_the_numbers(recipes, tmp_path):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] if place else []) for place, name in enumerate(NAMES)]
+)
+def test_the_pictures_are_those_of_the_numbers(recipes, tmp_path, name):
     """Drawn anew they have the same texts and as many lines; their shapes are left to the version of matplotlib."""
-    for name in NAMES:
-        recipes.draw(json.loads((PUBLISHED / f"{name}.json").read_text("utf-8")), tmp_path)
-    for picture in PICTURES:
+    recipes.draw(json.loads((PUBLISHED / f"{name}.json").read_text("utf-8")), tmp_path)
+    for picture in (f"{name}.svg", f"{name}-narrow.svg"):
         drawn, published = ((folder / picture).read_text("utf-8") for folder in (tmp_path, PUBLISHED))
         assert re.findall(r"<desc>.*?</desc>", drawn) == re.findall(r"<desc>.*?</desc>", published)
         assert drawn.count("<path") == published.count("<path")

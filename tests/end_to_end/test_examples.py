@@ -1,5 +1,7 @@
 """Every example is run as a script, on a small model and few pairs of the quickstart, and its numbers are looked at.
 
+`make nightly` runs most of them; `make test` one, the notebook, and `lora.py` with the pages' code blocks.
+
 Numbers that an example prints are compared with what must be so: a first loss worked out by hand, a fixed reference,
 a reference that was moved.
 """
@@ -62,6 +64,7 @@ def test_every_example_is_tested():
     assert set(SCRIPTS) - {"dpo"} <= tested  # dpo.py is in tests/test_docs.py
 
 
+@pytest.mark.nightly
 def test_lora(run):
     """Before the first step the loss is ln 2, the margin 0 and the policy where the reference is."""
     printed = dict(re.findall(r"^(eval_\S+) +(\S+) ->", run("lora"), re.MULTILINE))
@@ -79,6 +82,7 @@ def test_full_snapshot_on_disk(run, quickstart):
     assert has_moved("out", quickstart.model)
 
 
+@pytest.mark.nightly
 def test_sweep(run):
     """Four runs, and one store that holds each completion once, whatever the loss and beta."""
     printed = run("sweep")
@@ -88,6 +92,7 @@ def test_sweep(run):
     assert len([path for path in Path("out/store").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.nightly
 def test_tr_dpo(run, quickstart):
     """208 pairs in batches of 16 are 13 steps an epoch, 26 in all: one sync, after step 25."""
     rows = quickstart.pairs.read_text("utf-8").splitlines()
@@ -97,12 +102,14 @@ def test_tr_dpo(run, quickstart):
     assert found == [("5", "0"), ("10", "0"), ("15", "0"), ("20", "0"), ("25", "1")]
 
 
+@pytest.mark.nightly
 def test_streaming(run, quickstart):
     assert "asked ahead for 10 optimizer steps" in run("streaming")
     assert history("out")[-1]["step"] == 60
     assert has_moved("out", quickstart.model)
 
 
+@pytest.mark.nightly
 def test_own_loss(run):
     """At the start the margin is 0: ln 2 = 0.6931 for sigmoid, (1 - 0)^2 = 1 for the squared hinge."""
     printed = run("own_loss")
@@ -112,6 +119,7 @@ def test_own_loss(run):
     assert "held-out accuracy" in printed
 
 
+@pytest.mark.nightly
 def test_two_references(run, quickstart):
     printed = run("two_references")
     assert "0.7 * (a copy of the policy" in printed
