@@ -56,7 +56,8 @@ def make_model(
     on_step: Callable[[], None] = lambda: None,
 ) -> LlamaForCausalLM:
     """A model that has learnt the village's facts, then its talk, in so many steps; `on_step` is called after each."""
-    pad, end = (tokenizer.convert_tokens_to_ids(token) for token in (PAD, END))
+    ids: Any = [tokenizer.convert_tokens_to_ids(token) for token in (PAD, END)]
+    pad, end = ids
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(
