@@ -230,6 +230,7 @@ class DPOTrainer(HalfWeightsTrainer):
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
         self._heed_hooks()
         self._begin_numbers()
+        self._global_batch.begin(read_manifest(checkpoint).get("moments", {}) if checkpoint is not None else {})
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         if self.reference is not None and self._provenance is None:
@@ -286,6 +287,9 @@ class DPOTrainer(HalfWeightsTrainer):
         self._settle(found)
         self._load_from_checkpoint(str(found))
 
+    def _run_record(self) -> dict[str, Any]:
+        return {**super()._run_record(), "moments": self._global_batch.moments_record()}
+
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _layout_name(self) -> str:
@@ -332,7 +336,7 @@ class DPOTrainer(HalfWeightsTrainer):
         reference = early if self._is_sharded else self._reference_logps(batch)
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
-        pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven)
+        pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven, is_training=is_training)
         losses = pairs.losses(self.args)
         term = None if scores.aux_loss is None else self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)

@@ -10,8 +10,8 @@ by it. So backward passes have no exchange of their own. All processes gather in
 have pairs. Given up: the batch of an optimizer step; with gradient accumulation it is that of one micro-batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, final
 
 import torch
@@ -25,7 +25,7 @@ from holdfast.config import DPOConfig
 from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.token_weights import token_weights
 from holdfast.data.mixing.source_column import NO_SOURCE
-from holdfast.losses import LOSSES, PairLogps, preference_loss
+from holdfast.losses import LOSSES, MarginMoments, PairLogps, moments_after, preference_loss
 from holdfast.scoring.router import balance_loss
 from holdfast.scoring.score import Scores
 
@@ -35,13 +35,15 @@ from holdfast.scoring.score import Scores
 class ComparedPairs:
     """What the losses of a batch read of its pairs: this process's own, or those of all processes in their order.
 
-    `own` are this process's pairs among them; None where there are no others.
+    `own` are this process's pairs among them; None where there are no others. `moments` are by loss those of all
+    batches of training so far, this one included.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     weights: Float[Tensor, "P"] | None
     own: slice | None = None
+    moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
 
     def losses(self, args: DPOConfig, pairs: Int[Tensor, "Q"] | None = None) -> Float[Tensor, "Q"]:
         """The losses of these pairs, as if there were no others; None is all of them."""
@@ -57,6 +59,7 @@ class ComparedPairs:
             loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
             options=args.loss_options,
             pair_weights=weights,
+            moments=self.moments,
         )
 
     def of_this_process(self, values: Float[Tensor, "P"]) -> Float[Tensor, "Q"]:
@@ -76,6 +79,7 @@ class GlobalBatch:
         self._accelerator = accelerator
         self._sums_router = has_router and accelerator.num_processes > 1
         self._gathers = accelerator.num_processes > 1 and any(LOSSES[name].couples_pairs for name in args.loss_types)
+        self._moments: dict[str, MarginMoments] = {}
 
     def router_weights(self, batch: PairBatch, real: PairBatch) -> Int[Tensor, "R T"] | None:
         """How often each token of the batch counts in the load-balancing loss; None where the model's own loss of the
@@ -96,10 +100,28 @@ class GlobalBatch:
         weights: Float[Tensor, "P"] | None,
         *,
         is_uneven: bool,
+        is_training: bool,
     ) -> ComparedPairs:
-        """The pairs that a loss compares. With `is_uneven` processes may have unlike numbers of them."""
-        own = ComparedPairs(policy=policy, reference=reference, weights=weights)
-        return _gathered(own, self._accelerator, is_uneven=is_uneven) if self._gathers else own
+        """The pairs that a loss compares. With `is_uneven` processes may have unlike numbers of them. A batch of
+        training joins the moments that later batches are compared with."""
+        pairs = ComparedPairs(policy=policy, reference=reference, weights=weights)
+        if self._gathers:
+            pairs = _gathered(pairs, self._accelerator, is_uneven=is_uneven)
+        if is_training:
+            names, options = self._args.loss_types, self._args.loss_options
+            self._moments = moments_after(
+                self._moments, pairs.policy, pairs.reference, loss_types=names, options=options
+            )
+        return replace(pairs, moments=self._moments)
+
+    def moments_record(self) -> dict[str, dict[str, float]]:
+        """The moments of all batches of training so far, by loss, as plain numbers. Waits for the device."""
+        return {name: moments.record() for name, moments in self._moments.items()}
+
+    def begin(self, moments: Mapping[str, Mapping[str, float]]) -> None:
+        """Begins a run, with the moments that `moments_record` gave for its batches so far."""
+        device = self._accelerator.device
+        self._moments = {name: MarginMoments.restored(record, device) for name, record in moments.items()}
 
     def mean(
         self, pairs: ComparedPairs, losses: Float[Tensor, "P"], term: Float[Tensor, ""] | None, *, is_uneven: bool
