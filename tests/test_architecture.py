@@ -23,8 +23,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"internals"},
-    {"agreement", "batch", "interruption", "own_error", "peers", "secrets"},
-    {"scoring", "losses", "store"},
+    {"agreement", "batch", "interruption", "own_error", "peers", "secrets", "visible"},
+    {"scoring", "losses", "pages", "store"},
     {"data"},
     {"policy"},
     {"reference"},

@@ -112,7 +112,7 @@ def test_the_attributes_of_a_trainer_are_those_in_the_code():
 
 def test_the_error_of_the_page_is_the_one_that_a_script_gets():
     page = (ROOT / "docs" / "howto" / "script.md").read_text(encoding="utf-8")
-    example = re.findall(r"```\n(DPOConfig was given.*?)And in the call", page, re.DOTALL)[0]
+    example = re.findall(r"```text\n(DPOConfig was given.*?)And in the call", page, re.DOTALL)[0]
     with pytest.raises(TypeError) as error:
         DPOConfig(output_dir="o", use_cpu=True, max_prompt_length=128, rpo_alpha=0.5, evaluation_strategy="steps")
     assert str(error.value) + "\n" == example
@@ -160,7 +160,7 @@ def test_every_public_name_is_in_the_api_reference():
 
 
 def test_the_tree_in_the_readme_is_the_package():
-    block = re.search(r"```\nsrc/holdfast/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    block = re.search(r"```text\nsrc/holdfast/\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block is not None
     rooms, room = set(), ""
     for indent, name in re.findall(r"^( +)(\S+)  ", block[1], re.MULTILINE):
@@ -197,7 +197,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def test_the_report_of_the_documentation_is_what_is_printed(workplace):
     page = (ROOT / "docs" / "howto" / "data.md").read_text(encoding="utf-8")
-    rows, printed = re.findall(r"```(?:json)?\n([{m].*?)```", page, re.DOTALL)
+    rows, printed = re.findall(r"```(?:json|text)[^\n]*\n([{m].*?)```", page, re.DOTALL)
     (workplace / "pairs.jsonl").write_text(rows, encoding="utf-8")
     run = "model: model\ndata: {train: pairs.jsonl}\ntraining: {max_length: 36, use_cpu: true}\n"
     (workplace / "run.yaml").write_text(run, encoding="utf-8")

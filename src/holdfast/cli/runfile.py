@@ -175,6 +175,7 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
 
     hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in _ELSEWHERE}
     hints["resume_from_checkpoint"] = bool | str | None  # `true` is the newest checkpoint in the output folder
+    hints["fsdp"] = bool | str | None
     hints["model_init_kwargs"] = dict | None
     for name in sorted(_ELSEWHERE.keys() & section if isinstance(section, dict) else ()):
         raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")

@@ -14,7 +14,7 @@ from holdfast.inspect.data import DataInspection, DatasetInspection
 from holdfast.inspect.lengths import QUANTILES, Bin, Lengths
 from holdfast.inspect.numbers import NEARLY_EQUAL, Found, Numbers
 from holdfast.inspect.rows import Piece, RowView, SideView, Use
-from holdfast.inspect.visible import visible
+from holdfast.visible import visible
 
 MARKS = {Use.PROMPT: "|", Use.SCORED: "+", Use.UNSCORED: ".", Use.CUT: "x"}
 """The mark of a line by what becomes of its tokens."""

@@ -1,12 +1,11 @@
 """An inspection as one HTML file, which loads nothing: no scripts, no fonts, no pictures from elsewhere.
 
-All text of the data is escaped, twice over: what does not print is written as an escape, and what HTML reads is an
-entity. A policy in the file's head forbids whatever might be left. Every token is a `span` whose title, shown under the
-pointer, says its ids and what becomes of it.
+The skeleton, the tables and the escapes are those of `holdfast.pages`. Every token is a `span` whose title, shown
+under the pointer, says its ids and what becomes of it.
 """
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from holdfast.inspect.numbers import NEARLY_EQUAL, Found, Numbers
 from holdfast.inspect.page_style import CSS
 from holdfast.inspect.plots import length_figure, png
 from holdfast.inspect.rows import Piece, RowView, SideView, Use
-from holdfast.inspect.visible import visible
+from holdfast.pages.markup import Html, html
+from holdfast.pages.page import page as whole_page
+from holdfast.pages.tables import facts, table
 from holdfast.store.files import write_durably
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SPACES = {" ": '<i class="s"> </i>', "\t": '<i class="t">\t</i>', "\n": '<i class="n">\n</i>'}
 
 
@@ -31,7 +31,7 @@ def write_page(inspection: DataInspection, path: Path, most_tokens: int | None =
 
 def page(inspection: DataInspection, most_tokens: int | None = None) -> str:
     """The page's HTML."""
-    facts = {
+    of_model = {
         "model (not loaded)": inspection.model,
         "embeddings": f"{inspection.num_embeddings:,}",
         "tokenizer": inspection.tokenizer,
@@ -41,33 +41,29 @@ def page(inspection: DataInspection, most_tokens: int | None = None) -> str:
     }
     datasets = "".join(_dataset(each, inspection, most_tokens) for each in inspection.datasets)
     key = " ".join(f'<span class="{use}">{escape(meaning)}</span>' for use, meaning in MEANINGS.items())
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Data of {_text(inspection.model)}</title><style>{CSS}</style></head><body>"
-        "<h1>What will be trained</h1>"
-        f"{_table([], [[_text(name), _text(value)] for name, value in facts.items()])}"
+    body = (
+        f"<h1>What will be trained</h1>{facts(of_model)}"
         '<input type="checkbox" id="spaces"><label for="spaces">white space</label> '
         '<input type="checkbox" id="boundaries"><label for="boundaries">token boundaries</label>'
         f'<div class="controls">{key} <span class="special">special token</span></div>'
-        f"<main>{datasets}</main></body></html>\n"
+        f"<main>{datasets}</main>"
     )
+    return whole_page(f"Data of {inspection.model}", Html(body), style=CSS)
 
 
 def _dataset(dataset: DatasetInspection, inspection: DataInspection, most_tokens: int | None) -> str:
     picture = base64.b64encode(png(length_figure((dataset,), inspection.max_length))).decode("ascii")
-    messages = "".join(f'<p class="warn">{_text(message)}</p>' for message in dataset.said)
+    messages = "".join(f'<p class="warn">{html(message)}</p>' for message in dataset.said)
     if dataset.refusal is not None:
-        messages += f'<p class="warn"><strong>Training would end here:</strong> {_text(dataset.refusal)}</p>'
+        messages += f'<p class="warn"><strong>Training would end here:</strong> {html(dataset.refusal)}</p>'
     part = ", the first ones only" if dataset.is_part else ""
     sources = "".join(
-        f"<h3>Source {_text(name)}: {numbers.num_rows:,} rows</h3>{_numbers(numbers, dataset, inspection.max_length)}"
+        f"<h3>Source {html(name)}: {numbers.num_rows:,} rows</h3>{_numbers(numbers, dataset, inspection.max_length)}"
         for name, numbers in dataset.by_source.items()
     )
     rows = "".join(_row(row, most_tokens) for row in dataset.shown)
     return (
-        f"<h2>{_text(dataset.name)}: {dataset.numbers.num_rows:,} rows{part}</h2>{messages}"
+        f"<h2>{html(dataset.name)}: {dataset.numbers.num_rows:,} rows{part}</h2>{messages}"
         f"{_numbers(dataset.numbers, dataset, inspection.max_length)}"
         f'<img class="plot" alt="Histograms of lengths" src="data:image/png;base64,{picture}">'
         f"{sources}<h3>Rows</h3>{rows}"
@@ -91,9 +87,9 @@ def _numbers(numbers: Numbers, dataset: DatasetInspection, max_length: int | Non
         counts += [
             ["scored tokens, chosen and rejected", f"{bias.mean_chosen:,.1f} and {bias.mean_rejected:,.1f}"],
             ["chosen is longer / equal / shorter", " / ".join(map(percent, (bias.longer, bias.equal, bias.shorter)))],
-            ["a rule &quot;longer is better&quot; is right in", percent(bias.rule_accuracy)],
+            ['a rule "longer is better" is right in', percent(bias.rule_accuracy)],
         ]
-    return f"{_table([], counts)}{_found(numbers, dataset, max_length)}{_lengths(numbers.lengths)}"
+    return f"{table([], counts)}{_found(numbers, dataset, max_length)}{_lengths(numbers.lengths)}"
 
 
 def _found(numbers: Numbers, dataset: DatasetInspection, max_length: int | None) -> str:
@@ -110,17 +106,17 @@ def _found(numbers: Numbers, dataset: DatasetInspection, max_length: int | None)
         found |= {} if dataset.leak is None else {"prompt is in the training data too": dataset.leak}
         found |= {f"note: {note.kind}: {note.detail}": note.found for note in dataset.notes}
     rows = [
-        [_text(what), f"{each.count:,}", percent(each.share), _examples(each, dataset.excerpts)]
+        [what, f"{each.count:,}", percent(each.share), _examples(each, dataset.excerpts)]
         for what, each in found.items()
     ]
-    return _table(["found", "rows", "share", "examples"], rows, kind="found")
+    return table(["found", "rows", "share", "examples"], rows, kind="found")
 
 
-def _examples(found: Found, excerpts: Mapping[int, str]) -> str:
+def _examples(found: Found, excerpts: Mapping[int, str]) -> Html:
     if not found.examples:
-        return ""
-    lines = "<br>".join(f"row {row}: {_text(excerpts.get(row, ''))}" for row in found.examples)
-    return f"<details><summary>rows {', '.join(map(str, found.examples))}</summary>{lines}</details>"
+        return Html("")
+    lines = "<br>".join(f"row {row}: {html(excerpts.get(row, ''))}" for row in found.examples)
+    return Html(f"<details><summary>rows {', '.join(map(str, found.examples))}</summary>{lines}</details>")
 
 
 def _lengths(lengths: Mapping[str, Lengths]) -> str:
@@ -129,14 +125,7 @@ def _lengths(lengths: Mapping[str, Lengths]) -> str:
         [name, f"{each.mean:,.1f}", *(f"{value:,}" for value in (each.least, *each.quantiles.values(), each.most))]
         for name, each in lengths.items()
     ]
-    return _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of cells that are HTML already."""
-    heading = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<table class="{kind}">{heading}{lines}</table>'
+    return table(head, rows)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -154,7 +143,7 @@ def _row(row: RowView, most_tokens: int | None) -> str:
         for name, side in (("chosen", row.chosen), ("rejected", row.rejected))
     )
     return (
-        f'<details class="row"{"" if row.reason else " open"}><summary>{_text(", ".join(words))}</summary>{prompt}'
+        f'<details class="row"{"" if row.reason else " open"}><summary>{html(", ".join(words))}</summary>{prompt}'
         f'<div class="sides">{sides}</div></details>'
     )
 
@@ -168,16 +157,12 @@ def _part(title: str, pieces: Sequence[Piece], most_tokens: int | None) -> str:
     shown = pieces if most_tokens is None else pieces[:most_tokens]
     missing = len(pieces) - len(shown)
     rest = f'<div class="faint">{missing:,} more tokens are not shown</div>' if missing else ""
-    return f'<div class="part">{_text(title)}</div><div class="tokens">{"".join(map(_token, shown))}</div>{rest}'
+    return f'<div class="part">{html(title)}</div><div class="tokens">{"".join(map(_token, shown))}</div>{rest}'
 
 
 def _token(piece: Piece) -> str:
     ids = ", ".join(map(str, piece.ids))
     kinds = f"{piece.use} special" if piece.is_special else str(piece.use)
     meaning = f"{MEANINGS[Use(piece.use)]}{', special token' if piece.is_special else ''}"
-    text = "".join(_SPACES.get(each) or _text(each) for each in piece.text)
+    text = "".join(_SPACES.get(each) or html(each) for each in piece.text)
     return f'<span class="{kinds}" title="id {ids}: {escape(meaning)}">{text}</span>'
-
-
-def _text(text: str) -> str:
-    return escape(visible(text), quote=True)

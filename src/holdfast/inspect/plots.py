@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from holdfast.inspect.data import DataInspection, DatasetInspection
 from holdfast.inspect.facts import RowFacts
-from holdfast.inspect.visible import visible
 from holdfast.store.files import write_durably
+from holdfast.visible import visible
 
 _CHOSEN, _REJECTED, _PROMPT, _ROW, _LIMIT = "#0072B2", "#D55E00", "#777777", "#56B4E9", "#222222"
 _NUM_BINS = 50
