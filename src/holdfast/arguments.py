@@ -15,7 +15,7 @@ from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.losses.options import nearest
 from holdfast.options.combinations import check_evaluation
-from holdfast.options.metric_names import EVAL_METRICS, METRICS_BY_SOURCE, metric_of_source
+from holdfast.options.metric_names import EVAL_METRICS, LOSS_TERM, METRICS_BY_SOURCE, metric_of_source
 from holdfast.policy.independence import Dependence
 from holdfast.policy.malloc import keep_freed_memory
 from holdfast.reference.load import RefModel, check_ref_models, ref_model_entries
@@ -107,7 +107,7 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     if name is None or not goes_by_it:
         return
     parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    names = [f"{part}_{name}" if part else name for part, data in parts.items() for name in _metrics_of(data)]
+    names = [f"{part}_{name}" if part else name for part, data in parts.items() for name in _metrics_of(data, args)]
     asked = name.removeprefix("eval_")
     of_source = metric_of_source(asked)
     if asked in names or (of_source is not None and isinstance(parts.get(of_source.part), IterableDataset)):
@@ -123,10 +123,11 @@ def check_best_metric(args: DPOConfig, eval_dataset: Any) -> None:
     )
 
 
-def _metrics_of(dataset: Any) -> list[str]:
-    """The metrics that an evaluation on the dataset gives, those of its sources too."""
+def _metrics_of(dataset: Any, args: DPOConfig) -> list[str]:
+    """The metrics that an evaluation on the dataset gives, those of its sources and of the loss's terms too."""
     sources = sources_with_metrics(dataset)
-    return [*EVAL_METRICS, *(f"{metric}/{source}" for source in sources for metric in METRICS_BY_SOURCE)]
+    terms = [f"{LOSS_TERM}{name}" for name in args.loss_types] if len(args.loss_types) > 1 else []
+    return [*EVAL_METRICS, *terms, *(f"{metric}/{source}" for source in sources for metric in METRICS_BY_SOURCE)]
 
 
 def _by_source(datasets: Iterable[Any]) -> str:

@@ -3,6 +3,8 @@
 It counts optimizer steps as the trainer does, so a resumed run syncs at the same steps.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,12 +15,19 @@ from holdfast.reference.reference import Reference
 
 @final
 class SyncCallback(TrainerCallback):
-    """Syncs `reference` after every `steps`-th optimizer step."""
+    """Syncs `reference` after every `steps`-th optimizer step, each time within `around()`."""
 
-    def __init__(self, reference: Reference, mixup_alpha: float, steps: int) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        mixup_alpha: float,
+        steps: int,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._reference = reference
         self._mixup_alpha = mixup_alpha
         self._steps = steps
+        self._around = around
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,5 +42,5 @@ class SyncCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See `transformers.TrainerCallback`: syncs where the step is due."""
         if state.global_step % self._steps == 0:
-            with doing("syncing the reference"):
+            with doing("syncing the reference"), self._around():
                 self._reference.sync(self._mixup_alpha)

@@ -25,6 +25,7 @@ from holdfast.options.processes import ProcessOptions
 from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
+from holdfast.options.run_record import RecordOptions
 from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
@@ -42,10 +43,18 @@ def _option(help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class DPOConfig(
-    LossOptions, ModifierOptions, ResumeOptions, DataOptions, ProcessOptions, TrainingArguments, metaclass=ConfigClass
+    LossOptions,
+    ModifierOptions,
+    ResumeOptions,
+    DataOptions,
+    ProcessOptions,
+    RecordOptions,
+    TrainingArguments,
+    metaclass=ConfigClass,
 ):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `DataOptions`, `ResumeOptions` and `ProcessOptions` (in `options`) those about data, checkpoints and processes. All
+    `DataOptions`, `ResumeOptions`, `ProcessOptions` and `RecordOptions` (in `options`) those about data, checkpoints,
+    processes and the record. All
     others that are not listed here come from `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)

@@ -35,18 +35,20 @@ def batch_metrics(
     scores: Scores,
     *,
     is_training: bool,
+    loss_terms: Mapping[str, Float[Tensor, "P"]] | None = None,
 ) -> dict[str, SumAndCount]:
     """The metrics of one batch, each as (sum, count).
 
-    Over pairs: `loss`; `rewards/chosen|rejected|margins` (beta * nats); `rewards/accuracies`, the share of pairs whose
-    chosen reward is higher; `logps/chosen|rejected`, log pi_theta(y|x) in nats; `aux_loss` where the model has one;
-    with a reference, `reference/kl_chosen|rejected`.
+    Over pairs: `loss`, and its `loss_terms` by name; `rewards/chosen|rejected|margins` (beta * nats);
+    `rewards/accuracies`, the share of pairs whose chosen reward is higher; `logps/chosen|rejected`, log pi_theta(y|x)
+    in nats; `aux_loss` where the model has one; with a reference, `reference/kl_chosen|rejected`.
 
     Over completion tokens, where there are statistics: `entropy` (nats); `logits/chosen|rejected`, means over the
     vocabulary too; `mean_token_accuracy`, the share of chosen tokens that are the most likely ones. A token counts once
     for each pair that has its sequence. In training also `num_tokens`.
     """
     values = _values_of_pairs(losses, chosen_rewards, rejected_rewards, policy, reference, scores)
+    values |= loss_terms or {}
     totals = torch.stack([*values.values()]).detach().sum(1)
     num_pairs = totals.new_full((), len(losses))  # `new_tensor` would wait for the device
     metrics = {name: (total, num_pairs) for name, total in zip(values, totals.unbind(), strict=True)}

@@ -60,20 +60,21 @@ from holdfast.scoring.causal_lm import unwrap, vocabulary_size
 from holdfast.scoring.token_limit import score_within_limit
 from holdfast.training.by_source import BySource
 from holdfast.training.global_batch import GlobalBatch
-from holdfast.training.half_weights_trainer import HalfWeightsTrainer
 from holdfast.training.handed_batches import batch_hooks
 from holdfast.training.hooked_trainer import HookedTrainer
 from holdfast.training.interruption import InterruptionCallback
 from holdfast.training.makings import Makings, ModelInit, check_model
+from holdfast.training.margins import Margins
 from holdfast.training.never_called import check_patches
 from holdfast.training.startup import Startup
 from holdfast.training.unknown_arguments import refusing_unknown_arguments
+from holdfast.training.watched_trainer import WatchedTrainer
 from holdfast.training_arguments import check_optimizers
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(HalfWeightsTrainer):
+class DPOTrainer(WatchedTrainer):
     """Trains `model` on preference pairs with Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
     `model`: a causal language model, a PEFT model, or the path or hub id of one. `ref_model`: the reference, likewise;
@@ -146,6 +147,8 @@ class DPOTrainer(HalfWeightsTrainer):
         self._begin_handing_out(hooks)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: gradient accumulation divides it
         self._tallies = {"train": Tally(), "eval": Tally(), "handed": Tally()}
+        self._margins = {"train": Margins(), "eval": Margins()}
+        self._begin_watching()
         self._begin_with(policy, ref_model)
 
     def _begin_with(self, policy: nn.Module, ref_model: RefModel | Sequence[RefModel]) -> None:
@@ -193,11 +196,10 @@ class DPOTrainer(HalfWeightsTrainer):
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
         self._begin_holding(self._first_rows, self._startup.longest_row)
         self._announce(self._datasets())
-        as_trained = self._full_eval.as_trained
-        self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, as_trained)
+        self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, self._as_reference)
         if self.reference is not None and self.args.sync_ref_model:
             alpha, steps = self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps
-            self.add_callback(SyncCallback(self.reference, alpha, steps))
+            self.add_callback(SyncCallback(self.reference, alpha, steps, self._syncing))
 
     # --- the reference ------------------------------------------------------------------------------------------------
 
@@ -220,11 +222,10 @@ class DPOTrainer(HalfWeightsTrainer):
             self.reference.prepare(all_to_score(datasets, self.args, batching))
 
     def _introduce(self, batch: PairBatch) -> None:
-        digest = self._provenance.weights if self._provenance is not None else None
-        is_chosen = self._is_reference_chosen
-        line = self._startup.introduce(self.reference, batch, digest=digest, is_users_choice=is_chosen)
-        if line is not None and self.is_world_process_zero():
-            logger.warning(line)  # at the level that shows where nobody has configured logging
+        digest, is_chosen = self._reference_digest(), self._is_reference_chosen
+        self._startup.introduce(self.reference, batch, digest=digest, is_users_choice=is_chosen)
+        if self.is_in_train:  # at the first batch of weights that are spread
+            self._watch.introduced()
 
     def _settle(self, checkpoint: Path | None) -> None:
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
@@ -285,6 +286,7 @@ class DPOTrainer(HalfWeightsTrainer):
         found = self._to_resume(checkpoint)
         assert found is not None
         self._settle(found)
+        self._say_reference()
         self._load_from_checkpoint(str(found))
 
     def _run_record(self) -> dict[str, Any]:
@@ -337,13 +339,15 @@ class DPOTrainer(HalfWeightsTrainer):
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
         pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven, is_training=is_training)
-        losses = pairs.losses(self.args)
+        losses = pairs.losses_of(terms := pairs.terms(self.args))
         term = None if scores.aux_loss is None else self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)
         values = chosen, rejected, policy, reference, scores
         own_losses = pairs.of_this_process(losses if term is None else losses + term)
-        metrics = batch_metrics(batch, own_losses, *values, is_training=is_training)
+        loss_terms = pairs.terms_by_name(self.args, terms, term)
+        metrics = batch_metrics(batch, own_losses, *values, is_training=is_training, loss_terms=loss_terms)
         self._tallies["train" if is_training else "eval"].add(metrics)
+        self._margins["train" if is_training else "eval"].add(chosen, rejected)
         of_sources = None if is_training else self._global_batch.losses_by_source(batch, pairs)
         if of_sources is not None and batch.host_sources is not None:
             of_sources = of_sources if term is None else of_sources + term
@@ -358,7 +362,7 @@ class DPOTrainer(HalfWeightsTrainer):
     def _reference_logps(self, batch: PairBatch) -> PairLogps | None:
         if self.reference is None:
             return None
-        with self._full_eval.as_trained():
+        with self._as_reference():
             return pair_logps(self.reference.logps(batch), batch, self.args.ld_alpha)
 
 

@@ -86,7 +86,7 @@ def by_hand(folder: Path) -> Any:
         args = config(folder, loss_type=name, beta=1.0)
         batch = GlobalBatch(args, Accelerator(cpu=True), has_router=False)
         pairs = batch.compared(policy, reference, None, is_uneven=True, is_training=True)
-        loss = batch.mean(pairs, pairs.losses(args), None, is_uneven=True)
+        loss = batch.mean(pairs, pairs.losses_of(pairs.terms(args)), None, is_uneven=True)
         loss.backward()
         assert chosen.grad is not None
         found[f"{name} of each_process"] = gather_object([loss.item()])

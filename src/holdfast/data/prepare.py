@@ -28,6 +28,7 @@ from holdfast.data.control_text import check_control_text
 from holdfast.data.dates import prints_date
 from holdfast.data.files.places import Places, places_of
 from holdfast.data.first_rows import read_first_rows
+from holdfast.data.left_out import LeftOut, note_left_out
 from holdfast.data.mixing.mixture import keep_mixture
 from holdfast.data.mixing.source_column import left_out_by_source
 from holdfast.data.notes import refused_everywhere
@@ -272,12 +273,14 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     """The usable rows. Warns of the others by reason, and raises `ValueError` if there are no usable ones."""
     unusable = _unusable(dataset, judge)
     if not unusable:
+        note_left_out(dataset, LeftOut(num_rows=len(dataset), by_reason={}))
         return dataset
     counts = {reason: len(rows) for reason, rows in unusable.items()}
     if sum(counts.values()) == len(dataset):
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     left_out = {row for rows in unusable.values() for row in rows}
     usable = dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    note_left_out(usable, LeftOut(num_rows=len(dataset), by_reason=counts))
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
     return usable
 

@@ -17,7 +17,14 @@ from holdfast.losses.modifiers import (
     wpo_weights,
 )
 from holdfast.losses.moments import MarginMoments
-from holdfast.losses.objective import LossOptions, implicit_rewards, moments_after, preference_loss
+from holdfast.losses.objective import (
+    LossOptions,
+    implicit_rewards,
+    loss_terms,
+    moments_after,
+    preference_loss,
+    sum_of_terms,
+)
 from holdfast.losses.pairwise import (
     aot,
     aot_unpaired,
@@ -67,6 +74,7 @@ __all__ = [
     "hypo_norm",
     "implicit_rewards",
     "ipo",
+    "loss_terms",
     "moments_after",
     "nca_pair",
     "orpo",
@@ -79,5 +87,6 @@ __all__ = [
     "sigmoid_norm",
     "simpo",
     "sppo_hard",
+    "sum_of_terms",
     "wpo_weights",
 ]

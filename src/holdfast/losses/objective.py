@@ -37,10 +37,32 @@ def preference_loss(
     `pair_weights` are those of `wpo_weights`, `moments` those of the batches so far (`moments_after`). ValueError for
     an unknown name, or a needed reference that is None.
     """
+    terms = loss_terms(
+        policy, reference, loss_types=loss_types, loss_weights=loss_weights, options=options, moments=moments
+    )
+    return sum_of_terms(terms, pair_weights)
+
+
+def loss_terms(
+    policy: PairLogps,
+    reference: PairLogps | None,
+    *,
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float],
+    options: LossOptions,
+    moments: Mapping[str, MarginMoments] | None = None,
+) -> Float[Tensor, "K P"]:
+    """The terms of that sum, before `pair_weights`: loss_weights[k] * loss_k[p], of each of the K losses named."""
     require_reference(loss_types, reference)
     inputs = LossInputs(policy=policy, reference=reference, options=options, moments=moments or {})
-    terms = [weight * LOSSES[name].function(inputs) for name, weight in zip(loss_types, loss_weights, strict=True)]
-    total = torch.stack(terms).sum(0)  # [P]
+    return torch.stack(
+        [weight * LOSSES[name].function(inputs) for name, weight in zip(loss_types, loss_weights, strict=True)]
+    )
+
+
+def sum_of_terms(terms: Float[Tensor, "K P"], pair_weights: Float[Tensor, "P"] | None) -> Float[Tensor, "P"]:
+    """What `preference_loss` returns, of `loss_terms`."""
+    total = terms.sum(0)  # [P]
     return total if pair_weights is None else pair_weights * total
 
 

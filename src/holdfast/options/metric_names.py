@@ -13,7 +13,16 @@ METRICS_BY_SOURCE = (
 )  # fmt: skip
 """What it gives for each source."""
 
-EVAL_METRICS = (*METRICS_BY_SOURCE, "num_tokens", "runtime", "samples_per_second", "steps_per_second")
+LOSS_TERM = "loss_term/"
+"""What the metric of one term of the loss begins with, where the loss has several. It is no `loss/`, since what comes
+after that is a source."""
+
+MARGIN_QUANTILES = ("rewards/margins_p10", "rewards/margins_p50", "rewards/margins_p90")
+"""Margins that a tenth, half and nine tenths of the pairs are below."""
+
+EVAL_METRICS = (
+    *METRICS_BY_SOURCE, *MARGIN_QUANTILES, "num_tokens", "runtime", "samples_per_second", "steps_per_second",
+)  # fmt: skip
 """What an evaluation gives, after the prefix `eval_`. `aux_loss` is a router's; `reference/*` need a reference."""
 
 _OF_SOURCE = re.compile(

@@ -50,6 +50,14 @@ class Gap:
         return self.mean <= TOLERANCE_NATS_HALF if is_half_precision else self.largest <= TOLERANCE_NATS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What an audit found, in words; with the gap that it measured."""
+
+    line: str
+    gap: Gap | None = None
+
+
 def checksums(policy: nn.Module) -> Checksums:
     """Two sums over each parameter and buffer, by name, which tell later which of them changed; of a sharded one, over
     this process's part. ValueError where a parameter has a NaN or an infinity; it names the first one."""
@@ -76,10 +84,10 @@ def _chunks(values: Tensor) -> Sequence[Tensor]:
     return values.reshape(-1).split(_CHUNK if values.device.type == "cpu" else max(1, values.numel()))
 
 
-def introduction(reference: Reference, weights_digest: str | None, gap: str) -> str:
-    """One line: which reference it is, where it is held, and the `gap` that the audit found, in words."""
+def introduction(reference: Reference, weights_digest: str | None, found: Finding) -> str:
+    """One line: which reference it is, where it is held, and what the audit has found."""
     weights = f", weights {weights_digest[:12]}" if weights_digest else ""
-    return f"Reference: {reference.describe()}{weights}, {num_bytes(reference)} bytes held; {gap}."
+    return f"Reference: {reference.describe()}{weights}, {num_bytes(reference)} bytes held; {found.line}."
 
 
 def audit(
@@ -90,8 +98,8 @@ def audit(
     autocast: Autocast,
     first_checksums: Checksums,
     is_users_choice: bool,
-) -> str:
-    """The gap between policy and reference on `batch`, in words.
+) -> Finding:
+    """The gap between policy and reference on `batch`.
 
     ValueError where a log-prob is NaN, or where the two differ and the reference is not the user's choice. The message
     names the tensor or setting that differs. `first_checksums` are those of the policy when the reference was made.
@@ -112,7 +120,9 @@ def audit(
             )
     if is_users_choice:
         mean = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
-        return f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most"
+        return Finding(
+            line=f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most", gap=gap
+        )
     is_wrong = not gap.is_zero(is_half_precision=is_half)
     if any_of_all(is_wrong):
         difference = _difference(reference, policy, first_checksums)  # gathers weights that are sharded
@@ -124,7 +134,10 @@ def audit(
                     f"Reference: {reference.describe()}. {difference} If another reference is what you want, "
                     "name it with `ref_model`; reference_audit=False switches this check off."
                 )
-    return f"it gives the policy's log-probs on the first batch (largest gap {gap.largest:.3g} nats in one token)"
+    return Finding(
+        line=f"it gives the policy's log-probs on the first batch (largest gap {gap.largest:.3g} nats in one token)",
+        gap=gap,
+    )
 
 
 def _difference(reference: Reference, policy: nn.Module, first_checksums: Checksums) -> str:

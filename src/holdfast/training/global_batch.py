@@ -25,7 +25,8 @@ from holdfast.config import DPOConfig
 from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.token_weights import token_weights
 from holdfast.data.mixing.source_column import NO_SOURCE
-from holdfast.losses import LOSSES, MarginMoments, PairLogps, moments_after, preference_loss
+from holdfast.losses import LOSSES, MarginMoments, PairLogps, loss_terms, moments_after, preference_loss, sum_of_terms
+from holdfast.options.metric_names import LOSS_TERM
 from holdfast.scoring.router import balance_loss
 from holdfast.scoring.score import Scores
 
@@ -45,20 +46,44 @@ class ComparedPairs:
     own: slice | None = None
     moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
 
-    def losses(self, args: DPOConfig, pairs: Int[Tensor, "Q"] | None = None) -> Float[Tensor, "Q"]:
-        """The losses of these pairs, as if there were no others; None is all of them."""
-        policy, reference, weights = self.policy, self.reference, self.weights
-        if pairs is not None:
-            policy = policy.of_pairs(pairs)
-            reference = None if reference is None else reference.of_pairs(pairs)
-            weights = None if weights is None else weights[pairs]
-        return preference_loss(
-            policy,
-            reference,
+    def terms(self, args: DPOConfig) -> Float[Tensor, "K P"]:
+        """The terms of the losses of all pairs; see `losses.loss_terms`."""
+        return loss_terms(
+            self.policy,
+            self.reference,
             loss_types=args.loss_types,
             loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
             options=args.loss_options,
-            pair_weights=weights,
+            moments=self.moments,
+        )
+
+    def losses_of(self, terms: Float[Tensor, "K P"]) -> Float[Tensor, "P"]:
+        """The losses of all pairs, which these are the terms of."""
+        return sum_of_terms(terms, self.weights)
+
+    def terms_by_name(
+        self, args: DPOConfig, terms: Float[Tensor, "K P"], router: Float[Tensor, ""] | None
+    ) -> dict[str, Float[Tensor, "Q"]]:
+        """The terms of the losses of this process's pairs, by the metric that says them; their sum is the loss.
+        `router` is that of the router. None where there is only one term."""
+        if len(terms) + (router is not None) < 2:
+            return {}
+        terms = terms.detach() if self.weights is None else self.weights * terms.detach()
+        named = zip(args.loss_types, terms, strict=True)
+        found = {f"{LOSS_TERM}{name}": self.of_this_process(of_loss) for name, of_loss in named}
+        if router is not None:
+            found[f"{LOSS_TERM}aux_loss"] = router.detach().expand_as(self.of_this_process(terms[0]))
+        return found
+
+    def losses(self, args: DPOConfig, pairs: Int[Tensor, "Q"]) -> Float[Tensor, "Q"]:
+        """The losses of these pairs, as if there were no others."""
+        return preference_loss(
+            self.policy.of_pairs(pairs),
+            None if self.reference is None else self.reference.of_pairs(pairs),
+            loss_types=args.loss_types,
+            loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
+            options=args.loss_options,
+            pair_weights=None if self.weights is None else self.weights[pairs],
             moments=self.moments,
         )
 

@@ -2,8 +2,7 @@
 
 A batch of pairs has no first dimension that counts: rows, sequences, tokens and pairs are unlike numbers. So the order
 of the data, the fillers of last batches, the windows read ahead, the gathering of predictions and the means of the
-logs are done here, where transformers would do them by rows. Nothing leaves these loops that is not finite: no log, no
-metric, no model; `checkpoint.finite` has the checks.
+logs are done here, where transformers would do them by rows.
 """
 
 import contextlib
@@ -21,15 +20,8 @@ from torch.utils.data import SequentialSampler
 
 from holdfast.batch import PairBatch
 from holdfast.checkpoint.finite import (
-    Break,
-    Masks,
-    check_finite,
     check_loss,
-    check_model,
-    check_numbers,
-    check_state,
     check_steps,
-    infinite_buffers,
     update_overflows,
 )
 from holdfast.checkpoint.folder import best_checkpoint
@@ -50,24 +42,21 @@ from holdfast.peers.guard import guarded
 from holdfast.peers.phase import doing
 from holdfast.policy.full_eval import FullEval
 from holdfast.reference.look_ahead import LookAhead
-from holdfast.reference.reference import Reference
 from holdfast.training.by_source import BySource
-from holdfast.training.engine_checkpoints import EngineCheckpoints
+from holdfast.training.finite_trainer import FiniteTrainer
 from holdfast.training.handed_batches import HandedBatch, in_host_memory
+from holdfast.training.margins import Margins
 from holdfast.training.offloading import offloaded
-from holdfast.training.step_record import StepRecord, still_line
 from holdfast.training_arguments import check_optimizer
 
 logger = logging.getLogger(__name__)
 
 
-class PairTrainer(EngineCheckpoints):
+class PairTrainer(FiniteTrainer):
     """Trains, evaluates and logs over batches of pairs. `DPOTrainer` makes the attributes and says what the loss is."""
 
     args: DPOConfig
     model: nn.Module
-    reference: Reference | None = None
-    """pi_ref; None where no loss compares with one."""
 
     _rows: tuple[Any, Any]
     """The datasets for training and evaluation as they were handed in."""
@@ -80,11 +69,10 @@ class PairTrainer(EngineCheckpoints):
     _stream_position: StreamPosition
     _resumed: Path | None = None
     """The checkpoint that the run was taken up from."""
-    _step_record: StepRecord = StepRecord()
-    _has_said_still: bool = False
+    _num_pairs_logged: float = 0.0
+    """The pairs of all processes that the last log of training was about."""
     _makes_optimizer: bool = False
     """Whether the optimizer is made here, not handed over by the user."""
-    _infinite_masks: Masks | None = None
     _is_real_row: Tensor | None = None
     _handed: HandedBatch | None = None
     """What a subclass's `compute_loss` has; None where the loss is that of `DPOTrainer`."""
@@ -250,13 +238,13 @@ class PairTrainer(EngineCheckpoints):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """See `transformers.Trainer.evaluation_loop`; loss and metrics are means over pairs, each counted once."""
-        self._tallies["eval"], self._tallies["handed"] = Tally(), Tally()
+        self._tallies["eval"], self._tallies["handed"], self._margins["eval"] = Tally(), Tally(), Margins()
         self._by_source.begin()
         self.gather_function, self._is_real_row = self._gathered, None
         dataloader = self._look_ahead.of_evaluation(dataloader)
         with contextlib.nullcontext() if self.is_in_train else self._full_eval.cast():
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = means(self._tallies["eval"].reset(self._sum_over_processes))
+        metrics = means(self._tallies["eval"].reset(self._sum_over_processes)) | self._margins["eval"].reset()
         metrics |= means(self._tallies["handed"].reset(self._sum_over_processes))
         metrics |= self._by_source.metrics(dataloader.dataset, self._sum_over_processes)
         since_the_log = self._tallies["train"].total("num_tokens", self._sum_over_processes)
@@ -305,7 +293,8 @@ class PairTrainer(EngineCheckpoints):
         first = self._first_break(ends_period=True)
         totals = self._tallies["train"].reset(self._sum_over_processes)
         num_tokens, _ = totals.pop("num_tokens", (0.0, 0.0))
-        metrics = means(totals)
+        _, self._num_pairs_logged = totals.get("loss", (0.0, 0.0))
+        metrics = means(totals) | self._margins["train"].reset()
         loss = metrics.pop("loss", 0.0)
         if "train_loss" in logs:  # the end of training, before the best model is loaded and checkpoints are deleted
             self._check_finite(loss, self._folder, first)
@@ -318,83 +307,6 @@ class PairTrainer(EngineCheckpoints):
         if metrics and self.reference is not None and self.args.sync_ref_model:
             logs |= motion(self.reference, self.state.global_step, self.args.ref_model_sync_steps)
         return logs
-
-    # --- what is not finite -------------------------------------------------------------------------------------------
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir))
-
-    def _begin_numbers(self) -> None:
-        """Forgets what was recorded of earlier steps, before training or after a checkpoint was restored."""
-        is_fp16 = self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16"
-        self._step_record = StepRecord(skips_steps=is_fp16 or self.accelerator.scaler is not None)
-        self._tallies["train"] = Tally()
-        self._masks()
-
-    def _masks(self) -> Masks:
-        """The buffers that were infinite when the trainer first looked."""
-        if self._infinite_masks is None:
-            self._infinite_masks = infinite_buffers(self.model)
-        return self._infinite_masks
-
-    def _first_break(self, *, ends_period: bool = False) -> Break | None:
-        """The first step that was not finite, on any process. With `ends_period`, it is said, once, where no gradient
-        has moved anything in the period that ends."""
-        gather: Any = self.accelerator.gather
-        reading = self._step_record.read(gather, self.accelerator.device, ends_period=ends_period)
-        line = still_line(reading, self.args.optim, skips_steps=self._step_record.skips_steps)
-        if ends_period and line is not None and not self._has_said_still and not self.is_deepspeed_enabled:
-            self._has_said_still = True
-            if self.is_world_process_zero():
-                logger.warning(line)
-        return reading.first
-
-    def _check_numbers(self, numbers: Mapping[str, Any], where: str) -> None:
-        check_numbers(
-            numbers,
-            where,
-            step=self.state.global_step,
-            folder=self._folder,
-            policy=self.model,
-            masks=self._masks(),
-        )
-
-    def _check_finite(self, loss: float, folder: Path, first: Break | None) -> None:
-        check_finite(
-            policy=self.model,
-            optimizer=self.optimizer,
-            reference=self.reference if self.args.should_save or self._is_sharded else None,
-            loss=loss,
-            masks=self._masks(),
-            step=self.state.global_step,
-            folder=folder,
-            first=first,
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """See `transformers.Trainer.save_model`. ValueError where a tensor of the policy is not finite."""
-        self._check_model()
-        super().save_model(output_dir, _internal_call)
-
-    def _check_model(self) -> None:
-        check_model(
-            self.model,
-            masks=self._masks(),
-            step=self.state.global_step,
-            folder=self._folder,
-            is_sharded=self._is_sharded,
-        )
-
-    def save_state(self) -> None:
-        """See `transformers.Trainer.save_state`. ValueError where a number in it is not finite."""
-        check_state(self.state, folder=self._folder)
-        super().save_state()
-
-    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        """See `transformers.Trainer.save_metrics`. ValueError where a metric is not finite."""
-        self._check_numbers(metrics, f"What is to be saved as {split}_results.json")
-        super().save_metrics(split, metrics, combined)
 
     def _sum_over_processes(self, values: Tensor) -> Any:
         return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")

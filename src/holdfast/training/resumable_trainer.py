@@ -89,7 +89,8 @@ class ResumableTrainer(SavingTrainer):
             self.create_model_card(model_name=(self.args.hub_model_id or "").split("/")[-1] or None)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         loss, step = unlogged_loss(self)
-        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record()}
+        margins = self._margins["train"].record()
+        unlogged = {"loss": loss, "step": step, "metrics": self._tallies["train"].record(), "margins": margins}
         self._unlogged = gather_object([unlogged])
         push = getattr(self, "push_in_progress", None)
         self._uploading = () if push is None or push.is_done() else self._uploading
@@ -174,14 +175,16 @@ class ResumableTrainer(SavingTrainer):
         index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         own = of_processes[index if len(of_processes) == num_processes else 0]
         mean = sum(part["loss"] for part in of_processes) / len(of_processes)
-        loss, metrics = own["loss"], own["metrics"]
+        loss, metrics, margins = own["loss"], own["metrics"], [own.get("margins", "")]
         if len(of_processes) != num_processes:  # the first process gets all of it: metrics are summed, losses averaged
             loss, parts = mean, of_processes if index == 0 else []
+            margins = [part.get("margins", "") for part in parts]
             metrics = {
                 name: [sum((part["metrics"][name][i] for part in parts), 0.0) for i in (0, 1)] for name in metrics
             }
         set_unlogged_loss(self, loss, own["step"], mean)
         self._tallies["train"].restore(metrics, self.accelerator.device)
+        self._margins["train"].restore(margins)
 
     def _print_date_of(self, checkpoint: Path) -> None:
         """Chat templates print the date that they printed in the run that wrote `checkpoint`."""

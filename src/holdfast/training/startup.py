@@ -22,7 +22,7 @@ from holdfast.policy.placement import place_reference_models
 from holdfast.policy.rotations import pin_rotations
 from holdfast.policy.sharding import give_back
 from holdfast.policy.untouched import untouched
-from holdfast.reference.audit import Checksums, audit, introduction
+from holdfast.reference.audit import Checksums, Finding, audit, introduction
 from holdfast.reference.build import build_reference
 from holdfast.reference.reference import Reference
 from holdfast.scoring.routes.choice import compiling_only_in
@@ -44,6 +44,12 @@ class Startup:
         first_checksums: Checksums,
     ) -> None:
         self.is_introduced = False
+        self.finding: Finding | None = None
+        """What the audit of the reference found."""
+        self.introduction: str | None = None
+        """The line about the reference, once it was introduced; None without one."""
+        self.has_said = False
+        """Whether that was said."""
         self._policy = policy
         self._args = args
         self._accelerator = accelerator
@@ -52,6 +58,8 @@ class Startup:
         self.longest_row: int | None = None
         self._dependence: Dependence | None = None
         self._attention = ""
+        self.attention_line = ""
+        """By which routes the models attend; empty where there is no choice."""
 
     def make_reference(
         self,
@@ -120,7 +128,7 @@ class Startup:
         routes = agreed_routes(self._run_models, self._accelerator) if layout and layout.fills_rows else {}
         if not routes:
             return
-        line = line_about(routes)
+        self.attention_line = line = line_about(routes)
         # Routes round differently, as layouts do. So log-probs of one are not stored as those of another.
         self._attention = f", {line}"
         if self._accelerator.is_main_process:
@@ -136,7 +144,7 @@ class Startup:
         self.is_introduced = True
         if reference is None:
             return None
-        found = "not audited"
+        found = Finding(line="not audited")
         if self._args.reference_audit:
             with untouched(self._policy):
                 found = audit(
@@ -147,7 +155,8 @@ class Startup:
                     first_checksums=self._first_checksums,
                     is_users_choice=is_users_choice,
                 )
-        return introduction(reference, digest, found)
+        self.finding, self.introduction = found, introduction(reference, digest, found)
+        return self.introduction
 
     def check_resumable(self, train_dataset: Any) -> None:
         """ValueError where the policy's numbers depend on batches before, which a resumed run has not seen."""
