@@ -85,7 +85,7 @@ def by_hand(folder: Path) -> Any:
         reference = pair_logps(torch.zeros(3)[own], [0.0, -1.0, 0.5], own)
         args = config(folder, loss_type=name, beta=1.0)
         batch = GlobalBatch(args, Accelerator(cpu=True), has_router=False)
-        pairs = batch.compared(policy, reference, None, is_uneven=True, is_training=True)
+        pairs = batch.compared(policy, reference, weights=(), margins=None, is_uneven=True, is_training=True)
         loss = batch.mean(pairs, pairs.losses_of(pairs.terms(args)), None, is_uneven=True)
         loss.backward()
         assert chosen.grad is not None
@@ -162,6 +162,14 @@ SCENARIOS: dict[str, Scenario] = {
     "batch_cpo": partial(batch_loss, loss_type=["cpo", "aot"], learning_rate=0.1),
     "batch_moments": partial(batch_loss, **MOMENTS, use_weighting=True),
     "batch_moments_accumulated": partial(batch_loss, **MOMENTS, gradient_accumulation_steps=2),
+    "batch_pair_values": partial(
+        batch_loss,
+        loss_type=["sigmoid", "sft"],
+        use_weighting=True,
+        train_dataset=rows(9).add_column("w", [2.0, 0.0, 0.5] * 3).add_column("m", [0.5, -1.0, 2.0] * 3),
+        weight_column="w",
+        margin_column="m",
+    ),
     "batch_routed": partial(batch_loss, policy=mixture_of_experts, **ROUTED),
     "batch_routed_padded": partial(batch_loss, policy=mixture_of_experts, **ROUTED, layout="padded"),
     "batch_routed_packed": partial(

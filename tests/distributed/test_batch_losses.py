@@ -26,6 +26,7 @@ TRAININGS = [
     "batch_cpo",
     "batch_moments",
     "batch_moments_accumulated",
+    "batch_pair_values",
     "batch_routed",
     "batch_routed_padded",
     "batch_routed_packed",

@@ -31,14 +31,22 @@ def preference_loss(
     options: LossOptions,
     pair_weights: Float[Tensor, "P"] | None = None,
     moments: Mapping[str, MarginMoments] | None = None,
+    margins: Float[Tensor, "P"] | None = None,
 ) -> Float[Tensor, "P"]:
     """The weighted sum of the named losses per pair: pair_weights[p] * sum_k loss_weights[k] * loss_k[p].
 
-    `pair_weights` are those of `wpo_weights`, `moments` those of the batches so far (`moments_after`). ValueError for
-    an unknown name, or a needed reference that is None.
+    `pair_weights` are those of `wpo_weights` and of the data, `moments` those of the batches so far (`moments_after`),
+    and `margins` those that the data ask of the pairs. ValueError for an unknown name, or a needed reference that is
+    None.
     """
     terms = loss_terms(
-        policy, reference, loss_types=loss_types, loss_weights=loss_weights, options=options, moments=moments
+        policy,
+        reference,
+        loss_types=loss_types,
+        loss_weights=loss_weights,
+        options=options,
+        moments=moments,
+        margins=margins,
     )
     return sum_of_terms(terms, pair_weights)
 
@@ -51,10 +59,11 @@ def loss_terms(
     loss_weights: Sequence[float],
     options: LossOptions,
     moments: Mapping[str, MarginMoments] | None = None,
+    margins: Float[Tensor, "P"] | None = None,
 ) -> Float[Tensor, "K P"]:
     """The terms of that sum, before `pair_weights`: loss_weights[k] * loss_k[p], of each of the K losses named."""
     require_reference(loss_types, reference)
-    inputs = LossInputs(policy=policy, reference=reference, options=options, moments=moments or {})
+    inputs = LossInputs(policy=policy, reference=reference, options=options, moments=moments or {}, margins=margins)
     return torch.stack(
         [weight * LOSSES[name].function(inputs) for name, weight in zip(loss_types, loss_weights, strict=True)]
     )

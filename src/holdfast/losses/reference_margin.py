@@ -41,19 +41,21 @@ def _both_differences(
 # --- the reference where it ranks a pair wrongly ----------------------------------------------------------------------
 
 
-@loss("Yuan et al. 2026, arXiv:2602.11902", SmoothingOptions)
+@loss("Yuan et al. 2026, arXiv:2602.11902", SmoothingOptions, reads_margins=True)
 def hypo(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta (Delta_theta - max(0, Delta_ref)): a reference that ranks the pair wrongly counts as
     one that has no opinion, so the policy is not done when it is merely less wrong."""
     policy, reference = _both_differences(inputs)
-    return _smoothed_logistic(inputs.options.beta * (policy - F.relu(reference)), inputs.options.label_smoothing)
+    margin = inputs.beyond_margin(inputs.options.beta * (policy - F.relu(reference)))
+    return _smoothed_logistic(margin, inputs.options.label_smoothing)
 
 
-@loss("Yuan et al. 2026, per token, arXiv:2602.11902", SmoothingOptions)
+@loss("Yuan et al. 2026, per token, arXiv:2602.11902", SmoothingOptions, reads_margins=True)
 def hypo_norm(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     """As `hypo`, with log-probs per token in both margins."""
     policy, reference = _both_differences(inputs, per_token=True)
-    return _smoothed_logistic(inputs.options.beta * (policy - F.relu(reference)), inputs.options.label_smoothing)
+    margin = inputs.beyond_margin(inputs.options.beta * (policy - F.relu(reference)))
+    return _smoothed_logistic(margin, inputs.options.label_smoothing)
 
 
 @dataclass(kw_only=True)
@@ -65,13 +67,13 @@ class DpopOptions(SmoothingOptions):
     ] = option(50.0, "Weight of DPOP's penalty on a chosen completion that falls below the reference.")
 
 
-@loss("Pal et al. 2024, Eq. 3, arXiv:2402.13228", DpopOptions)
+@loss("Pal et al. 2024, Eq. 3, arXiv:2402.13228", DpopOptions, reads_margins=True)
 def dpop(inputs: LossInputs[DpopOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta (r_w - r_l - dpop_lambda max(0, -r_w)): falling below the reference on the chosen
     completion costs margin."""
     chosen, rejected = inputs.log_ratios()
-    margin = chosen - rejected - inputs.options.dpop_lambda * F.relu(-chosen)
-    return _smoothed_logistic(inputs.options.beta * margin, inputs.options.label_smoothing)
+    margin = inputs.options.beta * (chosen - rejected - inputs.options.dpop_lambda * F.relu(-chosen))
+    return _smoothed_logistic(inputs.beyond_margin(margin), inputs.options.label_smoothing)
 
 
 # --- the reference beside a constant margin ---------------------------------------------------------------------------
@@ -89,7 +91,7 @@ class RainbowOptions(SmoothingOptions):
     ] = option(0.5, "Constant margin in RainbowPO's mix, in units of beta times nats per token.")
 
 
-@loss("Zhao et al. 2024, arXiv:2410.04203", RainbowOptions)
+@loss("Zhao et al. 2024, arXiv:2410.04203", RainbowOptions, reads_margins=True)
 def rainbow(inputs: LossInputs[RainbowOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta Delta_theta - (a beta Delta_ref + (1 - a) rainbow_gamma), a = rainbow_alpha, per
     token: the log-probs of a reference pi_ref^a pi_gamma^(1-a), where pi_gamma prefers y_w by rainbow_gamma on every
@@ -97,7 +99,7 @@ def rainbow(inputs: LossInputs[RainbowOptions]) -> Float[Tensor, "P"]:
     policy, reference = _both_differences(inputs, per_token=True)
     options = inputs.options
     target = options.rainbow_alpha * options.beta * reference + (1.0 - options.rainbow_alpha) * options.rainbow_gamma
-    return _smoothed_logistic(options.beta * policy - target, options.label_smoothing)
+    return _smoothed_logistic(inputs.beyond_margin(options.beta * policy - target), options.label_smoothing)
 
 
 # --- a pair beside the others -----------------------------------------------------------------------------------------

@@ -56,17 +56,23 @@ class PairLogps:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(Generic[OptionsT_co]):
     """What a loss reads. `reference` is None only where no loss of the run needs one. `moments` are by the loss's name,
-    of those losses that compare a pair with the batches before."""
+    of those losses that compare a pair with the batches before. `margins` are those that the data ask of each pair
+    (beta * nats), if they do."""
 
     policy: PairLogps
     reference: PairLogps | None
     options: OptionsT_co
     moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
+    margins: Float[Tensor, "P"] | None = None
 
     def log_ratios(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
         """log pi_theta(y|x) - log pi_ref(y|x), nats: chosen, rejected."""
         assert self.reference is not None
         return self.policy.chosen - self.reference.chosen, self.policy.rejected - self.reference.rejected
+
+    def beyond_margin(self, margin: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """`margin` less what the data ask of each pair (Amini et al. 2024, Eq. 5, arXiv:2402.10571)."""
+        return margin if self.margins is None else margin - self.margins
 
     def moments_of(self, name: str, gaps: Float[Tensor, "P"]) -> MarginMoments:
         """The moments of the loss `name`; those of these gaps alone before any batch was trained on."""
@@ -90,6 +96,8 @@ class Loss:
     """Whether it sorts the batch, so that its k-th value belongs to rank k and not to pair k."""
     couples_pairs: bool = False
     """Whether a value depends on other pairs of the batch too. Several processes then gather the pairs of all."""
+    reads_margins: bool = False
+    """Whether it asks the margins of each pair that the data bring along."""
     gap: Callable[[LossInputs[Any]], Tensor] | None = None
     """The margin per pair whose `MarginMoments` it reads; None for a loss that knows no other batches."""
     objection: Callable[[Any], str | None] | None = None
@@ -113,6 +121,7 @@ def loss(
     is_length_averaged: bool = False,
     sorts_batch: bool = False,
     couples_pairs: bool = False,
+    reads_margins: bool = False,
     gap: Callable[[LossInputs[OptionsT]], Tensor] | None = None,
     objection: Callable[[OptionsT], str | None] | None = None,
 ) -> Callable[[LossFunction[OptionsT]], LossFunction[OptionsT]]:
@@ -127,6 +136,7 @@ def loss(
             is_length_averaged=is_length_averaged,
             sorts_batch=sorts_batch,
             couples_pairs=couples_pairs or sorts_batch,
+            reads_margins=reads_margins,
             gap=gap,
             objection=objection,
         )

@@ -37,12 +37,13 @@ class ComparedPairs:
     """What the losses of a batch read of its pairs: this process's own, or those of all processes in their order.
 
     `own` are this process's pairs among them; None where there are no others. `moments` are by loss those of all
-    batches of training so far, this one included.
+    batches of training so far, this one included. `margins` are those that the data ask of the pairs.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     weights: Float[Tensor, "P"] | None
+    margins: Float[Tensor, "P"] | None = None
     own: slice | None = None
     moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
 
@@ -55,6 +56,7 @@ class ComparedPairs:
             loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
             options=args.loss_options,
             moments=self.moments,
+            margins=self.margins,
         )
 
     def losses_of(self, terms: Float[Tensor, "K P"]) -> Float[Tensor, "P"]:
@@ -85,6 +87,7 @@ class ComparedPairs:
             options=args.loss_options,
             pair_weights=None if self.weights is None else self.weights[pairs],
             moments=self.moments,
+            margins=None if self.margins is None else self.margins[pairs],
         )
 
     def of_this_process(self, values: Float[Tensor, "P"]) -> Float[Tensor, "Q"]:
@@ -122,14 +125,17 @@ class GlobalBatch:
         self,
         policy: PairLogps,
         reference: PairLogps | None,
-        weights: Float[Tensor, "P"] | None,
         *,
+        weights: Sequence[Float[Tensor, "P"] | None],
+        margins: Float[Tensor, "P"] | None,
         is_uneven: bool,
         is_training: bool,
     ) -> ComparedPairs:
-        """The pairs that a loss compares. With `is_uneven` processes may have unlike numbers of them. A batch of
-        training joins the moments that later batches are compared with."""
-        pairs = ComparedPairs(policy=policy, reference=reference, weights=weights)
+        """The pairs that a loss compares; the `weights` are multiplied. With `is_uneven` processes may have unlike
+        numbers of them. A batch of training joins the moments that later batches are compared with."""
+        factors = [each for each in weights if each is not None]
+        product = torch.stack(factors).prod(0) if len(factors) > 1 else next(iter(factors), None)
+        pairs = ComparedPairs(policy=policy, reference=reference, weights=product, margins=margins)
         if self._gathers:
             pairs = _gathered(pairs, self._accelerator, is_uneven=is_uneven)
         if is_training:
@@ -182,7 +188,8 @@ class GlobalBatch:
 def _gathered(own: ComparedPairs, accelerator: Accelerator, *, is_uneven: bool) -> ComparedPairs:
     """The pairs of all processes, in one exchange of a few numbers per pair."""
     columns = [getattr(logps, name) for logps in (own.policy, own.reference) if logps is not None for name in _NAMES]
-    table = torch.stack([column.float() for column in (*columns, *([] if own.weights is None else [own.weights]))], 1)
+    columns += [column for column in (own.weights, own.margins) if column is not None]
+    table = torch.stack([column.float() for column in columns], 1)
     num_own, index = len(table), accelerator.process_index
     counts = [num_own] * accelerator.num_processes
     if is_uneven:
@@ -195,7 +202,8 @@ def _gathered(own: ComparedPairs, accelerator: Accelerator, *, is_uneven: bool) 
     return ComparedPairs(
         policy=_logps(gathered[: len(_NAMES)], own.policy),
         reference=None if own.reference is None else _logps(gathered[len(_NAMES) :], own.reference),
-        weights=None if own.weights is None else gathered[-1],
+        weights=None if own.weights is None else gathered[-1 if own.margins is None else -2],
+        margins=None if own.margins is None else gathered[-1],
         own=slice(start, start + num_own),
     )
 
