@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and from those before it, never from a later one.
 LAYERS = (
     {"internals"},
-    {"agreement", "batch", "interruption", "own_error", "peers", "secrets", "visible"},
+    {"agreement", "batch", "interruption", "own_error", "peers", "progress", "secrets", "visible"},
     {"scoring", "losses", "pages", "store"},
     {"data"},
     {"policy"},

@@ -36,7 +36,7 @@ from shown_texts import TEXTS
 
 PAGES = [page for page in pages() if blocks_of(page)]
 
-SLOW = {"README.md", "docs/index.md", "docs/references.md", "docs/howto/job.md"}
+SLOW = {"README.md", "docs/index.md", "docs/references.md", "docs/howto/job.md", "docs/howto/run.md"}
 NIGHTLY = {"docs/howto/devices.md"}
 """Pages whose blocks train for more than a moment."""
 

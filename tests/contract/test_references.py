@@ -505,9 +505,9 @@ def test_one_line_says_which_reference_it_is(tmp_path: Path, caplog: pytest.LogC
     digest_ = ours.reference.fingerprint()
     num_bytes = sum(4 * p.numel() for p in ours.ref_model.parameters())
     ours.train()
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "holdfast.trainer"]
-    assert line == (
-        "Reference: a copy of the policy, a module of its own, asked per batch, fixed, "
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "holdfast.training.run_watch"]
+    assert said.splitlines()[2] == (
+        "reference  a copy of the policy, a module of its own, asked per batch, fixed, "
         f"weights {digest_[:12]}, {num_bytes} bytes held; it gives the policy's log-probs on the first batch (largest "
         "gap 0 nats in one token)."
     )

@@ -37,6 +37,7 @@ BLOCKING_COPIES = {
     ("peft/tuners/trainable_tokens/layer.py", "get_merged_weights"): Allowed(10, _TOKENS),
     ("transformers/trainer_pt_utils.py", "nested_numpify"): Allowed(1, _EVALUATED),
     ("holdfast/training/pair_trainer.py", "_sum_over_processes"): Allowed(2, _EVALUATED),
+    ("holdfast/training/margins.py", "_read"): Allowed(1, f"{_EVALUATED}: the margins of its pairs"),
     ("holdfast/metrics.py", "<listcomp>"): Allowed(2, f"{_EVALUATED}: the sums of each source"),
 }
 """By file and function: copies for which the host waits."""

@@ -1,5 +1,5 @@
 """Whether progress bars are shown while data and models are loaded and prepared: `disable_tqdm` of a run, for the bars
-of `datasets`, `transformers` and `huggingface_hub` too.
+of `datasets`, `transformers` and `huggingface_hub` too. In a file or a pipe there are none: they redraw a line.
 
 Each of them has one switch for the whole process, which is put back as it was.
 """
@@ -12,11 +12,13 @@ import datasets
 from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers
 
+from holdfast.progress import is_notebook, is_terminal
+
 
 @contextmanager
 def bars(*, are_shown: bool) -> Iterator[None]:
     """A context in which progress bars are shown or not. Those that the user has switched off stay off."""
-    if are_shown:
+    if are_shown and (is_terminal() or is_notebook()):
         yield
         return
     were_shown = (

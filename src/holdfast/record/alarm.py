@@ -54,9 +54,9 @@ class Alarm:
             f"Step {self.step}: log-probs of chosen completions fall ({self.chosen_before:.3g} to "
             f"{self.chosen_now:.3g} nats{against} since step {self.since}) while margins rise "
             f"({self.margin_before:.3g} to {self.margin_now:.3g}). Pairs are told apart by making both completions "
-            "less likely; what the policy writes instead is in no pair. If its samples get worse: lower the learning rate "
-            f'(now {learning_rate:g}), raise beta (now {beta:g}), or {likelihood}. See "Both fall" in '
-            "docs/metrics.md."
+            "less likely; what the policy writes instead is in no pair. If its samples get worse: lower the learning "
+            f"rate (now {learning_rate:g}), raise beta (now {beta:g}), or {likelihood}. See "
+            '"Both fall" in docs/metrics.md.'
         )
 
     def numbers(self) -> dict[str, float]:
@@ -113,20 +113,21 @@ def falling(logs: Sequence[Log]) -> Alarm | None:
         if (chosen := chosen_of(log, is_against_reference=is_against)) is not None
         and (margin := _margin(log)) is not None
     ]
-    for size, beyond_noise in _BEYOND_NOISE.items():
-        if len(points) < size:
-            return None
-        steps, chosen, margins = (list(column) for column in zip(*points[-size:], strict=True))
-        of_chosen, of_margins = _Line.through(steps, chosen), _Line.through(steps, margins)
-        falls = of_chosen.t <= -beyond_noise and of_chosen.first - of_chosen.last >= LEAST_FALL_NATS
-        if falls and of_margins.t >= beyond_noise and not (is_against and of_chosen.last >= 0):
+    chosen, margins = _Line(), _Line()
+    for size, (step, of_chosen, of_margin) in enumerate(reversed(points), 1):
+        chosen.add(step, of_chosen)
+        margins.add(step, of_margin)
+        if (beyond_noise := _BEYOND_NOISE.get(size)) is None:
+            continue
+        falls = chosen.t() <= -beyond_noise and chosen.first() - chosen.last() >= LEAST_FALL_NATS
+        if falls and margins.t() >= beyond_noise and not (is_against and chosen.last() >= 0):
             return Alarm(
-                step=steps[-1],
-                since=steps[0],
-                chosen_before=of_chosen.first,
-                chosen_now=of_chosen.last,
-                margin_before=of_margins.first,
-                margin_now=of_margins.last,
+                step=points[-1][0],
+                since=step,
+                chosen_before=chosen.first(),
+                chosen_now=chosen.last(),
+                margin_before=margins.first(),
+                margin_now=margins.last(),
                 is_against_reference=is_against,
             )
     return None
@@ -155,25 +156,52 @@ def _margin(log: Log) -> float | None:
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
-    """A least-squares line: its values at the ends, and its slope over the slope's standard error."""
+    """The least-squares line through points that are added from the last to the first. Sums are of distances from the
+    last point, so that large steps and values cost no digits."""
 
-    first: float
-    last: float
-    t: float
+    def __init__(self) -> None:
+        self._num = 0
+        self._last = self._first = 0.0, 0.0
+        self._x = self._y = self._xx = self._xy = self._yy = 0.0
 
-    @classmethod
-    def through(cls, steps: Sequence[float], values: Sequence[float]) -> "_Line":
-        mean_step, mean = math.fsum(steps) / len(steps), math.fsum(values) / len(values)
-        spread = math.fsum((step - mean_step) ** 2 for step in steps)
-        if spread == 0:
-            return cls(first=mean, last=mean, t=0.0)
-        products = ((step - mean_step) * (value - mean) for step, value in zip(steps, values, strict=True))
-        slope = math.fsum(products) / spread
-        fitted = [mean + slope * (step - mean_step) for step in steps]
-        residual = math.fsum((value - fit) ** 2 for value, fit in zip(values, fitted, strict=True))
-        error = math.sqrt(residual / (len(steps) - 2) / spread)
-        # A line without noise is certain; so is one whose noise is rounding.
-        t = math.copysign(math.inf, slope) if error <= 1e-12 * abs(slope) else slope / error
-        return cls(first=fitted[0], last=fitted[-1], t=0.0 if slope == 0 else t)
+    def add(self, step: float, value: float) -> None:
+        """Adds a point before all others."""
+        if self._num == 0:
+            self._last = step, value
+        self._first = step, value
+        x, y = step - self._last[0], value - self._last[1]
+        self._num += 1
+        self._x += x
+        self._y += y
+        self._xx += x * x
+        self._xy += x * y
+        self._yy += y * y
+
+    def _spreads(self) -> tuple[float, float, float]:
+        """Sums of squares and products about the means."""
+        x, y, num = self._x, self._y, self._num
+        return self._xx - x * x / num, self._xy - x * y / num, self._yy - y * y / num
+
+    def t(self) -> float:
+        """The slope over its standard error; infinite for a line without noise, 0 for a level one."""
+        xx, xy, yy = self._spreads()
+        if self._num < 3 or xx <= 0 or abs(xy) <= 1e-12 * math.sqrt(xx * max(yy, 0.0)):
+            return 0.0
+        residual = yy - xy * xy / xx
+        if residual <= 1e-12 * yy:
+            return math.copysign(math.inf, xy)
+        return xy / math.sqrt(residual / (self._num - 2) * xx)
+
+    def first(self) -> float:
+        """The line's value at the first point."""
+        return self._at(self._first[0] - self._last[0])
+
+    def last(self) -> float:
+        """The line's value at the last point."""
+        return self._at(0.0)
+
+    def _at(self, x: float) -> float:
+        xx, xy, _ = self._spreads()
+        slope = xy / xx if xx > 0 else 0.0
+        return self._last[1] + self._y / self._num + slope * (x - self._x / self._num)

@@ -74,7 +74,7 @@ class InterruptionCallback(TrainerCallback):
             self._trainer._save_checkpoint(self._trainer.model_wrapped, trial)
             self._saved_step = self._trainer.state.global_step
             self._accelerator.wait_for_everyone()
-        self._close_progress()
+        self.close_progress()
         self._describe(interrupted, checkpoint, folder)
         raise interrupted
 
@@ -195,7 +195,7 @@ class InterruptionCallback(TrainerCallback):
         is_consequence = self._accelerator.num_processes > 1 and isinstance(error, RuntimeError)
         return Interrupted(number) if is_consequence and number is not None else None
 
-    def _close_progress(self) -> None:
+    def close_progress(self) -> None:
         """Ends the lines of progress bars."""
         for callback in self._trainer.callback_handler.callbacks:
             for name in ("prediction_bar", "training_bar"):

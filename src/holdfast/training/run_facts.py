@@ -37,6 +37,7 @@ _MADE_OF_DEFAULTS = {
     "dataloader_pin_memory": False, "report_to": [],
 }  # fmt: skip
 """What options come to that nobody has set."""
+_NOT_OF_RESULTS = {"non_blocking", "dispatch_batches"}
 
 
 def versions() -> dict[str, str]:
@@ -164,9 +165,10 @@ def changed_options(args: DPOConfig) -> dict[str, Any]:
         if each.name in _OF_THE_MACHINE or value == default or is_made or not each.init:
             continue
         if isinstance(value, AcceleratorConfig):
-            if value == AcceleratorConfig(non_blocking=value.non_blocking):
+            value = {name: item for name, item in value.to_dict().items() if name not in _NOT_OF_RESULTS}
+            default = AcceleratorConfig().to_dict()
+            if all(item == default[name] for name, item in value.items()):
                 continue
-            value = value.to_dict()
         found[each.name] = MASK if is_secret(each.name) and value else masked(_plain(value))
     return found
 

@@ -19,6 +19,7 @@ from holdfast.checkpoint.sound import last_complete
 from holdfast.checkpoint.whole import whole_policy
 from holdfast.data.progress import bars
 from holdfast.peers.phase import doing
+from holdfast.progress import is_displaying
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.pair_trainer import PairTrainer
 
@@ -28,7 +29,8 @@ class SavingTrainer(PairTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes the model and `training_args.bin`, the latter without secrets."""
-        with without_secrets_on_disk(self.args), bars(are_shown=not self.args.disable_tqdm):
+        has_bars = not self.args.disable_tqdm and not is_displaying()
+        with without_secrets_on_disk(self.args), bars(are_shown=has_bars):
             super()._save(output_dir, state_dict)
         hide_paths(Path(str(output_dir or self.args.output_dir)))
 

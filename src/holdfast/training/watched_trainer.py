@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import ProgressCallback
 
 from holdfast.checkpoint.manifest import recorded
 from holdfast.metrics import tokens_logged
 from holdfast.training.half_weights_trainer import HalfWeightsTrainer
+from holdfast.training.progress_callback import RunProgress
 from holdfast.training.run_watch import RunWatch
 from holdfast.training.startup import Startup
 
@@ -26,7 +28,9 @@ class WatchedTrainer(HalfWeightsTrainer):
 
     def _begin_watching(self) -> None:
         self._watch = RunWatch(self)
-        self.callback_handler.callbacks.insert(0, self._watch)  # before trackers, which log what it adds
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [RunProgress() if type(each) is ProgressCallback else each for each in callbacks]
+        callbacks.insert(0, self._watch)  # before trackers, which log what it adds
 
     def _reference_digest(self) -> str | None:
         """The digest of the weights that the reference was made from."""
@@ -63,6 +67,7 @@ class WatchedTrainer(HalfWeightsTrainer):
             error = caught
             raise
         finally:
+            self._interruption.close_progress()
             self._watch.close(error)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -60,6 +60,8 @@ def on_stage(observer: Callable[[Event], None]) -> Iterator[PretendDevice]:
         patch.object(torch.cuda, "current_device", lambda: 0),
         patch.object(torch.cuda, "device_count", lambda: 1),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        patch.object(torch.cuda, "get_device_name", lambda *_: "a pretend one"),
+        patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
         patch.object(torch.cuda, "manual_seed_all", lambda _: None),
         patch.object(torch.cuda, "synchronize", lambda *_: observer(Event("read", "synchronize"))),
         patch.object(torch.cuda, "empty_cache", lambda: None),

@@ -22,6 +22,10 @@ class IdleEvent:
         """Whether all is done."""
         return True
 
+    def elapsed_time(self, end: Any) -> float:
+        """The milliseconds to another event: none."""
+        return 0.0
+
     def synchronize(self) -> None:
         """The host would wait."""
         self._observer(Event("read", "event.synchronize"))

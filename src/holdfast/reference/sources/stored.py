@@ -12,11 +12,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from holdfast.agreement import raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
@@ -24,6 +23,7 @@ from holdfast.data.completions import Completions, CompletionsToScore
 from holdfast.interruption import Interrupted, asked_signal, interruption_behind, is_asked, waiting
 from holdfast.peers.guard import is_of_communication
 from holdfast.peers.phase import doing
+from holdfast.progress import Bar, bar
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep
 from holdfast.store.store import LogpStore
@@ -131,24 +131,24 @@ class PrecomputedReference:
         """Scores every completion of the dataset `name` that is not stored yet. ValueError where a log-prob is not
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
-        description, unit = f"Reference log-probs ({name})", "completions"
+        description = f"Reference log-probs ({name})"
         with (
             doing(f"scoring the reference's log-probs ({name})"),
             contextlib.ExitStack() as waits,
             store,
             _kept_when_interrupted(store, name, data) as check,
-            tqdm(total=data.num_completions(), desc=description, unit=unit, disable=self._is_quiet) as bar,
+            bar(data.num_completions(), description, "completions", is_shown=not self._is_quiet) as shown,
         ):
-            on_wait = partial(_show_waiting, bar, check, waits)
+            on_wait = partial(_show_waiting, shown, check, waits)
             work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
             for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check):
                 num_scored += num_new
                 num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(num_new)
+                shown.note(f"{rate:,.0f} tokens/s")
+                shown.update(num_new)
             waits.close()
-            bar.update(bar.total - bar.n)
+            shown.update(max(0, data.num_completions() - num_scored))
             store.flush()
             self._wait_for_all()  # after it, the other processes' blocks are on disk
         store.refresh()
@@ -214,12 +214,12 @@ def _scored(
     return score(batch)
 
 
-def _show_waiting(bar: Any, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
+def _show_waiting(shown: Bar, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:
     """Says in the progress bar that other processes still score. `waits` is closed when that is over."""
     check()
     waits.close()
     waits.enter_context(doing("waiting for what other processes score", waits=True))
-    bar.set_postfix_str(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
+    shown.note(f"waiting for {num_blocks} block{'s' if num_blocks > 1 else ''} of other processes")
 
 
 def _flush(store: LogpStore) -> None:
