@@ -67,9 +67,9 @@ class RunWatch(TrainerCallback):
 
     def introduced(self) -> None:
         """Says and writes what the audit has found, once it has, of a policy that could not be audited before."""
+        facts = self._facts(self._trainer.state)  # by all processes: it gives back what FSDP holds gathered
         if not self._trainer.is_world_process_zero():
             return
-        facts = self._facts(self._trainer.state)
         self._say(facts)
         if self.writer is not None:
             self.writer.update(audit=facts.audit, reference=facts.reference, memory=facts.memory)
