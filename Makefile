@@ -11,13 +11,24 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-oldest check lint format docs peer same dist clean
+.PHONY: help setup quickstart demo recipes test nightly test-oldest check lint format docs peer same dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
+setup: $(VENV)/test.stamp  ## make .venv with this package in it, and do no more
+
+quickstart: quickstart/run.yaml  ## set everything up, make a small model and pairs, and train a first model, offline
+	$(BIN)/holdfast train $<
+
+quickstart/run.yaml: | $(VENV)/test.stamp
+	$(BIN)/holdfast quickstart quickstart
+
 demo: $(VENV)/test.stamp  ## run the DPO paper's experiment in miniature, offline
 	$(BIN)/holdfast demo
+
+recipes: $(VENV)/test.stamp  ## run the recipes, and write their curves into docs/recipes: some minutes, offline
+	$(BIN)/python examples/recipes/run.py
 
 test: $(VENV)/test.stamp  ## run every kind of test; of the largest tables, the rows that stand for the rest
 	$(BIN)/python -m pytest -n 2 --dist worksteal

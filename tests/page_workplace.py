@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import tiny
 from code_blocks import ROOT
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.quickstart.folder import write_quickstart
 
 MODELS = ("model", "path/to/model", "path/or/hub-id", "sft", "another-sft", "path/to/sft", "org/model")
 """Names by which pages speak of a model."""
@@ -88,13 +89,16 @@ class Workplace:
         path.write_text(text, encoding="utf-8")
 
     def provide(self, text: str, train: Callable[[str], None]) -> None:
-        """Makes what the text names and is not there: an adapter, or a finished run in `out`, by `train(run file)`."""
+        """Makes what the text names and is not there: an adapter, the quickstart's folder, or a finished run in `out`,
+        by `train(run file)`."""
+        if "quickstart/" in text and "holdfast quickstart" not in text and not (self.folder / "quickstart").exists():
+            write_quickstart(self.folder / "quickstart", num_steps=(2, 2), num_pairs=40)
         for name in ADAPTERS:
             if name in text and not (self.folder / name).exists():
                 base = AutoModelForCausalLM.from_pretrained(self._shared / "model")
                 get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM")).save_pretrained(self.folder / name)
                 (self.folder / name / "README.md").unlink(missing_ok=True)
-        if _names_a_run(text) and not (self.folder / "out").exists():
+        if "python examples/" not in text and _names_a_run(text) and not (self.folder / "out").exists():
             finished = self._shared / "out"
             if not finished.exists():
                 self.write("stand-in.yaml", RUN_FILE)

@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 
 from code_blocks import ROOT
 from holdfast.cli.app import app
+from holdfast.quickstart import folder
 
 _NOTE = """#!/bin/bash
 printf '%s\\0' "$PWD" "${0##*/}" "$@" >> "$NOTED_CALLS"
@@ -111,16 +113,25 @@ class _in_folder:  # used as a function
 # --- judges -----------------------------------------------------------------------------------------------------------
 
 
-def holdfast(arguments: Sequence[str], *, columns: int = 80) -> str:
-    """The output of `holdfast`, run in this process and in the current folder, as a pipe gets it. AssertionError where
-    it fails."""
+def holdfast(arguments: Sequence[str]) -> str:
+    """The output of `holdfast`, run in this process and in the current folder. AssertionError where it fails."""
+    code, printed = output_of(arguments)
+    assert code == 0, f"holdfast {shlex.join(arguments)} ended with {code}:\n{printed}"
+    return printed
+
+
+def output_of(arguments: Sequence[str], *, columns: int = 80) -> tuple[int, str]:
+    """The exit code of `holdfast`, and what a pipe gets of it; with the lines of stderr where it fails."""
     words = [*arguments]
     if words[:2] in (["store", "export"], ["store", "verify"]) and len(words) > 2:
         words[2] = next((Path(os.environ["HOLDFAST_HOME"]) / "store").iterdir()).name  # a page cannot know the digest
-    with mock.patch.dict(os.environ, {"COLUMNS": str(columns)}):
+    small = partial(folder.write_quickstart, num_steps=(2, 2), num_pairs=40)
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": str(columns)}),
+        mock.patch.object(folder, "write_quickstart", small),  # a minute's work otherwise
+    ):
         result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, f"holdfast {shlex.join(arguments)} ended with {result.exit_code}:\n{result.output}"
-    return result.stdout
+    return result.exit_code, result.output if result.exit_code else result.stdout
 
 
 def _holdfast(call: Call) -> None:

@@ -26,6 +26,11 @@ from code_blocks import blocks_of
 from holdfast.cli import app, errors
 from holdfast.data.layouts.choose import FIRST, choose_layout
 from holdfast.data.layouts.trial import known_problem
+from holdfast.inspect.lines import as_text
+from holdfast.inspect.pair_numbers import PairNumbers
+from holdfast.inspect.ranking.flipping import Objective
+from holdfast.inspect.ranking.inspection import ScoredDataset, inspect_ranking
+from holdfast.inspect.ranking.lines import report_lines
 from holdfast.interruption import Interrupted
 from holdfast.losses import LossOptions, PairLogps, preference_loss
 from holdfast.peers.beat import Beat
@@ -35,6 +40,7 @@ from holdfast.scoring.routes.choice import ROUTES
 from holdfast.training import interruption
 from holdfast.training.attention_routes import line_about
 from page_workplace import Workplace
+from ranked_pairs import AFTER_CHOSEN, AFTER_REJECTED, eight_pairs
 
 PAGE_WIDTH = 120
 
@@ -144,6 +150,24 @@ def formulas_of_the_loss(place: Workplace) -> str:
     return block.text
 
 
+def losses_of_two_rewards(place: Workplace) -> str:
+    """The lines of the page with the loss of the package at the rewards that each names."""
+    (block,) = [block for block in blocks_of("docs/troubleshooting.md") if block.text.startswith("loss = ")]
+    first, *lines = block.text.splitlines()
+    return "\n".join([first, *map(_with_its_loss, lines)])
+
+
+def _with_its_loss(line: str) -> str:
+    """A line `... sigmoid(a - b) = ...` with the loss at the rewards a and b: beta 1, a reference of log-prob 0."""
+    numbers = line.partition("sigmoid(")[2].rpartition(") = ")[0]
+    chosen, rejected = (float(part.strip(" ()")) for part in numbers.split(" - "))
+    found = preference_loss(
+        _pair(chosen, rejected), _pair(0.0, 0.0), loss_types=["sigmoid"], loss_weights=[1.0],
+        options=LossOptions(beta=1.0),
+    )  # fmt: skip
+    return f"{line.rpartition(' = ')[0]} = {found.item():.3f}"
+
+
 def _pair(chosen: float, rejected: float) -> PairLogps:
     logps = [torch.tensor([value]) for value in (chosen, rejected)]
     lengths = torch.tensor([4])
@@ -153,6 +177,30 @@ def _pair(chosen: float, rejected: float) -> PairLogps:
     )  # fmt: skip
 
 
+def what_is_said_of_eight_pairs(place: Workplace) -> str:
+    """Before training."""
+    return _report_on_eight_pairs(None)
+
+
+def what_is_said_of_eight_trained_pairs(place: Workplace) -> str:
+    """After training: from the policy's name on, up to what is said before training too."""
+    text = _report_on_eight_pairs(eight_pairs(AFTER_CHOSEN, AFTER_REJECTED))
+    return text[text.index("policy: ") : text.index("  How the reference ranks")]
+
+
+def _report_on_eight_pairs(policy: PairNumbers | None) -> str:
+    texts: Any = None  # of which none is read
+    pairs = ScoredDataset(name="train", reference=eight_pairs(), policy=policy, texts=texts)
+    inspection = inspect_ranking(
+        [pairs],
+        reference="path/to/model, as it starts to train",
+        policy=None if policy is None else "out",
+        objective=Objective.of(LossOptions(), ["sigmoid"]),
+        num_shown=0,
+    )
+    return as_text(report_lines(inspection, PAGE_WIDTH))
+
+
 TEXTS: Mapping[tuple[str, str], str | Callable[[Workplace], str]] = {
     ("README.md", "src/holdfast/"): "tests/test_docs.py::test_the_tree_in_the_readme_is_the_package",
     ("CONTRIBUTING.md", "internals <-"): order_of_imports,
@@ -160,6 +208,8 @@ TEXTS: Mapping[tuple[str, str], str | Callable[[Workplace], str]] = {
         "docs/howto/data.md",
         "model model",
     ): "tests/test_docs.py::test_the_report_of_the_documentation_is_what_is_printed",
+    ("docs/howto/inspect.md", "reference: path/to/model"): what_is_said_of_eight_pairs,
+    ("docs/howto/inspect.md", "policy: out"): what_is_said_of_eight_trained_pairs,
     ("docs/howto/script.md", "DPOConfig was given"): (
         "tests/test_docs.py::test_the_error_of_the_page_is_the_one_that_a_script_gets"
     ),
@@ -169,5 +219,6 @@ TEXTS: Mapping[tuple[str, str], str | Callable[[Workplace], str]] = {
     ("docs/layouts.md", "layout: padded"): what_is_said_of_padded_rows,
     ("docs/layouts.md", "attention: varlen is not"): what_is_said_of_a_broken_route,
     ("docs/layouts.md", "attention: varlen"): lines_about_routes,
+    ("docs/troubleshooting.md", "loss = -log"): losses_of_two_rewards,
     ("docs/templates.md", "# one turn"): "tests/unit/test_templates.py::test_the_page_is_what_the_table_says",
 }

@@ -30,10 +30,10 @@ LAYERS = (
     {"reference"},
     {"options"},
     {"config", "passed_through", "testing", "training_arguments"},
-    {"arguments", "callbacks", "card", "checkpoint", "metrics", "record"},
+    {"arguments", "callbacks", "card", "checkpoint", "metrics", "record", "samples"},
     {"training"},
     {"trainer"},
-    {"demo", "inspect"},
+    {"demo", "inspect", "quickstart", "report"},
     {"cli"},
 )
 EXPORTED = {
@@ -44,6 +44,7 @@ EXPORTED = {
     "ModelReference",
     "PrecomputedReference",
     "Reference",
+    "WinRateCallback",
     "__version__",
 }
 MAX_FUNCTION_LINES = 60

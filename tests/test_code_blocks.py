@@ -27,22 +27,27 @@ from holdfast.batch import PairBatch
 from holdfast.cli.runfile import read_run_file
 from holdfast.cli.yaml_document import RunFileError
 from holdfast.data.layouts.padded import PaddedLayout
-from holdfast.losses import LossInputs, PairLogps
+from holdfast.losses import LossInputs, LossOptions, PairLogps, preference_loss
 from holdfast.scoring.frozen import frozen_logps
 from page_workplace import Workplace
-from shown_commands import calls_of, run_block
+from shown_commands import calls_of, output_of, run_block
 from shown_commands import holdfast as run_holdfast
 from shown_texts import TEXTS
 
 PAGES = [page for page in pages() if blocks_of(page)]
 
-SLOW = {"README.md", "docs/index.md", "docs/references.md", "docs/howto/job.md", "docs/howto/run.md"}
-NIGHTLY = {"docs/howto/devices.md"}
-"""Pages whose blocks train for more than a moment."""
+IN_EVERY_RUN = {"README.md", "docs/troubleshooting.md"}
+"""Of the pages that train, those that `make test` runs."""
+
+_TRAINS = re.compile(r"holdfast (train|precompute|report|inspect|quickstart)|\.train\(|python examples|holdfast\.cli")
 
 
 def marks_of(page: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.nightly] * (page in NIGHTLY) + [pytest.mark.slow] * (page in SLOW)
+    """Pages that train take seconds."""
+    commands = (block.text for block in blocks_of(page) if block.language in ("bash", "console", "python"))
+    if not any(map(_TRAINS.search, commands)):
+        return []
+    return [pytest.mark.slow] if page in IN_EVERY_RUN else [pytest.mark.nightly]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +96,6 @@ def test_every_fence_is_a_block():
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, marks=marks_of(page)) for page in PAGES])
-@pytest.mark.filterwarnings("default")
 def test_the_blocks_of_a_page_run(page, workplace, tmp_path):
     for block in blocks_of(page):
         try:
@@ -141,7 +145,8 @@ def run_bash(block: Block, place: Workplace, bin_folder: Path) -> None:
 
 
 def run_console(block: Block, place: Workplace, bin_folder: Path) -> None:
-    """Each line after a `$` is a command of holdfast; the lines up to the next are what it prints."""
+    """Each line after a `$` is a command of holdfast; the lines up to the next are what it prints. An error is one
+    line, and a page may break it."""
     place.provide(block.text, train)
     shown = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
     assert not shown[0].strip(), "a console begins with `$ ` and a command"
@@ -152,8 +157,16 @@ def run_console(block: Block, place: Workplace, bin_folder: Path) -> None:
             command = f"{command}\n{more}"
         (call,) = calls_of(command, place.folder, bin_folder)
         assert call.program == "holdfast", f"{command}: only what holdfast prints is compared"
-        columns = max([80, *map(len, expected.splitlines())])
-        assert_shown(expected, run_holdfast(call.arguments, columns=columns))
+        code, printed = output_of(call.arguments, columns=max([80, *map(len, expected.splitlines())]))
+        if "error: " in expected:
+            assert code != 0, f"{command}: it does not fail"
+            assert_shown(
+                " ".join(expected.removeprefix("...").split()),
+                " ".join("".join(printed.partition("error: ")[1:]).split()),
+            )
+        else:
+            assert code == 0, f"{command} ended with {code}: {printed}"
+            assert_shown(expected, printed)
 
 
 def assert_shown(expected: str, printed: str) -> None:
@@ -171,7 +184,6 @@ def run_yaml(block: Block, place: Workplace, bin_folder: Path) -> None:
     found = yaml.safe_load(block.text)
     if block.title and not block.title.endswith((".yaml", ".yml")):
         assert block.title in OTHERS_FILES, f"{block.title}: whose file is it?"
-        OTHERS_FILES[block.title](found, block.page)
         return
     if block.title:
         place.write(block.title, block.text)
@@ -235,8 +247,8 @@ RUN: dict[str, Callable[[Block, Workplace, Path], Any]] = {
     "yaml": run_yaml,
 }
 
-OTHERS_FILES: dict[str, Callable[[Any, str], None]] = {}
-"""Files of other programs by the title of their blocks, and what is checked of them."""
+OTHERS_FILES = ("Axolotl", "LLaMA-Factory", "TRL")
+"""Files of other trainers, by the titles of their blocks: `test_migration_pages.py` compares them with ours."""
 
 
 def train(run_file: str) -> None:
@@ -350,6 +362,28 @@ def test_the_key_of_the_page_shuffles_the_rows(workplace):
     found = key.arguments(None, 3, {"train_dataset": rows})["train_dataset"]
     assert found["n"] == rows.shuffle(seed=3)["n"]
     assert sorted(found["n"]) == rows["n"] != found["n"]
+
+
+def test_the_first_losses_of_the_page():
+    """Policy and reference are the same; beta is 0.1."""
+    row = next(
+        line for line in (ROOT / "docs/troubleshooting.md").read_text("utf-8").splitlines() if "(`hinge`)" in line
+    )
+    formulas = re.findall(r"`?(1[\d./() a-z^]*?)`? \(`(\w+)`\)", row)
+    shown = {
+        name: eval(formula.replace("^", "**").replace("4 beta", "4 * beta"), {"beta": 0.1})
+        for formula, name in formulas
+    }
+    zeros, lengths = torch.zeros(1), torch.tensor([4])
+    same = PairLogps(
+        chosen=zeros, rejected=zeros, chosen_lengths=lengths, rejected_lengths=lengths, chosen_likelihood=zeros
+    )
+    found = {
+        name: preference_loss(same, same, loss_types=[name], loss_weights=[1.0], options=LossOptions(beta=0.1)).item()
+        for name in shown
+    }
+    assert set(shown) == {"hinge", "ipo", "apo_zero", "bco_pair"}
+    assert found == pytest.approx(shown, rel=1e-3)
 
 
 def test_texts_that_are_compared_are_on_their_pages():

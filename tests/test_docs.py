@@ -26,6 +26,7 @@ from holdfast.losses import LOSSES, LossOptions, ModifierOptions, other_names
 from holdfast.losses.options import Options, option_names, rules
 from holdfast.options.renamed import RENAMED, RENAMED_ARGUMENTS, Expression, spelled
 from holdfast.reference.build import WAY_NAMES
+from holdfast.report.healthy import HEALTHY
 from holdfast.training.never_called import NEVER_CALLED
 from holdfast.training.script_attributes import READABLE, OfOption, ScriptableTrainer
 
@@ -217,3 +218,8 @@ def test_the_two_examples_are_the_same_run(workplace, monkeypatch):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert max(one[name].abs().max() for name in one if "lora_B" in name) > 0
+
+
+def test_the_healthy_ranges_are_those_in_the_code():
+    written = [(*names(metric)[:1], words, otherwise) for metric, words, otherwise in table("metrics.md", "metric")]
+    assert written == [(each.metric, each.words, each.otherwise) for each in HEALTHY]

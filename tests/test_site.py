@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,12 +134,43 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+SITE_PAGES = [page.removeprefix("docs/").removesuffix(".md") for page in pages() if page.startswith("docs/")]
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("page", ["index.html", "losses.html", "howto/data.html", "api/config.html"])
+@pytest.mark.parametrize("page", SITE_PAGES)
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1600, "dark")])
 def test_a_page_in_a_browser(site, page, width, scheme):
     """It is opened from the folder, as somebody does who has unpacked it."""
-    found = opened(site / page, width=width, scheme=scheme)
+    found = opened(site / f"{page}.html", width=width, scheme=scheme)
     assert found.complaints == ()
     assert [url for url in found.requests if not url.startswith("file://")] == []
     assert found.too_wide == ()
+
+
+_SEARCH = """
+import sys
+from playwright.sync_api import sync_playwright
+
+address, program, words = sys.argv[1:]
+with sync_playwright() as driver:
+    page = driver.chromium.launch(executable_path=program, args=["--no-sandbox"]).new_page()
+    page.goto(address)
+    page.wait_for_selector(".md-search__form", state="visible")
+    page.locator("input.md-search__input").press_sequentially(words)
+    page.wait_for_selector(".md-search-result__item")
+    for found in page.query_selector_all(".md-search-result__item"):
+        print(found.inner_text().splitlines()[0])
+"""
+
+
+@pytest.mark.nightly
+def test_the_search_of_a_folder_finds_an_option(site):
+    """Without a server, where a browser starts no worker."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs a browser to search in")
+    pytest.importorskip("playwright.sync_api", reason="needs playwright to open a page")
+    command = [sys.executable, "-c", _SEARCH, (site / "index.html").as_uri(), program, "tokens_per_batch"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Every option" in done.stdout.splitlines(), done.stderr

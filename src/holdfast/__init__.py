@@ -16,6 +16,7 @@ _HOMES = {
     "ModelReference": "holdfast.reference.scorers.model",
     "AdapterReference": "holdfast.reference.scorers.adapter",
     "PrecomputedReference": "holdfast.reference.sources.stored",
+    "WinRateCallback": "holdfast.samples.win_rate",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from holdfast.reference.scorers.adapter import AdapterReference as AdapterReference
     from holdfast.reference.scorers.model import ModelReference as ModelReference
     from holdfast.reference.sources.stored import PrecomputedReference as PrecomputedReference
+    from holdfast.samples.win_rate import WinRateCallback as WinRateCallback
     from holdfast.trainer import DPOTrainer as DPOTrainer
 
 

@@ -205,7 +205,7 @@ def check_same_batches(dependence: Dependence | None, args: DPOConfig) -> None:
         f"snapshot_device={args.snapshot_device!r} without reference_window=1": args.snapshot_device != "device"
         and args.reference_window is None,
     }
-    is_set = (reference_options if args.needs_reference else {}) | {
+    is_set = (reference_options if args.needs_reference or args.asks_for_reference else {}) | {
         f"tokens_per_batch={args.tokens_per_batch}": args.tokens_per_batch is not None
     }
     option = next(filter(is_set.get, is_set), None)

@@ -83,12 +83,13 @@ class PairBatch:
     `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s
     (see `data.tokenize.content_id`).
 
-    Seven fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
+    Eight fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
     the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the
     sequences. `unidentified_inputs` names the inputs that the content ids do not cover, so that log-probs of this batch
     must not be stored. In an evaluation by source, `host_sources` says which sources of the data the pairs come from,
     and `pair_sources` repeats their places on the device. `pair_weights` says how much each pair counts, and
-    `pair_margins` which margin it is to reach (beta * nats), where the data say so.
+    `pair_margins` which margin it is to reach (beta * nats), where the data say so. `sums_states` asks whoever scores
+    the batch for `SequenceLogps.state_sums`.
     """
 
     inputs: dict[str, Any]
@@ -105,6 +106,7 @@ class PairBatch:
     pair_sources: Int[Tensor, "P"] | None = None
     pair_weights: Float[Tensor, "P"] | None = None
     pair_margins: Float[Tensor, "P"] | None = None
+    sums_states: bool = False
 
     def of_pairs(self, keep: Any) -> Self:
         """The batch with only some of its pairs, chosen by a slice or a mask over P. Rows and sequences stay."""
@@ -165,7 +167,7 @@ class PairBatch:
         """The batch from a plain dict, as data loaders carry it. Entries that are no field are model inputs, but for
         `completion_mask`, which `source` and `target` stand for."""
         names = {field.name for field in fields(cls)} - {"inputs"}
-        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs", HOST_SOURCES, PAIR_SOURCES}
+        optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs", HOST_SOURCES, PAIR_SOURCES, "sums_states"}
         optional |= {PAIR_WEIGHTS, PAIR_MARGINS}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
@@ -194,11 +196,16 @@ class PairBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceLogps:
-    """Log-probs (nats, fp32) of the N completion tokens of a batch, and the sequence that each token belongs to."""
+    """Log-probs (nats, fp32) of the N completion tokens of a batch, and the sequence that each token belongs to.
+
+    `state_sums` has for each sequence the sum of the hidden states that the head turned into these log-probs, in fp32
+    or wider. It is there where the batch asked for it and one model has computed the log-probs.
+    """
 
     per_token: Float[Tensor, "N"]
     sequence: Int[Tensor, "N"]
     num_sequences: int
+    state_sums: Float[Tensor, "S h"] | None = None
 
     def sums(self) -> Float[Tensor, "S"]:
         """`log pi(y|x)` of each sequence, nats: the sum over its tokens."""

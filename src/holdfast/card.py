@@ -1,7 +1,7 @@
 """The model card of a trained model: its base model, how it was trained, and which reference it had."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from holdfast.checkpoint.sound import last_complete
 from holdfast.config import DPOConfig
 from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import loaded_from
+from holdfast.record.entries import Sample
 from holdfast.reference.reference import Reference
+from holdfast.samples.tables import as_markdown
 from holdfast.scoring.causal_lm import unwrap
+from holdfast.visible import visible
 
 TAGS = ("holdfast", "dpo")
 
@@ -44,7 +47,7 @@ A fine-tuned version of {{ base_model }}, trained on preference pairs with Direc
 | dataset | {{ dataset }} |
 {% for source, pairs in sources.items() %}| pairs of {{ source }} | {{ pairs }} |
 {% endfor %}
-```python
+{{ results }}```python
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{{ title }}")
@@ -65,11 +68,14 @@ def write_card(
     dataset: str | Sequence[str] | None,
     tags: str | Sequence[str] | None,
     metadata: dict[str, Any],
+    log_history: Sequence[Mapping[str, Any]] = (),
+    samples: Sequence[Sample] = (),
 ) -> None:
     """Writes `README.md` into the run's output folder. `metadata` goes into its header (`language`, `license`, ...),
     what `transformers` calls `finetuned_from`, `dataset_tags` and `tasks` under the names that headers have for it. A
     base model or dataset is named only where that can be a hub id: a path is nobody else's. The sources of
-    `train_dataset` are counted. ValueError where the file cannot be written."""
+    `train_dataset` are counted. The last numbers of `log_history`, the first of `samples` and the picture of the run's
+    report, where the folder has one, are shown. ValueError where the file cannot be written."""
     folder = Path(str(args.output_dir))
     metadata = dict(metadata)
     names = _listed(metadata.pop("dataset", None)) or _listed(dataset)
@@ -98,6 +104,7 @@ def write_card(
         loss=", ".join(args.loss_types),
         beta=args.beta,
         reference="none" if reference is None else reference.describe(),
+        results=_results(folder, log_history, samples),
         versions=", ".join(
             f"{module.__name__} {module.__version__}" for module in (holdfast, transformers, torch, peft)
         ),
@@ -105,6 +112,57 @@ def write_card(
     none = f"start again: there is no complete checkpoint in {folder}"
     with placed(folder, "the model card README.md", lambda: last_complete(folder, none=none)) as staged:
         card.save(staged / "README.md")
+
+
+PICTURE = "report.png"
+"""The picture of a run's report, in its output folder."""
+
+_NUMBERS = (
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
+    "logps/rejected", "reference/kl_chosen", "reference/kl_rejected", "win_rate", "win_rate_se",
+)  # fmt: skip
+"""The metrics that a card shows."""
+
+
+def _results(folder: Path, log_history: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> str:
+    """The part of the card that says how the run went, in Markdown; empty before the first log."""
+    parts = [_table_of_numbers(log_history)] if log_history else []
+    if samples:
+        parts.append(f"What it says at step {samples[0].step} on a held-out prompt:\n\n{as_markdown(samples[:1])}")
+    if (folder / PICTURE).is_file():
+        parts.append(f"![The run's curves]({PICTURE})")
+    return "".join(f"{part}\n\n" for part in parts if part)
+
+
+def _table_of_numbers(log_history: Sequence[Mapping[str, Any]]) -> str:
+    """The last log of training beside the last evaluation of each set, a column for each."""
+    columns: dict[str, dict[str, float]] = {}
+    for log in log_history:
+        if "loss" in log:
+            columns[""] = {"step": log["step"], **{name: log[name] for name in _NUMBERS if name in log}}
+        names = [name.removesuffix("loss") for name in log if name.startswith("eval_") and name.endswith("_loss")]
+        prefixes = [name for name in names if f"{name}rewards/margins" in log]
+        for prefix in prefixes:
+            own = {name: log[prefix + name] for name in _NUMBERS if prefix + name in log}
+            columns[prefix] = {"step": log["step"], **own}
+    if not columns:
+        return ""
+    heads = [_head(prefix) for prefix in columns]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for name in ("step", *_NUMBERS):
+        if any(name in own for own in columns.values()):
+            cells = [
+                f"{own[name]:.4g}" if name in own and name != "step" else str(own.get(name, ""))
+                for own in columns.values()
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _head(prefix: str) -> str:
+    """The heading of the column of the metrics that begin with `prefix`."""
+    name = prefix.removeprefix("eval_").removesuffix("_")
+    return f"evaluation ({visible(name)})".replace("|", "\\|") if name else "evaluation" if prefix else "training"
 
 
 def is_path(name: str) -> bool:

@@ -16,7 +16,7 @@ from holdfast.data.dates import check_date
 from holdfast.data.layouts.choose import LAYOUTS
 from holdfast.internals.transformers import dict_fields
 from holdfast.losses import LOSSES, LossOptions, ModifierOptions, check_losses
-from holdfast.options.combinations import check_combinations, refused_by_transformers
+from holdfast.options.combinations import check_combinations, check_losses_compare, refused_by_transformers
 from holdfast.options.construction import ConfigClass, refuse_unknown_attributes
 from holdfast.options.data import DataOptions
 from holdfast.options.metric_names import heed_direction
@@ -26,6 +26,7 @@ from holdfast.options.ranges import normalise_numbers
 from holdfast.options.rehearsal import rehearse
 from holdfast.options.resuming import ResumeOptions
 from holdfast.options.run_record import RecordOptions
+from holdfast.options.samples import SampleOptions
 from holdfast.peers.joining import joining
 from holdfast.reference.build import WAY_NAMES, ReferenceOptions
 from holdfast.reference.run_folder import RunFolder
@@ -49,13 +50,14 @@ class DPOConfig(
     DataOptions,
     ProcessOptions,
     RecordOptions,
+    SampleOptions,
     TrainingArguments,
     metaclass=ConfigClass,
 ):
     """Options of `DPOTrainer`. `LossOptions` and `ModifierOptions` (in `losses`) declare those of the losses,
-    `DataOptions`, `ResumeOptions`, `ProcessOptions` and `RecordOptions` (in `options`) those about data, checkpoints,
-    processes and the record. All
-    others that are not listed here come from `transformers.TrainingArguments`.
+    `DataOptions`, `ResumeOptions`, `ProcessOptions`, `RecordOptions` and `SampleOptions` (in `options`) those about
+    data, checkpoints, processes, the record and samples. All others that are not listed here come from
+    `transformers.TrainingArguments`.
 
     Defaults that differ from `TrainingArguments`: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
     checkpointing on, and `bf16` on where the accelerator computes in it (never by default on a CPU). Two more keep the
@@ -190,7 +192,7 @@ class DPOConfig(
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.check()
-        self._check_losses_compare()
+        check_losses_compare(self)
 
     def _post_init_of_transformers(self) -> None:
         """What `TrainingArguments` makes of its options. ValueError where it refuses one, by whatever error."""
@@ -260,14 +262,22 @@ class DPOConfig(
         return any(LOSSES[name].needs_reference for name in self.loss_types)
 
     @property
+    def asks_for_reference(self) -> bool:
+        """Whether the options name a reference. Beside losses that need none, it is kept for metrics and samples."""
+        names_way = self.reference not in ("auto", "none")
+        return names_way or self.ref_adapter_name is not None or self.computes_ahead
+
+    @property
     def computes_ahead(self) -> bool:
         """Whether the reference's log-probs are computed before training: by the flag, or by the way it is held."""
         return self.precompute_ref_log_probs or self.reference == "precomputed"
 
-    def reference_options(self, *, is_stream: bool) -> ReferenceOptions:
-        """Which reference the options ask for. `is_stream`: whether the training data are a stream."""
+    def reference_options(self, *, is_stream: bool, has_ref_model: bool = False) -> ReferenceOptions:
+        """Which reference the options ask for. `is_stream`: whether the training data are a stream. `has_ref_model`:
+        whether the trainer was given a `ref_model`, which asks for one."""
+        is_kept = self.needs_reference or self.asks_for_reference or has_ref_model
         return ReferenceOptions(
-            way=self.reference if self.needs_reference else "none",
+            way=self.reference if is_kept else "none",
             adapter=self.ref_adapter_name,
             is_ahead=self.precompute_ref_log_probs,
             window=self.reference_window,
@@ -368,27 +378,4 @@ class DPOConfig(
             raise ValueError(
                 f"ref_adapter_name={self.ref_adapter_name!r} was asked for together with {other}: the first is weights "
                 "inside the policy that stay as they are, the second is not. Drop one of them."
-            )
-
-    def _check_losses_compare(self) -> None:
-        """A loss that compares with a reference needs one. An option about the reference needs such a loss."""
-        if self.reference == "none" and self.needs_reference:
-            needy = [name for name in self.loss_types if LOSSES[name].needs_reference]
-            raise ValueError(
-                f"reference='none' was asked for, but loss_type {needy} compares with a reference. Use a loss that "
-                "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
-                "or leave `reference` at 'auto'."
-            )
-        is_set = {
-            "sync_ref_model": self.sync_ref_model,
-            "ref_adapter_name": self.ref_adapter_name is not None,
-            "precompute_ref_log_probs": self.computes_ahead,
-            "reference_window": self.reference_window is not None,
-            "ref_model_weights": self.ref_model_weights is not None,
-        }
-        option = next(filter(is_set.get, is_set), None)
-        if option is not None and not self.needs_reference:
-            raise ValueError(
-                f"{option} was asked for, but loss_type {self.loss_types} with reference={self.reference!r} has no "
-                f"reference to apply it to. Drop it, or add a loss that compares with a reference."
             )

@@ -27,7 +27,7 @@ NAMES = frozenset(
         "PPOv2Config", "PPOv2Trainer", "PRMConfig", "PRMTrainer", "PairRMJudge", "PreTrainedModelWrapper", "RLOOConfig",
         "RLOOTrainer", "RewardConfig", "RewardTrainer", "RichProgressCallback", "RunningMoments", "SFTConfig",
         "SFTScriptArguments", "SFTTrainer", "ScriptArguments", "SftArgumentParser", "SftScriptArguments",
-        "SyncRefModelCallback", "TextEnvironment", "TextHistory", "TrlParser", "WeaveCallback", "WinRateCallback",
+        "SyncRefModelCallback", "TextEnvironment", "TextHistory", "TrlParser", "WeaveCallback",
         "XPOConfig", "XPOTrainer", "add_response_schema", "apply_chat_template", "clone_chat_template",
         "create_reference_model", "extract_prompt", "get_dataset", "get_kbit_device_map", "get_peft_config",
         "get_quantization_config", "get_training_chat_template", "init_zero_verbose", "is_conversational",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 
 
@@ -29,6 +29,7 @@ class TableReference(Scorer):
     """A scorer that looks log-probs up: by a completion's content id, nats, one for each of its tokens."""
 
     kind = "TableReference"
+    sums_states = False
 
     def __init__(self, logps: Mapping[ContentId, Sequence[float]]) -> None:
         self._table = {content_id: torch.tensor(values, dtype=torch.float32) for content_id, values in logps.items()}
@@ -45,6 +46,10 @@ class TableReference(Scorer):
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`: a table always is."""
         return contextlib.nullcontext()
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: none."""
+        return []
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: the table, by content id."""

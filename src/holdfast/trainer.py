@@ -32,7 +32,7 @@ from holdfast.checkpoint.template_date import recorded_date
 from holdfast.config import DPOConfig
 from holdfast.data.collator_check import check_masks_are_heeded
 from holdfast.data.columns import columns_of_pairs
-from holdfast.data.completions import Batching, all_to_score
+from holdfast.data.completions import Batching, CompletionsToScore, all_to_score
 from holdfast.data.dates import date_of_run
 from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.completion_rows import row_per_completion
@@ -196,6 +196,7 @@ class DPOTrainer(WatchedTrainer):
         )
         self.data_collator = self._startup.choose_layout(self.data_collator, self._first_rows, self._pair_batch)
         self._begin_holding(self._first_rows, self._startup.longest_row)
+        self._begin_sampling()
         self._announce(self._datasets())
         self._look_ahead = LookAhead(self.reference, self.accelerator, self._pair_batch, self.args, self._as_reference)
         if self.reference is not None and self.args.sync_ref_model:
@@ -214,14 +215,19 @@ class DPOTrainer(WatchedTrainer):
         use_user_columns(self.reference, datasets, self.model, self.args, self.accelerator)
         if self.reference is None:
             return
+        with untouched(self.model):
+            self.reference.prepare(self.completions_to_score(datasets))
+
+    def completions_to_score(self, datasets: Mapping[str, Any]) -> dict[str, CompletionsToScore]:
+        """The completions of prepared datasets by name, in the batches in which a reference scores them ahead; streams
+        are left out."""
         batching = Batching(
             collator=self.data_collator,
             pair_batch=self._pair_batch,
             collate=self._collated,
             accelerator=self.accelerator,
         )
-        with untouched(self.model):
-            self.reference.prepare(all_to_score(datasets, self.args, batching))
+        return all_to_score(datasets, self.args, batching)
 
     def _introduce(self, batch: PairBatch) -> None:
         digest, is_chosen = self._reference_digest(), self._is_reference_chosen

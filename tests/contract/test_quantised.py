@@ -359,3 +359,24 @@ def test_the_oracle_is_the_quantised_model(bits: str, base: str, tmp_path: Path)
     plain = dequantised(quantised(base, bits))
     for row in rows().to_list()[:3]:
         assert_close_logps(logp(policy.eval(), row, "chosen_ids"), logp(plain, row, "chosen_ids"))
+
+
+@every_size
+def test_a_quantised_reference_completes_prompts_before_it_is_let_go(bits: str, base: str, tmp_path: Path) -> None:
+    """Scored ahead it is given up, since a file would lack its quantisation state; its samples are those of the module
+    itself."""
+    ref_model = quantised(base, bits)
+    args = config(tmp_path, precompute_ref_log_probs=True, generate_samples=3, samples_max_new_tokens=3)
+    policy = tiny_model(hidden_size=64, intermediate_size=128)
+    ours = trainer(policy, args, ref_model=ref_model, eval_dataset=rows(3, seed=1))
+    assert ours.reference.scorer is None
+    ours.evaluate()
+    expected = []
+    for prompt in rows(3, seed=1)["prompt_ids"][1:]:  # the first two rows share their prompt
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 3:
+            with torch.no_grad():
+                tokens.append(int(ref_model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        text = " ".join(f"w{token}" for token in tokens[len(prompt) :])
+        expected.append(text.partition("w2")[0].strip() if "w2" in text.split() else text)
+    assert [sample.reference for sample in ours._last_samples] == expected

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast import DataCollatorForPreference, DPOTrainer, Reference, agreement
+from holdfast import DataCollatorForPreference, DPOTrainer, Reference, WinRateCallback, agreement
 from holdfast.batch import PairBatch
 from holdfast.data import completions
 from holdfast.data.layouts.padded import PaddedLayout
@@ -35,9 +35,10 @@ from holdfast.reference.sources import lockstep
 from holdfast.reference.sources.stored import PrecomputedReference
 from holdfast.scoring import transform
 from holdfast.scoring.frozen import frozen_logps
+from holdfast.store.pair_shard import joined_pairs, open_pair_shard, pair_shard_paths
 from holdfast.store.store import LogpStore
 from holdfast.store.work_sharing import CLAIM
-from policies import config, rows, trainer
+from policies import POLICIES, config, rows, trainer
 
 IS_LAST = RANK == WORLD - 1
 """Whether this process is the one that differs. Where there is one process, it differs from nobody."""
@@ -55,7 +56,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 def made(
     engine: str, folder: Path, policy: nn.Module | None = None, holding: str = "precomputed", motion: str = "fixed",
     train_dataset: Any = None, eval_dataset: Any = None, ref_model: Any = None, data_collator: Any = None,
-    **changed: Any,
+    callbacks: Any = None, **changed: Any,
 ) -> DPOTrainer:  # fmt: skip
     """A trainer over `engine`, without an audit, of `GLOBAL_BATCH` pairs a step. Its rows are padded, so that its store
     has one key over every engine."""
@@ -67,6 +68,7 @@ def made(
         policy = loaded_in_shards(policy, folder / "model")
     return trainer(
         policy, config(folder, **options | changed), ref_model=ref_model, data_collator=data_collator,
+        callbacks=callbacks,
         train_dataset=rows(9) if train_dataset is None else train_dataset,
         eval_dataset=rows(5, seed=1) if eval_dataset is None else eval_dataset,
     )  # fmt: skip
@@ -125,6 +127,46 @@ def raised(act: Callable[[], Any]) -> str:
 def batch_of(row: int) -> PairBatch:
     """One pair, padded."""
     return PairBatch.from_tensors(PaddedLayout(0)([rows(9)[row]]))
+
+
+def sampled(
+    engine: str, folder: Path, policy: nn.Module | None = None, holding: str = "device", motion: str = "fixed"
+) -> Any:
+    """What policy and reference make of held-out prompts while the run trains, by batches of 2, and a win rate that the
+    first process works out."""
+    options = {"generate_samples": 3, "samples_max_new_tokens": 5, "eval_strategy": "steps", "eval_steps": 2}
+    judge = WinRateCallback(lambda prompt, first, second: first < second)
+    ours = made(engine, folder, policy, holding, motion, callbacks=[judge], **options)
+    texts: list[Any] = []
+    samples = ours._samples
+
+    def noted(*args: Any) -> Any:
+        texts.append([(each.policy, each.reference, each.reference_version) for each in samples(*args)])
+        return ours._last_samples
+
+    ours._samples = noted
+    ours.train()
+    return {
+        "logs": numbers(ours.state.log_history),
+        "texts": texts,
+        "texts of each_process": gather_object([texts]),
+        "weights": saved(ours.model, folder),
+    }
+
+
+def samples_of_a_snapshot(engine: str, folder: Path) -> Any:
+    """The reference's values in host memory are put in place to generate."""
+    return sampled(engine, folder, holding="cpu")
+
+
+def samples_of_a_moving_module(engine: str, folder: Path) -> Any:
+    """A second module that follows the policy."""
+    return sampled(engine, folder, holding="model", motion="soft")
+
+
+def samples_of_adapters(engine: str, folder: Path) -> Any:
+    """The policy with its adapters off."""
+    return sampled(engine, folder, POLICIES["lora_fresh"](), holding="adapter")
 
 
 # --- what one process knows -----------------------------------------------------------------------------------------
@@ -196,6 +238,36 @@ def store_of_each_process(engine: str, folder: Path) -> Any:
     found = trained(made(engine, folder), folder)
     each = gather_object([found["stores"]])
     return found | {"are_alike": all(close(one, each[0]) for one in each)}
+
+
+def alike_pairs() -> dict[str, float]:
+    """How alike the hidden states of each stored pair are (their cosine), by content ids."""
+    root = Path(os.environ["HOLDFAST_HOME"]) / "store"
+    found: dict[str, float] = {}
+    for folder in sorted(root.iterdir()):
+        pairs = joined_pairs([open_pair_shard(path, folder.name) for path in pair_shard_paths(folder)])
+        for key, (cross, one, other) in zip(pairs.content.tolist(), pairs.products.tolist(), strict=True):
+            found[str(key)] = round(cross / (one * other) ** 0.5, 3)
+    return found
+
+
+def pairs_of_hidden_states(engine: str, folder: Path) -> Any:
+    """All pairs have theirs after a filling pass, and again after one that finds log-probs alone. Batches are
+    small, so the completions of a pair come in different ones."""
+    with small_batches():
+        ours = made(engine, folder, reference_window=1)
+        data = ours.completions_to_score({"train": ours.train_dataset})
+        ours.reference.fill(data)
+        together()
+        first = alike_pairs()
+        together()
+        if RANK == 0:
+            for path in ours.reference.stored.store.folder.glob("*.pairs"):
+                path.unlink()
+        together()
+        ours.reference.fill(data)
+        together()
+    return {"first": first, "again": alike_pairs(), "num_pairs": len({*data["train"].pairs()})}
 
 
 def close(one: Any, other: Any) -> bool:
@@ -408,6 +480,9 @@ SCENARIOS: dict[str, Scenario] = {
     for function in (
         agreement_itself,
         plain,
+        samples_of_a_snapshot,
+        samples_of_a_moving_module,
+        samples_of_adapters,
         transform_known_to_one,
         transform_known_to_one_without_reference,
         transform_forgotten_by_one,
@@ -427,5 +502,6 @@ SCENARIOS: dict[str, Scenario] = {
         audit_of_one,
         disk_of_one_full,
         signal_to_one,
+        pairs_of_hidden_states,
     )
 }

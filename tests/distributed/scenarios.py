@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from families import tiny_model
-from holdfast import DataCollatorForPreference, DPOTrainer, Reference, interruption
+from holdfast import DataCollatorForPreference, DPOTrainer, Reference, WinRateCallback, interruption
 from holdfast.checkpoint.folder import complete_checkpoints
 from holdfast.checkpoint.provenance import dataset_digest
 from holdfast.data.mixing.mixture import mix
@@ -38,7 +38,7 @@ from policies import POLICIES, config, logged, rows, trainer
 GLOBAL_BATCH = 4
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-PARTS = {"train_dataset", "eval_dataset", "ref_model", "compute_metrics", "data_collator"}
+PARTS = {"train_dataset", "eval_dataset", "ref_model", "compute_metrics", "data_collator", "callbacks"}
 """Arguments of the trainer; the other options are the config's."""
 
 Scenario = Callable[[Path], Any]
@@ -384,6 +384,21 @@ def evaluation(folder: Path) -> Any:
     }
 
 
+def samples(folder: Path) -> Any:
+    """Held-out prompts completed by two processes, three by one and two by the other, and judged by the first."""
+    judge = WinRateCallback(lambda prompt, first, second: first < second)
+    ours = make(
+        folder, tiny_model(), ref_model=tiny_model(seed=5), eval_dataset=rows(7, seed=1), callbacks=[judge],
+        generate_samples=5, samples_max_new_tokens=4,
+    )  # fmt: skip
+    at_first = evaluated(ours.evaluate())
+    texts = [(each.row, each.policy, each.reference) for each in ours._last_samples]
+    ours.train()
+    return {"at first": at_first, "texts": texts, "in the end": evaluated(ours.evaluate())} | {
+        "texts in the end": [(each.row, each.policy, each.reference) for each in ours._last_samples]
+    }
+
+
 def evaluation_of_streams(folder: Path) -> Any:
     """The same rows streamed, in one shard and in three of unequal lengths, and read by two workers."""
     ours = make(folder, tiny_model(), ref_model=tiny_model(seed=5))
@@ -556,6 +571,7 @@ SCENARIOS: dict[str, Scenario] = (
             precomputed_by_a_collator,
             audit_of_a_wrong_reference,
             evaluation,
+            samples,
             evaluation_of_streams,
             evaluation_by_source,
             train_mixture,

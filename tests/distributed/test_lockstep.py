@@ -18,6 +18,9 @@ pytestmark = pytest.mark.slow
 SCENARIOS = {
     "agreement_itself": True,
     "plain": False,
+    "samples_of_a_snapshot": True,
+    "samples_of_a_moving_module": False,
+    "samples_of_adapters": False,
     "transform_known_to_one": True,
     "transform_known_to_one_without_reference": False,
     "transform_forgotten_by_one": False,
@@ -37,6 +40,7 @@ SCENARIOS = {
     "audit_of_one": False,
     "disk_of_one_full": False,
     "signal_to_one": True,
+    "pairs_of_hidden_states": True,
 }
 """The scenarios, and whether `make test` runs them, over FSDP2 on two processes. `make nightly` runs all of `WAYS`."""
 
@@ -127,6 +131,10 @@ def _ended(found: dict[str, Any], n: int) -> None:
     assert 0 < kept[0] < 26
 
 
+def _paired(found: dict[str, Any], n: int) -> None:
+    assert len(found["first"]) == len(found["again"]) == found["num_pairs"] == 9
+
+
 def _windows(found: dict[str, Any], n: int) -> None:
     lengths = found["window_of_each_process"]
     assert lengths == [lengths[0]] * n
@@ -138,8 +146,16 @@ def _copies(found: dict[str, Any], n: int) -> None:
     assert [len(values) for values in found["stores"].values()] == [26]
 
 
+def _said_by_all(found: dict[str, Any], n: int) -> None:
+    assert found["texts of each_process"] == [found["texts"]] * n
+    assert any("eval_win_rate" in log for log in found["logs"])
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], int], None]] = {
     "agreement_itself": _agrees,
+    "samples_of_a_snapshot": _said_by_all,
+    "samples_of_a_moving_module": _said_by_all,
+    "samples_of_adapters": _said_by_all,
     "store_of_each_process": _copies,
     "window_measured_by_each": _windows,
     "nan_of_one": _nan,
@@ -147,6 +163,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], int], None]] = {
     "audit_of_one": _named("found a gap of 2 nats in one token", "All weights, buffers, adapters and settings agree"),
     "disk_of_one_full": _named("the disk is full"),
     "signal_to_one": _ended,
+    "pairs_of_hidden_states": _paired,
 }
 """What else is looked at, by scenario."""
 

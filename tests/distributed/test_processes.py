@@ -74,7 +74,7 @@ def test_metrics_by_source_are_those_of_its_rows_alone(num_processes: int, runs:
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams", "evaluation_by_source"])
+@pytest.mark.parametrize("name", [*TRAININGS, "evaluation", "evaluation_of_streams", "evaluation_by_source", "samples"])
 def test_two_processes_log_what_one_does(name: str, runs: Runs) -> None:
     """Every number of every log: losses, gradient norms, metrics of training and evaluation, tokens."""
     assert list(differences(of(runs, name, 1), of(runs, name, 2))) == []

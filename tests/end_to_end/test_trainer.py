@@ -464,7 +464,7 @@ def test_other_arguments_than_a_dpo_config_are_refused(tmp_path: Path) -> None:
         ({"reference": "modle"}, r"reference='modle'.*model, adapter"),
         ({"reference": "none"}, r"reference='none'.*\['sigmoid'\] compares with a reference.*simpo, orpo, cpo"),
         (
-            {"loss_type": "simpo", "precompute_ref_log_probs": True},
+            {"loss_type": "simpo", "reference": "none", "precompute_ref_log_probs": True},
             r"precompute_ref_log_probs was asked for.*no\s+refer",
         ),
         ({"loss_type": "orpo", "sync_ref_model": True}, r"sync_ref_model was asked for.*no\s+reference"),

@@ -595,12 +595,9 @@ def test_where_we_differ_options_without_effect(saved: Any, tmp_path: Path) -> N
     trl.DPOTrainer(saved(), args=trl.DPOConfig(**args), train_dataset=dataset())
     with pytest.raises(ValueError, match=r"discopop_tau=0\.3"):
         holdfast.DPOConfig(**args)
-    for options, message in (
-        ({"model_init_kwargs": {"dtype": "float32"}}, "`model_init_kwargs` says how to load a model"),
-        ({"loss_type": "sft"}, "A `ref_model` was given, but the losses .* compare with no reference"),
-    ):
-        make = {"model": loaded(saved()), "ref_model": loaded(saved("llama", 1)), "train_dataset": dataset()}
-        make["processing_class"] = TOKENIZER
-        trl.DPOTrainer(args=trl.DPOConfig(**arguments(tmp_path, **options)), **make)
-        with pytest.raises(ValueError, match=message):
-            holdfast.DPOTrainer(args=holdfast.DPOConfig(**arguments(tmp_path, **options)), **make)
+    options = {"model_init_kwargs": {"dtype": "float32"}}
+    make = {"model": loaded(saved()), "ref_model": loaded(saved("llama", 1)), "train_dataset": dataset()}
+    make["processing_class"] = TOKENIZER
+    trl.DPOTrainer(args=trl.DPOConfig(**arguments(tmp_path, **options)), **make)
+    with pytest.raises(ValueError, match="`model_init_kwargs` says how to load a model"):
+        holdfast.DPOTrainer(args=holdfast.DPOConfig(**arguments(tmp_path, **options)), **make)

@@ -48,7 +48,7 @@ REFUSED = [  # data, other sections, training, the key at fault, what is said
     ("{train: {a: t, b: {path: u, streaming: true}}}", "", "", "training.max_steps", "which has no length"),
     ("{train: t}", "reference: {kind: adapter, model: r}", "", "reference.model", "`reference.kind` is 'adapter'"),
     ("{train: t}", "reference: {kind: snapshot, model: r}", "", "reference.model", "`reference.kind` is 'snapshot'"),
-    ("{train: t}", "reference: {model: r}", "loss_type: simpo", "reference.model", "which takes no reference"),
+    ("{train: t}", "reference: {kind: none, model: r}", "loss_type: sft", "reference.model", "kind` is 'none'"),
     ("{train: t}", "reference: {model: r}", "ref_adapter_name: x", "reference.model", "`training.ref_adapter_name` is"),
     ("{train: t}", "", "ref_model_weights: [0.5, 0.5]", "training.ref_model_weights", "there is nothing to weight"),
     ("{train: t}", "", "batch_eval_metrics: true", "training.batch_eval_metrics", "without `compute_metrics`"),

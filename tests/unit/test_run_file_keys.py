@@ -12,19 +12,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from peft import LoraConfig
 
-from holdfast.cli.runfile import _MODEL, _TOKENIZER, read_run_file
+from holdfast.cli.runfile import MODEL, TOKENIZER, read_run_file
 from holdfast.cli.sources import DATASET, WITH_WEIGHT
 from holdfast.cli.yaml_document import Document, RunFileError, field_hints
 from holdfast.cli.yaml_text import parsed
 from holdfast.config import DPOConfig
 
 SECTIONS: dict[str, dict[str, Any]] = {
-    "model": _MODEL,
-    "tokenizer": _TOKENIZER,
+    "model": MODEL,
+    "tokenizer": TOKENIZER,
     "data.train": DATASET,
     "data.train.a": WITH_WEIGHT,
     "data.eval": DATASET,
-    "reference.model": _MODEL,
+    "reference.model": MODEL,
     "training": field_hints(DPOConfig),
     "peft": field_hints(LoraConfig),
 }

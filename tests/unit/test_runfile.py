@@ -140,6 +140,12 @@ def test_resume_takes_a_folder_or_true(read):
     assert arguments(read, "resume_from_checkpoint: out/checkpoint-3").resume_from_checkpoint == "out/checkpoint-3"
 
 
+def test_fsdp_is_a_truth_value(read):
+    """It is read, and then refused for what it needs: several processes."""
+    with pytest.raises(RunFileError, match="fsdp=True was asked for in a single process"):
+        arguments(read, "fsdp: true")
+
+
 def test_mappings_of_libraries_may_have_numbers_as_keys(read):
     args = arguments(read, "model_init_kwargs: {max_memory: {0: 1GB, cpu: 2GB}}")
     assert args.model_init_kwargs == {"max_memory": {0: "1GB", "cpu": "2GB"}}

@@ -9,8 +9,8 @@ import pickletools
 import zipfile
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-
+TRAINER_STATE_NAME, TRAINING_ARGS_NAME = "trainer_state.json", "training_args.bin"
+"""The names that transformers gives these files. Its trainer takes seconds to import; a manifest is read without it."""
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _MOST_BYTES = 1 << 22
 _LIBRARIES = {

@@ -116,11 +116,10 @@ def _check_reference(run: "RunFile", args: "DPOConfig") -> None:
 
     source = run["reference.model"]
     inside = set(WAYS) - {"model"} | {"none"}
-    if source is not None and (args.reference in inside or not args.needs_reference or args.ref_adapter_name):
+    if source is not None and (args.reference in inside or args.ref_adapter_name):
         option = (
             f"`training.ref_adapter_name` is {args.ref_adapter_name!r}" if args.ref_adapter_name
-            else f"`reference.kind` is {args.reference!r}" if args.reference in inside
-            else f"`training.loss_type` is {args.loss_types}, which takes no reference"
+            else f"`reference.kind` is {args.reference!r}"
         )  # fmt: skip
         raise run.document.error(
             "reference.model",

@@ -1,14 +1,14 @@
 """The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`; which errors end in a message is in `cli.errors`. All
-works the same under `accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process
-prints.
+`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`, `holdfast inspect` in `cli.inspect`; which errors end
+in a message is in `cli.errors`. All works the same under `accelerate launch -m holdfast.cli train run.yaml` and
+`torchrun`, where only the first process prints.
 """
 
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,11 @@ from holdfast import interruption
 from holdfast.cli import store as store_cli
 from holdfast.cli.data import data
 from holdfast.cli.errors import RANK, messages
+from holdfast.cli.inspect import inspect
 from holdfast.cli.options import Debug, RunFilePath
 from holdfast.cli.paths import path_option
+from holdfast.cli.quickstart import quickstart
+from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
@@ -78,6 +81,9 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app)
 app.command()(data)
+app.command()(quickstart)
+app.command()(report)
+app.command()(inspect)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -128,11 +134,14 @@ def precompute(
     """
     with messages(debug, going_on=partial(_command, "precompute", run_file, overrides or [])):
         run, arguments = _joined("precompute", run_file, overrides or [])
+        has_reference = (
+            arguments.reference_options(is_stream=False, has_ref_model=run["reference.model"] is not None).way != "none"
+        )
         arguments.precompute_ref_log_probs = True
         assert arguments.output_dir is not None  # it has a default
         _check_writable(Path(arguments.output_dir))
         is_stream = run["data.train"].is_stream
-        if is_stream or arguments.sync_ref_model or not arguments.needs_reference:
+        if is_stream or arguments.sync_ref_model or not has_reference:
             raise ValueError(_NOT_AHEAD)  # before anything is loaded
         from holdfast.cli.assembly import trainer_of
 
@@ -172,8 +181,7 @@ def demo(
 def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, float]:
     """The metrics of a run that is trained, saved into `folder` and evaluated."""
     from holdfast.checkpoint.hosts import agreed_checkpoint
-    from holdfast.checkpoint.placed import write_text
-    from holdfast.checkpoint.sound import check_together, last_complete, resuming
+    from holdfast.checkpoint.sound import check_together, resuming
     from holdfast.cli.assembly import trainer_of
 
     checkpoint = agreed_checkpoint(arguments.resume_from_checkpoint, folder)
@@ -182,8 +190,21 @@ def _train(run: RunFile, arguments: "DPOConfig", folder: Path) -> dict[str, floa
         check_together(checkpoint, resuming(checkpoint), reads_all=False, adopts=adopts)  # before anything is loaded
     with interruption.saying("Nothing is trained yet."):
         trainer = trainer_of(run, arguments)
+    with reported(trainer, folder) as write_report:
+        return _trained(run, trainer, folder, write_report)
+
+
+def _trained(run: RunFile, trainer: "DPOTrainer", folder: Path, write_report: Callable[[], None]) -> dict[str, float]:
+    """The metrics of a trainer's run: trained, saved into `folder` with its report, evaluated."""
+    from holdfast.checkpoint.placed import write_text
+    from holdfast.checkpoint.sound import last_complete
+
+    arguments: DPOConfig = trainer.args
     result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     interruption.wait("the trained model is saved first. A second signal ends it at once.")
+    write_report()
+    if (folder / "README.md").is_file():  # the card of the last checkpoint: now with the report's picture
+        trainer.create_model_card(model_name=(arguments.hub_model_id or "").split("/")[-1] or None)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
@@ -279,4 +300,5 @@ def _report(folder: Path, metrics: dict[str, float]) -> None:
         table.add_row(escape(printable(name)), f"{value:.6g}" if isinstance(value, float) else printable(str(value)))
     _output.print(table)
     _output.print(f"model, tokenizer and run.yaml: {escape(printable(str(folder)))}", soft_wrap=True)
+    _output.print(f"what became of it: {escape(printable(str(folder / 'report.html')))}", soft_wrap=True)
     _output.print(f"logged numbers: {escape(printable(str(folder / 'trainer_state.json')))}", soft_wrap=True)

@@ -4,6 +4,7 @@ It is a module of its own, since several commands need it and importing it takes
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,19 @@ from holdfast.store.store import LogpStore
 from holdfast.trainer import DPOTrainer
 
 
-def trainer_of(run: RunFile, args: DPOConfig, *, uses_user_logps: bool = True) -> DPOTrainer:
+def trainer_of(
+    run: RunFile,
+    args: DPOConfig,
+    *,
+    uses_user_logps: bool = True,
+    observe: Callable[[Mapping[str, Any]], None] = lambda arguments: None,
+) -> DPOTrainer:
     """The trainer of a run file with these options. Without `uses_user_logps`, reference log-probs among the columns of
-    the data are left out. ValueError, TypeError or OSError where it cannot be made."""
+    the data are left out. `observe` is shown the trainer's arguments by name, with the data as they were loaded.
+    ValueError, TypeError or OSError where it cannot be made."""
     with bars(are_shown=not args.disable_tqdm):
         arguments = run.trainer_arguments(args)
+    observe(arguments)
     if not uses_user_logps:
         for name in ("train_dataset", "eval_dataset"):
             arguments[name] = _without_user_logps(arguments.get(name))
@@ -41,7 +50,8 @@ def _without_user_logps(dataset: Any) -> Any:
         return {name: _without_user_logps(part) for name, part in dataset.items()}
     if dataset is None:
         return None
-    return dataset.remove_columns([name for name in REFERENCE_COLUMNS if name in (dataset.column_names or ())])
+    names = [name for name in REFERENCE_COLUMNS if name in (dataset.column_names or ())]
+    return dataset.remove_columns(names) if names else dataset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +66,9 @@ def store_needs(run: RunFile) -> StoreNeeds:
     """The store of a run, and what the run would look up there. Nothing is scored or written. ValueError where that
     cannot be listed: for a stream, a moving reference, or no reference."""
     arguments = run.training_arguments()
-    arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
+    has_ref_model = run["reference.model"] is not None
+    if arguments.reference_options(is_stream=False, has_ref_model=has_ref_model).way != "none":
+        arguments.precompute_ref_log_probs, arguments.reference_window = True, 1  # opens the store and fills nothing
     arguments.save_strategy, arguments.disable_tqdm = "no", True
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         arguments.output_dir = folder

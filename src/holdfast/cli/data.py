@@ -4,24 +4,22 @@ It makes the arguments of the run's trainer, hands them to `inspect.inspect_data
 All text of the data goes through `cli.text`, so that no row can steer the terminal.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from holdfast.cli.errors import RANK, messages
 from holdfast.cli.options import Debug, RunFilePath
+from holdfast.cli.output_files import check_files
 from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
-from holdfast.cli.text import printable
 from holdfast.cli.yaml_document import RunFileError
 
 if TYPE_CHECKING:
     from holdfast.inspect.data import DataInspection, Request
-    from holdfast.inspect.lines import Line, Showing
+    from holdfast.inspect.lines import Showing
 
 _STYLES = {
     "prompt": "cyan", "scored": "green", "unscored": "yellow", "cut": "red strike", "special": "bold magenta",
@@ -66,7 +64,7 @@ def data(
     """Show what a run would train on: rows, token by token, and numbers. No model is loaded."""
     with messages(debug):
         files = {"html": html, "json": json, "png": png}
-        _check_files(files)
+        check_files(files)
         run = read_run_file(run_file, overrides or [])
         from holdfast.inspect.data import Request
         from holdfast.inspect.lines import Showing
@@ -88,7 +86,7 @@ def data(
 def _inspected(run: RunFile, request: "Request") -> "DataInspection":
     """The inspection of a run's data. RunFileError for a dataset or a row that there is not."""
     arguments = run.training_arguments()
-    _check_name(run, request.only)
+    check_name(run, request.only)
     from holdfast.data.progress import bars
     from holdfast.inspect.data import inspect_data
 
@@ -111,7 +109,7 @@ def _inspected(run: RunFile, request: "Request") -> "DataInspection":
     return inspection
 
 
-def _check_name(run: RunFile, name: str | None) -> None:
+def check_name(run: RunFile, name: str | None) -> None:
     """RunFileError for a dataset that the run does not have."""
     of_eval = run["data.eval"]
     names = ["train", *(["eval"] if of_eval is not None else []), *(of_eval if isinstance(of_eval, dict) else [])]
@@ -119,23 +117,6 @@ def _check_name(run: RunFile, name: str | None) -> None:
         raise RunFileError(
             f"--dataset is the name of a dataset of the run: {', '.join(map(str, names))}. Found {name!r}."
         )
-
-
-def _check_files(files: dict[str, Path | None]) -> None:
-    """ValueError where a file could not be written, before anything is loaded."""
-    for name, path in files.items():
-        if path is None:
-            continue
-        folder = path.parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            found = (
-                "which is a folder" if path.is_dir()
-                else f"and there is no folder {str(folder)!r}" if not folder.is_dir()
-                else "whose folder cannot be written to"
-            )  # fmt: skip
-            raise ValueError(
-                f"--{name} is to be {str(path)!r}, {found}. Name a file in a folder that you can write to."
-            )
 
 
 def _write(inspection: "DataInspection", files: dict[str, Path | None], most_tokens: int | None) -> None:
@@ -160,18 +141,10 @@ _MORE_IN_HTML = 10
 
 
 def _print(inspection: "DataInspection", showing: "Showing", console: Console) -> None:
+    from holdfast.cli.printed_lines import print_lines
     from holdfast.inspect.lines import report_lines
 
-    for line in report_lines(inspection, showing):
-        console.print(_text(line, console.encoding), soft_wrap=True, highlight=False)
-
-
-def _text(line: "Line", encoding: str) -> Text:
-    text = Text()
-    for span in line:
-        shown = printable(span.text).encode(encoding, "backslashreplace").decode(encoding)
-        text.append(shown, _STYLES.get(span.style, ""))
-    return text
+    print_lines(console, report_lines(inspection, showing), _STYLES)
 
 
 def _check_trainable(inspection: "DataInspection") -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from holdfast.config import DPOConfig
 
 # What a model, a tokenizer or a dataset may be loaded with, beside its path.
-_MODEL: dict[str, Any] = {
+MODEL: dict[str, Any] = {
     "path": str,
     "revision": str | None,
     "subfolder": str,
@@ -53,12 +53,12 @@ _MODEL: dict[str, Any] = {
     "local_files_only": bool,
     "use_safetensors": bool | None,
 }
-_TOKENIZER: dict[str, Any] = {name: _MODEL[name] for name in ("path", "revision", "subfolder")}
+TOKENIZER: dict[str, Any] = {name: MODEL[name] for name in ("path", "revision", "subfolder")}
 
 _WHICH_WEIGHTS = ("revision", "subfolder")
 """Options that say which weights a model has. A reference model does not take these over from the policy's."""
 
-_ELSEWHERE = {
+ELSEWHERE = {
     "reference": "Write it as the section `reference:`.",
     "columns": "Write it as `data.columns`, or beside the `path` of one dataset.",
     "ref_model_init_kwargs": "Write it as `reference.model`: {path: ..., revision: ...}.",
@@ -112,11 +112,11 @@ class Key:
 
 
 def _model(document: Document, name: str, value: Any) -> Source:
-    return read_source(document, name, value, _MODEL)
+    return read_source(document, name, value, MODEL)
 
 
 def _tokenizer(document: Document, name: str, value: Any) -> Source:
-    return read_source(document, name, value, _TOKENIZER)
+    return read_source(document, name, value, TOKENIZER)
 
 
 def _same_as_model(values: Mapping[str, Any]) -> Source:
@@ -173,12 +173,12 @@ def _training_fields(run: "RunFile", section: Any, fields: Mapping[str, Any]) ->
     """The fields that the section `training` sets. RunFileError for one that has another place, or is set twice."""
     from holdfast.config import DPOConfig
 
-    hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in _ELSEWHERE}
+    hints = {name: hint for name, hint in field_hints(DPOConfig).items() if name not in ELSEWHERE}
     hints["resume_from_checkpoint"] = bool | str | None  # `true` is the newest checkpoint in the output folder
     hints["fsdp"] = bool | str | None
     hints["model_init_kwargs"] = dict | None
-    for name in sorted(_ELSEWHERE.keys() & section if isinstance(section, dict) else ()):
-        raise run.document.error(f"training.{name}", f"`training.{name}` was set. {_ELSEWHERE[name]}")
+    for name in sorted(ELSEWHERE.keys() & section if isinstance(section, dict) else ()):
+        raise run.document.error(f"training.{name}", f"`training.{name}` was set. {ELSEWHERE[name]}")
     values = run.document.check("training", without_unknown(run.document, "training", section, hints), hints)
     check_json_options(run.document, values, DPOConfig._VALID_DICT_FIELDS)
     of_model, more = fields["model_init_kwargs"], values.get("model_init_kwargs") or {}
@@ -389,7 +389,7 @@ def _sections_with(name: str) -> set[str]:
     from holdfast.config import DPOConfig
 
     sections = {section for section in SECTIONS if f"{section}.{name}" in {key.name for key in KEYS}}
-    sections |= {"model"} if name in _MODEL else set()
+    sections |= {"model"} if name in MODEL else set()
     sections |= {""} if name in SECTIONS else set()
     sections |= {"peft"} if name in field_hints(LoraConfig) else set()
-    return sections | ({"training"} if name in field_hints(DPOConfig).keys() - _ELSEWHERE.keys() else set())
+    return sections | ({"training"} if name in field_hints(DPOConfig).keys() - ELSEWHERE.keys() else set())

@@ -24,6 +24,8 @@ from holdfast.data.columns import REFERENCE_COLUMNS, columns_of_pairs
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.sequences import TokenSequence, content_id_of
+from holdfast.data.pair_content import PairContent, PairContentInProgress
+from holdfast.data.ragged import lists_of
 
 ChooseBlocks = Callable[[Sequence[ContentId]], Iterable[Sequence[ContentId]]]
 """Takes all content ids and returns those to be scored, block by block. The next block is asked for once a block is
@@ -67,6 +69,10 @@ class CompletionsToScore(Protocol):
         """How many completions there are."""
         ...
 
+    def pairs(self) -> Iterable[tuple[ContentId, ContentId]]:
+        """The content ids of the chosen and the rejected completion of each pair; none where the batches say them."""
+        ...
+
     def user_logps(self) -> "Iterator[UserLogp]":
         """The log-probs in the dataset's own columns, of both completions of every pair; nothing without columns."""
         ...
@@ -99,13 +105,14 @@ class Completions:
         num_pairs: int,
         most_tokens: int | None = None,
     ) -> None:
-        self._pairs = dataset.select_columns(columns_of_pairs(dataset.column_names))
+        self._pairs: Any = dataset.select_columns(columns_of_pairs(dataset.column_names)).with_format("arrow")
         self._logps = dataset.select_columns(_reference_columns(dataset))
         self._layout = layout
         self._pair_batch = pair_batch
         self._num_pairs = num_pairs
         self._most_tokens = most_tokens
         self._by_content: dict[ContentId, _Completion] | None = None
+        self._content: PairContent | None = None
 
     def num_completions(self) -> int:
         """How many distinct completions there are."""
@@ -117,12 +124,40 @@ class Completions:
 
     def batches(self, blocks: ChooseBlocks, missing: FindMissing, deal: Deal = NO_DEAL) -> Iterator[PairBatch]:
         """See `CompletionsToScore.batches`: all that `blocks` chooses, the longest first."""
-        completions = self._completions()
-        budget = 2 * self._num_pairs * max(completion.length for completion in completions.values())
-        budget = min(budget, self._most_tokens or budget)
+        completions, budget = self._completions(), self._budget()
         for block in blocks(self._order(completions)):
             for group in deal.own([*_groups([completions[key] for key in block], budget, self._layout)]):
                 yield self._pair_batch(self._layout.of_completions(self._sequences(group)))
+
+    def pairs(self) -> list[tuple[ContentId, ContentId]]:
+        """See `CompletionsToScore.pairs`: those of all rows, in their order."""
+        return self.content().ids()
+
+    def content(self) -> PairContent:
+        """The completions of all pairs, by content id, with their lengths."""
+        if self._content is None:
+            content = PairContentInProgress()
+            for side, _, sequence in self._all_sequences():
+                content.add(side, sequence)
+            self._content = content.done()
+        return self._content
+
+    def batches_of_pairs(
+        self, pairs: Iterable[tuple[ContentId, ContentId]], deal: Deal = NO_DEAL
+    ) -> Iterator[PairBatch]:
+        """The completions of these pairs in batches, those of a pair close to each other; with a `deal` this process's
+        share of them."""
+        completions = self._completions()
+        by_length = sorted(pairs, key=lambda pair: -max(completions[key].length for key in pair))
+        chosen = {key: completions[key] for pair in by_length for key in pair}
+        order = self._order(chosen) if self._layout.shares_prompts else [*chosen]
+        for group in deal.own([*_groups([chosen[key] for key in order], self._budget(), self._layout)]):
+            yield self._pair_batch(self._layout.of_completions(self._sequences(group)))
+
+    def _budget(self) -> int:
+        """The tokens of a batch."""
+        budget = 2 * self._num_pairs * max(completion.length for completion in self._completions().values())
+        return min(budget, self._most_tokens or budget)
 
     def _order(self, completions: "Mapping[ContentId, _Completion]") -> list[ContentId]:
         """The longest completion first, each with the others of its prompt where the layout shares prompts."""
@@ -154,7 +189,7 @@ class Completions:
     def _completions(self) -> "dict[ContentId, _Completion]":
         """The distinct completions by content id; the dataset is read once for them."""
         if self._by_content is None:
-            self._by_content = {}
+            self._by_content, content = {}, PairContentInProgress()
             for side, index, sequence in self._all_sequences():
                 completion = _Completion(
                     index=index,
@@ -163,7 +198,8 @@ class Completions:
                     num_prompt=sequence.num_prompt,
                     prompt=xxhash.xxh3_64_intdigest(sequence.ids[: sequence.num_prompt].tobytes()),
                 )
-                self._by_content.setdefault(content_id_of(sequence), completion)
+                self._by_content.setdefault(content.add(side, sequence), completion)
+            self._content = content.done()
         return self._by_content
 
     def _all_sequences(self) -> Iterator[tuple[int, int, TokenSequence]]:
@@ -174,8 +210,9 @@ class Completions:
     def _sequences_of(self, indices: Sequence[int]) -> Iterator[tuple[int, int, TokenSequence]]:
         """(side, index of the pair, sequence) for both completions of each of these pairs. Side 0 is chosen, 1
         rejected."""
-        table = self._pairs[list(indices)]
-        pairs = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        table = self._pairs[indices if isinstance(indices, range) else list(indices)]
+        lists = zip(*map(lists_of, table.columns), strict=True)
+        pairs = [dict(zip(table.column_names, values, strict=True)) for values in lists]
         for number, sequence in enumerate(self._layout.truncated(pairs)):
             yield number // len(indices), indices[number % len(indices)], sequence
 
@@ -268,6 +305,10 @@ class PairsInOrder:
             batch.check_identified()
             if missing(batch.content_ids()):
                 yield batch
+
+    def pairs(self) -> tuple[()]:
+        """See `CompletionsToScore.pairs`: none, since batches are of pairs."""
+        return ()
 
     def user_logps(self) -> Iterator[UserLogp]:
         """None at all. ValueError where the dataset has the columns: the collator decides which tokens a log-prob sums

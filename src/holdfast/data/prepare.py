@@ -45,6 +45,7 @@ from holdfast.data.token_columns import (
 )
 from holdfast.data.tokenize import TruncationMode, check_truncation
 from holdfast.data.usability import nothing_usable, some_unusable
+from holdfast.data.used_rows import remember_used_rows
 from holdfast.data.verdicts import Judge, reasons_by_row
 
 logger = logging.getLogger(__name__)
@@ -279,8 +280,10 @@ def _usable(dataset: Dataset, judge: Judge) -> Dataset:
     if sum(counts.values()) == len(dataset):
         raise ValueError(nothing_usable(counts, judge.max_length, judge.truncation_mode, judge.name))
     left_out = {row for rows in unusable.values() for row in rows}
-    usable = dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    rows = [row for row in range(len(dataset)) if row not in left_out]
+    usable = dataset.select(rows)
     note_left_out(usable, LeftOut(num_rows=len(dataset), by_reason=counts))
+    remember_used_rows(usable, rows)
     _warn(some_unusable(unusable, len(dataset), judge.max_length, judge.name) + left_out_by_source(dataset, usable))
     return usable
 

@@ -1,6 +1,7 @@
 """Arrow columns of lists as flat arrays, so that nothing is done row by row: token ids, masks, numbers of tokens."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self, final
 
 import numpy as np
@@ -69,6 +70,14 @@ class Ragged:
         all_scored = np.ones(len(self.ids), dtype=bool)
         all_scored[np.repeat(has_mask, own)] = scored
         return all_scored
+
+
+def lists_of(column: pa.ChunkedArray) -> list[Any]:
+    """The lists of a column: of ids as arrays, of anything else as they are."""
+    ragged = Ragged.of(column)
+    if ragged is None:
+        return column.to_pylist()
+    return [ragged.ids[start:stop] for start, stop in pairwise(ragged.ends.tolist())]
 
 
 def last_scored(

@@ -8,6 +8,7 @@ apart, which would be faster and wrong.
 """
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -245,12 +246,13 @@ def content_id(
     count. Layouts (`content_id_of`) end the completion with the last token that counts, and begin it with the first
     one where `scored` has a 0 before that.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in (prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored):
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(np.asarray(ids, dtype="<i8").tobytes())
-    raw = digest.digest()
-    return int.from_bytes(raw[:8], "little", signed=True), int.from_bytes(raw[8:], "little", signed=True)
+    content = b"".join(
+        part
+        for ids in ((prompt_ids, completion_ids) if scored is None else (prompt_ids, completion_ids, scored))
+        for part in (len(ids).to_bytes(8, "little"), np.asarray(ids, dtype="<i8").tobytes())
+    )
+    high, low = struct.unpack("<qq", hashlib.blake2b(content, digest_size=16).digest())
+    return high, low
 
 
 def _as_text(

@@ -264,6 +264,7 @@ def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> d
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "run_record": False,
         "use_cpu": True,
         "bf16": False,
         "seed": seed,

@@ -30,7 +30,7 @@ CSS = """
 i { font-style: normal; }
 #spaces:checked ~ main i { position: relative; }
 #spaces:checked ~ main i::before { color: var(--faint); position: absolute; }
-#spaces:checked ~ main i.s::before { content: "\\\\00b7"; }
-#spaces:checked ~ main i.t::before { content: "\\\\2192"; }
-#spaces:checked ~ main i.n::before { content: "\\\\21b5"; position: static; }
+#spaces:checked ~ main i.s::before { content: "\\00b7"; }
+#spaces:checked ~ main i.t::before { content: "\\2192"; }
+#spaces:checked ~ main i.n::before { content: "\\21b5"; position: static; }
 """

@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.trainer_utils import IntervalStrategy
 
 from holdfast.data.shapes.mapping import check_mapping
+from holdfast.losses import LOSSES
 from holdfast.losses.options import shown
 from holdfast.options.engines import check_engine_options
 from holdfast.options.ranges import count
+from holdfast.options.samples import SampleOptions
 from holdfast.policy.init_names import present_names
 
 
@@ -36,6 +38,11 @@ def check_combinations(args: Any) -> None:
     _check_loaders(args)
     _check_processes(args)
     _check_mappings(args)
+    if args.samples_max_new_tokens != SampleOptions.samples_max_new_tokens and not args.generate_samples:
+        raise ValueError(
+            f"samples_max_new_tokens={args.samples_max_new_tokens} was asked for with generate_samples=0, which "
+            "completes no prompts. Set generate_samples, or drop it."
+        )
 
 
 def _check_intervals(args: Any) -> None:
@@ -124,6 +131,31 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
+def check_losses_compare(args: Any) -> None:
+    """ValueError where a loss compares with a reference and there is none, or where an option is about a reference that
+    no loss needs and nobody named."""
+    if args.reference == "none" and args.needs_reference:
+        needy = [name for name in args.loss_types if LOSSES[name].needs_reference]
+        raise ValueError(
+            f"reference='none' was asked for, but loss_type {needy} compares with a reference. Use a loss that "
+            "takes none (simpo, orpo, cpo; cpo with cpo_alpha=0 is the sigmoid loss under a uniform reference), "
+            "or leave `reference` at 'auto'."
+        )
+    is_set = {
+        "sync_ref_model": args.sync_ref_model,
+        "precompute_ref_log_probs": args.precompute_ref_log_probs,
+        "reference_window": args.reference_window is not None,
+    }
+    option = next(filter(is_set.get, is_set), None)
+    is_kept = args.asks_for_reference and args.reference != "none"
+    if option is not None and not (args.needs_reference or is_kept):
+        raise ValueError(
+            f"{option} was asked for, but loss_type {args.loss_types} with reference={args.reference!r} has no "
+            "reference to apply it to. Drop it, name a reference to be kept for the metrics (reference='model', "
+            "...), or add a loss that compares with one."
+        )
+
+
 def check_evaluation(args: Any, *, has_eval_data: bool) -> None:
     """ValueError where the options ask for evaluations and there are no data to evaluate on."""
     asked = (
@@ -133,6 +165,26 @@ def check_evaluation(args: Any, *, has_eval_data: bool) -> None:
         raise ValueError(
             f"{asked} was asked for, but there are no data to evaluate on. Give some (`eval_dataset`; in a run file "
             "`data.eval`), or drop it."
+        )
+
+
+def check_samples(args: Any, *, has_eval_data: bool, has_judge: bool, lacks_reference: bool) -> None:
+    """ValueError where samples are asked for that there are no prompts for, or a win rate without what is compared."""
+    if args.generate_samples and not has_eval_data:
+        raise ValueError(
+            f"generate_samples={args.generate_samples} was asked for, but there are no data to evaluate on, whose "
+            "prompts would be completed. Give some (`eval_dataset`; in a run file `data.eval`), or drop it."
+        )
+    if has_judge and not args.generate_samples:
+        raise ValueError(
+            "A WinRateCallback was given with generate_samples=0: no completions would be judged. Set generate_samples "
+            "to the number of prompts, or drop the callback."
+        )
+    if has_judge and lacks_reference:
+        raise ValueError(
+            f"A WinRateCallback was given to compare the policy with its reference, but loss_type {args.loss_types} "
+            "needs none, and none was asked for. Name one with `ref_model` or reference='model', which keeps it "
+            "beside such a loss, or compare with the data: WinRateCallback(judge, against='chosen')."
         )
 
 

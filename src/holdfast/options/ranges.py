@@ -148,6 +148,8 @@ RANGES: Mapping[str, Range] = MappingProxyType(
         "eval_delay": rate(remedy="Use 0 to evaluate from the beginning."),
         "save_total_limit": count(also=(None,), remedy="Use None to keep all checkpoints."),
         "torch_empty_cache_steps": _OPTIONAL,
+        "generate_samples": count(0, 2**20, remedy="Use 0 for none."),
+        "samples_max_new_tokens": count(),
         # seeds, processes and loaders
         "seed": seed(),
         "data_seed": seed(also=(None,)),

@@ -128,7 +128,7 @@ _OF_TRL: Mapping[str, Renamed] = {
         {"loss_type": "cpo", "cpo_alpha": 0.0}, "the sigmoid loss under a uniform reference", False
     ),
     "force_use_ref_model": _drop("a `ref_model` beside `peft_config` is used", False),
-    "generate_during_eval": _drop("an evaluation generates nothing; a callback's `on_evaluate` can", False),
+    "generate_during_eval": _becomes({"generate_samples": 16}, "prompts of each evaluation set", False),
     "label_pad_token_id": _drop("batches have no labels to pad", -100),
     "padding_value": _drop("filled positions are neither attended to nor scored; pad_token chooses the token", 0),
     "is_encoder_decoder": _drop("only causal language models are trained", False),
@@ -213,7 +213,7 @@ _OF_TRANSFORMERS: Mapping[str, Renamed] = {
     "push_to_hub_model_id": _to("hub_model_id"),
     "push_to_hub_organization": _drop("write it into hub_model_id, as in organization/name"),
     "push_to_hub_token": _to("hub_token"),
-    "predict_with_generate": _drop("an evaluation generates nothing; a callback's `on_evaluate` can", False),
+    "predict_with_generate": _becomes({"generate_samples": 16}, "prompts of each evaluation set", False),
     "prediction_strategy": _to("eval_strategy"),
     "tp_size": _drop("a row is on one device; use data parallelism or FSDP", 0, 1),
 }

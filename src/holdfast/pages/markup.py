@@ -48,6 +48,16 @@ def lines_of(text: str) -> Html:
     return Html("<br>".join(html(line) for line in text.split("\n")))
 
 
+def prose(text: Content) -> Html:
+    """Text in which what stands between backticks is code."""
+    if isinstance(text, Html):
+        return text
+    parts = str(text or "").split("`")
+    if len(parts) % 2 == 0:
+        return html(text)
+    return joined(element("code", part) if place % 2 else html(part) for place, part in enumerate(parts))
+
+
 def _attribute(name: str, value: Content | bool) -> str:
     if value is None or value is False:
         return ""

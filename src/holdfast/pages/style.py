@@ -41,6 +41,7 @@ th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 .words th, .words td { text-align: left; } .words td { overflow-wrap: anywhere; }
 .words td:first-child { white-space: nowrap; }
+.left th, .left td { text-align: left; min-width: 3.5rem; max-width: 30rem; overflow-wrap: break-word; }
 @media (max-width: 600px) { body { padding: 1rem; } th, td { padding: .2rem .45rem; }
   .words td:first-child { white-space: normal; min-width: 7rem; } }
 """
@@ -54,6 +55,7 @@ _CHARTS = """
 .chart .frame { stroke: var(--faint); stroke-width: 1; fill: none; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .series { fill: none; stroke: var(--color); stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+.chart .faint-series { opacity: .35; } .chart .faint-series .series { stroke-width: 1; }
 .chart .spread { fill: var(--color); opacity: .16; stroke: none; }
 .chart .dot { fill: var(--color); stroke: none; } .chart .target { fill: transparent; stroke: none; }
 .chart .target:hover { fill: var(--color); fill-opacity: .55; }

@@ -73,6 +73,13 @@ def table_length(model: nn.Module) -> int | None:
     return min(lengths, default=None)
 
 
+def num_free_positions(model: nn.Module) -> int | None:
+    """How many tokens a row of the model may have: the length of its table of positions, less virtual tokens; None
+    where it has no table."""
+    limit = table_length(model)
+    return None if limit is None else limit - _num_virtual(model)
+
+
 def _trained_length(model: nn.Module) -> int | None:
     """The longest row that the model's rotary embeddings are made for, as its config says; None without any."""
     if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):

@@ -60,7 +60,8 @@ class Event:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """Completions of a held-out prompt at a step: the policy's and the reference's, None without a reference, beside
-    those of the data. `reference_version` counts a moving reference's syncs."""
+    those of the data. `reference_version` counts a moving reference's syncs. Completions end after `max_new_tokens`
+    tokens at the latest."""
 
     step: int
     dataset: str
@@ -71,6 +72,7 @@ class Sample:
     chosen: str | None = None
     rejected: str | None = None
     reference_version: int | None = None
+    max_new_tokens: int | None = None
 
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> "Sample":

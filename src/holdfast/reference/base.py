@@ -17,6 +17,9 @@ from holdfast.policy.sharding import own_part
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
+Share = tuple[float, nn.Module]
+"""A model and its share in a mixture; 1 where it is the only one."""
+
 
 class Scorer(abc.ABC):
     """Computes `log pi_ref` of a batch.
@@ -34,6 +37,9 @@ class Scorer(abc.ABC):
     is_off_device: bool = False
     """Whether `in_place()` moves weights between devices, so that scoring many batches within it saves time."""
 
+    sums_states: bool = True
+    """Whether it sums hidden states where a batch asks for that (`SequenceLogps.state_sums`)."""
+
     @abc.abstractmethod
     def logps(self, batch: PairBatch) -> SequenceLogps:
         """`log pi_ref` (nats, fp32) of the batch's completion tokens; no gradients, eval mode, no dropout."""
@@ -42,6 +48,10 @@ class Scorer(abc.ABC):
     def in_place(self) -> AbstractContextManager[None]:
         """A context within which the reference's weights are where they compute. All batches that are scored within it
         share the cost of entering it. It may be entered again while it is active."""
+
+    @abc.abstractmethod
+    def models(self) -> Sequence[Share]:
+        """The models that compute as the reference within `in_place()`; none where its log-probs come from no model."""
 
     @abc.abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +79,10 @@ class InsidePolicy(Scorer):
         """See `Scorer.logps`."""
         with self.in_place():
             return frozen_logps(self.policy, batch, self.autocast)
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: the policy's."""
+        return [(1.0, self.policy)]
 
     def identity(self) -> Identity:
         """See `Scorer.identity`."""

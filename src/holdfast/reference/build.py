@@ -229,8 +229,8 @@ def build_reference(
     if options.way == "none":
         if any(ref_model is not None for ref_model in ref_models):
             raise ValueError(
-                "A `ref_model` was given, but the losses and reference='none' compare with no reference, so it would "
-                "be ignored. Drop `ref_model`, or use a loss that compares with a reference."
+                "A `ref_model` was given together with reference='none', so it would be ignored. Drop `ref_model`, or "
+                "leave `reference` at 'auto': beside losses that compare with no reference it is kept for the metrics."
             )
         return None
     options = replace(options, is_ahead=options.is_ahead or options.way == "precomputed")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.agreement import any_of_all, largest_of_all, raised_together
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.data.completions import CompletionsToScore
-from holdfast.reference.base import LateCopy, Moving, Scorer
+from holdfast.reference.base import LateCopy, Moving, Scorer, Share
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.sources.stored import PrecomputedReference
 from holdfast.reference.sources.user_logps import UserLogps
@@ -81,6 +81,8 @@ class Reference:
         self._open_contexts: contextlib.ExitStack | None = None
         self.while_scoring_datasets: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """Makes a context in which whole datasets are scored."""
+        self.before_offload: Callable[[], object] = lambda: None
+        """What is done with the scorer before it is let go or put away."""
 
     # --- log-probs --------------------------------------------------------------------------------------------------
 
@@ -194,7 +196,22 @@ class Reference:
                 stored.fill(name, data, self._score, self._describe_scorer(PER_BATCH))
         if self._offload is not None:
             self._last_description = self._describe_scorer(AHEAD)
+            self.before_offload()
             self.scorer, self._offload = self._offload(), None
+
+    def fill(self, datasets: Mapping[str, CompletionsToScore], *, whose: str = "Reference") -> None:
+        """Scores all completions of these datasets now, where the run would ask for them later, and all of their pairs'
+        products of hidden states. What is stored already is not scored. Log-probs must be stored, and the reference
+        fixed. Messages say `whose` log-probs they are. ValueError as for `prepare`."""
+        assert self.stored is not None and self._moving is None  # noqa: PT018
+        if not self.stored.is_open:
+            self._open(self.stored)
+        with self.while_scoring_datasets(), self.many_batches():
+            for name, data in datasets.items():
+                if not self.stored.holds(data):
+                    self.stored.fill(name, data, self._score, self._describe_scorer(PER_BATCH), whose)
+                if self.scorer is not None and self.scorer.sums_states:
+                    self.stored.fill_pairs(name, data, self._score)
 
     def _open(self, stored: PrecomputedReference) -> None:
         assert self.scorer is not None
@@ -277,6 +294,16 @@ class Reference:
         """A context in which the policy's module computes as the reference, for a reference inside the policy."""
         with contextlib.nullcontext() if self.scorer is None else self.scorer.in_place(), torch.no_grad():
             yield
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[Sequence[Share]]:
+        """A context with the models that compute as the reference is now, each with its share in a mixture. There are
+        none where it was let go."""
+        if self.scorer is None:
+            yield []
+            return
+        with self.scorer.in_place():
+            yield self.scorer.models()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that the reference has in memory on top of the policy (see `Scorer.tensors`)."""

@@ -29,6 +29,8 @@ from holdfast.scoring.transform import LogitTransform, known_transform, probe, r
 
 PER_TOKEN = "per_token"
 """Where the output of a model with a `CompletionHead` has its tuple of `[N]` log-probs and statistics."""
+STATE_SUMS = "state_sums"
+"""Where it has the sums of hidden states of each sequence, if the batch asks for them."""
 
 
 @final
@@ -122,10 +124,17 @@ class CompletionHead:
             # sharded by itself wait for it, to gather the weights that the recomputation needs.
             self._per_token = (self._per_token[0] + anchor[:0].sum(), *self._per_token[1:])
         aux_loss = getattr(outputs, "aux_loss", None)
-        return {PER_TOKEN: self._per_token} | ({} if aux_loss is None else {"aux_loss": aux_loss})
+        sums = {STATE_SUMS: self._state_sums(self._states)} if self._batch.sums_states else {}
+        return {PER_TOKEN: self._per_token} | sums | ({} if aux_loss is None else {"aux_loss": aux_loss})
 
     def _target(self, like: Tensor) -> Int[Tensor, "N"]:
         return self._batch.target.to(like.device)
+
+    def _state_sums(self, states: Float[Tensor, "N h"]) -> Float[Tensor, "S h"]:
+        """The sums of the hidden states of each sequence, without gradients, in fp32 or wider."""
+        states = states.detach().to(torch.promote_types(states.dtype, torch.float32))
+        sums = states.new_zeros(self._batch.num_sequences, states.shape[-1])
+        return sums.index_add_(0, self._batch.sequence.to(states.device), states)
 
     def _completion_states(self, hidden: Tensor) -> Float[Tensor, "N h"]:
         """The hidden states that predict the completion tokens.

@@ -21,7 +21,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.torch import is_compiled
 from holdfast.scoring.attention import attending
 from holdfast.scoring.causal_lm import is_sharded, matrix_of, output_embeddings, unwrap, vocabulary_size
-from holdfast.scoring.completion_head import PER_TOKEN, CompletionHead, Projection
+from holdfast.scoring.completion_head import PER_TOKEN, STATE_SUMS, CompletionHead, Projection
 from holdfast.scoring.forward import compiled_body
 from holdfast.scoring.router import returning_sums
 from holdfast.scoring.transform import agree_on_transform
@@ -108,8 +108,11 @@ def score(
         outputs = run(**inputs, **options)
     # A model that is split over devices ends on another one than it began on.
     logps, *columns = (values.to(batch.sequence.device) for values in outputs[PER_TOKEN])
+    sums = outputs[STATE_SUMS].to(batch.sequence.device) if batch.sums_states else None
     return Scores(
-        logps=SequenceLogps(per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences),
+        logps=SequenceLogps(
+            per_token=logps, sequence=batch.sequence, num_sequences=batch.num_sequences, state_sums=sums
+        ),
         statistics=TokenStatistics.of_columns(columns) if statistics else None,
         aux_loss=outputs.get("aux_loss") if router_weights is None else None,
         router_sums=None if router_weights is None else outputs.get("aux_loss"),

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.store.shard import Shard
+from holdfast.store.shard import Shard, gathered
 
 _ID_BYTES, _KEY_BYTES = 16, 20
 
@@ -103,6 +103,22 @@ class Index:
             shard[is_here], start[is_here] = run.shard[entries], run.start[entries]
             length[is_here] = run.select(entries).lengths()
         return Locations(shard=shard, start=start, length=length)
+
+
+def sums_at(located: Locations, logps: list[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """The sum of the log-probs at each location `[Q]`, in fp64; NaN for a completion that is in no shard. `logps` are
+    those of the shards, by number."""
+    sums = np.full(len(located.shard), np.nan)
+    order = np.argsort(located.shard, kind="stable")
+    bounds = np.searchsorted(located.shard[order], np.arange(len(logps) + 1))
+    for number, values in enumerate(logps):
+        rows = order[bounds[number] : bounds[number + 1]]
+        if len(rows):
+            lengths = located.length[rows]
+            ends = np.cumsum(lengths)
+            wide = gathered(values, located.start[rows], lengths).astype(np.float64)
+            sums[rows] = np.add.reduceat(np.append(wide, 0.0), ends - lengths) * (lengths > 0)
+    return sums
 
 
 def _keys(content: Ints, lengths: Ints) -> NDArray[np.bytes_]:

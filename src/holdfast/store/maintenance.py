@@ -10,7 +10,7 @@ at the same time.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,19 @@ from typing import Literal
 from holdfast.store.files import CLAIM, CORRUPT, DROPPED, LAST_USED, PARTIAL, DamagedError, NewerFormatError, remove
 from holdfast.store.key import FOLDER_NAME
 from holdfast.store.manifest import MANIFEST, Manifest, read_manifest
+from holdfast.store.pair_shard import (
+    joined_pairs,
+    open_pair_shard,
+    pair_shard_header,
+    pair_shard_paths,
+    write_pair_shard,
+)
 from holdfast.store.removal import content_of, is_store, remove_store
 from holdfast.store.shard import joined, open_shard, shard_facts, shard_paths, write_shard
 from holdfast.store.trust import Trust
 
 MERGED_COMPLETIONS = 65_536
-"""Most completions of a merged shard. A shard with more than half as many is left as it is."""
+"""Most completions, or pairs, of a merged shard. A shard with more than half as many is left as it is."""
 LEFTOVER_SECONDS = 3_600.0
 """An unfinished file of this age is left over from a kill: writing one takes seconds."""
 _DAY = 86_400.0
@@ -151,10 +158,11 @@ def carry_out(step: CleanupStep) -> list[Path]:
 
 
 def merge(folder: Path) -> int:
-    """Merges the small shards of a store into larger ones. Returns how many were merged. Those that are damaged, or
-    that are not believed, are left alone."""
-    num_merged, trust = 0, Trust.of(folder)
-    for paths in _small(folder):
+    """Merges the small shards of a store into larger ones, and its small files of products of pairs. Returns how many
+    were merged. Those that are damaged, or that are not believed, are left alone."""
+    trust = Trust.of(folder)
+    num_merged = _merge_pairs(folder, trust)
+    for paths in _small(_shards(folder), _num_completions):
         shards = []
         for path in paths:
             with contextlib.suppress(DamagedError, NewerFormatError, FileNotFoundError):
@@ -166,6 +174,21 @@ def merge(folder: Path) -> int:
                 if shard.name != merged.name:
                     remove(folder / shard.name)
             num_merged += len(shards)
+    return num_merged
+
+
+def _merge_pairs(folder: Path, trust: Trust) -> int:
+    num_merged = 0
+    for paths in _small(_pair_shards(folder), _num_pairs):
+        parts = {}
+        for path in paths:
+            with contextlib.suppress(DamagedError, NewerFormatError, FileNotFoundError):
+                parts[path] = open_pair_shard(path, folder.name, trust)
+        if len(parts) > 1:
+            merged = write_pair_shard(folder, folder.name, joined_pairs([*parts.values()]))
+            for path in parts.keys() - {merged}:
+                remove(path)
+            num_merged += len(parts)
     return num_merged
 
 
@@ -189,6 +212,13 @@ def _facts(folder: Path) -> StoreFacts:
             num_damaged += 1
         except FileNotFoundError:  # merged in the meantime
             continue
+    for path in _pair_shards(folder):
+        try:
+            pair_shard_header(path)
+        except (DamagedError, NewerFormatError):
+            num_damaged += 1
+        except FileNotFoundError:
+            continue
     return StoreFacts(
         folder=folder,
         manifest=manifest,
@@ -210,9 +240,10 @@ def _damage(folder: Path) -> Iterator[Damage]:
     except (DamagedError, NewerFormatError, OSError) as error:
         yield Damage(path=folder / MANIFEST, reason=str(error))
     trust = Trust.of(folder)
-    for path in _shards(folder):
+    opened = [(path, open_shard) for path in _shards(folder)]
+    for path, open_file in [*opened, *((path, open_pair_shard) for path in _pair_shards(folder))]:
         try:
-            open_shard(path, folder.name, trust)
+            open_file(path, folder.name, trust)
         except FileNotFoundError:  # merged or dropped in the meantime
             continue
         except (DamagedError, NewerFormatError, OSError) as error:
@@ -233,6 +264,14 @@ def _shards(folder: Path) -> list[Path]:
     """The paths of a folder's shards; none where it cannot be listed."""
     try:
         return shard_paths(folder)
+    except OSError:
+        return []
+
+
+def _pair_shards(folder: Path) -> list[Path]:
+    """The paths of a folder's files of products of pairs; none where it cannot be listed."""
+    try:
+        return pair_shard_paths(folder)
     except OSError:
         return []
 
@@ -264,27 +303,38 @@ def _leftovers(folder: Path, now: float) -> Iterator[CleanupStep]:
 def _merging(facts: StoreFacts) -> list[CleanupStep]:
     if facts.manifest is None:  # its shards may be of a newer format
         return []
-    num_small = sum(len(paths) for paths in _small(facts.folder))
+    folder = facts.folder
+    small = [*_small(_shards(folder), _num_completions), *_small(_pair_shards(folder), _num_pairs)]
+    num_small = sum(map(len, small))
     reason = f"{num_small} small shards into larger ones"
-    return [CleanupStep(action="merge shards", path=facts.folder, num_bytes=0, reason=reason)] if num_small else []
+    return [CleanupStep(action="merge shards", path=folder, num_bytes=0, reason=reason)] if num_small else []
 
 
-def _small(folder: Path) -> list[list[Path]]:
-    """The small shards in groups, of which each becomes one larger shard."""
+def _num_completions(path: Path) -> int:
+    return shard_facts(path).num_completions
+
+
+def _num_pairs(path: Path) -> int:
+    return pair_shard_header(path).sizes["M"]
+
+
+def _small(paths: Iterable[Path], num_in: Callable[[Path], int]) -> list[list[Path]]:
+    """The small ones of these shards in groups, of which each becomes one larger shard. `num_in` is how many
+    completions or pairs one has."""
     groups: list[list[Path]] = []
     room = 0
-    for path in _shards(folder):
+    for path in paths:
         try:
-            num_completions = shard_facts(path).num_completions
+            number = num_in(path)
         except (DamagedError, NewerFormatError, FileNotFoundError):
             continue
-        if 2 * num_completions > MERGED_COMPLETIONS:
+        if 2 * number > MERGED_COMPLETIONS:
             continue
-        if num_completions > room:
+        if number > room:
             groups.append([])
             room = MERGED_COMPLETIONS
         groups[-1].append(path)
-        room -= num_completions
+        room -= number
     return [group for group in groups if len(group) > 1]
 
 

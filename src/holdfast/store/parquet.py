@@ -1,9 +1,9 @@
 """A store exported to one Parquet file, and imported from it.
 
 The columns are `content_high`, `content_low` (int64, the two halves of the content id) and `logps` (list of fp32), so
-any tool reads them. The file's metadata has the manifest and a checksum of the content. An import adds nothing before
-all of the file is checked (`exported`). A store's folder may also be copied as it is; one file is easier to share.
-Given up: a file that grows, since it is written in one go.
+any tool reads them. The file's metadata has the manifest, a checksum of the content, and the products of pairs
+(`exported_pairs`). An import adds nothing before all of the file is checked (`exported`). A store's folder may also be
+copied as it is; one file is easier to share. Given up: a file that grows, since it is written in one go.
 """
 
 import os
@@ -31,10 +31,13 @@ from holdfast.store.exported import (
     batches,
     opened,
 )
+from holdfast.store.exported_pairs import exported_pairs, metadata_of
 from holdfast.store.files import PARTIAL, DamagedError, NewerFormatError, flush_folder, remove
 from holdfast.store.index import Index
 from holdfast.store.key import StoreKey
 from holdfast.store.manifest import Manifest, read_manifest
+from holdfast.store.pair_shard import PairProducts, joined_pairs, open_pair_shard, pair_shard_paths
+from holdfast.store.pair_table import PairTable
 from holdfast.store.shard import Shard, gathered, open_shard, shard_paths
 from holdfast.store.store import LogpStore
 from holdfast.store.trust import Trust
@@ -60,7 +63,7 @@ def export_store(folder: Path, file: Path) -> TransferReport:
     else; OSError where the file cannot be written.
     """
     file = _writable(file)
-    manifest, shards = _readable(folder)
+    manifest, shards, pairs = _readable(folder)
     index = Index()
     index.add(shards)
     checksum = Checksum(manifest)
@@ -77,7 +80,8 @@ def export_store(folder: Path, file: Path) -> TransferReport:
                     batch = Batch(content=shard.content[rows], lengths=lengths, logps=logps)
                     checksum.update(batch)
                     writer.write_table(_table(batch))
-            writer.add_key_value_metadata({MANIFEST: manifest.to_bytes(), CHECKSUM: checksum.digest().encode()})
+            whole = {MANIFEST: manifest.to_bytes(), CHECKSUM: checksum.digest().encode()}
+            writer.add_key_value_metadata(whole | metadata_of(pairs))
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, file)
@@ -94,7 +98,7 @@ def export_store(folder: Path, file: Path) -> TransferReport:
 
 
 def import_store(root: Path, file: Path, key: StoreKey | None = None) -> TransferReport:
-    """Adds the completions of an exported file to the store of its key in `root`.
+    """Adds the completions of an exported file, and the products of its pairs, to the store of its key in `root`.
 
     ValueError, and nothing is added, if the file is damaged, is no exported store, has a newer format, or has another
     key than `key`; the message names what differs.
@@ -102,6 +106,7 @@ def import_store(root: Path, file: Path, key: StoreKey | None = None) -> Transfe
     with opened(file) as (manifest, stream):
         if key is not None:
             _check_key(file, manifest, key)
+        pairs = exported_pairs(stream, file)
         num_tokens, num_rows = 0, 0
         with LogpStore.open(root, manifest.key) as store:
             before = store.num_completions
@@ -110,6 +115,9 @@ def import_store(root: Path, file: Path, key: StoreKey | None = None) -> Transfe
                     store.add(part)
                 num_rows += len(batch.content)
                 num_tokens += len(batch.logps)
+            table = PairTable.open(store)
+            table.add_all(pairs)
+            table.flush()
             return TransferReport(
                 key=manifest.key,
                 num_completions=num_rows,
@@ -140,11 +148,13 @@ def coverage(source: LogpStore | Path, ids: Iterable[ContentId]) -> tuple[int, i
     return len(stored & distinct), len(distinct)
 
 
-def _readable(folder: Path) -> tuple[Manifest, list[Shard]]:
-    """The manifest and the shards of a folder, checked. ValueError if one of them is damaged or not believed."""
+def _readable(folder: Path) -> tuple[Manifest, list[Shard], PairProducts]:
+    """The manifest, the shards and the products of pairs of a folder, checked. ValueError if one of them is damaged or
+    not believed."""
     try:
         trust = Trust.of(folder)
-        return read_manifest(folder), [open_shard(path, folder.name, trust) for path in shard_paths(folder)]
+        pairs = joined_pairs([open_pair_shard(path, folder.name, trust) for path in pair_shard_paths(folder)])
+        return read_manifest(folder), [open_shard(path, folder.name, trust) for path in shard_paths(folder)], pairs
     except (DamagedError, NewerFormatError, OSError) as error:
         raise ValueError(
             f"the store {folder} was to be exported, but not all of it can be read: {error}. `holdfast store verify` "

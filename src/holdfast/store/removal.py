@@ -24,7 +24,7 @@ _DIGITS = "[0-9a-f]{32}"
 _FOLDER = re.compile(rf"(?P<digest>{_DIGITS})(\.{_DIGITS}{re.escape(DROPPED)})?|{_DIGITS}{re.escape(DROPPED)}")
 """A store's folder, as it is or while it is removed; earlier versions named the latter without the key's digest."""
 _OWN = re.compile(
-    rf"({re.escape(MANIFEST)}|{LAST_USED}|{_DIGITS}\.safetensors)({re.escape(CORRUPT)})?"
+    rf"({re.escape(MANIFEST)}|{LAST_USED}|{_DIGITS}\.(safetensors|pairs))({re.escape(CORRUPT)})?"
     rf"|{_DIGITS}({re.escape(PARTIAL)}|{re.escape(CLAIM)})"
 )
 

@@ -7,7 +7,8 @@ log-prob.
 
 XXH3 digests several GB/s on one core, where BLAKE2b makes less than one, so every byte is checked whenever a store is
 opened. Given up: protection from somebody who forges files; `trust.py` says whose are read. A forged one is damage like
-any other wherever its header, its arrays or its values cannot be right.
+any other wherever its header, its arrays or its values cannot be right. `write_arrays` and `open_arrays` know such
+files with any arrays in them; those of pairs are in `pair_shard.py`.
 """
 
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +46,10 @@ MOST_TOKENS = 1 << 24
 """A completion has no more tokens."""
 MOST_NATS = 0.1
 """No log-prob is above 0, but for rounding: in fp32, that of logits up to a million explains so much."""
+Declared = Mapping[str, tuple[str, tuple[int | str, ...]]]
+"""By name, the type (as safetensors names it) and the shape of each array in a file. A letter is a size that a file may
+choose; the same letter is the same size."""
+_ARRAYS: Declared = {"content": ("I64", ("M", 2)), "lengths": ("I64", ("M",)), "logps": ("F32", ("N",))}
 _HEADER = "holdfast"
 _MOST_HEADER_BYTES = 1 << 16
 _CHUNK = 1 << 20
@@ -72,11 +78,16 @@ def write_shard(
     folder: Path, key_digest: str, content: NDArray[np.int64], lengths: NDArray[np.int64], logps: NDArray[np.float32]
 ) -> Path:
     """Writes a shard with these arrays (see `Shard`) for the store of this key. Returns its path. OSError."""
-    tensors = {"content": content, "lengths": lengths, "logps": logps}
+    return write_arrays(folder, SUFFIX, key_digest, {"content": content, "lengths": lengths, "logps": logps})
+
+
+def write_arrays(folder: Path, suffix: str, key_digest: str, arrays: Mapping[str, NDArray[Any]]) -> Path:
+    """Writes a file with these arrays for the store of this key, named by its digest and the `suffix`. Returns its
+    path. OSError."""
     # A single entry: safetensors would order several in a different way each time, and the digest would differ.
     header = {_HEADER: json.dumps({"format": FORMAT, "key": key_digest})}
-    data = save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}, header)
-    path = folder / f"{xxhash.xxh3_128_hexdigest(data)}{SUFFIX}"
+    data = save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}, header)
+    path = folder / f"{xxhash.xxh3_128_hexdigest(data)}{suffix}"
     write_durably(path, data)
     return path
 
@@ -87,26 +98,46 @@ def open_shard(path: Path, key_digest: str, trust: Trust | None = None) -> Shard
     DamagedError if it is not as it was written or is another store's, UnusableError if it cannot be read or `trust`
     does not believe it, NewerFormatError if its format is newer, FileNotFoundError if it is gone.
     """
+    header, arrays = open_arrays(path, SUFFIX, _ARRAYS, trust)
+    shard = Shard(name=path.name, **arrays, num_bytes=header.num_bytes)
+    _check_arrays(shard)
+    header.check_key(key_digest)
+    return shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What the header of a file of arrays says: the digest of its store's key, the sizes of its arrays by letter (see
+    `Declared`), and the file's bytes."""
+
+    key: str
+    sizes: Mapping[str, int]
+    num_bytes: int
+
+    def check_key(self, key_digest: str) -> None:
+        """DamagedError where the file is of another store than the one with this key."""
+        if self.key != key_digest:
+            name = self.key if re.fullmatch("[0-9a-f]{32}", self.key) else repr(self.key[:40])
+            raise DamagedError(f"it belongs to another store, {name}")
+
+
+def open_arrays(path: Path, suffix: str, declared: Declared, trust: Trust | None) -> tuple[Header, dict[str, Any]]:
+    """The header of the file at `path` and its arrays, mapped. Every byte is checked, and what the values mean is not.
+    The errors of `open_shard`."""
     with open_file(path) as file:
         if trust is not None:
             trust.check(os.fstat(file.fileno()))
         digest = _digest(file)
-        if digest != path.name.removesuffix(SUFFIX):
+        if digest != path.name.removesuffix(suffix):
             raise DamagedError(f"its bytes have the digest {digest}, not that of its name")
-        facts = _facts(file, path)
-        tensors = _arrays(_same_file(file, path, trust), path)
-    shard = Shard(
-        name=path.name,
-        content=tensors["content"],
-        lengths=tensors["lengths"],
-        logps=tensors["logps"],
-        num_bytes=facts.num_bytes,
-    )
-    _check_arrays(shard)
-    if facts.key != key_digest:
-        name = facts.key if re.fullmatch("[0-9a-f]{32}", facts.key) else repr(facts.key[:40])
-        raise DamagedError(f"it belongs to another store, {name}")
-    return shard
+        header = _header(file, path, declared)
+        return header, _arrays(_same_file(file, path, trust), path)
+
+
+def header_of(path: Path, declared: Declared) -> Header:
+    """What the header of the file of arrays at `path` says; its size fits it. The errors of `open_shard`."""
+    with open_file(path) as file:
+        return _header(file, path, declared)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +152,25 @@ class ShardFacts:
 
 def shard_facts(path: Path) -> ShardFacts:
     """What the header of the shard at `path` says; its size fits it. The errors of `open_shard`."""
-    with open_file(path) as file:
-        return _facts(file, path)
+    header = header_of(path, _ARRAYS)
+    return ShardFacts(
+        key=header.key,
+        num_completions=header.sizes["M"],
+        num_tokens=header.sizes["N"],
+        num_bytes=header.num_bytes,
+    )
 
 
 def shard_paths(folder: Path) -> list[Path]:
     """The paths of the shards in a folder, ordered by name; none where there is no such folder."""
+    return named_paths(folder, SHARD_NAME)
+
+
+def named_paths(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    """The paths of the entries of a folder that have such names, ordered by name; none where there is no such
+    folder."""
     try:
-        return [folder / name for name in sorted(filter(SHARD_NAME.fullmatch, os.listdir(folder)))]
+        return [folder / name for name in sorted(filter(names.fullmatch, os.listdir(folder)))]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -182,8 +224,9 @@ def _digest(file: BinaryIO) -> str:
     return state.hexdigest()
 
 
-def _facts(file: BinaryIO, path: Path) -> ShardFacts:
-    """What the header at the beginning of a shard says. DamagedError if it is none, or the file's size is another."""
+def _header(file: BinaryIO, path: Path, declared: Declared) -> Header:
+    """What the header at the beginning of a file of arrays says. DamagedError if it is none, or the file's size is
+    another."""
     num_bytes = os.fstat(file.fileno()).st_size
     file.seek(0)
     start = file.read(8)
@@ -195,21 +238,23 @@ def _facts(file: BinaryIO, path: Path) -> ShardFacts:
         own = parsed_json(header["__metadata__"][_HEADER].encode())
         if is_newer(own["format"], FORMAT):
             raise NewerFormatError(newer_format(path, own["format"]))
-        num_completions, num_tokens = header["lengths"]["shape"][0], header["logps"]["shape"][0]
-        is_right = header.keys() == {"__metadata__", "content", "lengths", "logps"} and isinstance(own["key"], str)
+        sizes = {
+            letter: header[name]["shape"][axis]
+            for name, (_, shape) in declared.items()
+            for axis, letter in enumerate(shape)
+            if isinstance(letter, str)
+        }
+        is_right = header.keys() == {"__metadata__", *declared} and isinstance(own["key"], str)
     except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError) as error:
         raise DamagedError("its header is not that of a shard") from error
     expected = 8 + size
-    for name, dtype, shape in (
-        ("content", "I64", [num_completions, 2]),
-        ("lengths", "I64", [num_completions]),
-        ("logps", "F32", [num_tokens]),
-    ):
+    for name, (dtype, of_letters) in declared.items():
+        shape = [sizes[size] if isinstance(size, str) else size for size in of_letters]
         is_right = is_right and _is_array(header[name], dtype, shape)
         expected += int(dtype[1:]) // 8 * math.prod(shape) if is_right else 0
     if not is_right or num_bytes != expected:
         raise DamagedError("its header is not that of a shard")
-    return ShardFacts(key=own["key"], num_completions=num_completions, num_tokens=num_tokens, num_bytes=num_bytes)
+    return Header(key=own["key"], sizes=sizes, num_bytes=num_bytes)
 
 
 def _is_array(facts: Any, dtype: str, shape: list[Any]) -> bool:

@@ -39,7 +39,7 @@ from holdfast.store.files import (
     set_aside,
     write_durably,
 )
-from holdfast.store.index import Index
+from holdfast.store.index import Index, sums_at
 from holdfast.store.key import StoreKey
 from holdfast.store.manifest import MANIFEST, keys_alike, read_manifest, write_manifest
 from holdfast.store.refusals import check_values, reading, warn_unused, writing
@@ -142,6 +142,16 @@ class LogpStore:
             rows = [row for row, content_id in enumerate(ids) if content_id not in logps]
             logps |= other.get([ids[row] for row in rows], None if lengths is None else [lengths[row] for row in rows])
         return logps
+
+    def sums(self, content: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The sum (fp64 `[Q]`, nats) of the log-probs of each of these completions, given by content id `[Q 2]` and
+        number of tokens `[Q]`; NaN where it is not stored. ValueError where what was added cannot be written."""
+        self.flush()
+        with self._lock:
+            sums = sums_at(self._index.find(content, lengths), [shard.logps for shard in self._shards])
+        for other in self._alike if np.isnan(sums).any() else ():
+            sums = np.where(np.isnan(sums), other.sums(content, lengths), sums)
+        return sums
 
     def missing(self, ids: Iterable[ContentId], lengths: Iterable[int] | None = None) -> list[ContentId]:
         """Those of `ids` that are not stored (see `get`), each once, in their order."""

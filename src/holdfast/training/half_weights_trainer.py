@@ -22,12 +22,12 @@ from holdfast.policy.own_numbers import own_numbers
 from holdfast.reference.originals import OriginalFiles
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.scoring.frozen import Autocast
-from holdfast.training.renewable_trainer import RenewableTrainer
+from holdfast.training.sampling_trainer import SamplingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class HalfWeightsTrainer(RenewableTrainer):
+class HalfWeightsTrainer(SamplingTrainer):
     """Holds frozen weights in half precision while it computes."""
 
     _half_weights: HalfWeights | None = None

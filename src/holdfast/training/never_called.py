@@ -21,7 +21,7 @@ _ROWS = "map the dataset first; rows of prompt_ids, chosen_ids and rejected_ids 
 _BATCH = "pass a `data_collator`"
 _REFERENCE = "pass `ref_model`, or give the dataset the columns ref_chosen_logps and ref_rejected_logps"
 _MODEL = "prepare the model before it is handed over"
-_GENERATE = "use a callback's `on_evaluate`"
+_GENERATE = "set generate_samples, which completes prompts at evaluations"
 _METRICS = 'append numbers to `self._metrics["train"][name]`, or override `log`'
 
 NEVER_CALLED: Mapping[str, str] = MappingProxyType(

@@ -51,6 +51,7 @@ from holdfast.checkpoint.training_state import (
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
+from holdfast.record.entries import Sample
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import without_secrets_on_disk
 from holdfast.training.interruption import InterruptionCallback
@@ -66,6 +67,8 @@ class ResumableTrainer(SavingTrainer):
     _uploading: Sequence[str] = ()
     _interruption: InterruptionCallback
     _unlogged: Sequence[dict[str, Any]] = ()
+    _last_samples: Sequence[Sample] = ()
+    """What was generated at the last evaluation."""
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | list[str] | None = None,
@@ -76,7 +79,8 @@ class ResumableTrainer(SavingTrainer):
         if self.is_world_process_zero():
             write_card(
                 self.args, self.model, self.reference, train_dataset=self.train_dataset, title=model_name,
-                dataset=dataset_name, tags=tags, metadata=metadata,
+                dataset=dataset_name, tags=tags, metadata=metadata, log_history=self.state.log_history,
+                samples=self._last_samples,
             )  # fmt: skip
 
     @doing("saving a checkpoint", is_long=True)

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import datasets
+import peft
 import torch
+import transformers
 from datasets import Dataset
 from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -30,7 +33,7 @@ from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
 from holdfast.secrets import MASK, is_secret, masked, secrets_in
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
+LIBRARIES = (torch, transformers, peft, accelerate, datasets)
 _OF_THE_MACHINE = {"local_rank", "ddp_backend", "n_gpu"}
 _MADE_OF_DEFAULTS = {
     "bf16": False, "disable_tqdm": False, "debug": [], "do_eval": True, "activation_checkpointing": True,
@@ -45,7 +48,7 @@ def versions() -> dict[str, str]:
     return {
         "holdfast": holdfast.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{library.__name__: str(library.__version__) for library in LIBRARIES},
     }
 
 
@@ -181,7 +184,7 @@ def command() -> tuple[str, ...] | None:
 
 
 def facts_of(
-    *, policy: nn.Module, reference: Reference | None, args: DPOConfig, datasets: Mapping[str, Any], optimizer: Any,
+    *, policy: nn.Module, reference: Reference | None, args: DPOConfig, data: Mapping[str, Any], optimizer: Any,
     finding: Finding | None, digest: str | None, is_users_choice: bool, layout: str, attention: str, max_steps: int,
     num_epochs: float,
 ) -> record.Facts:  # fmt: skip
@@ -196,7 +199,7 @@ def facts_of(
         reference=reference_facts(reference, args, digest=digest, is_users_choice=is_users_choice),
         audit=audit_facts(finding),
         layout=layout_facts(layout, attention),
-        data={name: dataset_facts(dataset) for name, dataset in datasets.items()},
+        data={name: dataset_facts(dataset) for name, dataset in data.items()},
         memory=memory_facts(policy, reference, optimizer, args),
         loss_types=tuple(args.loss_types),
         beta=args.beta,
@@ -227,7 +230,7 @@ def _adapter(policy: nn.Module) -> str | None:
 
 
 def _device(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def _plain(value: Any) -> Any:

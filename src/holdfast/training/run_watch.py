@@ -142,7 +142,7 @@ class RunWatch(TrainerCallback):
             policy=trainer.model,
             reference=trainer.reference,
             args=trainer.args,
-            datasets=trainer._datasets(),
+            data=trainer._datasets(),
             optimizer=trainer.optimizer,
             finding=trainer._startup.finding,
             digest=trainer._reference_digest(),

@@ -248,6 +248,7 @@ _MADE_HERE = (
     "_look_ahead",
     "_rows",
     "_by_source",
+    "_watch",
 )
 """Attributes that `DPOTrainer.__init__` makes."""
 

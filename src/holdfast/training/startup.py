@@ -70,15 +70,16 @@ class Startup:
         brings_logps: bool,
         layout: Callable[[], str],
     ) -> Reference | None:
-        """The run's reference; None where no loss needs one. `ref_models` are those that the user chose, with None for
-        the policy itself. `layout()` names the layout in the end.
+        """The run's reference; None where no loss needs one and none is asked for. `ref_models` are those that the user
+        chose, with None for the policy itself. `layout()` names the layout in the end.
 
         ValueError where the options contradict the models, or where a log-prob depends on the rest of its batch and
         would be kept. `brings_logps` says that all data bring the reference's log-probs along: they come from other
         batches, so the comparison with the reference is the check.
         """
         is_main = self._accelerator.is_main_process
-        options = self._args.reference_options(is_stream=is_stream)
+        has_ref_model = any(ref_model is not None for ref_model in ref_models)
+        options = self._args.reference_options(is_stream=is_stream, has_ref_model=has_ref_model)
         if options.way != "none":
             ref_models = place_reference_models(ref_models, self._policy, self._accelerator.device, is_main=is_main)
         self._run_models = [self._policy, *filter(None, ref_models)]

@@ -11,6 +11,7 @@ from transformers import ProgressCallback
 
 from holdfast.checkpoint.manifest import recorded
 from holdfast.metrics import tokens_logged
+from holdfast.record import RecordWriter
 from holdfast.training.half_weights_trainer import HalfWeightsTrainer
 from holdfast.training.progress_callback import RunProgress
 from holdfast.training.run_watch import RunWatch
@@ -94,6 +95,9 @@ class WatchedTrainer(HalfWeightsTrainer):
         logs = super()._with_metrics(logs)
         self._watch.counted(self._num_pairs_logged, logs.get("num_tokens", before) - before)
         return logs
+
+    def _sample_record(self) -> RecordWriter | None:
+        return self._watch.writer
 
     # --- what a checkpoint says of the record -------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from holdfast.inspect.page import page
 from holdfast.inspect.pairs import Cutting, Pair, Sequence, read_pairs
 from holdfast.inspect.plots import length_figure, png
 from holdfast.inspect.rows import Piece, RowView, Use, Writer
-from holdfast.inspect.visible import visible
+from holdfast.visible import visible
 
 TOKENIZER = tiny.tokenizer()
 WRITER = Writer(TOKENIZER)

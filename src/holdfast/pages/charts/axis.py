@@ -8,6 +8,8 @@ from typing import final
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+_ROUNDING = 1e-9
+"""Values that differ by less than this share of themselves are one value."""
 _STEPS = [1, 2, 2.5, 5, 10]
 
 
@@ -49,7 +51,7 @@ def axis_of(
     low, high = (float(numbers.min()), float(numbers.max())) if numbers.size else (1.0, 10.0) if is_log else (0.0, 1.0)
     if is_log:
         return _log_axis(low, high, num_ticks)
-    if low == high:
+    if high - low <= _ROUNDING * max(abs(low), abs(high)):
         beyond = 1.0 if is_integer else max(abs(low) * 0.05, 1e-12 if low else 1.0)
         low, high = low - beyond, high + beyond
     elif not is_tight:

@@ -35,6 +35,8 @@ class Series:
     color: int | None = None
     dash: int | None = None
     has_dots: bool = False
+    is_faint: bool = False
+    """Drawn behind the others, and not in the legend."""
 
 
 @final
@@ -80,10 +82,11 @@ def line_chart(
         *(_level(frame, each) for each in levels),
         _marks(frame, marks),
     ]
-    layers += [_series(frame, each) for each in series]
+    layers += [_series(frame, each) for each in sorted(series, key=lambda each: not each.is_faint)]
     legend = [
         Entry(name=each.name, value=_last(each), color=each.color or 0, dash=each.dash, kind="series")
         for each in series
+        if not each.is_faint
     ]
     legend += [Entry(name=each.text, dash=None, kind="range") for each in ranges]
     legend += [Entry(name=each.text, kind="level") for each in levels]
@@ -126,6 +129,7 @@ def _filled(series: Series, place: int) -> Series:
         color=color,
         dash=color if series.dash is None else series.dash,
         has_dots=series.has_dots,
+        is_faint=series.is_faint,
     )
 
 
@@ -202,11 +206,12 @@ def _series(frame: Frame, series: Series) -> Html:
     alone = [place for place in places if _is_alone(down, place)]
     dots = places if series.has_dots and len(places) <= _MOST_TARGETS else alone
     parts += [_circle(across[place], down[place], 2.5, "dot") for place in dots if math.isfinite(down[place])]
-    for place in places[:: max(1, -(-len(places) // _MOST_TARGETS))]:
+    for place in [] if series.is_faint else places[:: max(1, -(-len(places) // _MOST_TARGETS))]:
         if math.isfinite(down[place]):
             text = f"{series.name}, {x[place]:g}: {y[place]:.6g}"
             parts.append(_circle(across[place], down[place], 5, "target", text))
-    return element("g", *parts, kind=color_class(series.color or 0))
+    kinds = f"{color_class(series.color or 0)}{' faint-series' if series.is_faint else ''}"
+    return element("g", *parts, kind=kinds)
 
 
 def _circle(x: float, y: float, radius: float, kind: str, text: str = "") -> Html:
@@ -250,7 +255,7 @@ def _last(series: Series) -> str:
 
 def _description(series: Sequence[Series], marks: Sequence[Mark]) -> str:
     words = []
-    for each in series:
+    for each in (each for each in series if not each.is_faint):
         finite = [(x, y) for x, y in zip(each.x, each.y, strict=True) if math.isfinite(y)]
         if finite:
             (first_x, first), (last_x, last) = finite[0], finite[-1]

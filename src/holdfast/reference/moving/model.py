@@ -7,7 +7,7 @@ copy of a PEFT policy during a sync.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Self, final
 
@@ -18,7 +18,7 @@ from holdfast.policy.adapters import is_adapted
 from holdfast.policy.half_weights import as_loaded
 from holdfast.policy.quantised import is_quantised
 from holdfast.policy.sharding import cut_like, give_back, is_sharded, own_part, total, whole_from_part
-from holdfast.reference.base import Moving, Scorer
+from holdfast.reference.base import Moving, Scorer, Share
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.moving.average import Average, check_mixable, parameter_name
 from holdfast.reference.moving.effective import effective_copy, effective_parameters, effective_parts
@@ -85,6 +85,10 @@ class MovingModel(Scorer, Moving):
         """This process's part of each parameter of the module: all of it, unless the module is sharded."""
         give_back(self.module)
         return {name: own_part(parameter) for name, parameter in self.module.named_parameters()}
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: its own."""
+        return [(1.0, self.module)]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: the module's weights, and their fp32 state."""

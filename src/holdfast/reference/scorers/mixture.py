@@ -25,7 +25,7 @@ from torch import Tensor
 
 from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.losses import LOSSES, LossInputs, LossOptions, PairLogps
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 
 
@@ -37,6 +37,7 @@ class MixtureReference(Scorer):
     """
 
     kind = "MixtureReference"
+    sums_states = False  # several models have as many hidden states
 
     def __init__(self, references: Sequence[Scorer], shares: Sequence[float]) -> None:
         self.references = self.parts = tuple(references)
@@ -57,6 +58,14 @@ class MixtureReference(Scorer):
             for reference in self.references:
                 stack.enter_context(reference.in_place())
             yield
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: those of all references."""
+        return [
+            (share * own, model)
+            for share, reference in zip(self.shares, self.references, strict=True)
+            for own, model in reference.models()
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: those of reference i, under `<i>.<name>`."""

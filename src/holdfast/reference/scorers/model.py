@@ -9,7 +9,7 @@ log-probs back. Given up: memory for the weights, and a forward pass per batch. 
 import contextlib
 import copy
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Self, final
@@ -21,7 +21,7 @@ from holdfast.internals.torch import own_state
 from holdfast.policy.quantised import pin_quantised_layers
 from holdfast.policy.second_module import sharded_copy
 from holdfast.policy.sharding import is_sharded
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 from holdfast.scoring.frozen import Autocast, frozen_logps
 
@@ -49,6 +49,10 @@ class ModelReference(Scorer):
     def in_place(self) -> AbstractContextManager[None]:
         """See `Scorer.in_place`: the weights always are."""
         return contextlib.nullcontext()
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: its own."""
+        return [(1.0, self.module)]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: the module's weights."""

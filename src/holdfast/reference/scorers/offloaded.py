@@ -9,7 +9,7 @@ does not hold.
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self, final
 
 import torch
@@ -20,7 +20,7 @@ from holdfast.batch import PairBatch, SequenceLogps
 from holdfast.internals.deepspeed import is_partitioned, own_memory
 from holdfast.internals.fully_shard import replace_tensors
 from holdfast.policy.sharding import is_sharded, own_part, parameters_of
-from holdfast.reference.base import Scorer
+from holdfast.reference.base import Scorer, Share
 from holdfast.reference.identity.identity import Identity
 from holdfast.reference.run_folder import RunFolder
 from holdfast.reference.scorers.exchange import exchanged
@@ -112,6 +112,10 @@ class OffloadedReference(Scorer):
         """See `Scorer.logps`."""
         with self.in_place():
             return frozen_logps(self._module, inputs_on_device_of(self._module, batch), self._autocast)
+
+    def models(self) -> Sequence[Share]:
+        """See `Scorer.models`: its own."""
+        return [(1.0, self._module)]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Scorer.tensors`: none."""

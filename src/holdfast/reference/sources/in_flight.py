@@ -25,21 +25,24 @@ MOST_IN_FLIGHT = 1
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A batch whose forward pass was started. `values` are its log-probs and its number of tokens, in host memory once
-    `event` has come; None where they are there."""
+    """A batch whose forward pass was started. `values` are its log-probs and its number of tokens, and `state_sums` the
+    sums of its hidden states if there are any. They are in host memory once `event` has come; with None they are."""
 
     batch: PairBatch
     values: tuple[Tensor, Tensor]
     event: Any
+    state_sums: Tensor | None = None
 
     @classmethod
     def of(cls, batch: PairBatch, logps: SequenceLogps) -> "Started":
         """The batch that is scored as `logps`."""
         values = logps.per_token.detach(), batch.inputs["attention_mask"].count_nonzero()
-        device = values[0].device
+        device, sums = values[0].device, logps.state_sums
         if device.type == "cpu" and values[1].device.type == "cpu":
-            return cls(batch=batch, values=values, event=None)
-        return cls(batch=batch, values=(_on_its_way(values[0]), _on_its_way(values[1])), event=_event_on(device))
+            return cls(batch=batch, values=values, event=None, state_sums=sums)
+        sums = None if sums is None else _on_its_way(sums)
+        values = _on_its_way(values[0]), _on_its_way(values[1])
+        return cls(batch=batch, values=values, event=_event_on(device), state_sums=sums)
 
     def read(self) -> tuple[Tensor, int]:
         """The log-probs `[N]` in host memory, and the number of tokens that a model reads of the batch. Waits for

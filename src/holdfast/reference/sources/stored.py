@@ -11,21 +11,26 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.agreement import raised_together
+from holdfast.agreement import any_of_all, num_processes, of_all, process, raised_together
 from holdfast.batch import ContentId, PairBatch, SequenceLogps
-from holdfast.data.completions import Completions, CompletionsToScore
+from holdfast.data.completions import NO_DEAL, Completions, CompletionsToScore, Deal
 from holdfast.interruption import Interrupted, asked_signal, interruption_behind, is_asked, waiting
 from holdfast.peers.guard import is_of_communication
 from holdfast.peers.phase import doing
 from holdfast.progress import Bar, bar
 from holdfast.reference.identity.identity import Identity
-from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep
+from holdfast.reference.sources.filling import by_content, filled_by_claims, filled_in_lockstep, filled_pairs
+from holdfast.reference.sources.pairing import pairing
+from holdfast.store.pair_table import PairIds, PairTable
 from holdfast.store.store import LogpStore
 
 logger = logging.getLogger(__name__)
@@ -126,22 +131,30 @@ class PrecomputedReference:
         return _of_batch(batch, new | stored)
 
     def fill(
-        self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps], scorer: str
+        self,
+        name: str,
+        data: CompletionsToScore,
+        score: Callable[[PairBatch], SequenceLogps],
+        scorer: str,
+        whose: str = "Reference",
     ) -> None:
-        """Scores every completion of the dataset `name` that is not stored yet. ValueError where a log-prob is not
+        """Scores every completion of the dataset `name` that is not stored yet, and puts the products of its pairs'
+        hidden states beside the log-probs where both completions of a pair are scored. Messages say `whose` log-probs
+        they are. ValueError where a log-prob is not
         finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
-        description = f"Reference log-probs ({name})"
+        description = f"{whose} log-probs ({name})"
         with (
-            doing(f"scoring the reference's log-probs ({name})"),
+            doing(f"scoring the {whose.lower()}'s log-probs ({name})"),
             contextlib.ExitStack() as waits,
             store,
+            pairing(store, data.pairs) as collect,
             _kept_when_interrupted(store, name, data) as check,
             bar(data.num_completions(), description, "completions", is_shown=not self._is_quiet) as shown,
         ):
             on_wait = partial(_show_waiting, shown, check, waits)
             work = partial(filled_in_lockstep if self._in_lockstep else filled_by_claims, store, data)
-            for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check):
+            for num_new, num_read in work(partial(_scored, score, waits), scorer, on_wait, check, collect):
                 num_scored += num_new
                 num_tokens += num_read
                 rate = num_tokens / max(time.monotonic() - begin, 1e-9)
@@ -155,11 +168,57 @@ class PrecomputedReference:
         if self._is_main:
             num_found = max(0, data.num_completions() - num_scored)
             logger.warning(
-                "Reference log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
+                "%s log-probs (%s): %d of %d completions found in the store, %d scored. The store %s holds %d "
                 "completions, %s bytes.",
-                name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
+                whose, name, num_found, data.num_completions(), num_scored, store.folder, store.num_completions,
                 f"{store.num_bytes:,}",
             )  # fmt: skip
+
+    def holds(self, data: CompletionsToScore) -> bool:
+        """Whether all log-probs of a dataset are known to be stored; False as well where its completions cannot be
+        listed."""
+        if not isinstance(data, Completions):
+            return False
+        content = data.content()
+        sides = ((content.content[:, :2], content.lengths[:, 0]), (content.content[:, 2:], content.lengths[:, 1]))
+        with raised_together(where=self._in_lockstep):
+            is_missing = any(bool(np.isnan(self.store.sums(*side)).any()) for side in sides)
+        return not (any_of_all(is_missing) if self._in_lockstep else is_missing)
+
+    def fill_pairs(self, name: str, data: CompletionsToScore, score: Callable[[PairBatch], SequenceLogps]) -> None:
+        """Scores the pairs of the dataset `name` again whose products of hidden states are not beside the store's
+        shards, and puts them there. Does nothing under a data collator of the user's own. ValueError where they cannot
+        be written."""
+        if not isinstance(data, Completions):
+            return
+        pairs, store = self._open_pairs(data), self.store
+        deal = Deal(process=process(), num_processes=num_processes()) if self._in_lockstep else NO_DEAL
+        description = f"Hidden states ({name})"
+        if any_of_all(bool(pairs)) if self._in_lockstep else pairs:
+            with (
+                doing(f"scoring pairs for their hidden states ({name})"),
+                pairing(store, lambda: pairs) as collect,
+                _kept_when_interrupted(store, name, data) as check,
+                bar(len({*chain(*pairs)}), description, "completions", is_shown=not self._is_quiet) as shown,
+            ):
+                batches = data.batches_of_pairs(pairs, deal)
+                summed = partial(_scored, score, contextlib.ExitStack())
+                for number in filled_pairs(store, batches, summed, check, collect, in_lockstep=self._in_lockstep):
+                    shown.update(number)
+        self._wait_for_all()
+
+    def _open_pairs(self, data: Completions) -> list[PairIds]:
+        """The pairs whose products are not known; of these, this process's share where each process scores alone."""
+        pairs, content = data.pairs(), data.content()
+        with raised_together(where=self._in_lockstep):
+            products = PairTable.open(self.store).find(content.content, content.lengths)
+        is_open = np.isnan(products[:, 0])
+        if self._in_lockstep:
+            is_open = of_all(is_open)[0]
+        else:
+            is_open &= np.arange(len(pairs)) % num_processes() == process()
+        is_open &= (content.content[:, :2] != content.content[:, 2:]).any(1)
+        return [pairs[row] for row in np.flatnonzero(is_open)]
 
 
 def on_device_of(batch: PairBatch, values: Sequence[Tensor]) -> Tensor:
@@ -209,9 +268,9 @@ def _kept_when_interrupted(store: LogpStore, name: str, data: CompletionsToScore
 def _scored(
     score: Callable[[PairBatch], SequenceLogps], waits: contextlib.ExitStack, batch: PairBatch
 ) -> SequenceLogps:
-    """What `score` says of a batch; `waits` is closed before."""
+    """What `score` says of a batch, sums of hidden states included; `waits` is closed before."""
     waits.close()
-    return score(batch)
+    return score(replace(batch, sums_states=True))
 
 
 def _show_waiting(shown: Bar, check: Callable[[], None], waits: contextlib.ExitStack, num_blocks: int) -> None:

@@ -154,6 +154,10 @@ class Sample:
         """See `CompletionsToScore.batches`."""
         return self.data.batches(lambda ids: blocks(_spread(ids)), missing, deal)
 
+    def pairs(self) -> tuple[()]:
+        """See `CompletionsToScore.pairs`: none, since a sample has few of them."""
+        return ()
+
     def user_logps(self) -> Iterator[UserLogp]:
         """None, since the sample is to be scored."""
         return iter(())
