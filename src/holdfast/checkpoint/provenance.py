@@ -150,8 +150,8 @@ def _meaning(name: str) -> str:
 
 def dataset_digest(dataset: Any, value_columns: Sequence[str] = ()) -> str | None:
     """The digest of the token ids of all pairs, in order, of which are scored where not all are, and of the reference
-    log-probs that the data may contain; also of the numbers of the pairs in the columns `value_columns`. A stream is not
-    read: of a mixture it is the digest of how that was made, None of any other."""
+    log-probs that the data may contain; also of the numbers of the pairs in the columns `value_columns`. A stream is
+    not read: of a mixture it is the digest of how that was made, None of any other."""
     if not isinstance(dataset, Dataset):
         mixture = mixture_of(dataset)
         return mixture.digest if mixture is not None else None
