@@ -26,6 +26,13 @@ DEFAULTS: Options = {
     "discopop_tau": 0.05,
     "simpo_gamma": 0.5,
     "cpo_alpha": 1.0,
+    "dpop_lambda": 50.0,
+    "rainbow_alpha": 0.25,
+    "rainbow_gamma": 0.5,
+    "alpha_dpo_alpha": 0.1,
+    "alpha_dpo_gamma": 0.5,
+    "beta_dpo_alpha": 0.6,
+    "beta_dpo_share": 0.8,
     "ld_alpha": None,
 }
 
@@ -187,6 +194,67 @@ def _contrast(p: _Pair) -> Tensor:
     return -torch.log(_sigma(p.beta * p.logp_w - p.beta * p.logp_l))
 
 
+def _differences(p: _Pair, per_token: bool = False) -> tuple[Tensor, Tensor]:
+    """What the policy, and what the reference thinks of w above l."""
+    n_w, n_l = (p.length_w, p.length_l) if per_token else (1, 1)
+    return p.logp_w / n_w - p.logp_l / n_l, p.ref_w / n_w - p.ref_l / n_l
+
+
+def _hypo(p: _Pair, per_token: bool = False) -> Tensor:
+    policy, reference = _differences(p, per_token)
+    neutral = reference if reference > 0 else torch.zeros(())
+    return _smoothed(p.beta * (policy - neutral), p.eps)
+
+
+def _dpop(p: _Pair) -> Tensor:
+    penalty = p.ref_w - p.logp_w if p.ref_w > p.logp_w else torch.zeros(())
+    return _smoothed(p.beta * (p.ratio_w - p.ratio_l - p.o["dpop_lambda"] * penalty), p.eps)
+
+
+def _rainbow(p: _Pair) -> Tensor:
+    """The reference pi_ref^a pi_gamma^(1-a), whose log-prob of w above l is a mean of two."""
+    policy, reference = _differences(p, per_token=True)
+    mixed = p.o["rainbow_alpha"] * reference + (1 - p.o["rainbow_alpha"]) * p.o["rainbow_gamma"] / p.beta
+    return _smoothed(p.beta * (policy - mixed), p.eps)
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter 1 where all values are equal, which is then no matter."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return mean, deviation if deviation > 1e-6 else 1.0
+
+
+def _alpha_dpo(chosen, rejected, ref_chosen, ref_rejected, options: Options) -> Tensor:
+    pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, options)
+    gaps = [policy.item() - reference.item() for policy, reference in (_differences(p, True) for p in pairs)]
+    mean, deviation = _moments(gaps)
+    losses = []
+    for p, gap in zip(pairs, gaps, strict=True):
+        target = p.o["alpha_dpo_gamma"] + p.o["alpha_dpo_alpha"] * (gap - mean) / deviation
+        losses.append(_smoothed(p.beta * _differences(p, True)[0] - target, p.eps))
+    return torch.stack(losses)
+
+
+def _beta_dpo(chosen, rejected, ref_chosen, ref_rejected, options: Options) -> Tensor:
+    """The noise is the package's, of the first batch; the draw is made again."""
+    pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, options)
+    gaps = [(p.ratio_w - p.ratio_l).item() for p in pairs]
+    mean, deviation = _moments(gaps)
+    counts = [1.0] * len(pairs)
+    share = pairs[0].o["beta_dpo_share"]
+    if chosen[0].requires_grad and share < 1:
+        noise = torch.empty(len(pairs)).exponential_(generator=torch.Generator().manual_seed(1)).tolist()
+        keys = [-((gap - mean) ** 2) / deviation**2 / 2 - math.log(e) for gap, e in zip(gaps, noise, strict=True)]
+        num_drawn = max(1, round(share * len(pairs)))
+        drawn = sorted(range(len(pairs)), key=lambda i: -keys[i])[:num_drawn]
+        counts = [len(pairs) / num_drawn if i in drawn else 0.0 for i in range(len(pairs))]
+    of_batch = sum(count * gap for count, gap in zip(counts, gaps, strict=True)) / len(pairs)
+    beta = max(1e-3, pairs[0].beta * (1 + pairs[0].o["beta_dpo_alpha"] * (of_batch - mean)))
+    losses = [-torch.log(_sigma(beta * (p.ratio_w - p.ratio_l))) for p in pairs]
+    return torch.stack([count * loss for count, loss in zip(counts, losses, strict=True)])
+
+
 def _pairs(chosen: Tokens, rejected: Tokens, ref_chosen: Tokens | None, ref_rejected: Tokens | None, options: Options):
     options = DEFAULTS | options
     nothing = [None] * len(chosen)
@@ -254,4 +322,10 @@ LOSS_ORACLE: dict[str, Callable[..., Tensor]] = {
     "simpo": _each(_simpo),
     "orpo": _orpo,
     "cpo": _cpo,
+    "hypo": _each(_hypo),
+    "hypo_norm": _each(lambda p: _hypo(p, per_token=True)),
+    "dpop": _each(_dpop),
+    "rainbow": _each(_rainbow),
+    "alpha_dpo": _alpha_dpo,
+    "beta_dpo": _beta_dpo,
 }

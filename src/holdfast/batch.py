@@ -25,6 +25,8 @@ HOST_SEQUENCES = "host_sequences"
 
 COMPLETION_MASK = "completion_mask"
 """The key under which padded rows say which tokens are scored, for scripts; no input of a model."""
+PAIR_WEIGHTS, PAIR_MARGINS = "pair_weights", "pair_margins"
+"""The keys of a batch under which it has a number of each pair that the data bring along."""
 HOST_SOURCES, PAIR_SOURCES = "host_sources", "pair_sources"
 """The keys of a batch under which it says which source of the data each pair comes from."""
 
@@ -81,12 +83,13 @@ class PairBatch:
     `chosen[p]` and `rejected[p]` are the two sequences of pair p. `content[s]` is the 128-bit content id of sequence s
     (see `data.tokenize.content_id`).
 
-    Six fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
+    Eight fields are optional. `reference_logps[n]` is the reference's log-prob of token n, where it was computed before
     the batch's turn. `host_sequences` repeats in host memory what `content`, `sequence` and `source` say of the
     sequences. `unidentified_inputs` names the inputs that the content ids do not cover, so that log-probs of this batch
     must not be stored. In an evaluation by source, `host_sources` says which sources of the data the pairs come from,
-    and `pair_sources` repeats their places on the device. `sums_states` asks whoever scores the batch for
-    `SequenceLogps.state_sums`.
+    and `pair_sources` repeats their places on the device. `pair_weights` says how much each pair counts, and
+    `pair_margins` which margin it is to reach (beta * nats), where the data say so. `sums_states` asks whoever scores
+    the batch for `SequenceLogps.state_sums`.
     """
 
     inputs: dict[str, Any]
@@ -101,11 +104,14 @@ class PairBatch:
     unidentified_inputs: tuple[str, ...] = ()
     host_sources: HostSources | None = None
     pair_sources: Int[Tensor, "P"] | None = None
+    pair_weights: Float[Tensor, "P"] | None = None
+    pair_margins: Float[Tensor, "P"] | None = None
     sums_states: bool = False
 
     def of_pairs(self, keep: Any) -> Self:
         """The batch with only some of its pairs, chosen by a slice or a mask over P. Rows and sequences stay."""
-        pairs = {"chosen": self.chosen[keep], "rejected": self.rejected[keep]}
+        names = ("chosen", "rejected", PAIR_WEIGHTS, PAIR_MARGINS)
+        pairs: dict[str, Any] = {name: None if (of := getattr(self, name)) is None else of[keep] for name in names}
         if self.host_sources is None or self.pair_sources is None:
             return replace(self, **pairs)
         places = self.host_sources.places
@@ -162,6 +168,7 @@ class PairBatch:
         `completion_mask`, which `source` and `target` stand for."""
         names = {field.name for field in fields(cls)} - {"inputs"}
         optional = {"reference_logps", HOST_SEQUENCES, "unidentified_inputs", HOST_SOURCES, PAIR_SOURCES, "sums_states"}
+        optional |= {PAIR_WEIGHTS, PAIR_MARGINS}
         missing = sorted(names - tensors.keys() - optional)
         if missing:
             raise ValueError(
@@ -176,6 +183,13 @@ class PairBatch:
                 "can tell which source of the data they come from. Return one for each row, or drop the column "
                 "'source' of the evaluation data."
             )
+        for name in (PAIR_WEIGHTS, PAIR_MARGINS):
+            if name in tensors and len(tensors[name]) != len(tensors["chosen"]):
+                raise ValueError(
+                    f"the data collator returned {len(tensors['chosen'])} pairs for {len(tensors[name])} rows, so "
+                    f"nobody can tell whose {name.removeprefix('pair_')} are whose. Return one for each row, or leave "
+                    "weight_column and margin_column out."
+                )
         inputs = {name: tensor for name, tensor in tensors.items() if name not in {*names, COMPLETION_MASK}}
         return cls(inputs=inputs, **{name: tensors[name] for name in names & tensors.keys()})
 

@@ -323,6 +323,8 @@ class DPOConfig(
             self.loss_options,
             ld_alpha=self.ld_alpha,
             use_weighting=self.use_weighting,
+            weight_column=self.weight_column,
+            margin_column=self.margin_column,
         )
 
     def _check_reference(self) -> None:

@@ -38,6 +38,7 @@ from holdfast.data.inputs import complete_batch
 from holdfast.data.layouts.completion_rows import row_per_completion
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.loader.to_device import copied_ahead
+from holdfast.data.pair_values import check_pair_values
 from holdfast.data.prepare import Preparation
 from holdfast.data.tokenize import check_vocabulary
 from holdfast.losses import PairLogps, implicit_rewards, pair_logps, wpo_weights
@@ -210,6 +211,7 @@ class DPOTrainer(WatchedTrainer):
 
     def _announce(self, datasets: Mapping[str, Any]) -> None:
         check_masks_are_heeded(self.data_collator, datasets, self._columns_read)
+        check_pair_values(self.args, datasets)
         use_user_columns(self.reference, datasets, self.model, self.args, self.accelerator)
         if self.reference is None:
             return
@@ -237,6 +239,7 @@ class DPOTrainer(WatchedTrainer):
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
         self._heed_hooks()
         self._begin_numbers()
+        self._global_batch.begin(read_manifest(checkpoint).get("moments", {}) if checkpoint is not None else {})
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         if self.reference is not None and self._provenance is None:
@@ -294,6 +297,9 @@ class DPOTrainer(WatchedTrainer):
         self._say_reference()
         self._load_from_checkpoint(str(found))
 
+    def _run_record(self) -> dict[str, Any]:
+        return {**super()._run_record(), "moments": self._global_batch.moments_record()}
+
     # --- one batch ----------------------------------------------------------------------------------------------------
 
     def _layout_name(self) -> str:
@@ -340,7 +346,14 @@ class DPOTrainer(WatchedTrainer):
         reference = early if self._is_sharded else self._reference_logps(batch)
         is_weighted = self.args.use_weighting
         weights = wpo_weights(scores.logps, statistics.log_sum_sq_probs, batch) if is_weighted else None
-        pairs = self._global_batch.compared(policy, reference, weights, is_uneven=is_uneven)
+        pairs = self._global_batch.compared(
+            policy,
+            reference,
+            weights=(weights, batch.pair_weights),
+            margins=batch.pair_margins,
+            is_uneven=is_uneven,
+            is_training=is_training,
+        )
         losses = pairs.losses_of(terms := pairs.terms(self.args))
         term = None if scores.aux_loss is None else self._router_coef * scores.aux_loss
         chosen, rejected = implicit_rewards(policy, reference, self.args.loss_types, self.args.loss_options)

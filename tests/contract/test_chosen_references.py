@@ -39,9 +39,10 @@ WEIGHTS = [0.6, 0.3, 0.1]
 def _is_free_of_the_normaliser(name: str) -> bool:
     """Whether the oracle's loss stays the same when both completions of a pair are `shift` more likely under the
     reference."""
-    chosen, rejected = [torch.tensor([-1.0, -4.0]), torch.tensor([-9.0])], [torch.tensor([-6.0]), torch.tensor([-5.0])]
-    reference = [torch.tensor([-5.5]), torch.tensor([-8.0])], [torch.tensor([-6.5]), torch.tensor([-6.0])]
-    shift = torch.tensor([0.5, -1.0])
+    chosen = [torch.tensor(tokens) for tokens in ([-1.0, -4.0], [-9.0], [-3.0, -1.0, -2.0])]
+    rejected = [torch.tensor(tokens) for tokens in ([-6.0], [-5.0], [-2.0, -2.5])]
+    reference = [list(torch.tensor(sums)) for sums in ([[-5.5], [-8.0], [-7.0]], [[-6.5], [-6.0], [-4.0]])]
+    shift = torch.tensor([0.5, -1.0, 2.0])
     shifted = [[logp + by for logp, by in zip(part, shift, strict=True)] for part in reference]
     before, after = (
         LOSS_ORACLE[name](chosen, rejected, *of_reference, {"label_smoothing": 0.1})

@@ -29,6 +29,7 @@ from policies import POLICIES, config, rows
 
 SORTING = {"loss_type": ["aot", "aot_unpaired"], "loss_weights": [1.0, 0.5], "label_smoothing": 0.1}
 LIKELIHOOD = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4, "use_weighting": True}
+MOMENTS = {"loss_type": ["beta_dpo", "alpha_dpo"], "beta_dpo_share": 0.6, "alpha_dpo_alpha": 2.0}
 ROUTED = {"router_aux_loss_coef": 0.5}
 
 
@@ -84,8 +85,8 @@ def by_hand(folder: Path) -> Any:
         reference = pair_logps(torch.zeros(3)[own], [0.0, -1.0, 0.5], own)
         args = config(folder, loss_type=name, beta=1.0)
         batch = GlobalBatch(args, Accelerator(cpu=True), has_router=False)
-        pairs = batch.compared(policy, reference, None, is_uneven=True)
-        loss = batch.mean(pairs, pairs.losses(args), None, is_uneven=True)
+        pairs = batch.compared(policy, reference, weights=(), margins=None, is_uneven=True, is_training=True)
+        loss = batch.mean(pairs, pairs.losses_of(pairs.terms(args)), None, is_uneven=True)
         loss.backward()
         assert chosen.grad is not None
         found[f"{name} of each_process"] = gather_object([loss.item()])
@@ -149,6 +150,7 @@ SCENARIOS: dict[str, Scenario] = {
     "refused": refused,
     "unexchanged": unexchanged,
     "sharded_batch_sorted": partial(sharded, **SORTING),
+    "sharded_batch_moments": partial(sharded, **MOMENTS, use_weighting=True),
     "sharded_batch_routed": partial(sharded, policy=mixture_of_experts, **ROUTED),
     "batch_sorted": partial(batch_loss, **SORTING),
     "batch_sorted_unpaired_of_a_stream": partial(
@@ -158,6 +160,16 @@ SCENARIOS: dict[str, Scenario] = {
     "batch_likelihood_accumulated": partial(batch_loss, **LIKELIHOOD, gradient_accumulation_steps=2),
     "batch_orpo_of_lora": partial(batch_loss, policy=POLICIES["lora_fresh"], loss_type="orpo", reference="none"),
     "batch_cpo": partial(batch_loss, loss_type=["cpo", "aot"], learning_rate=0.1),
+    "batch_moments": partial(batch_loss, **MOMENTS, use_weighting=True),
+    "batch_moments_accumulated": partial(batch_loss, **MOMENTS, gradient_accumulation_steps=2),
+    "batch_pair_values": partial(
+        batch_loss,
+        loss_type=["sigmoid", "sft"],
+        use_weighting=True,
+        train_dataset=rows(9).add_column("w", [2.0, 0.0, 0.5] * 3).add_column("m", [0.5, -1.0, 2.0] * 3),
+        weight_column="w",
+        margin_column="m",
+    ),
     "batch_routed": partial(batch_loss, policy=mixture_of_experts, **ROUTED),
     "batch_routed_padded": partial(batch_loss, policy=mixture_of_experts, **ROUTED, layout="padded"),
     "batch_routed_packed": partial(

@@ -24,6 +24,9 @@ TRAININGS = [
     "batch_likelihood_accumulated",
     "batch_orpo_of_lora",
     "batch_cpo",
+    "batch_moments",
+    "batch_moments_accumulated",
+    "batch_pair_values",
     "batch_routed",
     "batch_routed_padded",
     "batch_routed_packed",
@@ -51,7 +54,7 @@ def test_two_processes_train_as_one(name: str, runs: Runs) -> None:
     assert len(set(of_two[name]["weights_of_each_process"])) == 1
 
 
-@pytest.mark.parametrize("name", ["batch_sorted", "batch_routed"])
+@pytest.mark.parametrize("name", ["batch_sorted", "batch_moments", "batch_routed"])
 def test_sharded_processes_log_what_one_does(name: str, runs: Runs) -> None:
     """Over FSDP2, whose gradients are averaged as DDP's are, and where no process may leave out an exchange."""
     found = runs[2][1][f"sharded_{name}"]

@@ -292,7 +292,9 @@ def test_with_compute_metrics(tmp_path: Path) -> None:
     assert_those_of_the_rows_alone(made, dataset, found)
 
 
-@pytest.mark.parametrize("loss_type", [["sigmoid", "sft"], "orpo", "cpo", "aot", "aot_unpaired"])
+@pytest.mark.parametrize(
+    "loss_type", [["sigmoid", "sft"], "orpo", "cpo", "aot", "aot_unpaired", "alpha_dpo", "beta_dpo"]
+)
 def test_losses_of_a_batch_are_those_of_the_source_alone(loss_type: Any, tmp_path: Path) -> None:
     """They sort the batch or average over its tokens, so here all rows are one batch."""
     dataset = sourced()

@@ -19,6 +19,7 @@ from holdfast.reference.identity.digests import digest
 from policies import POLICIES, config, logged, rows, trainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+MOMENTS = {"loss_type": ["beta_dpo", "alpha_dpo"], "beta_dpo_share": 0.6, "alpha_dpo_alpha": 2.0}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 1}
 
 
@@ -52,6 +53,8 @@ def halves(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
         ("lora_fresh_over_sft", {"ref_adapter_name": "default", "model_adapter_name": "dpo"}),
         pytest.param("pissa", {}, marks=pytest.mark.nightly),
         ("full", {"loss_type": "simpo"}),
+        ("full", MOMENTS),
+        pytest.param("lora_fresh", MOMENTS | {"reference": "precomputed"}, marks=pytest.mark.nightly),
     ],
 )
 def test_resumed_is_uninterrupted(kind: str, options: dict[str, Any], tmp_path: Path) -> None:

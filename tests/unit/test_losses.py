@@ -20,10 +20,12 @@ from holdfast.losses import (
     F_DIVERGENCES,
     LOSSES,
     LossOptions,
+    MarginMoments,
     PairLogps,
     check_losses,
     f_divergence_score,
     implicit_rewards,
+    moments_after,
     pair_logps,
     preference_loss,
     wpo_weights,
@@ -44,13 +46,17 @@ def of_pairs(chosen: list[float], rejected: list[float], lengths_w: list[int], l
     )
 
 
+MOMENTS = MarginMoments(mean=torch.tensor(1.0), deviation=torch.tensor(2.0), num_updates=3)
+
 POLICY = of_pairs([-10.0], [-14.0], [5], [4])
 REFERENCE = of_pairs([-12.0], [-13.0], [5], [4])
 
 
-def value(name: str, policy: PairLogps = POLICY, reference: PairLogps | None = REFERENCE, **options) -> list[float]:
-    losses = preference_loss(policy, reference, loss_types=[name], loss_weights=[1.0], options=LossOptions(**options))
-    return losses.tolist()
+def value(
+    name: str, policy: PairLogps = POLICY, reference: PairLogps | None = REFERENCE, *, moments=None, **options
+) -> list[float]:
+    settings = {"loss_types": [name], "loss_weights": [1.0], "options": LossOptions(**options), "moments": moments}
+    return preference_loss(policy, reference, **settings).tolist()
 
 
 def close(*numbers: float):
@@ -160,6 +166,97 @@ def test_orpo_by_hand():
 def test_cpo_by_hand():
     """L(0.1 * (-10 + 14)) = log(1 + e^-0.4) = 0.513015; with cpo_alpha = 0.5: 0.513015 + 0.5 * 2 = 1.513015."""
     assert value("cpo", POLICY, None, cpo_alpha=0.5) == close(1.513015)
+
+
+# A reference that ranks the pair wrongly: its margin is -1, and r_w = 3, r_l = -2.
+WRONG = of_pairs([-13.0], [-12.0], [5], [4])
+
+
+def test_hypo_by_hand():
+    """The reference's margin is 1, so as `sigmoid`: L(0.3). One that ranks wrongly counts as 0: L(0.1 * 4) = 0.513015,
+    where `sigmoid` has L(0.1 * 5)."""
+    assert value("hypo") == close(0.554355) == value("sigmoid")
+    assert value("hypo", POLICY, WRONG) == close(0.513015)
+    assert value("sigmoid", POLICY, WRONG) == close(0.474077)
+
+
+def test_hypo_norm_by_hand():
+    """Per token: the policy's margin is -2 + 3.5 = 1.5, the reference's -2.4 + 3.25 = 0.85: L(0.1 * 0.65) = 0.661175.
+    The wrong one has -2.6 + 3 = 0.4, so per token it is not wrong: L(0.1 * 1.1) = 0.639659."""
+    assert value("hypo_norm") == close(0.661175)
+    assert value("hypo_norm", POLICY, WRONG) == close(0.639659)
+
+
+def test_dpop_by_hand():
+    """r_w = 2 is above the reference: as `sigmoid`. At log pi_theta(y_w) = -14, r_w = -2 and the margin is
+    -2 + 1 - 5 * 2 = -11: L(-1.1) = 1.387335."""
+    assert value("dpop", dpop_lambda=5.0) == close(0.554355)
+    assert value("dpop", of_pairs([-14.0], [-14.0], [5], [4]), dpop_lambda=5.0) == close(1.387335)
+
+
+def test_rainbow_by_hand():
+    """0.1 * 1.5 - (0.4 * 0.1 * 0.85 + 0.6 * 0.2) = -0.004: L(-0.004) = 0.695149. At its ends: `sigmoid_norm`, and
+    `simpo` with the same target."""
+    assert value("rainbow", rainbow_alpha=0.4, rainbow_gamma=0.2) == close(0.695149)
+    assert value("rainbow", rainbow_alpha=1.0) == value("sigmoid_norm")
+    assert value("rainbow", rainbow_alpha=0.0, rainbow_gamma=1.2) == value("simpo", simpo_gamma=1.2)
+
+
+def test_alpha_dpo_by_hand():
+    """The gap per token is 1.5 - 0.85 = 0.65. Alone, it is its own mean: as `simpo` with the target 0.5. With mean 1
+    and deviation 2 it is standardised to -0.175, so the target is 0.5 - 0.0175: L(0.15 - 0.4825) = 0.873154."""
+    assert value("alpha_dpo") == value("simpo")
+    assert value("alpha_dpo", moments={"alpha_dpo": MOMENTS}) == close(0.873154)
+    assert value("alpha_dpo", moments={"sigmoid": MOMENTS}) == value("simpo")
+
+
+def test_beta_dpo_by_hand():
+    """Alone, beta is 0.1. With mean 1 the gap 3 raises it to 0.1 (1 + 0.6 * 2) = 0.22: L(0.66) = 0.416637. A gap of -5
+    would lower it below 0, so it is 0.001: L(-0.005) = 0.695650."""
+    assert value("beta_dpo") == value("sigmoid")
+    assert value("beta_dpo", moments={"beta_dpo": MOMENTS}) == close(0.416637)
+    worse = of_pairs([-18.0], [-14.0], [5], [4])
+    assert value("beta_dpo", worse, moments={"beta_dpo": MOMENTS}) == close(0.695650)
+
+
+def test_beta_dpo_draws_the_share_of_pairs_that_it_trains_on():
+    """Of ten pairs eight count 10/8 each, two not at all; a pair ten deviations off is never among them. Without a
+    gradient, as in evaluation, all count once."""
+    ratios = [0.0, 1.0, 2.0, 3.0, 0.5, 1.5, 2.5, -1.0, 21.0, 1.2]
+    policy, reference = (
+        of_pairs(ratios, [0.0] * 10, [3] * 10, [3] * 10),
+        of_pairs([0.0] * 10, [0.0] * 10, [3] * 10, [3] * 10),
+    )
+    settings = {"loss_types": ["beta_dpo"], "loss_weights": [1.0], "options": LossOptions(beta_dpo_alpha=0.0)}
+    plain = torch.nn.functional.softplus(-0.1 * torch.tensor(ratios))
+    drawn = set()
+    for step in range(1, 30):
+        moments = {"beta_dpo": replace(MOMENTS, num_updates=step)}
+        assert torch.allclose(preference_loss(policy, reference, **settings, moments=moments), plain)
+        training = replace(policy, chosen=policy.chosen.clone().requires_grad_())
+        counts = preference_loss(training, reference, **settings, moments=moments).detach() / plain
+        assert sorted(counts.tolist()) == close(*[0.0] * 2, *[1.25] * 8)
+        assert counts[8] == 0
+        drawn.add(int((counts == 0).nonzero().flatten()[0]))
+    assert len(drawn) > 4  # another draw in each batch
+
+
+def test_moments_by_hand():
+    """Gaps 3 and -1: mean 1, deviation 2. Then 11 and 7 (mean 9, deviation 2): 0.9 * 1 + 0.1 * 9 = 1.8, and 2."""
+    first = of_pairs([-10.0, -10.0], [-14.0, -10.0], [5, 5], [4, 4])
+    second = of_pairs([-2.0, -2.0], [-14.0, -10.0], [5, 5], [4, 4])
+    reference = of_pairs([-12.0, -12.0], [-13.0, -13.0], [5, 5], [4, 4])
+    settings = {"loss_types": ["sigmoid", "beta_dpo"], "options": LossOptions()}
+    moments = moments_after({}, first, reference, **settings)
+    assert {name: each.record() for name, each in moments.items()} == {
+        "beta_dpo": {"mean": 1.0, "deviation": 2.0, "num_updates": 1}
+    }
+    moments = moments_after(moments, second, reference, **settings)
+    assert moments["beta_dpo"].record() == pytest.approx({"mean": 1.8, "deviation": 2.0, "num_updates": 2})
+    assert (
+        MarginMoments.restored(moments["beta_dpo"].record(), torch.device("cpu")).record()
+        == moments["beta_dpo"].record()
+    )
 
 
 AT_ZERO_MARGIN = {
@@ -378,22 +475,30 @@ def combinations():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_says_whether_it_couples_pairs(name):
-    """Each pair's value is that of the pair alone exactly where `couples_pairs` is false. Several processes gather the
-    pairs of those losses only of which it is true."""
+    """Each pair's value is that of the pair alone exactly where `couples_pairs` is false, in the first batch and in
+    later ones. Several processes gather the pairs of those losses only of which it is true."""
     batch, *tokens, _ = random_logps(seed=len(name))
     policy, reference = (pair_logps(logps_of(logps, batch), batch) for logps in tokens)
     needed = reference if LOSSES[name].needs_reference else None
     options = LossOptions(label_smoothing=1e-3 if name == "exo_pair" else 0.0)
 
-    def losses(pairs):
+    def losses(pairs, moments):
         of_reference = None if needed is None else needed.of_pairs(pairs)
         return preference_loss(
-            policy.of_pairs(pairs), of_reference, loss_types=[name], loss_weights=[1.0], options=options
+            policy.of_pairs(pairs),
+            of_reference,
+            loss_types=[name],
+            loss_weights=[1.0],
+            options=options,
+            moments=moments,
         )
 
-    pairs = torch.arange(batch.num_pairs)
-    alone = torch.cat([losses(pair) for pair in pairs.split(1)])
-    assert torch.allclose(losses(pairs), alone) != LOSSES[name].couples_pairs
+    def is_alone(moments):
+        pairs = torch.arange(batch.num_pairs)
+        alone = torch.cat([losses(pair, moments) for pair in pairs.split(1)])
+        return torch.allclose(losses(pairs, moments), alone)
+
+    assert (is_alone({}) and is_alone({name: MOMENTS})) != LOSSES[name].couples_pairs
 
 
 @pytest.mark.parametrize(("name", "options", "is_weighted"), list(combinations()))
@@ -743,6 +848,7 @@ def test_unknown_names_are_said_where_the_check_was_skipped():
 def test_a_loss_reads_the_options_that_it_declares_and_no_other(name):
     """Another value of an option changes the loss or its gradient where the loss declares it, and nowhere else."""
     _, policy, reference, _ = random_logps(seed=5)
+    policy.requires_grad_()  # as in training
     plain = {"label_smoothing": 0.05, "f_divergence_type": "alpha_divergence"}
     changes = {option: other_value(option) for option in option_names(LossOptions) if option != DIVERGENCE}
     declared = set(option_names(LOSSES[name].options))

@@ -6,7 +6,7 @@ records can be compared in no time, and the difference is named. Given up: sayin
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from holdfast.batch import PairBatch
 from holdfast.config import DPOConfig
 from holdfast.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS, TOKENIZED_COLUMNS
 from holdfast.data.mixing.mixture import mixture_of
+from holdfast.data.pair_values import pair_value_columns
 from holdfast.data.ragged import scored_in
 from holdfast.internals.transformers import attention_of
 from holdfast.reference.identity.identity import Identity, numerics
@@ -83,7 +84,7 @@ class Provenance:
             adapters=[*sorted(getattr(policy, "peft_config", {})), *filter(None, [args.ref_adapter_name])],
             mixup_alpha=args.ref_model_mixup_alpha if args.sync_ref_model else None,
             sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
-            data=dataset_digest(train_dataset),
+            data=dataset_digest(train_dataset, pair_value_columns(args)),
             inputs=hashlib.blake2b(repr(first_pair.content_ids()).encode(), digest_size=16).hexdigest(),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
@@ -147,10 +148,10 @@ def _meaning(name: str) -> str:
     return _MEANINGS.get(name, f"the model's setting `{setting}`")
 
 
-def dataset_digest(dataset: Any) -> str | None:
+def dataset_digest(dataset: Any, value_columns: Sequence[str] = ()) -> str | None:
     """The digest of the token ids of all pairs, in order, of which are scored where not all are, and of the reference
-    log-probs that the data may contain. A stream is not read: of a mixture it is the digest of how that was made, None
-    of any other."""
+    log-probs that the data may contain; also of the numbers of the pairs in the columns `value_columns`. A stream is
+    not read: of a mixture it is the digest of how that was made, None of any other."""
     if not isinstance(dataset, Dataset):
         mixture = mixture_of(dataset)
         return mixture.digest if mixture is not None else None
@@ -158,7 +159,8 @@ def dataset_digest(dataset: Any) -> str | None:
     id_columns = list(TOKENIZED_COLUMNS)
     logp_columns = [name for name in REFERENCE_COLUMNS if name in dataset.column_names]
     mask_columns = [name for name in MASK_COLUMNS if name in dataset.column_names]
-    columns = id_columns + mask_columns + logp_columns
+    number_columns = [*logp_columns, *value_columns]
+    columns = list(dict.fromkeys([*id_columns, *mask_columns, *number_columns]))
     tables: Any = dataset.select_columns(columns).with_format("arrow").iter(1_000)
     for number, table in enumerate(tables):
         for name in id_columns:
@@ -169,6 +171,6 @@ def dataset_digest(dataset: Any) -> str | None:
             scored = scored_in(table, name)
             if scored is not None:
                 state.update(f"{name} {number}".encode() + np.packbits(scored).data)
-        for name in logp_columns:
+        for name in number_columns:
             state.update(np.asarray(table[name].combine_chunks(), dtype=np.float64).data)
     return state.hexdigest()

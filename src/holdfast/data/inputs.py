@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdfast.batch import COMPLETION_MASK, HOST_SEQUENCES, HOST_SOURCES, PAIR_SOURCES, HostSequences
+from holdfast.batch import (
+    COMPLETION_MASK,
+    HOST_SEQUENCES,
+    HOST_SOURCES,
+    PAIR_MARGINS,
+    PAIR_SOURCES,
+    PAIR_WEIGHTS,
+    HostSequences,
+)
 from holdfast.data.layouts.base import Layout
 from holdfast.data.layouts.choose import layout_of
 from holdfast.data.layouts.preference_collator import POSITION_KEYS, with_positions
@@ -40,6 +48,8 @@ _COVERED = frozenset(
         HOST_SEQUENCES,
         HOST_SOURCES,
         PAIR_SOURCES,
+        PAIR_WEIGHTS,
+        PAIR_MARGINS,
         *POSITION_KEYS,
     }
 )

@@ -20,6 +20,8 @@ def check_losses(
     *,
     ld_alpha: float | None,
     use_weighting: bool,
+    weight_column: str | None = None,
+    margin_column: str | None = None,
 ) -> None:
     """ValueError where losses, options and modifiers contradict each other, or where no loss would read an option."""
     names = list(loss_types)
@@ -38,8 +40,14 @@ def check_losses(
         if objection is not None and (reason := objection(options)) is not None:
             raise ValueError(f"{name} {reason}")
     sorting = [name for name in names if LOSSES[name].sorts_batch]
-    if use_weighting and sorting:
-        raise ValueError(f"use_weighting weighs pairs, but {sorting[0]} sorts them apart. Give up one of the two.")
+    weighing = "use_weighting" if use_weighting else "weight_column" if weight_column is not None else None
+    if weighing is not None and sorting:
+        raise ValueError(f"{weighing} weighs pairs, but {sorting[0]} sorts them apart. Give up one of the two.")
+    if margin_column is not None and not any(LOSSES[name].reads_margins for name in names):
+        able = ", ".join(name for name, loss in LOSSES.items() if loss.reads_margins)
+        raise ValueError(
+            f"margin_column={margin_column!r} is not read by {', '.join(names)}. Leave it out, or choose from {able}."
+        )
     _check_readers(names, options)
     _check_read_under(options)
     if ld_alpha is not None and not _with_options(names):

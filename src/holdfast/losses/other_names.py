@@ -40,6 +40,13 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "wpo": 'loss_type="sigmoid" with use_weighting=True',
         "ld_dpo": 'loss_type="sigmoid" with ld_alpha',
         "tr_dpo": 'loss_type="sigmoid" with sync_ref_model=True',
+        "smaug": 'loss_type="dpop"',
+        "dpo_positive": 'loss_type="dpop"',
+        "hybrid_dpo": 'loss_type="hypo"',
+        "rainbowpo": 'loss_type="rainbow"',
+        "alphadpo": 'loss_type="alpha_dpo"',
+        "betadpo": 'loss_type="beta_dpo"',
+        "odpo": 'loss_type="sigmoid" with a column `margin`',
         "f_dpo": 'loss_type="sigmoid" with f_divergence_type',
         "reference_free": 'loss_type="cpo" with cpo_alpha=0',
     }

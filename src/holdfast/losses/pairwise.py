@@ -42,16 +42,20 @@ def _smoothed_logistic(margin: Tensor, smoothing: float) -> Tensor:
     return -(1.0 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
-@loss("Rafailov et al. 2023, Eq. 7, arXiv:2305.18290", SmoothedDivergenceOptions)
+@loss("Rafailov et al. 2023, Eq. 7, arXiv:2305.18290", SmoothedDivergenceOptions, reads_margins=True)
 def sigmoid(inputs: LossInputs[SmoothedDivergenceOptions]) -> Float[Tensor, "P"]:
     """-(1 - eps) log sigma(m) - eps log sigma(-m). With eps > 0: conservative DPO (Mitchell 2023)."""
-    return _smoothed_logistic(_margin(inputs), inputs.options.label_smoothing)
+    return _smoothed_logistic(inputs.beyond_margin(_margin(inputs)), inputs.options.label_smoothing)
 
 
-@loss("Zhao et al. 2023, arXiv:2305.10425; on ratios: Liu et al. 2023, arXiv:2309.06657", DivergenceOptions)
+@loss(
+    "Zhao et al. 2023, arXiv:2305.10425; on ratios: Liu et al. 2023, arXiv:2309.06657",
+    DivergenceOptions,
+    reads_margins=True,
+)
 def hinge(inputs: LossInputs[DivergenceOptions]) -> Float[Tensor, "P"]:
     """max(0, 1 - m)."""
-    return F.relu(1.0 - _margin(inputs))
+    return F.relu(1.0 - inputs.beyond_margin(_margin(inputs)))
 
 
 @loss("Azar et al. 2023, Eq. 17, arXiv:2310.12036", DivergenceOptions)
@@ -82,10 +86,10 @@ def nca_pair(inputs: LossInputs[BetaOptions]) -> Float[Tensor, "P"]:
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-@loss("Chowdhury et al. 2024, arXiv:2403.00409", SmoothedDivergenceOptions)
+@loss("Chowdhury et al. 2024, arXiv:2403.00409", SmoothedDivergenceOptions, reads_margins=True)
 def robust(inputs: LossInputs[SmoothedDivergenceOptions]) -> Float[Tensor, "P"]:
     """(-(1 - eps) log sigma(m) + eps log sigma(-m)) / (1 - 2 eps): unbiased where labels flip with probability eps."""
-    margin, smoothing = _margin(inputs), inputs.options.label_smoothing
+    margin, smoothing = inputs.beyond_margin(_margin(inputs)), inputs.options.label_smoothing
     noisy = -(1.0 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin)
     return noisy / (1.0 - 2.0 * smoothing)
 
@@ -152,10 +156,10 @@ def discopop(inputs: LossInputs[DiscopopOptions]) -> Float[Tensor, "P"]:
     return torch.exp(F.logsigmoid(margin / tau) - margin) - torch.sigmoid(-margin / tau) * F.logsigmoid(margin)
 
 
-@loss("Lambert et al. 2024, Eq. 6, arXiv:2411.15124", DivergenceOptions)
+@loss("Lambert et al. 2024, Eq. 6, arXiv:2411.15124", DivergenceOptions, reads_margins=True)
 def sigmoid_norm(inputs: LossInputs[DivergenceOptions]) -> Float[Tensor, "P"]:
     """-log sigma(beta (score_w / |y_w| - score_l / |y_l|))."""
-    return -F.logsigmoid(_margin(inputs, per_token=True))
+    return -F.logsigmoid(inputs.beyond_margin(_margin(inputs, per_token=True)))
 
 
 @dataclass(kw_only=True)

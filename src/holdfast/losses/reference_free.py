@@ -31,11 +31,18 @@ class SimpoOptions(BetaOptions):
     )
 
 
-@loss("Meng et al. 2024, Eq. 6, arXiv:2405.14734", SimpoOptions, needs_reference=False, is_length_averaged=True)
+@loss(
+    "Meng et al. 2024, Eq. 6, arXiv:2405.14734",
+    SimpoOptions,
+    needs_reference=False,
+    is_length_averaged=True,
+    reads_margins=True,
+)
 def simpo(inputs: LossInputs[SimpoOptions]) -> Float[Tensor, "P"]:
     """-log sigma(beta (log pi_theta(y_w|x) / |y_w| - log pi_theta(y_l|x) / |y_l|) - simpo_gamma)."""
     chosen, rejected = inputs.policy.means()
-    return -F.logsigmoid(inputs.options.beta * (chosen - rejected) - inputs.options.simpo_gamma)
+    margin = inputs.options.beta * (chosen - rejected) - inputs.options.simpo_gamma
+    return -F.logsigmoid(inputs.beyond_margin(margin))
 
 
 @loss(

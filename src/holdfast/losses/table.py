@@ -10,13 +10,14 @@ r = log pi_theta - log pi_ref (nats), score = r seen through the f-divergence, m
 eps = label_smoothing, sigma the logistic function.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from holdfast.losses.moments import MarginMoments
 from holdfast.losses.options import Options, option_names, rules
 from holdfast.losses.other_names import require_loss
 
@@ -54,16 +55,28 @@ class PairLogps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs(Generic[OptionsT_co]):
-    """What a loss reads. `reference` is None only where no loss of the run needs one."""
+    """What a loss reads. `reference` is None only where no loss of the run needs one. `moments` are by the loss's name,
+    of those losses that compare a pair with the batches before. `margins` are those that the data ask of each pair
+    (beta * nats), if they do."""
 
     policy: PairLogps
     reference: PairLogps | None
     options: OptionsT_co
+    moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
+    margins: Float[Tensor, "P"] | None = None
 
     def log_ratios(self) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
         """log pi_theta(y|x) - log pi_ref(y|x), nats: chosen, rejected."""
         assert self.reference is not None
         return self.policy.chosen - self.reference.chosen, self.policy.rejected - self.reference.rejected
+
+    def beyond_margin(self, margin: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """`margin` less what the data ask of each pair (Amini et al. 2024, Eq. 5, arXiv:2402.10571)."""
+        return margin if self.margins is None else margin - self.margins
+
+    def moments_of(self, name: str, gaps: Float[Tensor, "P"]) -> MarginMoments:
+        """The moments of the loss `name`; those of these gaps alone before any batch was trained on."""
+        return self.moments[name] if name in self.moments else MarginMoments.of(gaps)
 
 
 LossFunction = Callable[[LossInputs[OptionsT]], Tensor]
@@ -83,6 +96,10 @@ class Loss:
     """Whether it sorts the batch, so that its k-th value belongs to rank k and not to pair k."""
     couples_pairs: bool = False
     """Whether a value depends on other pairs of the batch too. Several processes then gather the pairs of all."""
+    reads_margins: bool = False
+    """Whether it asks the margins of each pair that the data bring along."""
+    gap: Callable[[LossInputs[Any]], Tensor] | None = None
+    """The margin per pair whose `MarginMoments` it reads; None for a loss that knows no other batches."""
     objection: Callable[[Any], str | None] | None = None
     """Why the loss cannot be computed with these options although each is in its range; None where it can."""
 
@@ -104,6 +121,8 @@ def loss(
     is_length_averaged: bool = False,
     sorts_batch: bool = False,
     couples_pairs: bool = False,
+    reads_margins: bool = False,
+    gap: Callable[[LossInputs[OptionsT]], Tensor] | None = None,
     objection: Callable[[OptionsT], str | None] | None = None,
 ) -> Callable[[LossFunction[OptionsT]], LossFunction[OptionsT]]:
     """A decorator that enters a function into `LOSSES` under its own name; the arguments are as in `Loss`."""
@@ -117,6 +136,8 @@ def loss(
             is_length_averaged=is_length_averaged,
             sorts_batch=sorts_batch,
             couples_pairs=couples_pairs or sorts_batch,
+            reads_margins=reads_margins,
+            gap=gap,
             objection=objection,
         )
         return function

@@ -24,6 +24,12 @@ class DataOptions:
         "Score only what the assistant says in completions of several messages; what others say is seen. Off: score "
         "all tokens of the completions.",
     )
+    weight_column: str | None = option(
+        None, "Column of the datasets that says how much each pair counts in the loss: a number of at least 0."
+    )
+    margin_column: str | None = option(
+        None, "Column of the datasets that says which margin each pair is to reach: a number, in units of beta * nats."
+    )
     max_length: int | None = option(1024, "Longest prompt + completion in tokens; None does not truncate.")
     truncation_mode: str = option("keep_start", "Which end of a longer sequence is kept: `keep_start` or `keep_end`.")
     special_tokens_in_text: str = option(

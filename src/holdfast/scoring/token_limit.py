@@ -123,4 +123,6 @@ def _rows(batch: PairBatch, first: int, last: int, tokens: Int[Tensor, "n"]) -> 
         host_sequences=None,
         host_sources=None,
         pair_sources=None,
+        pair_weights=None,
+        pair_margins=None,
     )

@@ -10,8 +10,8 @@ by it. So backward passes have no exchange of their own. All processes gather in
 have pairs. Given up: the batch of an optimizer step; with gradient accumulation it is that of one micro-batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, final
 
 import torch
@@ -25,7 +25,7 @@ from holdfast.config import DPOConfig
 from holdfast.data.loader.fillers import mean_over_processes
 from holdfast.data.loader.token_weights import token_weights
 from holdfast.data.mixing.source_column import NO_SOURCE
-from holdfast.losses import LOSSES, PairLogps, loss_terms, preference_loss, sum_of_terms
+from holdfast.losses import LOSSES, MarginMoments, PairLogps, loss_terms, moments_after, preference_loss, sum_of_terms
 from holdfast.options.metric_names import LOSS_TERM
 from holdfast.scoring.router import balance_loss
 from holdfast.scoring.score import Scores
@@ -36,13 +36,16 @@ from holdfast.scoring.score import Scores
 class ComparedPairs:
     """What the losses of a batch read of its pairs: this process's own, or those of all processes in their order.
 
-    `own` are this process's pairs among them; None where there are no others.
+    `own` are this process's pairs among them; None where there are no others. `moments` are by loss those of all
+    batches of training so far, this one included. `margins` are those that the data ask of the pairs.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     weights: Float[Tensor, "P"] | None
+    margins: Float[Tensor, "P"] | None = None
     own: slice | None = None
+    moments: Mapping[str, MarginMoments] = field(default_factory=dict[str, MarginMoments])
 
     def terms(self, args: DPOConfig) -> Float[Tensor, "K P"]:
         """The terms of the losses of all pairs; see `losses.loss_terms`."""
@@ -52,6 +55,8 @@ class ComparedPairs:
             loss_types=args.loss_types,
             loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
             options=args.loss_options,
+            moments=self.moments,
+            margins=self.margins,
         )
 
     def losses_of(self, terms: Float[Tensor, "K P"]) -> Float[Tensor, "P"]:
@@ -81,6 +86,8 @@ class ComparedPairs:
             loss_weights=args.loss_weights or [1.0] * len(args.loss_types),
             options=args.loss_options,
             pair_weights=None if self.weights is None else self.weights[pairs],
+            moments=self.moments,
+            margins=None if self.margins is None else self.margins[pairs],
         )
 
     def of_this_process(self, values: Float[Tensor, "P"]) -> Float[Tensor, "Q"]:
@@ -100,6 +107,7 @@ class GlobalBatch:
         self._accelerator = accelerator
         self._sums_router = has_router and accelerator.num_processes > 1
         self._gathers = accelerator.num_processes > 1 and any(LOSSES[name].couples_pairs for name in args.loss_types)
+        self._moments: dict[str, MarginMoments] = {}
 
     def router_weights(self, batch: PairBatch, real: PairBatch) -> Int[Tensor, "R T"] | None:
         """How often each token of the batch counts in the load-balancing loss; None where the model's own loss of the
@@ -117,13 +125,34 @@ class GlobalBatch:
         self,
         policy: PairLogps,
         reference: PairLogps | None,
-        weights: Float[Tensor, "P"] | None,
         *,
+        weights: Sequence[Float[Tensor, "P"] | None],
+        margins: Float[Tensor, "P"] | None,
         is_uneven: bool,
+        is_training: bool,
     ) -> ComparedPairs:
-        """The pairs that a loss compares. With `is_uneven` processes may have unlike numbers of them."""
-        own = ComparedPairs(policy=policy, reference=reference, weights=weights)
-        return _gathered(own, self._accelerator, is_uneven=is_uneven) if self._gathers else own
+        """The pairs that a loss compares; the `weights` are multiplied. With `is_uneven` processes may have unlike
+        numbers of them. A batch of training joins the moments that later batches are compared with."""
+        factors = [each for each in weights if each is not None]
+        product = torch.stack(factors).prod(0) if len(factors) > 1 else next(iter(factors), None)
+        pairs = ComparedPairs(policy=policy, reference=reference, weights=product, margins=margins)
+        if self._gathers:
+            pairs = _gathered(pairs, self._accelerator, is_uneven=is_uneven)
+        if is_training:
+            names, options = self._args.loss_types, self._args.loss_options
+            self._moments = moments_after(
+                self._moments, pairs.policy, pairs.reference, loss_types=names, options=options
+            )
+        return replace(pairs, moments=self._moments)
+
+    def moments_record(self) -> dict[str, dict[str, float]]:
+        """The moments of all batches of training so far, by loss, as plain numbers. Waits for the device."""
+        return {name: moments.record() for name, moments in self._moments.items()}
+
+    def begin(self, moments: Mapping[str, Mapping[str, float]]) -> None:
+        """Begins a run, with the moments that `moments_record` gave for its batches so far."""
+        device = self._accelerator.device
+        self._moments = {name: MarginMoments.restored(record, device) for name, record in moments.items()}
 
     def mean(
         self, pairs: ComparedPairs, losses: Float[Tensor, "P"], term: Float[Tensor, ""] | None, *, is_uneven: bool
@@ -159,7 +188,8 @@ class GlobalBatch:
 def _gathered(own: ComparedPairs, accelerator: Accelerator, *, is_uneven: bool) -> ComparedPairs:
     """The pairs of all processes, in one exchange of a few numbers per pair."""
     columns = [getattr(logps, name) for logps in (own.policy, own.reference) if logps is not None for name in _NAMES]
-    table = torch.stack([column.float() for column in (*columns, *([] if own.weights is None else [own.weights]))], 1)
+    columns += [column for column in (own.weights, own.margins) if column is not None]
+    table = torch.stack([column.float() for column in columns], 1)
     num_own, index = len(table), accelerator.process_index
     counts = [num_own] * accelerator.num_processes
     if is_uneven:
@@ -172,7 +202,8 @@ def _gathered(own: ComparedPairs, accelerator: Accelerator, *, is_uneven: bool) 
     return ComparedPairs(
         policy=_logps(gathered[: len(_NAMES)], own.policy),
         reference=None if own.reference is None else _logps(gathered[len(_NAMES) :], own.reference),
-        weights=None if own.weights is None else gathered[-1],
+        weights=None if own.weights is None else gathered[-1 if own.margins is None else -2],
+        margins=None if own.margins is None else gathered[-1],
         own=slice(start, start + num_own),
     )
 

@@ -35,6 +35,7 @@ from holdfast.data.loader.fillers import gather_rows, real_pairs, rows_of_pairs,
 from holdfast.data.loader.order import order_by_length
 from holdfast.data.loader.stream_position import StreamPosition
 from holdfast.data.mixing.source_column import WithSources
+from holdfast.data.pair_values import pair_value_columns, with_pair_values
 from holdfast.data.prepare import Preparation
 from holdfast.metrics import Tally, means, motion, tokens_logged
 from holdfast.options.rehearsal import rehearse
@@ -106,14 +107,17 @@ class PairTrainer(FiniteTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         is_by_source = isinstance(self.data_collator, WithSources)
-        self._signature_columns = [*TOKENIZED_COLUMNS, *MASK_COLUMNS, *([SOURCE] if is_by_source else [])]
+        names = [*TOKENIZED_COLUMNS, *MASK_COLUMNS, *pair_value_columns(self.args), *([SOURCE] if is_by_source else [])]
+        self._signature_columns = list(dict.fromkeys(names))
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> Any:
         self._heed_hooks()
         filled = with_fillers(dataset, batch_size, self.accelerator)
         collator = self.data_collator
-        self.data_collator = in_host_memory(self, pair_of_each_row(collator, self.args.world_size))
-        if not kwargs.get("is_training"):
+        complete = in_host_memory(self, pair_of_each_row(collator, self.args.world_size))
+        is_training = bool(kwargs.get("is_training"))
+        self.data_collator = with_pair_values(complete, self.args, is_training=is_training)
+        if not is_training:
             keeps = not self.args.remove_unused_columns
             self.data_collator = self._by_source.collator(self.data_collator, dataset, description, keeps_column=keeps)
         try:
