@@ -38,7 +38,10 @@ from holdfast import DataCollatorForPreference, DPOConfig, DPOTrainer
 from recorded_runs import FORMS, RUNS, Run, pairs, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = re.compile(r"runtime$|_per_second$|preparation_time$|^created$|^checksum$")
+TIMES = re.compile(
+    r"runtime$|_per_second$|preparation_time$|^created$|^checksum$|^time/|^speed/|^memory/|^seconds$"
+    r"|^(started|finished|time|command)$"
+)
 LEFT_OUT = ("files", "optimizer", "unlogged", "evaluation_due", "epoch_end")
 MOST_SHOWN, WIDEST = 12, 400
 
@@ -92,6 +95,8 @@ def file_record(path: Path) -> Any:
         if path.name == "manifest.json":  # digests of files, among them pickled ones
             content = {name: value for name, value in content.items() if name not in LEFT_OUT}
         return exact(content)
+    if path.suffix == ".jsonl":
+        return [exact(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".safetensors":
         return {name: digest([(name, tensor)]) for name, tensor in load_file(path).items()}
     # Of equal states pickle may write unequal bytes, by which of their strings are one object.

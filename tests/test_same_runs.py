@@ -1,13 +1,15 @@
 """The comparison of runs finds what differs, and nothing else."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recorded_runs import DATA, LAYOUTS, MOTIONS, RUNS, STILL, WAYS, product
-from same_runs import differences, exact, recorded
+from same_runs import differences, exact, file_record, recorded
 
 
 def test_what_differs_is_named_by_its_path():
@@ -25,6 +27,17 @@ def test_floats_are_told_apart_to_the_last_bit_and_times_are_dropped():
     assert exact({"loss": [0.3, 0.1 + 0.2], "train_runtime": 1.0, "eval_steps_per_second": 2.0}) == {
         "loss": ["0x1.3333333333333p-2", "0x1.3333333333334p-2"]
     }
+
+
+def test_times_of_a_runs_record_are_dropped_and_the_rest_is_kept(tmp_path: Path):
+    line = '{"step": 1, "seconds": 2.5, "loss": 0.5, "time/data": 0.1, "speed/pairs_per_second": 9.0}\n'
+    (tmp_path / "logs.jsonl").write_text(2 * line)
+    assert file_record(tmp_path / "logs.jsonl") == 2 * [{"step": 1, "loss": "0x1.0000000000000p-1"}]
+    facts = {"started": "now", "finished": None, "command": ["train"], "resumed": [{"step": 2, "time": "later"}]}
+    (tmp_path / "facts.json").write_text(json.dumps(facts | {"memory": {"weights": 8}, "outcome": "finished"}))
+    assert file_record(tmp_path / "facts.json") == {
+        "resumed": [{"step": 2}], "memory": {"weights": 8}, "outcome": "finished",
+    }  # fmt: skip
 
 
 def test_the_covering():

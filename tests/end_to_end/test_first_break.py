@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from covering import covering
 from families import tiny_model
 from holdfast import DPOTrainer
+from holdfast.record import read
 from policies import POLICIES, config, logged, rows, trainer
 
 pytestmark = pytest.mark.slow
@@ -185,7 +186,8 @@ def no_constant(name: str) -> None:
 
 
 def check_disk(folder: Path, checkpoint: int | None) -> None:
-    """One complete checkpoint, or none; all that is written is finite, and no model of the run's end is there."""
+    """One complete checkpoint, or none; all that is written is finite, and no model of the run's end is there. The
+    record, which is read, has no number that is not."""
     names = [path.name for path in folder.glob("checkpoint-*")]
     assert names == ([f"checkpoint-{checkpoint}"] if checkpoint else [])
     assert len(list(folder.glob("checkpoint-*/reference/manifest.json"))) == len(names)
@@ -194,6 +196,15 @@ def check_disk(folder: Path, checkpoint: int | None) -> None:
     assert list(folder.glob("*.safetensors")) == []
     for file in folder.rglob("*.json"):
         json.loads(file.read_text(encoding="utf-8"), parse_constant=no_constant)
+    check_record(folder)
+
+
+def check_record(folder: Path) -> None:
+    """Each line is JSON without NaN, and the record is read."""
+    for file in folder.rglob("*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            json.loads(line, parse_constant=no_constant)
+    assert read(folder).facts.outcome in ("finished", "failed")
 
 
 TABLE = covering(
@@ -276,7 +287,11 @@ def test_numbers_of_callbacks_are_json(value: float, tmp_path: Path) -> None:
     ours.state.log_history.append({"mine": value, "step": 1})
     with pytest.raises(ValueError, match=r"entry of the trainer's log_history has mine=.*at step 1"):
         ours.save_state()
-    assert list((tmp_path / "run").rglob("*.json")) == []
+    facts = tmp_path / "run" / "record" / "facts.json"  # of the training before
+    assert list((tmp_path / "run").rglob("*.json")) == [facts]
+    json.loads(facts.read_text(encoding="utf-8"), parse_constant=no_constant)
+    check_record(tmp_path / "run")
+    assert all("mine" not in file.read_text(encoding="utf-8") for file in facts.parent.iterdir())
 
 
 def test_a_metric_that_overflows_is_an_error(tmp_path: Path) -> None:

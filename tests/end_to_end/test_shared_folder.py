@@ -151,6 +151,8 @@ OWNED = {
     "README.md": "replaced as a whole, with the same for the same run",
     "_saving/*": "of random names, each locked by its process",
     "store/*": "claims and random names: see test_store_kills.py",
+    "record": "one for the folder: a new run's replaces it, and a second run is told",
+    "record/*": "facts are replaced as a whole, entries are appended in one write each, by the main process alone",
     "runs/*": "tensorboard's, with time, machine and process in their names",
 }
 """What a run writes into its output folder, and why two runs don't meet there."""

@@ -1,13 +1,17 @@
 """The record of a run: what is written is read back, whatever a kill or a resumption leaves of it."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from holdfast.record import (
+    Audit,
     Event,
     Log,
     RecordWriter,
@@ -39,6 +43,49 @@ def test_what_is_written_is_read(writer, tmp_path):
     assert found.logs == (Log(step=2, epoch=0.5, seconds=found.logs[0].seconds, numbers={"loss": 0.5, "is_good": 1}),)
     assert (found.events[0].kind, found.events[0].numbers["drift"]) == ("sync", 0.25)
     assert found.samples == (SAMPLE,)
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.mark.parametrize("make", [float, np.float32, np.float64, torch.tensor], ids=["float", "fp32", "fp64", "torch"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null_and_left_out_when_read(writer, tmp_path, caplog, value, make):
+    """Neither raises nor is said: the run's own error says more."""
+    writer.log(1, value, {"loss": make(value), "accuracy": make(0.5), "text": "left out"})
+    writer.event(1, "sync", "It moved.", drift=make(value), version=1, step_text="left out")
+    writer.update(
+        beta=value,
+        num_epochs=value,
+        options={"max_grad_norm": value, "of": [value]},
+        audit=Audit(line="", mean_gap_nats=value),
+    )
+    log, event, facts = (
+        json.loads((tmp_path / "record" / name).read_text(), parse_constant=no_constant)
+        for name in ("logs.jsonl", "events.jsonl", "facts.json")
+    )
+    assert {**log, "seconds": 0} == {"step": 1, "epoch": None, "seconds": 0, "loss": None, "accuracy": 0.5}
+    assert (event["drift"], event["version"], "step_text" in event) == (None, 1, False)
+    assert (facts["beta"], facts["options"]) == (None, {"max_grad_norm": None, "of": [None]})
+    found = read(tmp_path)
+    assert (found.logs[0].epoch, found.logs[0].numbers) == (None, {"accuracy": 0.5})
+    assert found.events[0].numbers.keys() == {"version", "seconds"}
+    assert math.isnan(found.facts.beta)
+    assert found.facts.audit == Audit(line="", mean_gap_nats=None)
+    assert caplog.records == []
+    resumed = RecordWriter(tmp_path)
+    resumed.resume(FACTS, 1)
+    assert read(tmp_path).logs == found.logs
+
+
+def test_numbers_do_not_take_the_place_of_an_entrys_own(writer, tmp_path):
+    writer.log(1, 0.5, {"step": 9, "epoch": 9, "seconds": 1e9, "loss": 1.0})
+    writer.event(1, "sync", "It moved.", seconds=1e9)
+    found = read(tmp_path)
+    assert (found.logs[0].step, found.logs[0].epoch, found.logs[0].numbers) == (1, 0.5, {"loss": 1.0})
+    assert (found.logs[0].seconds or 0.0) < 1e6
+    assert found.events[0].numbers["seconds"] < 1e6
 
 
 def test_a_new_run_replaces_the_record(writer, tmp_path):

@@ -2,6 +2,9 @@
 
 An entry is appended in one write. So a kill leaves at most a last line that is cut, which is no entry, and an entry
 that was read once is never changed. A resumed run removes what came after its checkpoint before it appends.
+
+A number that is NaN or infinite is null in its line, and is left out when it is read: all numbers of a `Log` and of an
+`Event` are finite.
 """
 
 import contextlib
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
 
-from holdfast.record.typed_json import from_json
+from holdfast.record.typed_json import from_json, to_json
 
 LOGS, EVENTS, SAMPLES = "logs.jsonl", "events.jsonl", "samples.jsonl"
 
@@ -34,8 +37,7 @@ class Log:
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> "Log":
         """The log that a line holds. ValueError where it holds none."""
-        numbers = {name: value for name, value in line.items() if name not in ("step", "epoch", "seconds")}
-        return from_json(cls, {"epoch": None, "seconds": None, **_rest(line, numbers), "numbers": numbers})
+        return from_json(cls, {"epoch": None, "seconds": None, **_apart(line, ("step", "epoch", "seconds"))})
 
 
 @final
@@ -52,8 +54,7 @@ class Event:
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> "Event":
         """The event that a line holds. ValueError where it holds none."""
-        numbers = {name: value for name, value in line.items() if name not in ("step", "kind", "text")}
-        return from_json(cls, {**_rest(line, numbers), "numbers": numbers})
+        return from_json(cls, _apart(line, ("step", "kind", "text")))
 
 
 @final
@@ -82,7 +83,7 @@ class Sample:
 
 def append(file: Path, entry: Mapping[str, Any]) -> None:
     """Appends an entry as one line. OSError where it cannot be written; then the file is as it was."""
-    line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+    line = (json.dumps(to_json(entry), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -125,5 +126,7 @@ def _entry(file: Path, number: int, line: bytes, of_line: Callable[[dict[str, An
         ) from error
 
 
-def _rest(line: dict[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in numbers}
+def _apart(line: dict[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
+    """A line with its numbers, all but its `own` keys, under `numbers`; without those that were not finite."""
+    numbers = {name: value for name, value in line.items() if name not in own and value is not None}
+    return {**{name: line[name] for name in own if name in line}, "numbers": numbers}

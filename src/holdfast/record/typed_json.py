@@ -1,9 +1,11 @@
 """Frozen records to JSON and back, by their fields' types: nothing else is accepted, and an error names the field.
 
 Types that records may have: numbers, text, bool, None, other records, tuples and mappings of these, `Any`. A field's
-key is its name, or `metadata["key"]`.
+key is its name, or `metadata["key"]`. A float that is NaN or infinite has no JSON: it is null, and is read as NaN where a
+float must be.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -13,14 +15,14 @@ R = TypeVar("R")
 
 
 def to_json(value: Any) -> Any:
-    """The value as dicts, lists, text and numbers."""
+    """The value as dicts, lists, text and finite numbers; None in the place of floats that are not finite."""
     if is_dataclass(value) and not isinstance(value, type):
         return {_key(each): to_json(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(kind: type[R], value: Any, where: str = "") -> R:
@@ -52,6 +54,8 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
         return tuple(_converted(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
         return {key: _converted(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and value is None:
+        return math.nan
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

@@ -2,12 +2,12 @@
 
 `facts.json` is written whole under another name and moved into its place; entries are appended. So whatever instant a
 kill comes at, the record is read. A disk that is full, or a folder that cannot be written to, does not end a run:
-it is said once, and what could not be written is missing from the record.
+it is said once, and what could not be written is missing from the record. Nor does a number that is not finite, of
+which the run itself says where it came from: it is null in the record.
 """
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -86,14 +86,13 @@ class RecordWriter:
 
     def log(self, step: int, epoch: float | None, numbers: Mapping[str, Any]) -> None:
         """Appends a log. What is no number is left out."""
-        named = {name: number for name, value in numbers.items() if (number := _number(value)) is not None}
         entry = {"step": step, "epoch": epoch, "seconds": round(self.seconds, 3)}
-        self._append(LOGS, {**entry, **{name: value for name, value in named.items() if name not in entry}})
+        self._append(LOGS, {**entry, **_numbers_in(numbers), **entry})
 
-    def event(self, step: int, kind: str, text: str, **numbers: float) -> None:
-        """Appends an event."""
+    def event(self, step: int, kind: str, text: str, **numbers: Any) -> None:
+        """Appends an event. What is no number is left out."""
         entry = {"step": step, "kind": kind, "text": text, "seconds": round(self.seconds, 3)}
-        self._append(EVENTS, {**entry, **numbers})
+        self._append(EVENTS, {**entry, **_numbers_in(numbers), **entry})
 
     def sample(self, sample: Sample) -> None:
         """Appends a sample."""
@@ -148,12 +147,16 @@ class RecordWriter:
             self._has_failed = True
 
 
+def _numbers_in(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among these values, and scalars of numpy and torch as numbers; truth is 1 or 0."""
+    return {name: number for name, value in values.items() if (number := _number(value)) is not None}
+
+
 def _number(value: Any) -> float | None:
-    """The value where it is a finite number (or a scalar of numpy or torch), else None."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int | float):
-        return value if math.isfinite(value) else None
+        return value
     if callable(item := getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
         return _number(item())
     return None

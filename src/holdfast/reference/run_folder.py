@@ -97,7 +97,8 @@ def running(root: Path) -> Iterator[None]:
         for owner in _other_runs(root, own_lock=lock):
             logger.warning(
                 "%s is in use by another run (process %d on %s). Each keeps its reference in a folder of its own, but "
-                "checkpoints of the same step would replace each other: give each run an output_dir.",
+                "checkpoints of the same step would replace each other, and both write into one record: give each run "
+                "an output_dir.",
                 root.parent, owner.process, owner.machine,
             )  # fmt: skip
         yield

@@ -1,5 +1,6 @@
 """The facts of a run, as its record and its banner say them, read from a trainer that is about to train."""
 
+import math
 import platform
 import sys
 from collections import Counter
@@ -239,7 +240,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(getattr(value, "value", value))
 

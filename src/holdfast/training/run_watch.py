@@ -114,7 +114,7 @@ class RunWatch(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Writes that it was evaluated."""
         named: Mapping[str, Any] = metrics or {}
-        losses = {name: value for name, value in named.items() if name.endswith("_loss")}
+        losses = {k: v for k, v in named.items() if k.endswith("_loss") and isinstance(v, int | float)}
         if losses:
             text = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
             self.event(state.global_step, "evaluation", f"Evaluated: {text}.", **losses)
