@@ -8,6 +8,8 @@ BEFORE := HEAD
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
+# mkdocs-material advertises on every build.
+export NO_MKDOCS_2_WARNING := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
