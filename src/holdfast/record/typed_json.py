@@ -1,8 +1,8 @@
 """Frozen records to JSON and back, by their fields' types: nothing else is accepted, and an error names the field.
 
 Types that records may have: numbers, text, bool, None, other records, tuples and mappings of these, `Any`. A field's
-key is its name, or `metadata["key"]`. A float that is NaN or infinite has no JSON: it is null, and is read as NaN where a
-float must be.
+key is its name, or `metadata["key"]`. A float that is NaN or infinite is null, as JSON has no such number, and is read
+as NaN where a float must be.
 """
 
 import math
