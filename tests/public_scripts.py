@@ -47,8 +47,8 @@ training_args = TrainingArguments(
     remove_unused_columns=False, gradient_accumulation_steps=1, logging_first_step=True, optim="rmsprop", **SMALL
 )
 dpo_trainer = DPOTrainer(
-    model, model_ref, args=training_args, beta=0.2, train_dataset=train_dataset, tokenizer=tokenizer,
-    max_length=512, max_target_length=128, max_prompt_length=128, generate_during_eval=True,
+    model, model_ref, args=training_args, beta=0.2, train_dataset=train_dataset, eval_dataset=train_dataset,
+    tokenizer=tokenizer, max_length=512, max_target_length=128, max_prompt_length=128, generate_during_eval=True,
 )
 dpo_trainer.train()
 """,
@@ -58,10 +58,12 @@ dpo_trainer.train()
             "max_length=512: move it into DPOConfig(max_length=512)",
             "max_target_length=128: drop it",
             "max_prompt_length=128: drop it",
-            "generate_during_eval=True: drop it",
+            "generate_during_eval=True: write generate_samples=16 (prompts of each evaluation set) in DPOConfig",
             "`args` is a TrainingArguments; pass a `holdfast.DPOConfig`",
         ),
-        options={"beta": 0.2, "max_length": 512, "optim": "rmsprop", "gradient_accumulation_steps": 1},
+        options={
+            "beta": 0.2, "max_length": 512, "optim": "rmsprop", "gradient_accumulation_steps": 1, "generate_samples": 16
+        },
     ),
     "stack_llama_2 dpo_llama2.py (2023)": Shape(
         source="""

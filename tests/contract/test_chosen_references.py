@@ -333,20 +333,45 @@ def test_lists_without_a_meaning_are_refused(tmp_path: Path) -> None:
         (others(), {"ref_model_weights": WEIGHTS}, r"3 weights, but `ref_model` names 2 references"),
         (tiny_model(seed=5), {"ref_model_weights": [1.0]}, r"but `ref_model` is one LlamaForCausalLM"),
         (None, {"ref_model_weights": [1.0]}, r"but `ref_model` is one NoneType"),
+        (None, {"ref_model_weights": [1.0], "loss_type": "simpo"}, r"but `ref_model` is one NoneType"),
         ([], {}, r"`ref_model` is a list of 0 references"),
         ([None, None], {}, r"a list of 2 references, 2 of them None"),
         (others(), {"ref_model_init_kwargs": {"dtype": "bfloat16"}}, r"is LlamaForCausalLM, Qwen2.*not a path"),
         ([policy, tiny_model(seed=5)], {}, r"`ref_model` is the same object as `model`"),
         ([None, tiny_model(vocab_size=101)], {}, r"vocabulary of 101 tokens and `model` one of 97"),
         (others(), {"reference": "snapshot"}, r"reference='snapshot' was asked for together with a `ref_model`"),
-        ([None, *others()], {"loss_type": "simpo"}, r"`ref_model` was given, but.*no reference"),
+        (
+            [None, *others()],
+            {"loss_type": "simpo", "reference": "none"},
+            r"`ref_model` was given together with.*'none'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(policy, config(tmp_path, **options), ref_model=ref_model)
     with pytest.raises(TypeError, match=r"`ref_model` is or holds a dict; pass a model"):
         trainer(policy, config(tmp_path), ref_model=[{}, None])
-    with pytest.raises(ValueError, match=r"ref_model_weights was asked for, but loss_type \['simpo'\]"):
-        config(tmp_path, loss_type="simpo", ref_model_weights=[1.0])
+
+
+def test_a_list_beside_a_loss_without_a_reference_is_measured(tmp_path: Path) -> None:
+    """`reference/kl_*` are the policy's log-probs less those of the mixture, and the losses are those without a list.
+    The first batch has all rows."""
+    options: dict[str, Any] = {"loss_type": "simpo", "per_device_train_batch_size": len(rows()), "max_steps": 1}
+    options |= {"ref_model_weights": WEIGHTS, "learning_rate": 0.0}
+    ours = trainer(tiny_model(), config(tmp_path / "kept", **options), ref_model=[None, *others()])
+    ours.train()
+    plain = trainer(tiny_model(), config(tmp_path / "plain", **options | {"ref_model_weights": None}))
+    plain.train()
+    assert logged(ours) == logged(plain)
+    policy = tiny_model()
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            gaps = [
+                float(logp(policy, row, f"{side}_ids") - mixed([policy, *others()], WEIGHTS, row, f"{side}_ids"))
+                for row in rows()
+            ]
+        assert logged(ours, f"reference/kl_{side}") == pytest.approx([sum(gaps) / len(gaps)], abs=2e-5)
+        assert max(map(abs, gaps)) > 0.1
+        assert logged(plain, f"reference/kl_{side}") == []
 
 
 # --- another device, another dtype ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import nn
 
 from families import tiny_model
 from holdfast.reference.identity.digests import digest
-from naive import NUM_STEPS, Recording, naive_run
+from naive import NUM_STEPS, Recording, logp, naive_run
 from policies import POLICIES, config, logged, rows, trainer
 
 
@@ -147,12 +147,28 @@ def test_names_that_cannot_be_right(make: Any, options: dict[str, Any], message:
         ({"sync_ref_model": True}, "together with sync_ref_model=True"),
         ({"reference": "model"}, "together with reference='model'"),
         ({"reference": "snapshot"}, "together with reference='snapshot'"),
-        ({"loss_type": "simpo"}, "ref_adapter_name was asked for, but loss_type .*has no reference"),
     ],
 )
 def test_options_that_contradict_a_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, ref_adapter_name="sft", **options)
+
+
+def test_a_name_beside_a_loss_without_a_reference_is_measured(tmp_path: Path) -> None:
+    """`reference/kl_*` of the first batch, which has all rows, are the log-probs of the adapter that trains less those
+    of the named one, and the losses are those without a name."""
+    options: dict[str, Any] = {"loss_type": "simpo", "per_device_train_batch_size": len(rows()), "max_steps": 2}
+    ours = trainer(with_other_reference(), config(tmp_path / "kept", ref_adapter_name="sft", **options))
+    ours.train()
+    plain = trainer(with_other_reference(), config(tmp_path / "plain", **options))
+    plain.train()
+    assert logged(ours) == logged(plain)
+    policy, reference = (adapter_alone(with_other_reference(), name).eval() for name in ("tuned", "sft"))
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            gaps = [float(logp(policy, row, f"{side}_ids") - logp(reference, row, f"{side}_ids")) for row in rows()]
+        assert logged(ours, f"reference/kl_{side}")[0] == pytest.approx(sum(gaps) / len(gaps), abs=2e-5)
+        assert max(map(abs, gaps)) > 0.01
 
 
 def test_a_name_beside_a_ref_model_is_refused(tmp_path: Path) -> None:

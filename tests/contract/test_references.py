@@ -374,9 +374,28 @@ def test_a_snapshot_file_that_cannot_be_written(tmp_path: Path) -> None:
         ours.train()
 
 
-def test_a_ref_model_for_losses_without_a_reference_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`ref_model` was given, but.*no reference"):
-        trainer(tiny_model(), config(tmp_path, loss_type="simpo"), ref_model=tiny_model(seed=1))
+def test_a_ref_model_for_losses_without_a_reference_is_measured(tmp_path: Path) -> None:
+    """It trains nothing: losses and weights are those without it. `reference/kl_*` of the first batch, which has all
+    rows, are the policy's log-probs less the reference's. It is refused beside reference='none'."""
+    runs = []
+    for ref_model in (None, tiny_model(seed=1)):
+        args = config(tmp_path, loss_type="simpo", per_device_train_batch_size=len(rows()), max_steps=2)
+        runs.append(trainer(tiny_model(), args, ref_model=ref_model))
+        runs[-1].train()
+    plain, ours = runs
+    assert logged(ours) == logged(plain)
+    assert digest(ours.model.named_parameters()) == digest(plain.model.named_parameters())
+    assert plain.reference is None
+    for side in ("chosen", "rejected"):
+        with torch.no_grad():
+            gaps = [
+                float(logp(tiny_model(), row, f"{side}_ids") - logp(tiny_model(seed=1), row, f"{side}_ids"))
+                for row in rows()
+            ]
+        assert logged(ours, f"reference/kl_{side}")[0] == pytest.approx(sum(gaps) / len(gaps), abs=2e-5)
+        assert max(map(abs, gaps)) > 0.1
+    with pytest.raises(ValueError, match=r"`ref_model` was given together with reference='none'.*would be ignored"):
+        trainer(tiny_model(), config(tmp_path, loss_type="simpo", reference="none"), ref_model=tiny_model(seed=1))
 
 
 def test_syncing_towards_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -273,7 +273,12 @@ def test_a_mixture_trains_as_by_python(place, tmp_path):
     assert logged(tmp_path / "cli") == [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.create_model_card()
     card = (tmp_path / "python" / "README.md").read_text(encoding="utf-8")
-    assert "| pairs of easy | 5 |\n| pairs of more | 10 |\n\n```python" in card
+    assert "| dataset | not named |\n| pairs of easy | 5 |\n| pairs of more | 10 |\n\n| | training |" in card
+    assert card.count("| pairs of ") == 2
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    table = card.partition("| | training |\n|---|---:|\n")[2].partition("\n\n```python")[0].splitlines()
+    assert table[:2] == ["| step | 4 |", f"| loss | {last['loss']:.4g} |"]
+    assert f"| logps/chosen | {last['logps/chosen']:.4g} |" in table
 
 
 @pytest.mark.parametrize("streaming", [{}, {"streaming": True}])

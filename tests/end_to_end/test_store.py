@@ -1,5 +1,7 @@
 """Log-probs stored by one run and found by the next: exactly where nothing changed that changes a number (law L6)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from datasets import Dataset
 
 from families import tiny_model
 from holdfast.losses import LOSSES
+from holdfast.progress import Bar, bar
 from holdfast.reference import base
 from holdfast.reference.scorers import model
 from holdfast.reference.sources import stored as precomputed
@@ -250,12 +253,14 @@ def test_the_progress_bar_says_what_is_waited_for(
     """Another process has claimed the only block, until it gives it up."""
     said, answers, claim = [], iter([False, False]), claims._claim
 
-    class Bar(precomputed.tqdm):
-        def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-            said.append(s)
-            super().set_postfix_str(s, refresh)
+    @contextmanager
+    def noting(*args: Any, **options: Any) -> Iterator[Bar]:
+        with bar(*args, **options) as shown:
+            plain: Any = shown.note
+            shown.note = lambda text: said.append(text) or plain(text)  # type: ignore[method-assign]
+            yield shown
 
-    monkeypatch.setattr(precomputed, "tqdm", Bar)
+    monkeypatch.setattr(precomputed, "bar", noting)
     monkeypatch.setattr(claims, "_claim", lambda *parts: next(answers, True) and claim(*parts))
     monkeypatch.setattr(claims, "SHORTEST_POLL_SECONDS", 0.001)
     trainer(tiny_model(), config(tmp_path, **AHEAD))

@@ -219,6 +219,13 @@ def test_verdicts_name_the_row_with_wrong_ids(value: Any) -> None:
     assert np.array_equal(judge.verdicts(table[:1], 0), [USABLE])
 
 
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages go to a terminal, as far as anybody asks."""
+    monkeypatch.setattr("holdfast.data.progress.is_terminal", lambda: True)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_disable_tqdm_leaves_nothing_on_the_screen(num_proc: int | None, capfd: pytest.CaptureFixture[str]) -> None:
     data = Dataset.from_list(MESSAGES)
@@ -229,6 +236,21 @@ def test_disable_tqdm_leaves_nothing_on_the_screen(num_proc: int | None, capfd: 
     assert "Tokenizing train dataset" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_bars_that_redraw_a_line_are_not_shown_in_a_file(
+    num_proc: int | None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook shows them."""
+    data = Dataset.from_list(MESSAGES)
+    prepare_dataset(data, tiny.tokenizer(), num_proc=num_proc)
+    assert "%|" not in capfd.readouterr().err
+    assert not are_progress_bars_disabled()
+    monkeypatch.setattr("holdfast.data.progress.is_notebook", lambda: True)
+    prepare_dataset(data, tiny.tokenizer(), num_proc=num_proc)
+    assert "Tokenizing train dataset" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("of_datasets", [True, False])
 @pytest.mark.parametrize("of_transformers", [True, False])
 def test_bars_that_the_user_has_switched_off_stay_off(
@@ -244,6 +266,10 @@ def test_bars_that_the_user_has_switched_off_stay_off(
     with bars(are_shown=True):
         assert states() == before
     with bars(are_shown=False):
+        assert states() == (True, True, True)
+    assert states() == before
+    monkeypatch.setattr("holdfast.data.progress.is_terminal", lambda: False)
+    with bars(are_shown=True):
         assert states() == (True, True, True)
     assert states() == before == (not of_datasets, not of_transformers, before[2])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,10 +18,10 @@ from torch.distributed import TCPStore
 from holdfast.peers import phase
 from holdfast.peers.beat import Beat, Verdict
 from holdfast.peers.guard import guarded, is_of_communication
-from holdfast.peers.links import Links, neighbours
+from holdfast.peers.links import Link, Links, neighbours
 from holdfast.peers.signs import Signs, born, state_of
 from holdfast.peers.verdict import Peer, gone, is_behind, judge
-from holdfast.peers.watch import described
+from holdfast.peers.watch import Watch, described
 
 LIMIT, NOW = 30.0, 1000.0
 WORKS = Beat(rank=1, host="b", pid=7, name="training", step=3, num_collectives=9, idle=0.0, asleep=0.0, locked=0.0)
@@ -170,6 +171,35 @@ def test_links_carry_lines_and_show_that_a_process_has_ended() -> None:
         for links in (first, second):
             for each in links.sockets():
                 each.close()
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_end_of_a_process_counts_at_once_with_its_last_words(
+    is_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's signal comes first, then the last beat of the process that was killed, with its end: whoever waits
+    to know which process is lost does not take that beat for a sign of life, though the end is looked at later."""
+    watch, (ours, theirs) = Watch(0, 2, ("127.0.0.1", 1)), socket.socketpair()
+    beat = replace(WORKS, machine=watch._own.machine, born="long ago") if is_here else WORKS
+    watch._peers[1] = Peer(beat=beat, heard_at=0.0)
+    link = watch._links.links[1] = Link(ours, 1)
+    plain, found = Watch._disconnected, []
+    monkeypatch.setattr(Watch, "_disconnected", lambda *args: (time.sleep(0.1), plain(*args)))
+    monkeypatch.setattr("holdfast.peers.watch.RECONNECT_SECONDS", 0.2)
+    waits = threading.Thread(target=lambda: found.append(watch.wait_for_verdict(10, needs_all=False)))
+    waits.start()
+    time.sleep(0.1)
+    theirs.sendall(beat.line())
+    theirs.close()
+    watch._hear_all(1, link)
+    time.sleep(0.3)
+    assert bool(found) == is_here  # the end of a connection with another machine may be the network's
+    watch._judge(time.monotonic())
+    waits.join()
+    for each in watch._links.sockets():
+        each.close()
+    fate = "was killed, or ended without a word (os._exit), in step 3 (training)"
+    assert found == [Verdict(rank=1, text=f"Rank 1 of 2 (host b, pid 7) {fate}.")]
 
 
 def _until(is_so: Any) -> None:

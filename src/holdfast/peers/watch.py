@@ -173,6 +173,7 @@ class Watch:
         while (left := until - time.monotonic()) > 0:
             self._listen(left)
         self._judge(time.monotonic())
+        self._end_if_due(time.monotonic())
 
     def _look(self) -> None:
         from holdfast.internals.torch import num_collectives
@@ -211,22 +212,28 @@ class Watch:
         if any(each not in own for each in ready):
             self._greet(self._links.accept())
         for rank, link in [*self._links.links.items()]:
-            if link.socket not in ready:
-                continue
-            records, is_open = link.received()
+            if link.socket in ready:
+                self._hear_all(rank, link)
+
+    def _hear_all(self, rank: int, link: Link) -> None:
+        """Hears what has come over a connection: the last words of a process that ended and its end count at once."""
+        records, is_open = link.received()
+        with self._changed:
             for record in records:
-                self._hear(rank, record)
+                self._hear(rank, record, is_open=is_open)
             if not is_open and self._links.links.get(rank) is link:
                 self._disconnected(rank)
+        self._end_if_due(time.monotonic())
 
-    def _hear(self, rank: int, record: dict[str, Any]) -> None:
+    def _hear(self, rank: int, record: dict[str, Any], *, is_open: bool = True) -> None:
         if "verdict" in record:
             self._conclude(Verdict(**record["verdict"]))
             return
         beat, now = Beat.of(record["beat"]), time.monotonic()
         peer = self._peers.setdefault(rank, Peer(beat=beat, heard_at=now))
         is_news = beat.signal != 0 and (peer.beat.signal == 0 or peer.beat is beat)
-        peer.beat, peer.heard_at, peer.is_connected, peer.lost_at, peer.same_machine = beat, now, True, 0.0, None
+        peer.beat, peer.heard_at, peer.is_connected, peer.same_machine = beat, now, True, None
+        peer.lost_at = 0.0 if is_open else now
         if is_news and phase.current()[0] is not None and not interruption.is_asked_anywhere():
             _pass_on(beat.signal)
         self._notify()
@@ -244,6 +251,7 @@ class Watch:
             made = self._links.dial([rank])
             self._greet(made)
             peer.is_connected = bool(made)
+            peer.lost_at = 0.0
         else:
             peer.lost_at = time.monotonic()
         self._judge(time.monotonic())
@@ -257,23 +265,23 @@ class Watch:
     # --- judging and ending -------------------------------------------------------------------------------------------
 
     def _judge(self, now: float) -> None:
-        for rank, peer in self._peers.items():
-            if peer.lost_at and rank not in self._links.links and now - peer.lost_at > RECONNECT_SECONDS:
-                peer.is_connected = False
-            if now - peer.heard_at > self.limit / 2:
-                self._ask_the_system(peer)
-            others = [self._beat(), *(other.beat for other in self._peers.values())]
-            if not is_behind(peer.beat, others):
-                peer.awaited_since = None
-            elif peer.awaited_since is None:
-                peer.awaited_since = now
-            if self.verdict is None and self.limit > 0:
-                found = judge(peer, self.num_ranks, now, self.limit)
-                if found is not None:
-                    self._conclude(found)
-        if self.verdict is None and now - self._moved_at > STUCK_SECONDS and (found := self._gone()) is not None:
-            self._conclude(found)
-        self._end_if_due(now)
+        with self._changed:
+            for rank, peer in self._peers.items():
+                if peer.lost_at and rank not in self._links.links and now - peer.lost_at > RECONNECT_SECONDS:
+                    peer.is_connected = False
+                if now - peer.heard_at > self.limit / 2:
+                    self._ask_the_system(peer)
+                others = [self._beat(), *(other.beat for other in self._peers.values())]
+                if not is_behind(peer.beat, others):
+                    peer.awaited_since = None
+                elif peer.awaited_since is None:
+                    peer.awaited_since = now
+                if self.verdict is None and self.limit > 0:
+                    found = judge(peer, self.num_ranks, now, self.limit)
+                    if found is not None:
+                        self._conclude(found)
+            if self.verdict is None and now - self._moved_at > STUCK_SECONDS and (found := self._gone()) is not None:
+                self._conclude(found)
 
     def _ask_the_system(self, peer: Peer) -> None:
         """Notes what the system says of a silent process of this machine."""
@@ -352,8 +360,9 @@ def described(error: BaseException) -> str:
 
 
 def _is_settled(peer: Peer, since: float) -> bool:
-    """Whether a process was heard of since then, or has said before how it ends."""
-    return peer.heard_at > since or peer.beat.has_ended or peer.beat.signal != 0 or not peer.is_connected
+    """Whether a process was heard of since then and has a connection, or has said before how it ends."""
+    has_said = peer.beat.has_ended or peer.beat.signal != 0 or not peer.is_connected
+    return has_said or (peer.heard_at > since and not peer.lost_at)
 
 
 def _children() -> list[Any]:
