@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import holdfast
 import tiny
 from families import tiny_model
+from holdfast.options.metric_names import LOSS_TERM
 
 trl = pytest.importorskip("trl", reason="needs TRL")
 
@@ -49,6 +50,7 @@ TEXTS = [
 TOOLS = [{"type": "function", "function": {"name": "tides", "description": "When", "parameters": {"day": "Monday"}}}]
 
 OURS_ALONE = {f"reference/{name}" for name in ("kl_chosen", "kl_rejected", "version", "age", "drift")}
+OURS_ALONE |= {f"rewards/margins_p{percent}" for percent in (10, 50, 90)}
 BY_TOKENS = {
     "entropy": ("chosen", "rejected"),
     "logits/chosen": ("chosen",),
@@ -189,7 +191,8 @@ def assert_same_logs(theirs: Recording, ours: holdfast.DPOTrainer, relative: flo
         if "total_flos" in expected and ours.data_collator.name != "padded":
             assert found["total_flos"] < expected.pop("total_flos")
         alone = found.keys() - expected.keys() - entry.keys()
-        assert alone <= OURS_ALONE | {f"eval_{name}" for name in OURS_ALONE}
+        terms = {f"{LOSS_TERM}{name}" for name in [*ours.args.loss_types, "aux_loss"]}
+        assert alone <= OURS_ALONE | terms | {f"eval_{name}" for name in OURS_ALONE | terms}
         for name, value in expected.items():
             scale = NATS if "logps/" in name or "rewards/" in name else ABSOLUTE
             if name.endswith("rewards/accuracies") and abs(expected[name.replace("accuracies", "margins")]) < NATS:
