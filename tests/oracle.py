@@ -219,10 +219,10 @@ def _rainbow(p: _Pair) -> Tensor:
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; the latter 1 where all values are equal, which is then no matter."""
+    """Mean and standard deviation, the latter at least 0.01."""
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
-    return mean, deviation if deviation > 1e-6 else 1.0
+    return mean, max(deviation, 0.01)
 
 
 def _alpha_dpo(chosen, rejected, ref_chosen, ref_rejected, options: Options) -> Tensor:

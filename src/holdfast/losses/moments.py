@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 MOMENTUM = 0.9
-_LEAST_DEVIATION = 1e-6
-"""Nats. Where all margins are equal, as before the first step, they are standardised to 0."""
+_LEAST_DEVIATION = 0.01
+"""Nats. Before the first step all margins are 0 but for rounding, which must not be taken for a difference."""
 
 
 @final
@@ -43,7 +43,7 @@ class MarginMoments:
         )
 
     def standardised(self, margins: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-        """(margin - mean) / deviation."""
+        """(margin - mean) / deviation, where the deviation counts as 0.01 nats at least."""
         return (margins - self.mean) / self.deviation.clamp(min=_LEAST_DEVIATION)
 
     def record(self) -> dict[str, float]:
