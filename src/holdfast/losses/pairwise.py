@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from holdfast.losses.logistic import smoothed_logistic
 from holdfast.losses.modifiers import DivergenceOptions, f_divergence_score
 from holdfast.losses.options import BetaOptions, SmoothingOptions, number, option
 from holdfast.losses.table import LossInputs, loss
@@ -37,15 +38,10 @@ def _margin(inputs: LossInputs[DivergenceOptions], *, per_token: bool = False) -
     return inputs.options.beta * (chosen - rejected)
 
 
-def _smoothed_logistic(margin: Tensor, smoothing: float) -> Tensor:
-    """-(1 - eps) log sigma(margin) - eps log sigma(-margin)."""
-    return -(1.0 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
-
-
 @loss("Rafailov et al. 2023, Eq. 7, arXiv:2305.18290", SmoothedDivergenceOptions, reads_margins=True)
 def sigmoid(inputs: LossInputs[SmoothedDivergenceOptions]) -> Float[Tensor, "P"]:
     """-(1 - eps) log sigma(m) - eps log sigma(-m). With eps > 0: conservative DPO (Mitchell 2023)."""
-    return _smoothed_logistic(inputs.beyond_margin(_margin(inputs)), inputs.options.label_smoothing)
+    return smoothed_logistic(inputs.beyond_margin(_margin(inputs)), inputs.options.label_smoothing)
 
 
 @loss(
@@ -115,14 +111,14 @@ def aot(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     assert inputs.reference is not None
     policy = (inputs.policy.chosen - inputs.policy.rejected).sort().values
     reference = (inputs.reference.chosen - inputs.reference.rejected).sort().values
-    return _smoothed_logistic(inputs.options.beta * (policy - reference), inputs.options.label_smoothing)
+    return smoothed_logistic(inputs.options.beta * (policy - reference), inputs.options.label_smoothing)
 
 
 @loss("Melnyk et al. 2024, unpaired, arXiv:2406.05882", SmoothingOptions, sorts_batch=True)
 def aot_unpaired(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta (sort(r_w) - sort(r_l)), within the batch."""
     chosen, rejected = _rewards(inputs)
-    return _smoothed_logistic(chosen.sort().values - rejected.sort().values, inputs.options.label_smoothing)
+    return smoothed_logistic(chosen.sort().values - rejected.sort().values, inputs.options.label_smoothing)
 
 
 @loss("D'Oosterlinck et al. 2024, Eq. 7, arXiv:2408.06266", BetaOptions)

@@ -15,13 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from holdfast.losses.logistic import smoothed_logistic
 from holdfast.losses.options import BetaOptions, SmoothingOptions, number, option
 from holdfast.losses.table import LossInputs, PairLogps, loss
-
-
-def _smoothed_logistic(margin: Float[Tensor, "P"], smoothing: float) -> Float[Tensor, "P"]:
-    """-(1 - eps) log sigma(margin) - eps log sigma(-margin)."""
-    return -(1.0 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
 def _differences(logps: PairLogps, *, per_token: bool = False) -> Float[Tensor, "P"]:
@@ -47,7 +43,7 @@ def hypo(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     one that has no opinion, so the policy is not done when it is merely less wrong."""
     policy, reference = _both_differences(inputs)
     margin = inputs.beyond_margin(inputs.options.beta * (policy - F.relu(reference)))
-    return _smoothed_logistic(margin, inputs.options.label_smoothing)
+    return smoothed_logistic(margin, inputs.options.label_smoothing)
 
 
 @loss("Yuan et al. 2026, per token, arXiv:2602.11902", SmoothingOptions, reads_margins=True)
@@ -55,7 +51,7 @@ def hypo_norm(inputs: LossInputs[SmoothingOptions]) -> Float[Tensor, "P"]:
     """As `hypo`, with log-probs per token in both margins."""
     policy, reference = _both_differences(inputs, per_token=True)
     margin = inputs.beyond_margin(inputs.options.beta * (policy - F.relu(reference)))
-    return _smoothed_logistic(margin, inputs.options.label_smoothing)
+    return smoothed_logistic(margin, inputs.options.label_smoothing)
 
 
 @dataclass(kw_only=True)
@@ -67,13 +63,13 @@ class DpopOptions(SmoothingOptions):
     ] = option(50.0, "Weight of DPOP's penalty on a chosen completion that falls below the reference.")
 
 
-@loss("Pal et al. 2024, Eq. 3, arXiv:2402.13228", DpopOptions, reads_margins=True)
+@loss("Pal et al. 2024, arXiv:2402.13228", DpopOptions, reads_margins=True)
 def dpop(inputs: LossInputs[DpopOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta (r_w - r_l - dpop_lambda max(0, -r_w)): falling below the reference on the chosen
     completion costs margin."""
     chosen, rejected = inputs.log_ratios()
     margin = inputs.options.beta * (chosen - rejected - inputs.options.dpop_lambda * F.relu(-chosen))
-    return _smoothed_logistic(inputs.beyond_margin(margin), inputs.options.label_smoothing)
+    return smoothed_logistic(inputs.beyond_margin(margin), inputs.options.label_smoothing)
 
 
 # --- the reference beside a constant margin ---------------------------------------------------------------------------
@@ -99,7 +95,7 @@ def rainbow(inputs: LossInputs[RainbowOptions]) -> Float[Tensor, "P"]:
     policy, reference = _both_differences(inputs, per_token=True)
     options = inputs.options
     target = options.rainbow_alpha * options.beta * reference + (1.0 - options.rainbow_alpha) * options.rainbow_gamma
-    return _smoothed_logistic(inputs.beyond_margin(options.beta * policy - target), options.label_smoothing)
+    return smoothed_logistic(inputs.beyond_margin(options.beta * policy - target), options.label_smoothing)
 
 
 # --- a pair beside the others -----------------------------------------------------------------------------------------
@@ -131,7 +127,7 @@ def alpha_dpo(inputs: LossInputs[AlphaDpoOptions]) -> Float[Tensor, "P"]:
     options, gaps = inputs.options, _gap_per_token(inputs)
     target = options.alpha_dpo_gamma + options.alpha_dpo_alpha * inputs.moments_of("alpha_dpo", gaps).standardised(gaps)
     margin = options.beta * _differences(inputs.policy, per_token=True) - target
-    return _smoothed_logistic(margin, options.label_smoothing)
+    return smoothed_logistic(margin, options.label_smoothing)
 
 
 @dataclass(kw_only=True)
@@ -155,14 +151,14 @@ def _gap(inputs: LossInputs[BetaOptions]) -> Float[Tensor, "P"]:
 _LEAST_BETA = 1e-3
 
 
-@loss("Wu et al. 2024, Eqs. 6 to 8, arXiv:2407.08639", BetaDpoOptions, couples_pairs=True, gap=_gap)
+@loss("Wu et al. 2024, arXiv:2407.08639", BetaDpoOptions, couples_pairs=True, gap=_gap)
 def beta_dpo(inputs: LossInputs[BetaDpoOptions]) -> Float[Tensor, "P"]:
     """-log sigma(b (Delta_theta - Delta_ref)), b = beta (1 + beta_dpo_alpha (mean M - M_0)) and at least 1e-3, where
     M = Delta_theta - Delta_ref without gradient, its mean runs over the batch, and M_0 is the mean of `MarginMoments`.
 
     In training only beta_dpo_share of the pairs count, drawn without replacement with weights exp(-M*^2 / 2), M* as in
     `alpha_dpo`; mean M is theirs, and so is the mean of the loss: a pair that was not drawn has the value 0, the others
-    are multiplied by pairs / drawn pairs.
+    are multiplied by pairs / drawn pairs. M is in nats, without beta, as in the authors' code.
     """
     options, gaps = inputs.options, _gap(inputs)
     moments = inputs.moments_of("beta_dpo", gaps)

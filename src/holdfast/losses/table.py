@@ -71,7 +71,7 @@ class LossInputs(Generic[OptionsT_co]):
         return self.policy.chosen - self.reference.chosen, self.policy.rejected - self.reference.rejected
 
     def beyond_margin(self, margin: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
-        """`margin` less what the data ask of each pair (Amini et al. 2024, Eq. 5, arXiv:2402.10571)."""
+        """`margin` less what the data ask of each pair (Amini et al. 2024, arXiv:2402.10571)."""
         return margin if self.margins is None else margin - self.margins
 
     def moments_of(self, name: str, gaps: Float[Tensor, "P"]) -> MarginMoments:

@@ -138,10 +138,9 @@ class PrecomputedReference:
         scorer: str,
         whose: str = "Reference",
     ) -> None:
-        """Scores every completion of the dataset `name` that is not stored yet, and puts the products of its pairs'
-        hidden states beside the log-probs where both completions of a pair are scored. Messages say `whose` log-probs
-        they are. ValueError where a log-prob is not
-        finite, or the store cannot be written."""
+        """Scores every completion of the dataset `name` that is not stored yet. Where both completions of a pair are
+        scored, the products of their hidden states are stored beside the log-probs. Messages say `whose` log-probs they
+        are. ValueError where a log-prob is not finite, or the store cannot be written."""
         store, begin, num_scored, num_tokens = self.store, time.monotonic(), 0, 0
         description = f"{whose} log-probs ({name})"
         with (
