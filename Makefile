@@ -10,7 +10,6 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 # mkdocs-material advertises on every build.
 export NO_MKDOCS_2_WARNING := 1
-export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart demo recipes test nightly test-oldest check lint format docs peer same dist clean

@@ -251,6 +251,7 @@ class DPOTrainer(WatchedTrainer):
                 first_pair=self._collated(self._first_rows()[:1]),
                 layout=self._layout_name(),
             )
+        self._record_base()
         if self.reference is not None:
             self.reference.before_policy_changes()
         if not self._startup.is_introduced and not self._is_sharded:
@@ -260,6 +261,7 @@ class DPOTrainer(WatchedTrainer):
             self._global_batch.begin(read_manifest(checkpoint).get("moments", {}))
             self._startup.check_resumable(self.train_dataset)
             load_reference(checkpoint, self.reference, self._provenance)
+            self._check_base(checkpoint)
 
     # --- a run --------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,10 @@ from holdfast.policy.adapters import is_adapted
 from holdfast.reference.reference import Reference
 from holdfast.scoring.causal_lm import unwrap
 
-_OF_THE_RUN = ("place", "policy", "template_date", "optimizer", "unlogged", "moments", "evaluation_due", "epoch_end")
+_OF_THE_RUN = (
+    "place", "policy", "policy_base", "template_date", "optimizer", "unlogged", "moments",
+    "evaluation_due", "epoch_end",
+)  # fmt: skip
 _BESIDE = ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out", "inv_freq")
 """Parts of the names of tensors that may be saved although they train with none of those: tied or derived ones."""
 _OF_THE_REFERENCE = f"ref/{SAFETENSORS_WEIGHTS_NAME}"

@@ -26,6 +26,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "kind": (str,),
     "place": (dict,),
     "policy": (str, type(None)),
+    "policy_base": (dict, type(None)),
     "template_date": (str, type(None)),
     "files": (dict,),
     "optimizer": (dict, type(None)),

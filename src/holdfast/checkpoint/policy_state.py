@@ -46,6 +46,15 @@ def policy_digest(policy: nn.Module) -> str | None:
     return digest(_saved_tensors(policy).items())
 
 
+def frozen_digest(policy: PeftModel) -> str | None:
+    """The digest of the tensors under the adapters that no checkpoint holds; None where some of them are nowhere."""
+    saved = {tensor.data_ptr() for tensor in _saved_tensors(policy).values()}
+    tensors = state_of(policy)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    return digest((name, tensor) for name, tensor in tensors.items() if tensor.data_ptr() not in saved)
+
+
 def load_whole_policy(checkpoint: Path, policy: Any) -> None:
     """Loads whole tensors into a policy in parts: every process takes its own part. ValueError where the checkpoint
     lacks an adapter, or has a tensor of another shape."""

@@ -52,7 +52,7 @@ class RenewableTrainer(HookedTrainer):
         if self.place_model_on_device:
             self._move_model_to_device(policy, self.args.device)
         self.model = self.model_wrapped = policy
-        self.optimizer = self.lr_scheduler = self._provenance = self._infinite_masks = None
+        self.optimizer = self.lr_scheduler = self._provenance = self._base = self._infinite_masks = None
         self._first_checksums = checksums(policy)
         self._prepare_again()
         self._begin_with(policy, ref_model)

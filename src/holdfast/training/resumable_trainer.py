@@ -30,6 +30,7 @@ from holdfast.checkpoint.folder import (
 from holdfast.checkpoint.hosts import agreed_checkpoint
 from holdfast.checkpoint.manifest import read_manifest, recorded
 from holdfast.checkpoint.placed import remove_cut_copies
+from holdfast.checkpoint.policy_base import PolicyBase, check_adapters
 from holdfast.checkpoint.policy_state import (
     check_loaded,
     load_adapters,
@@ -37,7 +38,7 @@ from holdfast.checkpoint.policy_state import (
     needs_conversion,
     policy_digest,
 )
-from holdfast.checkpoint.provenance import Provenance
+from holdfast.checkpoint.provenance import Provenance, dataset_digest
 from holdfast.checkpoint.reference_state import load_reference
 from holdfast.checkpoint.sound import check_together, last_complete, resuming
 from holdfast.checkpoint.template_date import date_to_print
@@ -48,6 +49,7 @@ from holdfast.checkpoint.training_state import (
     saved_names,
     starting_afresh,
 )
+from holdfast.data.pair_values import pair_value_columns
 from holdfast.internals.transformers import set_unlogged_loss, unlogged_loss
 from holdfast.peers.phase import doing
 from holdfast.policy.adapters import is_adapted
@@ -64,6 +66,8 @@ class ResumableTrainer(SavingTrainer):
     """Saves and loads the policy together with its reference."""
 
     _provenance: Provenance | None = None
+    _base: PolicyBase | None = None
+    _is_reference_chosen: bool
     _uploading: Sequence[str] = ()
     _interruption: InterruptionCallback
     _unlogged: Sequence[dict[str, Any]] = ()
@@ -138,6 +142,7 @@ class ResumableTrainer(SavingTrainer):
         return {
             "place": self._stream_position.record(),
             "policy": policy_digest(self.model),
+            "policy_base": None if self._base is None else self._base.record(),
             "engine": self._engine().record(),
             "template_date": self._preparation.template_date,
             "optimizer": optimizer_record(self.optimizer) if has_optimizer else None,
@@ -238,6 +243,21 @@ class ResumableTrainer(SavingTrainer):
         message = next(filter(None, gather_object([message])), None)
         if message is not None:
             raise ValueError(message)
+
+    def _record_base(self) -> None:
+        """Notes what the policy computes with besides what checkpoints hold. A captured reference has it already."""
+        if self._base is None:
+            is_recorded = self.reference is not None and not self._is_reference_chosen
+            columns = pair_value_columns(self.args)
+            data = dataset_digest(self.train_dataset, columns) if self.reference is None else None
+            reads_weights = not (is_recorded or self._is_sharded)
+            self._base = PolicyBase.of_run(self.model, reads_weights=reads_weights, data=data)
+
+    def _check_base(self, checkpoint: Path) -> None:
+        """ValueError where `checkpoint` was written by a run of another base, other adapters or other data."""
+        assert self._base is not None
+        check_adapters(self.model, checkpoint)
+        self._base.check(checkpoint, read_manifest(checkpoint).get("policy_base"))
 
     def _say_what_starts_afresh(self, checkpoint: Path) -> None:
         """Warns of what the checkpoint lacks for the resumed run to be the uninterrupted one."""

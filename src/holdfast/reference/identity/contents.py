@@ -140,7 +140,7 @@ def _virtual_tokens(policy: PeftModel, path: str) -> Iterator[ModuleContents]:
     config = policy.peft_config.get(name) if isinstance(name, str) else None
     if config is None or not config.is_prompt_learning:
         return
-    yield ModuleContents(path=f"{path}|prompt", settings=_adapter_settings(config.to_dict()))
+    yield ModuleContents(path=f"{path}|prompt", settings=adapter_settings(config.to_dict()))
     if name in policy.prompt_encoder:
         yield from module_contents(policy.prompt_encoder[name], f"{path}|prompt")
 
@@ -269,7 +269,7 @@ def _copy_in_use(wrapper: Any, path: str) -> Iterator[ModuleContents]:
     yield from module_contents(wrapper.original_module if is_original else copies[active[0]], path)
 
 
-def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an adapter's config that may change a number."""
     names = {
         "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "auto_mapping",

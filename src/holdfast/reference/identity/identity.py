@@ -15,6 +15,7 @@ from typing import Any, Self, final
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from holdfast.internals.transformers import attention_of, loaded_from
 from holdfast.policy.half_weights import as_loaded
@@ -79,9 +80,7 @@ class Identity:
         tensors = {name: tensor for own in contents for name, tensor in own.tensors.items()}
         configs = list(_distinct_configs((own.path, own.config) for own in contents))
         settings = {f"{own.path}.{name}": value for own in contents for name, value in own.settings.items()}
-        is_moving = any(has_moving_rotations(child) for child in module.modules())
-        for path, config in configs:
-            settings |= _by_dotted_name(f"{path}.config", _without(config.to_dict(), _ignored(config, is_moving)))
+        settings |= _entries(configs, module)
         root: Any = configs[0][1] if configs else None
         return cls(
             tensors=tensor_digests(tensors),
@@ -123,6 +122,13 @@ class Identity:
         return names
 
 
+def config_settings(module: nn.Module) -> dict[str, Any]:
+    """The entries of the configs in `module` that may change a log-prob, by dotted name, as JSON has them."""
+    configs = ((path, getattr(child, "config", None)) for path, child in module.named_modules())
+    found = ((path, config) for path, config in configs if isinstance(config, PretrainedConfig))
+    return _as_json(_entries(_distinct_configs(found), module))
+
+
 def numerics(identity: Identity, *, device: torch.device, mixed_precision: str, layout: str) -> dict[str, Any]:
     """What decides how a forward pass rounds: dtypes, autocast, layout, attention, and the kind of device."""
     return {
@@ -144,6 +150,15 @@ def store_key(identity: Identity, numerics: Mapping[str, Any], version: int | No
         version=version,
         description=identity.description,
     )
+
+
+def _entries(configs: Iterable[tuple[str, Any]], module: nn.Module) -> dict[str, Any]:
+    """The entries of the configs of `module`, by path, that may change a log-prob."""
+    is_moving = any(has_moving_rotations(child) for child in module.modules())
+    entries: dict[str, Any] = {}
+    for path, config in configs:
+        entries |= _by_dotted_name(f"{path}.config", _without(config.to_dict(), _ignored(config, is_moving)))
+    return entries
 
 
 def _distinct_configs(configs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
