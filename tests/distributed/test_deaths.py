@@ -145,11 +145,14 @@ def test_the_first_rank_is_lost(where: str, how: str, launchers: list[int], live
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", ["kill", "raise", "stop"])
 def test_hosts_without_a_shared_folder(how: str, lived: Lived, tmp_path: Path) -> None:
-    """The second host has no checkpoint, and says so."""
-    answer = lived("step", how, [1, 2], tmp_path / "run", own_folders=True, rank=0)
+    """The second host's first process wrote a checkpoint into its own folder; the other one's folder, which is a third
+    one here, has none. Each says what is in its own."""
+    folder = tmp_path / "run"
+    answer = lived("step", how, [1, 2], folder, own_folders=True, rank=0)
     for rank in ("1", "2"):
         assert re.match(rf"Rank 0 of 3 \(host \S+, pid \d+\) {FATES[how]}", answer["last"][rank])
-        assert "There is no complete checkpoint in" in answer["last"][rank]
+    assert f"{folder}/out of 1/checkpoint-2 is complete. To go on: trainer.train(" in answer["last"]["1"]
+    assert f"There is no complete checkpoint in {folder}/out of 2: run it again." in answer["last"]["2"]
 
 
 @pytest.mark.nightly
