@@ -148,6 +148,7 @@ def test_evaluation_sets_and_the_reference_alone(place, monkeypatch):
     assert "the run has several evaluation sets, train, near, far; name one" in " ".join(printed.split())
 
 
+@pytest.mark.nightly
 def test_a_mixture_is_written_as_it_was_made(place):
     """Its columns have holdfast's names, so the run file's `columns` are taken back."""
     mixed = "data.train={a: {path: pairs.jsonl}, b: {path: near.jsonl}}"
@@ -203,6 +204,7 @@ def test_mistakes(place, arguments, exit_code, message):
     assert not Path("mistake.jsonl").exists()
 
 
+@pytest.mark.nightly
 def test_another_beta_of_the_trained_run_is_said(place):
     printed = select(
         "--run", "out", "--share", "0.5", "--keep", "smallest", "--set", "training.beta=0.1", "--output", "beta.jsonl"
