@@ -11,6 +11,7 @@ With D = log p(chosen) - log p(rejected):
 import datetime
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,15 @@ def test_what_is_said_of_a_selection():
         "  maths       4       3  75.0 %        -0.300  0.300",
         "  prose       4       1  25.0 %             0      0",
     ]
+
+
+def test_the_text_of_the_page_is_what_is_said():
+    """The page's run uses all its rows and has no note."""
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "select.md").read_text("utf-8")
+    shown = page.split("```text\n")[1].split("```")[0].splitlines()
+    selection = replace(select(*numbers_of(), Request(share=0.5, keep=Keep.SMALLEST)), num_rows=8)
+    lines = ["".join(span.text for span in line).rstrip() for line in selection_lines(selection, (), 115)]
+    assert lines == shown
 
 
 def test_the_absolute_margin_is_what_is_gone_by():
