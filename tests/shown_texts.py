@@ -210,6 +210,9 @@ TEXTS: Mapping[tuple[str, str], str | Callable[[Workplace], str]] = {
     ): "tests/test_docs.py::test_the_report_of_the_documentation_is_what_is_printed",
     ("docs/howto/inspect.md", "reference: path/to/model"): what_is_said_of_eight_pairs,
     ("docs/howto/inspect.md", "policy: out"): what_is_said_of_eight_trained_pairs,
+    ("docs/howto/select.md", "train: 4 of 8 pairs"): (
+        "tests/unit/inspect/test_selection.py::test_the_text_of_the_page_is_what_is_said"
+    ),
     ("docs/howto/script.md", "DPOConfig was given"): (
         "tests/test_docs.py::test_the_error_of_the_page_is_the_one_that_a_script_gets"
     ),

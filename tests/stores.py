@@ -1,4 +1,5 @@
-"""Stores for tests: keys, random log-probs, stores filled with them, and damage done to their files."""
+"""Stores for tests: keys, random log-probs, stores filled with them, damage done to their files, and how often a
+reference is asked."""
 
 import contextlib
 import errno
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from holdfast.batch import ContentId
+from holdfast.reference import base
+from holdfast.reference.scorers import model
 from holdfast.store.key import StoreKey
 from holdfast.store.parquet import export_store
 from holdfast.store.store import LogpStore
@@ -205,3 +208,23 @@ def odd(path: Path, kind: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "open", opened)
         yield
+
+
+class Counting:
+    """Counts the sequences that references are asked about, by the way of `frozen_logps`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scored = 0
+        for module in (base, model):
+            plain = module.frozen_logps
+
+            def counted(policy: Any, batch: Any, autocast: Any, plain: Any = plain) -> Any:
+                self.scored += batch.num_sequences
+                return plain(policy, batch, autocast)
+
+            monkeypatch.setattr(module, "frozen_logps", counted)
+
+    def during(self, make: Any) -> int:
+        before = self.scored
+        make()
+        return self.scored - before

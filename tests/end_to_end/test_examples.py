@@ -14,10 +14,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from holdfast import DPOTrainer
+from holdfast.cli.app import app
 from holdfast.losses import LOSSES
 from holdfast.quickstart.folder import Quickstart, write_quickstart
+from stores import Counting
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -35,10 +40,11 @@ def quickstart(tmp_path_factory) -> Quickstart:
 def run(quickstart, tmp_path, monkeypatch, capsys):
     """Runs an example, and returns what it printed."""
 
-    def run(name: str, pairs: Path = quickstart.pairs) -> str:
+    def run(name: str, pairs: Path = quickstart.pairs, output: str = "out", which: str | None = None) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(sys, "argv", [name, str(quickstart.model), str(pairs), "out"])
+        words = [name, str(quickstart.model), str(pairs), output, *([] if which is None else [which])]
+        monkeypatch.setattr(sys, "argv", words)
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -125,3 +131,131 @@ def test_two_references(run, quickstart):
     assert "0.7 * (a copy of the policy" in printed
     assert has_moved("out/other", quickstart.model)
     assert has_moved("out/policy", quickstart.model)
+
+
+# --- one store for several runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting(monkeypatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+@pytest.fixture
+def command(quickstart, tmp_path, monkeypatch):
+    """Runs a command of holdfast where `quickstart/` is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    Path("quickstart").symlink_to(quickstart.model.parent)
+
+    def command(*words: str) -> None:
+        result = CliRunner().invoke(app, [*words])
+        assert result.exit_code == 0, result.output
+
+    return command
+
+
+def train(command, run_file: str, *settings: str) -> list[float]:
+    """The losses that a run file of the examples logs, with these settings in place of its own."""
+    settings = ("training.use_cpu=true", "training.logging_steps=1", *settings)
+    words = [word for each in settings for word in ("--set", each)]
+    command("train", str(EXAMPLES / run_file), *words)
+    given = dict(each.split("=", 1) for each in settings)
+    output = given.get("training.output_dir", OUTPUTS[run_file])
+    logged = json.loads(Path(output, "trainer_state.json").read_text("utf-8"))["log_history"]
+    return [entry["loss"] for entry in logged if "loss" in entry]
+
+
+OUTPUTS = {
+    "pre_dpo/guide.yaml": "pre_dpo/guide",
+    "pre_dpo/pre_dpo.yaml": "pre_dpo/policy",
+    "pre_dpo/guide_lora.yaml": "pre_dpo/guide-lora",
+    "pre_dpo/pre_dpo_lora.yaml": "pre_dpo/policy-lora",
+    "selection/first.yaml": "selection/first",
+    "selection/selected.yaml": "selection/policy",
+}
+
+
+def completions_of(*files: str | Path) -> set[tuple[str, str]]:
+    """The different completions of files of pairs, each with its prompt."""
+    rows = [json.loads(line) for file in files for line in Path(file).read_text("utf-8").splitlines()]
+    return {(json.dumps(row["prompt"]), json.dumps(row[side])) for row in rows for side in ("chosen", "rejected")}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ending", ["", "_lora"])
+def test_pre_dpo(command, counting, ending):
+    """Each reference is asked once about each completion, whatever beta, loss and seed the runs have; another guide is
+    asked anew. The losses are those of a run that holds the guide as a second model."""
+    guide, policy = f"pre_dpo/guide{ending}.yaml", f"pre_dpo/pre_dpo{ending}.yaml"
+    number = len(completions_of("quickstart/pairs.jsonl", "quickstart/held-out.jsonl"))
+    assert counting.during(lambda: train(command, guide)) == number
+    losses: list[float] = []
+    assert counting.during(lambda: losses.extend(train(command, policy))) == number
+    others = ("training.beta=0.3", "training.loss_type=hinge", "training.seed=7", "training.output_dir=other")
+    assert counting.during(lambda: train(command, policy, *others)) == 0
+    held = train(command, policy, "reference.kind=model", "training.output_dir=held")
+    assert held == pytest.approx(losses, abs=1e-5)
+    assert losses[0] != pytest.approx(math.log(2), abs=1e-4)  # the policy begins elsewhere than the guide has ended
+    assert counting.during(lambda: train(command, guide, "training.beta=0.02", "training.learning_rate=3e-4")) == 0
+    assert counting.during(lambda: train(command, policy)) == number
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("which", ["base", "before"])
+def test_rounds(run, counting, monkeypatch, which):
+    """Each round asks its reference about the completions that are new to it. A script that ends in the middle of the
+    second round goes on to the same models, without another answer drawn or log-prob computed."""
+    monkeypatch.setattr("holdfast.quickstart.village.judge", lambda prompt, a, b: float(len(a) < len(b)))
+    run("rounds", output="whole", which=which)
+    files = [Path("whole", f"round-{number}", "pairs.jsonl") for number in (1, 2, 3)]
+    in_rounds = [len(completions_of(file)) for file in files]
+    assert counting.scored == (len(completions_of(*files)) if which == "base" else sum(in_rounds))
+
+    trainings = 0
+
+    def interrupted(trainer: DPOTrainer, *args, **kwargs):
+        nonlocal trainings
+        trainings += 1
+        if trainings == 2:
+            raise KeyboardInterrupt
+        return plain(trainer, *args, **kwargs)
+
+    plain, total = DPOTrainer.train, counting.scored
+    counting.scored = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DPOTrainer, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("rounds", output="parts", which=which)
+    before = counting.scored
+    first, drawn = files[0].read_text("utf-8"), Path("parts/round-2/pairs.jsonl").read_bytes()
+    assert Path("parts/round-1/pairs.jsonl").read_text("utf-8") == first
+    printed = run("rounds", output="parts", which=which)
+    assert Path("parts/round-2/pairs.jsonl").read_bytes() == drawn
+    assert 0 < before < counting.scored == total
+    for number in (1, 2, 3):
+        ours, theirs = (load_file(Path(name, f"round-{number}", "model.safetensors")) for name in ("parts", "whole"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    references = re.findall(r"^round \d: \S+ trained against (\S+) on", printed, re.MULTILINE)[-3:]
+    later = ["parts/round-1", "parts/round-2"] if which == "before" else [references[0]] * 2
+    assert references[1:] == later
+    with pytest.raises(SystemExit, match=r"begun with other settings \(reference\)"):
+        run("rounds", output="parts", which="before" if which == "base" else "base")
+
+
+@pytest.mark.nightly
+def test_selection(command, counting):
+    """The first policy is asked once, the reference never again; both runs make as many steps."""
+    steps = len(train(command, "selection/first.yaml"))
+    number = len(completions_of("quickstart/pairs.jsonl", "quickstart/held-out.jsonl"))
+    assert counting.scored == number
+    words = ("select", str(EXAMPLES / "selection/first.yaml"), "--set", "training.use_cpu=true")
+    options = ("--run", "selection/first", "--share", "0.5", "--keep", "smallest", "--output", "selection/pairs.jsonl")
+    assert counting.during(lambda: command(*words, *options)) == number
+    selected = Path("selection/pairs.jsonl").read_text("utf-8").splitlines()
+    assert selected == [
+        line for line in Path("quickstart/pairs.jsonl").read_text("utf-8").splitlines() if line in selected
+    ]
+    losses: list[float] = []
+    assert counting.during(lambda: losses.extend(train(command, "selection/selected.yaml"))) == 0
+    assert (len(selected), steps, len(losses)) == (20, 3, 4)  # 40 / 16 and twice 20 / 16, rounded up

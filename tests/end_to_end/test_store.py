@@ -12,37 +12,15 @@ from datasets import Dataset
 from families import tiny_model
 from holdfast.losses import LOSSES
 from holdfast.progress import Bar, bar
-from holdfast.reference import base
-from holdfast.reference.scorers import model
 from holdfast.reference.sources import stored as precomputed
 from holdfast.store import work_sharing as claims
 from holdfast.store.maintenance import stores, verify
 from holdfast.store.manifest import MANIFEST
 from holdfast.store.store import LAST_USED, default_root
 from policies import POLICIES, config, logged, rows, trainer
-from stores import ODD, odd
+from stores import ODD, Counting, odd
 
 AHEAD = {"reference": "precomputed"}
-
-
-class Counting:
-    """Counts the sequences that references are asked about, by the way of `frozen_logps`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.scored = 0
-        for module in (base, model):
-            plain = module.frozen_logps
-
-            def counted(policy: Any, batch: Any, autocast: Any, plain: Any = plain) -> Any:
-                self.scored += batch.num_sequences
-                return plain(policy, batch, autocast)
-
-            monkeypatch.setattr(module, "frozen_logps", counted)
-
-    def during(self, make: Any) -> int:
-        before = self.scored
-        make()
-        return self.scored - before
 
 
 @pytest.fixture

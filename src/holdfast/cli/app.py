@@ -1,8 +1,8 @@
 """The commands `holdfast train`, `precompute` and `demo`. Thin: they read the run file, call, and print.
 
-`holdfast store` is in `cli.store`, `holdfast data` in `cli.data`, `holdfast inspect` in `cli.inspect`; which errors end
-in a message is in `cli.errors`. All works the same under `accelerate launch -m holdfast.cli train run.yaml` and
-`torchrun`, where only the first process prints.
+The other commands are in the modules of their names (`cli.store`, `cli.data`, `cli.inspect`, `cli.select`,
+`cli.report`, `cli.quickstart`); which errors end in a message is in `cli.errors`. All works the same under
+`accelerate launch -m holdfast.cli train run.yaml` and `torchrun`, where only the first process prints.
 """
 
 import os
@@ -30,6 +30,7 @@ from holdfast.cli.paths import path_option
 from holdfast.cli.quickstart import quickstart
 from holdfast.cli.report import report, reported
 from holdfast.cli.runfile import RunFile, read_run_file
+from holdfast.cli.select import select
 from holdfast.cli.text import printable
 from holdfast.cli.yaml_text import to_yaml
 from holdfast.interruption import SIGNALS, Interrupted
@@ -84,6 +85,7 @@ app.command()(data)
 app.command()(quickstart)
 app.command()(report)
 app.command()(inspect)
+app.command()(select)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -20,6 +20,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from holdfast.checkpoint.folder import complete_checkpoints
 from holdfast.cli.assembly import trainer_of
 from holdfast.cli.runfile import RunFile
+from holdfast.cli.trained_by import check_tokenizer
 from holdfast.config import DPOConfig
 from holdfast.data.completions import datasets_by_name
 from holdfast.data.tokenize import TruncationMode
@@ -40,6 +41,8 @@ def run_numbers(run: RunFile, out: Path | None = None) -> RunNumbers:
     arguments = run.training_arguments()
     notes = _changed(arguments)
     with _trainer(run, arguments) as (trainer, loaded):
+        if trained is not None:
+            check_tokenizer(loaded["processing_class"], trained, trust_remote_code=arguments.trust_remote_code)
         not_read = streams_of(loaded["train_dataset"], loaded.get("eval_dataset"))
         reference = pair_numbers_of(trainer)
         if not reference:

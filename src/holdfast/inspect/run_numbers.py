@@ -35,14 +35,16 @@ class DatasetNumbers:
     """A dataset of a run: its `name` ("train", "eval", or that of one of several evaluation sets), the reference's
     numbers of its pairs, and the trained policy's where a trained run was asked about.
 
-    `rows` are the used rows with their token ids, one for each pair and in the same order. `places` says where a row
-    of the dataset as it was loaded (`PairNumbers.row`) comes from; None where that is not known.
+    `rows` are the used rows with their token ids, one for each pair and in the same order. `loaded` is the dataset as
+    it was loaded, whose rows `PairNumbers.row` counts, and `places` says where a row of it comes from; None where that
+    is not known.
     """
 
     name: str
     reference: PairNumbers
     policy: PairNumbers | None
     rows: Dataset
+    loaded: Dataset
     places: Places | None
 
 
@@ -145,6 +147,7 @@ def dataset_numbers(
             reference=numbers,
             policy=None if policy is None else policy[name],
             rows=prepared[name],
+            loaded=loaded[name],
             places=places_of(loaded[name]),
         )
         for name, numbers in reference.items()

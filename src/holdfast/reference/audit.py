@@ -120,8 +120,10 @@ def audit(
             )
     if is_users_choice:
         mean = f"{gap.mean:.3g} nats per {'completion' if of_sums else 'token'}"
+        is_policy = gap.is_zero(is_half_precision=is_half)
+        same = ", which is rounding: it is the policy as it starts to train" if is_policy else ""
         return Finding(
-            line=f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most", gap=gap
+            line=f"it differs from the policy by {mean} on the first batch, {gap.largest:.3g} at most{same}", gap=gap
         )
     is_wrong = not gap.is_zero(is_half_precision=is_half)
     if any_of_all(is_wrong):

@@ -25,6 +25,7 @@ class RefModelOptions(PolicyOptions, Protocol):
     ref_model_weights: list[float] | None
     ld_alpha: float | None
     sync_ref_model: bool
+    output_dir: str | None
 
     @property
     def loss_types(self) -> list[str]:
@@ -68,6 +69,7 @@ def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOpt
             f"ref_model_weights={args.ref_model_weights} was asked for, but `ref_model` is one "
             f"{type(ref_model).__name__}, so there is nothing to weight. Pass a list of references, or drop it."
         )
+    _check_not_overwritten(entries, args.output_dir)
     mixture_shares(args.ref_model_weights, len(entries))
     if len(entries) == 1:
         return
@@ -77,6 +79,18 @@ def check_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOpt
             f"sync_ref_model=True was asked for with {len(entries)} references, which are mixed by their log-probs: "
             "there are no weights to mix with the policy's. Use a single `ref_model`, or sync_ref_model=False."
         )
+
+
+def _check_not_overwritten(entries: Sequence[RefModel], output_dir: str | None) -> None:
+    """ValueError where the run would write its policy over a reference."""
+    for entry in entries:
+        if output_dir is None or not isinstance(entry, str | os.PathLike) or not os.path.isdir(entry):
+            continue
+        if os.path.realpath(entry) == os.path.realpath(output_dir):
+            raise ValueError(
+                f"the reference is the model in {os.fspath(entry)!r}, which is also the output_dir: the trained policy "
+                "would replace it, and no later run could be compared with it. Name another output_dir."
+            )
 
 
 def load_ref_models(ref_model: RefModel | Sequence[RefModel], args: RefModelOptions) -> list[nn.Module | None]:
