@@ -65,8 +65,8 @@ class Task:
 
 
 def perform_all(tasks: Sequence[Task], *, num_workers: int) -> None:
-    """Performs what is not yet kept; each setting is made before the runs that need it. Prints a line for each run."""
-    tasks = list({task.path: task for task in tasks}.values())
+    """Performs what is not yet kept, seed by seed; settings come first. Prints a line for each run."""
+    tasks = sorted({task.path: task for task in tasks}.values(), key=lambda task: task.seed)
     missing = [task for task in tasks if not task.path.exists()]
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} of them kept from before", flush=True)
     if not missing:
@@ -102,7 +102,10 @@ def cpu_seconds(tasks: Sequence[Task]) -> float:
 
 
 def perform(task: Task) -> tuple[Task, float]:
-    """Performs a run, keeps its numbers, and returns the processor's seconds that it took."""
+    """Performs a run, keeps its numbers, and returns the processor's seconds that it took. A run that another command
+    has kept in the meantime is not performed again."""
+    if task.path.exists():
+        return task, 0.0
     started = time.process_time()
     found = task.run.perform(setting(task.seed, task.scale, task.setting_folder), task.run.options)
     seconds = round(time.process_time() - started, 1)
