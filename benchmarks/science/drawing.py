@@ -52,11 +52,15 @@ def picture(path: Path, *, title: str, description: str, size: tuple[float, floa
 
 
 def points(axes: Axes, results: Results, runs: Sequence[str], measure: str, *, place: int, label: str) -> None:
-    """`measure` of these runs against their KL, with standard errors over seeds, in the colour of this place."""
-    kls, values = ([results.mean(run, each) for run in runs] for each in ("kl", measure))
+    """`measure`, `reward` or `below`, of these runs against their KL, in the colour of this place.
+
+    Bars are standard errors over seeds: of the KL, and of how far the reward is below the ceiling. Rewards themselves
+    differ between worlds by what all runs have in common.
+    """
+    kls, values, belows = ([results.mean(run, each) for run in runs] for each in ("kl", measure, "below"))
     axes.errorbar(
         [each.mean for each in kls], [each.mean for each in values],
-        xerr=[_drawn(each.error) for each in kls], yerr=[_drawn(each.error) for each in values],
+        xerr=[_drawn(each.error) for each in kls], yerr=[_drawn(each.error) for each in belows],
         color=SERIES[place], marker=MARKERS[place], markersize=5, linewidth=1.2, elinewidth=1, label=label,
     )  # fmt: skip
 
