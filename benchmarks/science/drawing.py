@@ -52,15 +52,16 @@ def picture(path: Path, *, title: str, description: str, size: tuple[float, floa
 
 
 def points(axes: Axes, results: Results, runs: Sequence[str], measure: str, *, place: int, label: str) -> None:
-    """`measure`, `reward` or `below`, of these runs against their KL, in the colour of this place.
+    """`measure` of these runs against their KL, in the colour of this place.
 
-    Bars are standard errors over seeds: of the KL, and of how far the reward is below the ceiling. Rewards themselves
+    Bars are standard errors over seeds; a reward has the one of how far it is below the ceiling. Rewards themselves
     differ between worlds by what all runs have in common.
     """
-    kls, values, belows = ([results.mean(run, each) for run in runs] for each in ("kl", measure, "below"))
+    compared = "below" if measure == "reward" else measure
+    kls, values, spread = ([results.mean(run, each) for run in runs] for each in ("kl", measure, compared))
     axes.errorbar(
         [each.mean for each in kls], [each.mean for each in values],
-        xerr=[_drawn(each.error) for each in kls], yerr=[_drawn(each.error) for each in belows],
+        xerr=[drawn(each.error) for each in kls], yerr=[drawn(each.error) for each in spread],
         color=SERIES[place], marker=MARKERS[place], markersize=5, linewidth=1.2, elinewidth=1, label=label,
     )  # fmt: skip
 
@@ -73,7 +74,7 @@ def draw_frontier(axes: Axes, results: Results, *, largest_kl: float) -> None:
     axes.plot(kls, ceilings, color=LIGHT["faint"], linewidth=1.2, linestyle="--", label="largest possible")
 
 
-def _drawn(error: float) -> float:
+def drawn(error: float) -> float:
     """No bar for one seed, which has no error."""
     return error if math.isfinite(error) else 0.0
 
