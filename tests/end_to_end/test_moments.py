@@ -1,4 +1,4 @@
-"""Moments of earlier batches (`alpha_dpo`, `beta_dpo`) over a whole run: resumed, evaluated in between, begun afresh."""
+"""Moments of earlier batches (`alpha_dpo`, `beta_dpo`) over a whole run: resumed, evaluated meanwhile, begun afresh."""
 
 import logging
 import shutil

@@ -161,9 +161,9 @@ class GlobalBatch:
         afresh = [name for name in self._args.loss_types if LOSSES[name].gap is not None and name not in recorded]
         if checkpoint is not None and afresh and self._accelerator.is_main_process:
             logger.warning(
-                "%s holds mean and deviation of the margins so far for %s, not for %s, with which loss_type=%s compares "
-                "each pair: the run that wrote it had other losses, or was another trainer's. They begin afresh with the "
-                "next batch, so the run is not what one with these losses from the start would be.",
+                "%s holds mean and deviation of the margins so far for %s, not for %s, with which loss_type=%s "
+                "compares pairs: the run that wrote it had other losses, or was another trainer's. They begin afresh "
+                "with the next batch, so the run is not what one with these losses from the start would be.",
                 checkpoint, ", ".join(recorded) or "no loss", ", ".join(dict.fromkeys(afresh)),
                 ",".join(self._args.loss_types),
             )  # fmt: skip
