@@ -75,17 +75,17 @@ def naive_loss(
 ) -> Tensor:
     """The mean over pairs of the weighted sum of the losses; a batch of training joins the `earlier` ones."""
     sides = ("chosen_ids", "rejected_ids")
-    of_policy = [tokens(policy, batch, side) for side in sides]
+    chosen, rejected = (tokens(policy, batch, side) for side in sides)
     with torch.no_grad():
-        of_reference = [tokens(reference, batch, side) for side in sides]
+        ref_chosen, ref_rejected = (tokens(reference, batch, side) for side in sides)
     numbers = {name: value for name, value in options.items() if name not in ("loss_type", "loss_weights")}
     total = torch.zeros(len(batch))
     weights = options.get("loss_weights", [1.0])
     for name, weight in zip(options["loss_type"], weights, strict=True):
         known = {"beta": 0.2} | numbers | {"earlier": earlier.setdefault(name, [])}
-        total = total + weight * oracle.LOSS_ORACLE[name](*of_policy, *of_reference, known)
-        if of_policy[0][0].requires_grad:
-            earlier[name].append(oracle.gaps(name, *of_policy, *of_reference, known))
+        total = total + weight * oracle.LOSS_ORACLE[name](chosen, rejected, ref_chosen, ref_rejected, known)
+        if chosen[0].requires_grad:
+            earlier[name].append(oracle.gaps(name, chosen, rejected, ref_chosen, ref_rejected, known))
     return total.mean()
 
 

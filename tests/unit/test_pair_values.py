@@ -55,6 +55,11 @@ def test_a_batch_with_both_columns() -> None:
         assert batch[key].dtype == torch.float32
 
 
+def test_whole_numbers_are_numbers() -> None:
+    found = collated([1, 2])[PAIR_WEIGHTS]
+    assert (found.tolist(), found.dtype) == ([1.0, 2.0], torch.float32)
+
+
 def test_one_column_may_be_both() -> None:
     batch = with_pair_values(collate, naming("w", "w"), is_training=True)([{"w": 1.5}])
     assert batch[PAIR_WEIGHTS].tolist() == batch[PAIR_MARGINS].tolist() == [1.5]
@@ -163,6 +168,7 @@ def test_columns_that_are_numbers(values: pa.Array) -> None:
             pa.array([1e-50]),
             "all rows of the train dataset have 0, so nothing would count (in fp32 less than 1e-45 is 0)",
         ),
+        (pa.array(["x" * 58]), f"row 0 of the train dataset has '{'x' * 58}'"),
         (pa.array(["x" * 100]), f"row 0 of the train dataset has '{'x' * 59}..."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
