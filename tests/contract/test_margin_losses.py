@@ -22,6 +22,7 @@ from covering import covering
 from families import tiny_model
 from holdfast import DPOTrainer
 from holdfast.losses import LOSSES
+from holdfast.training.global_batch import GlobalBatch
 from naive import Row
 from policies import POLICIES, config, logged, rows, trainer
 
@@ -164,3 +165,60 @@ def test_a_run_follows_the_naive_loop(loss: str, layout: str, reference: str, tm
 def test_the_table_has_every_loss_that_reads_the_margin() -> None:
     module = LOSSES["hypo"].function.__module__
     assert {name for name, loss in LOSSES.items() if loss.function.__module__ == module} == OPTIONS.keys() - {"all"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [
+        ("all", "chosen"),
+        *(
+            pytest.param(loss, reference, marks=pytest.mark.nightly)
+            for loss in OPTIONS
+            for reference in ("chosen", "precomputed", "soft")
+            if (loss, reference) != ("all", "chosen")
+        ),
+    ],
+)
+def test_under_autocast_the_loss_is_that_of_its_log_probs(
+    loss: str, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 log-probs are rounded, and the losses and moments are computed from them in fp32 all the same: from the
+    numbers that each batch had, the naive formulas give each logged loss."""
+    batches: list[Any] = []
+    plain = GlobalBatch.compared
+
+    def compared(self: GlobalBatch, policy: Any, of_reference: Any, **options: Any) -> Any:
+        batches.append((policy, of_reference))
+        return plain(self, policy, of_reference, **options)
+
+    monkeypatch.setattr(GlobalBatch, "compared", compared)
+    ours = run_of(tmp_path, loss, "padded", reference, bf16=True, ld_alpha=None)
+    ours.train()
+    options = {
+        name: value for name, value in OPTIONS[loss].items() if not name.startswith("loss_") and name != "ld_alpha"
+    }
+    earlier: dict[str, list[list[float]]] = {name: [] for name in OPTIONS[loss]["loss_type"]}
+    found = []
+    for policy, of_reference in batches:
+        assert policy.chosen.dtype == of_reference.rejected.dtype == torch.float32
+        total = torch.zeros(len(policy.chosen))
+        for name, weight in zip(earlier, OPTIONS[loss].get("loss_weights", [1.0]), strict=True):
+            sums = [*as_tokens(policy, requires_grad=True), *as_tokens(of_reference)]
+            known = {"beta": 0.2} | options | {"earlier": earlier[name]}
+            total = total + weight * oracle.LOSS_ORACLE[name](sums[0], sums[1], sums[2], sums[3], known).detach()
+            earlier[name].append(oracle.gaps(name, sums[0], sums[1], sums[2], sums[3], known))
+        found.append(total.mean().item())
+    assert logged(ours) == pytest.approx(found, rel=1e-5, abs=1e-5)
+
+
+def as_tokens(logps: Any, requires_grad: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Completions of that many tokens whose log-probs sum to those of the pairs: chosen, rejected."""
+    sides = ((logps.chosen, logps.chosen_lengths), (logps.rejected, logps.rejected_lengths))
+    chosen, rejected = (
+        [
+            (value.detach() / length).repeat(int(length)).requires_grad_(requires_grad)
+            for value, length in zip(*side, strict=True)
+        ]
+        for side in sides
+    )
+    return chosen, rejected
