@@ -34,6 +34,7 @@ DEFAULTS: Options = {
     "beta_dpo_alpha": 0.6,
     "beta_dpo_share": 0.8,
     "ld_alpha": None,
+    "earlier": (),
 }
 
 
@@ -218,38 +219,53 @@ def _rainbow(p: _Pair) -> Tensor:
     return _smoothed(p.beta * (policy - mixed), p.eps)
 
 
-def _moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, the latter at least 0.01."""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+def gaps(name: str, chosen, rejected, ref_chosen, ref_rejected, options: Options) -> list[float]:
+    """Of each pair, by how much more than the reference the policy prefers w; per token for `alpha_dpo`."""
+    pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, options)
+    both = (_differences(p, per_token=name == "alpha_dpo") for p in pairs)
+    return [policy.item() - reference.item() for policy, reference in both]
+
+
+def _moments(batches: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean and standard deviation of the first batch; with each further one 0.9 of what they were and 0.1 of its own.
+    The deviation is at least 0.01."""
+    for number, values in enumerate(batches):
+        own_mean = sum(values) / len(values)
+        own_deviation = math.sqrt(sum((value - own_mean) ** 2 for value in values) / len(values))
+        mean = own_mean if number == 0 else 0.9 * mean + 0.1 * own_mean
+        deviation = own_deviation if number == 0 else 0.9 * deviation + 0.1 * own_deviation
     return mean, max(deviation, 0.01)
 
 
 def _alpha_dpo(chosen, rejected, ref_chosen, ref_rejected, options: Options) -> Tensor:
+    """`options["earlier"]` are the gaps of the batches of training before this one. One that is evaluated adds none."""
     pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, options)
-    gaps = [policy.item() - reference.item() for policy, reference in (_differences(p, True) for p in pairs)]
-    mean, deviation = _moments(gaps)
+    of_pairs, earlier = gaps("alpha_dpo", chosen, rejected, ref_chosen, ref_rejected, options), pairs[0].o["earlier"]
+    is_evaluated = earlier and not chosen[0].requires_grad
+    mean, deviation = _moments(earlier if is_evaluated else [*earlier, of_pairs])
     losses = []
-    for p, gap in zip(pairs, gaps, strict=True):
+    for p, gap in zip(pairs, of_pairs, strict=True):
         target = p.o["alpha_dpo_gamma"] + p.o["alpha_dpo_alpha"] * (gap - mean) / deviation
         losses.append(_smoothed(p.beta * _differences(p, True)[0] - target, p.eps))
     return torch.stack(losses)
 
 
 def _beta_dpo(chosen, rejected, ref_chosen, ref_rejected, options: Options) -> Tensor:
-    """The noise is the package's, of the first batch; the draw is made again."""
+    """The noise is the package's, of the batch's number; the draw is made again. `earlier` as in `_alpha_dpo`."""
     pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, options)
-    gaps = [(p.ratio_w - p.ratio_l).item() for p in pairs]
-    mean, deviation = _moments(gaps)
+    of_pairs, earlier = gaps("beta_dpo", chosen, rejected, ref_chosen, ref_rejected, options), pairs[0].o["earlier"]
+    is_evaluated = earlier and not chosen[0].requires_grad
+    mean, deviation = _moments(earlier if is_evaluated else [*earlier, of_pairs])
     counts = [1.0] * len(pairs)
     share = pairs[0].o["beta_dpo_share"]
     if chosen[0].requires_grad and share < 1:
-        noise = torch.empty(len(pairs)).exponential_(generator=torch.Generator().manual_seed(1)).tolist()
-        keys = [-((gap - mean) ** 2) / deviation**2 / 2 - math.log(e) for gap, e in zip(gaps, noise, strict=True)]
+        draw = torch.Generator().manual_seed(len(earlier) + 1)
+        noise = torch.empty(len(pairs)).exponential_(generator=draw).tolist()
+        keys = [-((gap - mean) ** 2) / deviation**2 / 2 - math.log(e) for gap, e in zip(of_pairs, noise, strict=True)]
         num_drawn = max(1, round(share * len(pairs)))
         drawn = sorted(range(len(pairs)), key=lambda i: -keys[i])[:num_drawn]
         counts = [len(pairs) / num_drawn if i in drawn else 0.0 for i in range(len(pairs))]
-    of_batch = sum(count * gap for count, gap in zip(counts, gaps, strict=True)) / len(pairs)
+    of_batch = sum(count * gap for count, gap in zip(counts, of_pairs, strict=True)) / len(pairs)
     beta = max(1e-3, pairs[0].beta * (1 + pairs[0].o["beta_dpo_alpha"] * (of_batch - mean)))
     losses = [-torch.log(_sigma(beta * (p.ratio_w - p.ratio_l))) for p in pairs]
     return torch.stack([count * loss for count, loss in zip(counts, losses, strict=True)])

@@ -239,7 +239,7 @@ class DPOTrainer(WatchedTrainer):
         """Records and audits the reference, and brings it to where it was at `checkpoint`, if there is one."""
         self._heed_hooks()
         self._begin_numbers()
-        self._global_batch.begin({})
+        self._global_batch.begin()
         if checkpoint is not None:
             self._print_date_of(checkpoint)
         if self.reference is not None and self._provenance is None:
@@ -258,7 +258,7 @@ class DPOTrainer(WatchedTrainer):
             self._introduce(self._collated(self._first_rows()))
         if checkpoint is not None:
             self._adopt(checkpoint)
-            self._global_batch.begin(read_manifest(checkpoint).get("moments", {}))
+            self._global_batch.begin(read_manifest(checkpoint).get("moments"), checkpoint)
             self._startup.check_resumable(self.train_dataset)
             load_reference(checkpoint, self.reference, self._provenance)
             self._check_base(checkpoint)

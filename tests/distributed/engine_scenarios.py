@@ -60,9 +60,34 @@ MORE_HOLDINGS: dict[str, dict[str, Any]] = {
     **{holding: {} for holding in ("chosen_half", "chosen_tied", "chosen_family", "mixture")},
 }
 MORE_HOLDINGS |= {f"{holding}_disturbed": HOLDINGS[holding] for holding in ("device", "adapter")}
+MARGINS: dict[str, Any] = {
+    "loss_type": ["beta_dpo", "alpha_dpo", "hypo", "dpop", "rainbow", "hypo_norm"],
+    "loss_weights": [1.0, 0.5, 0.3, 0.1, 0.2, 0.7],
+    "beta_dpo_share": 0.6,
+    "dpop_lambda": 2.0,
+    "learning_rate": 0.1,
+    "per_device_eval_batch_size": GLOBAL_BATCH // WORLD,
+}
+"""Losses of the reference's margin, two of which are functions of the pairs of all processes and of earlier batches."""
+MORE_HOLDINGS |= {
+    "margins": MARGINS | {"reference": "snapshot"},
+    "margins_weighted": MARGINS | {"reference": "snapshot", "weight_column": "w", "margin_column": "m"},
+    "margins_precomputed": MARGINS | {"reference": "precomputed", "use_weighting": True},
+    "margins_accumulated": MARGINS
+    | {
+        "reference": "snapshot",
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": max(1, GLOBAL_BATCH // WORLD // 2),
+    },
+}
 MORE_POLICIES: dict[str, Callable[[], nn.Module]] = POLICIES | {
     family: partial(tiny_model, family) for family in ("llama_tied", "gemma2", "gpt2", "lfm2")
 }
+MARGIN_RUNS = (
+    "full/margins/fixed", "full/margins/soft", "full/margins_weighted/fixed", "full/margins_precomputed/fixed",
+    "full/margins_accumulated/fixed", "lora_sft/margins/fixed",
+)  # fmt: skip
+"""The runs of these losses that every engine makes."""
 MORE_POLICIES["lora_thin"] = lambda: sft_lora(r=1)
 """Policies and holdings beyond those of `names`. Of the factors of rank 1 all but one process have nothing."""
 MOTIONS: dict[str, dict[str, Any]] = {
@@ -104,6 +129,9 @@ def made(
     parts: dict[str, Any] = {"train_dataset": rows(9), "eval_dataset": rows(5, seed=1)}
     if holding in REF_MODELS:
         parts["ref_model"] = REF_MODELS[holding]()
+    if "weight_column" in options:
+        weighted = parts["train_dataset"].add_column("w", [2.0, 0.0, 0.5] * 3)
+        parts["train_dataset"] = weighted.add_column("m", [0.5, -1.0, 2.0] * 3)
     if change is not None:
         change(policy, parts)
     if engine == "native":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_scenarios import names
+from engine_scenarios import MARGIN_RUNS, names
 from engines import HAS_DEEPSPEED
 from test_engines import faults
 from test_resumes import resume_faults
@@ -32,10 +32,13 @@ RUNS = [
     *((2, run) for engine in ENGINES for run in names(engine)),
     *((2, f"{engine}/{run}") for engine in ("zero3kept", "zero3host") for run in SAMPLE),
     *((4, f"zero3/{run}") for run in SAMPLE),
+    *((2, f"{engine}/{run}") for engine in ("zero2", "zero3") for run in MARGIN_RUNS),
+    *((4, f"zero3/{run}") for run in MARGIN_RUNS if "accumulated" not in run),
 ]
 RESUMES = [
     *(f"{engine}/full/device/soft/resume" for engine in ("zero1", "zero2", "zero3")),
     "zero3/full/model/hard/resume", "zero3/full/disk/fixed/resume", "zero3/full/chosen/soft/resume",
+    *(f"{engine}/{run}/resume" for engine in ("zero2", "zero3") for run in MARGIN_RUNS if "precomputed" not in run),
     "zero3/lora_sft/device/soft/resume", "zero3/lora_sft/adapter/fixed/resume", "zero2/lora_sft/adapter/fixed/resume",
 ]  # fmt: skip
 

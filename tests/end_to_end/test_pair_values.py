@@ -14,9 +14,10 @@ from datasets import Dataset, IterableDataset
 
 from families import tiny_model
 from holdfast import DataCollatorForPreference
+from holdfast.inspect.data import inspect_data
 from holdfast.losses import LOSSES
 from holdfast.reference.identity.digests import digest
-from policies import POLICIES, config, logged, rows, trainer
+from policies import POLICIES, config, logged, rows, tiny_tokenizer, trainer
 
 PLAIN_SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.1}
 IN_ORDER = {"train_sampling_strategy": "sequential"}
@@ -162,6 +163,13 @@ def test_what_is_refused_before_anything_is_scored(case: str, tmp_path: Path) ->
     options, columns, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         trainer(tiny_model(), config(tmp_path, **options), train_dataset=with_columns(**columns))
+
+
+def test_the_report_on_the_data_refuses_what_the_run_would(tmp_path: Path) -> None:
+    args, tokenizer = config(tmp_path, weight_column="w"), tiny_tokenizer()
+    with pytest.raises(ValueError, match=r"row 1 of the train dataset has -2\.0"):
+        inspect_data(tiny_model(), args, with_columns(w=[1.0, -2.0]), None, tokenizer)
+    assert inspect_data(tiny_model(), args, with_columns(w=[1.0]), rows(3), tokenizer).datasets[0].numbers.num_rows == 4
 
 
 def test_a_stream_is_refused_as_it_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ where their numbers are known: a dataset before anything is scored, a stream as 
 read because of its name alone; many public datasets have a `margin` that means something else.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -17,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from holdfast.batch import PAIR_MARGINS, PAIR_WEIGHTS
+from holdfast.visible import visible
 
 _ROWS_AT_A_TIME = 100_000
 
@@ -59,10 +59,13 @@ class WithPairValues:
         for key, column in self.columns.items():
             if not self.are_required and not any(column in row for row in rows):
                 continue
-            found[key] = [row.get(column) for row in rows]
+            absent = next((row for row in rows if column not in row), None)
+            if absent is not None:
+                raise ValueError(_refusal(key, column, f"a row has no such column, but {sorted(absent)}"))
+            found[key] = [_plain(row[column]) for row in rows]
             wrong = [value for value in found[key] if not _is_allowed(key, value)]
             if wrong:
-                raise ValueError(_refusal(key, column, f"a row has {wrong[0]!r}"))
+                raise ValueError(_refusal(key, column, f"a row has {_shown(wrong[0])}"))
         return {**batch, **{key: torch.tensor(values, dtype=torch.float32) for key, values in found.items()}}
 
 
@@ -91,26 +94,40 @@ def _check_column(dataset: Dataset, key: str, column: str, name: str) -> None:
         values = rows[first : first + _ROWS_AT_A_TIME][column].to_pylist()
         wrong = next((place for place, value in enumerate(values) if not _is_allowed(key, value)), None)
         if wrong is not None:
-            found = f"row {first + wrong} of the {name} dataset has {values[wrong]!r}"
+            found = f"row {first + wrong} of the {name} dataset has {_shown(values[wrong])}"
             raise ValueError(_refusal(key, column, found))
-        total += float(np.sum(values))
+        total += float(np.sum(np.asarray(values, dtype=np.float32), dtype=np.float64))
     if key == PAIR_WEIGHTS and total == 0:
-        raise ValueError(_refusal(key, column, f"all rows of the {name} dataset have 0, so nothing would train"))
+        found = f"all rows of the {name} dataset have 0, so nothing would count (in fp32 less than 1e-45 is 0)"
+        raise ValueError(_refusal(key, column, found))
+
+
+def _plain(value: Any) -> Any:
+    """The number that a scalar of numpy or torch holds, since a stream may be formatted; any other value as it is."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0)
+    return value.item() if is_scalar else value
 
 
 def _is_allowed(key: str, value: Any) -> bool:
     """Whether a row may have this value: a finite number, and for a weight of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= _LARGEST and (value >= 0 or key != PAIR_WEIGHTS)
+    return abs(value) <= _LARGEST and (value >= 0 or key != PAIR_WEIGHTS)  # neither holds of a NaN
 
 
-_LARGEST = 1e30
-"""Larger numbers are beyond fp32, or become so when losses are multiplied by them."""
+def _shown(value: Any) -> str:
+    """The value as a message shows it, cut where it is long."""
+    text = visible(repr(value))
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+_LONGEST_SHOWN = 60
+_LARGEST = 1e15
+"""Of larger weights the square of a gradient norm may be beyond fp32; a larger margin swallows any policy's."""
 _OPTIONS = {PAIR_WEIGHTS: "weight_column", PAIR_MARGINS: "margin_column"}
 _DEMANDS = {
-    PAIR_WEIGHTS: ("how much each pair counts", "a finite number of at least 0, such as 1"),
-    PAIR_MARGINS: ("the margin that each pair is to reach", "a finite number, such as 0"),
+    PAIR_WEIGHTS: ("how much each pair counts", "a finite number of at least 0, at most 1e15, such as 1"),
+    PAIR_MARGINS: ("the margin that each pair is to reach", "a finite number of at most 1e15 in size, such as 0"),
 }
 
 

@@ -23,6 +23,7 @@ from holdfast.data.dates import date_of_run
 from holdfast.data.files.places import Places, keep_places, places_of
 from holdfast.data.mixing.mixture import keep_mixture
 from holdfast.data.notes import rows_by_kind
+from holdfast.data.pair_values import check_pair_values
 from holdfast.data.prepare import Preparation
 from holdfast.data.token_columns import NOTES, rows_with
 from holdfast.data.tokenize import check_vocabulary
@@ -112,8 +113,8 @@ def inspect_data(
     """What `DPOTrainer` with these arguments would train and evaluate on. A path or hub id as `model` is not loaded.
 
     Evaluation data are compared with the training data where both are asked for. Raises `ValueError` or `TypeError`, as
-    the trainer would, for what leaves nothing to show: a malformed row, missing columns, a tokenizer that does not fit;
-    and for a dataset that `request` names and the run lacks.
+    the trainer would, for what leaves nothing to show: a malformed row, missing columns, a weight or margin that is
+    none, a tokenizer that does not fit; and for a dataset that `request` names and the run lacks.
     """
     request = request or Request()
     shape = model_without_weights(model, args) if isinstance(model, str) else model
@@ -125,7 +126,9 @@ def inspect_data(
     preparation = Preparation.of_options(args, tokenizer, vocab_size=num_ids, template_date=date)
     inspector = _Inspector(preparation=preparation, shape=shape, request=request)
     inspections: dict[str, DatasetInspection] = {}
-    for name, dataset in _asked(train_dataset, eval_dataset, request.only).items():
+    asked = _asked(train_dataset, eval_dataset, request.only)
+    check_pair_values(args, asked)
+    for name, dataset in asked.items():
         inspections[name] = inspector.of(name, dataset, inspections.get("train"))
     return DataInspection(
         model=model if isinstance(model, str) else type(model).__name__,

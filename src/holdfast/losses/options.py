@@ -125,7 +125,7 @@ class SmoothingOptions(BetaOptions):
 
     label_smoothing: Annotated[
         float, number("in [0, 0.5)", lambda value: 0 <= value < 0.5, "If most labels are wrong, swap the columns.")
-    ] = option(0.0, "Probability that a label is flipped (sigmoid, robust, aot, aot_unpaired); EXO's epsilon.")
+    ] = option(0.0, "Probability that a label is flipped; EXO's epsilon.")
 
 
 def option_names(options: type[Options]) -> list[str]:

@@ -20,7 +20,7 @@ from holdfast.losses.options import BetaOptions, SmoothingOptions, number, optio
 from holdfast.losses.table import LossInputs, PairLogps, loss
 
 
-def _differences(logps: PairLogps, *, per_token: bool = False) -> Float[Tensor, "P"]:
+def _differences(logps: PairLogps, *, per_token: bool) -> Float[Tensor, "P"]:
     """log pi(y_w|x) - log pi(y_l|x), nats; each divided by its number of tokens if `per_token`."""
     chosen, rejected = logps.means() if per_token else (logps.chosen, logps.rejected)
     return chosen - rejected
@@ -106,7 +106,8 @@ class AlphaDpoOptions(SmoothingOptions):
     """The options of `alpha_dpo`."""
 
     alpha_dpo_alpha: Annotated[
-        float, number("of at least 0", lambda value: value >= 0, "Its paper uses 0.05 to 0.2; 0 is `simpo`.")
+        float,
+        number("of at least 0", lambda value: value >= 0, "Its authors use 0.05 to 0.2 times beta; 0 is `simpo`."),
     ] = option(0.1, "How much of a pair's standardised margin AlphaDPO adds to its target.")
     alpha_dpo_gamma: Annotated[
         float, number("of at least 0", lambda value: value >= 0, "Use 0 for no target margin.")

@@ -10,8 +10,10 @@ by it. So backward passes have no exchange of their own. All processes gather in
 have pairs. Given up: the batch of an optimizer step; with gradient accumulation it is that of one micro-batch.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -29,6 +31,8 @@ from holdfast.losses import LOSSES, MarginMoments, PairLogps, loss_terms, moment
 from holdfast.options.metric_names import LOSS_TERM
 from holdfast.scoring.router import balance_loss
 from holdfast.scoring.score import Scores
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -149,10 +153,20 @@ class GlobalBatch:
         """The moments of all batches of training so far, by loss, as plain numbers. Waits for the device."""
         return {name: moments.record() for name, moments in self._moments.items()}
 
-    def begin(self, moments: Mapping[str, Mapping[str, float]]) -> None:
-        """Begins a run, with the moments that `moments_record` gave for its batches so far."""
-        device = self._accelerator.device
-        self._moments = {name: MarginMoments.restored(record, device) for name, record in moments.items()}
+    def begin(self, moments: Mapping[str, Mapping[str, float]] | None = None, checkpoint: Path | None = None) -> None:
+        """Begins a run, with the moments that `moments_record` gave for its batches so far. Warns where those of one of
+        its losses are not among the moments of `checkpoint`, which it goes on from."""
+        device, recorded = self._accelerator.device, moments or {}
+        self._moments = {name: MarginMoments.restored(record, device) for name, record in recorded.items()}
+        afresh = [name for name in self._args.loss_types if LOSSES[name].gap is not None and name not in recorded]
+        if checkpoint is not None and afresh and self._accelerator.is_main_process:
+            logger.warning(
+                "%s holds mean and deviation of the margins so far for %s, not for %s, with which loss_type=%s "
+                "compares pairs: the run that wrote it had other losses, or was another trainer's. They begin afresh "
+                "with the next batch, so the run is not what one with these losses from the start would be.",
+                checkpoint, ", ".join(recorded) or "no loss", ", ".join(dict.fromkeys(afresh)),
+                ",".join(self._args.loss_types),
+            )  # fmt: skip
 
     def mean(
         self, pairs: ComparedPairs, losses: Float[Tensor, "P"], term: Float[Tensor, ""] | None, *, is_uneven: bool
