@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -144,6 +145,11 @@ def test_evaluation_sets_and_the_reference_alone(place, monkeypatch):
     assert [row["id"] for row in lines_of("near-hard.jsonl")] == places
     assert "to train on them" not in printed
     assert counting.scored == 0
+    printed = select(
+        "--share", "0.34", "--keep", "random", "--dataset", "near", "--seed", "5", "--output", "drawn.jsonl"
+    )
+    assert "near: 1 of 3 pairs, drawn by seed 5" in printed
+    assert [row["id"] for row in lines_of("drawn.jsonl")] == [np.random.default_rng(5).permutation(3)[0]]
     printed = select("--share", "1", "--keep", "random", "--dataset", "eval", "--output", "x.jsonl", exit_code=2)
     assert "the run has several evaluation sets: near, far. Name one." in " ".join(printed.split())
 
