@@ -495,6 +495,7 @@ def test_what_cannot_be_loaded_says_so(tmp_path: Path) -> None:
         ("checkpoint-50", {}, r"ref_model='.*checkpoint-50' was to be loaded, but there is no such folder.*"
          r"Did you mean '.*checkpoint-500'\? Name"),
         ("logs", {}, r"ref_model='.*logs' was to be loaded, a folder that cannot be read as a model.*events.txt"),
+        (".", {}, r"It holds \['checkpoint-500', .*\]\. A run has not finished there: name one of its checkpoints"),
         ("checkpoint-500", {"subfolder": "best"}, r"with \{'subfolder': 'best'\} was to be loaded, a folder that"),
     ]  # fmt: skip
     for name, options, message in cases:
@@ -505,6 +506,21 @@ def test_what_cannot_be_loaded_says_so(tmp_path: Path) -> None:
         trainer(tiny_model(), config(tmp_path / "out"), ref_model="nobody/nothing")
     with pytest.raises(ValueError, match=r"model='.*checkpoint-50' was to be loaded.*Did you mean '.*checkpoint-500'"):
         load_model(str(tmp_path / "checkpoint-50"), None, args=config(tmp_path / "out"), is_trainable=True)
+
+
+def test_a_reference_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the folder is written: the policy would replace the reference. A folder inside it is another one."""
+    tiny_model().save_pretrained(tmp_path / "guide")
+    (tmp_path / "link").symlink_to("guide")
+    monkeypatch.chdir(tmp_path)
+    for written, options in ((tmp_path / "guide", {}), (Path("link"), {}), (Path("guide/"), REWARD_OF_A_LIST)):
+        ref_model: Any = [str(written), None] if options else str(written)
+        with pytest.raises(ValueError, match=r"which is also the output_dir.*Name another output_dir"):
+            trainer(tiny_model(), config(tmp_path / "guide", **options), ref_model=ref_model)
+    trainer(tiny_model(), config(tmp_path / "guide" / "policy"), ref_model="guide")
+
+
+REWARD_OF_A_LIST: dict[str, Any] = {"ref_model_weights": [0.5, 0.5]}
 
 
 def test_vocabulary_of_the_tests() -> None:

@@ -511,6 +511,13 @@ def test_a_chosen_reference_is_measured_not_refused(tmp_path: Path, caplog: pyte
     trainer(tiny_model(), config(tmp_path), ref_model=tiny_model(seed=3)).train()
     (line,) = [r.getMessage() for r in caplog.records if "differs from the policy by" in r.getMessage()]
     assert "the given ref_model" in line
+    assert "it is the policy as it starts to train" not in line
+
+
+def test_a_chosen_reference_that_is_the_policy_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tiny_model(), config(tmp_path), ref_model=tiny_model()).train()
+    (line,) = [r.getMessage() for r in caplog.records if "differs from the policy by" in r.getMessage()]
+    assert "it is the policy as it starts to train" in line
 
 
 def test_a_sync_that_never_comes_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -107,7 +108,7 @@ def test_the_rows_are_those_of_a_naive_loop(place, monkeypatch):
     nothing, and neither does another choice."""
     counting = Counting(monkeypatch)
     printed = select("--run", "out", "--share", "0.45", "--keep", "smallest", "--output", "hard.jsonl")
-    assert counting.scored > 0  # the policy's log-probs are new; those of the reference are not
+    assert counting.scored == 18  # nine pairs by the policy; the reference's log-probs are stored
     before, after = naive_margins("model", "pairs.jsonl"), naive_margins("out", "pairs.jsonl")
     implicit = {row: 0.5 * (after[row] - before[row]) for row in range(10) if row != 3}
     expected = sorted(sorted(implicit, key=lambda row: implicit[row])[:4])
@@ -144,8 +145,13 @@ def test_evaluation_sets_and_the_reference_alone(place, monkeypatch):
     assert [row["id"] for row in lines_of("near-hard.jsonl")] == places
     assert "to train on them" not in printed
     assert counting.scored == 0
-    printed = select("--share", "1", "--keep", "random", "--dataset", "eval", "--output", "x.jsonl", exit_code=1)
-    assert "the run has several evaluation sets, train, near, far; name one" in " ".join(printed.split())
+    printed = select(
+        "--share", "0.34", "--keep", "random", "--dataset", "near", "--seed", "5", "--output", "drawn.jsonl"
+    )
+    assert "near: 1 of 3 pairs, drawn by seed 5" in printed
+    assert [row["id"] for row in lines_of("drawn.jsonl")] == [np.random.default_rng(5).permutation(3)[0]]
+    printed = select("--share", "1", "--keep", "random", "--dataset", "eval", "--output", "x.jsonl", exit_code=2)
+    assert "the run has several evaluation sets: near, far. Name one." in " ".join(printed.split())
 
 
 @pytest.mark.nightly
@@ -182,7 +188,7 @@ def test_a_mixture_is_written_as_it_was_made(place):
         (["--run", "out", "--share", "0.5", "--output", "no/x.jsonl"], 1, "there is no folder 'no'"),
         (["--run", "out", "--share", "0.5", "--margin-column", "id"], 1, "is a column of the data"),
         (["--run", "out", "--share", "0.5", "--set", "data.train={path: pairs.jsonl, streaming: true}",
-          "--set", "training.max_steps=1"], 1, "it is a stream"),
+          "--set", "training.max_steps=1"], 1, "its train dataset is a stream"),
         (["--run", "other", "--share", "0.5"], 1, "its tokenizer is another one: 2 of the run's"),
     ],
 )  # fmt: skip

@@ -33,10 +33,10 @@ _WHICH_WEIGHTS = ("revision", "subfolder")
 _MODEL_CONFIG_NAME = "config.json"
 
 
-def run_numbers(run: RunFile, out: Path | None = None) -> RunNumbers:
-    """The numbers of the pairs of a run's datasets; with `out`, the output folder of a run that was trained (or one of
-    its checkpoints), those of its policy too. Scores what is not stored. ValueError, TypeError or OSError where a model
-    or the data cannot be made, and ValueError where all of the data are streams."""
+def run_numbers(run: RunFile, out: Path | None = None, *, only: str | None = None) -> RunNumbers:
+    """The numbers of the pairs of a run's datasets, or of the dataset `only`; with `out`, the output folder of a run
+    that was trained (or one of its checkpoints), those of its policy too. Scores what is not stored. ValueError,
+    TypeError or OSError where a model or the data cannot be made, and ValueError where all of the data are streams."""
     trained = None if out is None else trained_model(out)
     arguments = run.training_arguments()
     notes = _changed(arguments)
@@ -44,7 +44,7 @@ def run_numbers(run: RunFile, out: Path | None = None) -> RunNumbers:
         if trained is not None:
             check_tokenizer(loaded["processing_class"], trained, trust_remote_code=arguments.trust_remote_code)
         not_read = streams_of(loaded["train_dataset"], loaded.get("eval_dataset"))
-        reference = pair_numbers_of(trainer)
+        reference = pair_numbers_of(trainer, only=only)
         if not reference:
             raise ValueError(
                 f"the pairs of the run {run.document.file} were to be looked at, but {_are_streams(not_read)}, whose "
@@ -71,7 +71,7 @@ def run_numbers(run: RunFile, out: Path | None = None) -> RunNumbers:
     gc.collect()  # before another model is loaded
     if trained is None:
         return of_run
-    policy = _policy_numbers(run, arguments, trained, datasets, loaded)
+    policy = _policy_numbers(arguments, trained, datasets, loaded, only)
     return replace(of_run, datasets=tuple(replace(each, policy=policy[each.name]) for each in of_run.datasets))
 
 
@@ -111,9 +111,9 @@ def _are_streams(not_read: dict[str, str]) -> str:
 
 
 def _policy_numbers(
-    run: RunFile, arguments: DPOConfig, trained: Path, datasets: dict[str, Any], loaded: dict[str, Any]
+    arguments: DPOConfig, trained: Path, datasets: dict[str, Any], loaded: dict[str, Any], only: str | None
 ) -> dict[str, PairNumbers]:
-    """The numbers of the model in the folder `trained`, as its own reference, on prepared datasets."""
+    """The numbers of the model in the folder `trained`, as its own reference, on prepared datasets, or on `only`."""
     arguments = copy.copy(arguments)
     init_kwargs = arguments.model_init_kwargs
     if isinstance(init_kwargs, dict):
@@ -134,7 +134,7 @@ def _policy_numbers(
             eval_dataset=evaluation,
             processing_class=loaded["processing_class"],
         )
-        return pair_numbers_of(trainer, "Policy")
+        return pair_numbers_of(trainer, "Policy", only)
 
 
 @contextmanager

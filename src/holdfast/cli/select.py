@@ -23,12 +23,11 @@ from holdfast.cli.paths import path_option
 from holdfast.cli.runfile import RunFile, read_run_file
 from holdfast.cli.sources import Source
 from holdfast.cli.text import printable
+from holdfast.cli.yaml_document import RunFileError
 from holdfast.inspect.selection.request import By, Keep, Request
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from holdfast.inspect.run_numbers import DatasetNumbers, RunNumbers
 
 _STYLES = {"heading": "bold", "warning": "bold yellow", "faint": "dim"}
 
@@ -73,7 +72,7 @@ def select(
     with messages(debug):
         check_files({"output": output})
         run = read_run_file(run_file, overrides or [])
-        check_name(run, dataset)
+        _check_dataset(run, dataset)
         _select(run, request, out, dataset=dataset, output=output, column=margin_column)
         if RANK == 0:
             typer.echo(printable(f"written: {output}"))
@@ -101,6 +100,16 @@ def _margin(by: By | None, keep: Keep, out: Path | None) -> By:
     return by or By.IMPLICIT
 
 
+def _check_dataset(run: RunFile, name: str) -> None:
+    """RunFileError where that is not one dataset of the run."""
+    check_name(run, name)
+    sets = run["data.eval"]
+    if name == "eval" and isinstance(sets, dict) and name not in sets:
+        raise RunFileError(
+            f"--dataset is 'eval', and the run has several evaluation sets: {', '.join(map(str, sets))}. Name one."
+        )
+
+
 def _select(
     run: RunFile, request: Request, out: Path | None, *, dataset: str, output: Path, column: str | None
 ) -> None:
@@ -117,8 +126,8 @@ def _select(
     rows = _rows_as_written(run, dataset)
     if rows is not None and column is not None:
         check_column(column, rows)  # before anything is scored
-    numbers = run_numbers(run, out)
-    of_dataset = _numbers_of(numbers, dataset)
+    numbers = run_numbers(run, out, only=dataset)
+    (of_dataset,) = numbers.datasets
     rows = of_dataset.loaded if rows is None else rows
     if column is not None:
         check_column(column, rows)
@@ -143,18 +152,6 @@ def _rows_as_written(run: RunFile, name: str) -> "Dataset | None":
     options = {key: value for key, value in source.options.items() if key != "columns"}
     rows: Any = load_preferences(source.path, **options)
     return None if isinstance(rows, dict) else rows
-
-
-def _numbers_of(numbers: "RunNumbers", name: str) -> "DatasetNumbers":
-    """The numbers of the dataset of that name. ValueError where there are none."""
-    for each in numbers.datasets:
-        if each.name == name:
-            return each
-    found = (
-        numbers.not_read[name] if name in numbers.not_read
-        else f"the run has several evaluation sets, {', '.join(each.name for each in numbers.datasets)}; name one"
-    )  # fmt: skip
-    raise ValueError(f"pairs of the dataset {name!r} were to be chosen, and {found}.")
 
 
 def _command(run: RunFile, run_file: Path, overrides: Sequence[str], output: Path) -> str:

@@ -67,9 +67,9 @@ class RunNumbers:
     tokenizer: PreTrainedTokenizerBase
 
 
-def pair_numbers_of(trainer: DPOTrainer, whose: str = "Reference") -> dict[str, PairNumbers]:
-    """The reference's numbers of the pairs of each dataset of a trainer, by the dataset's name; streams are left out.
-    Messages say `whose` numbers they are.
+def pair_numbers_of(trainer: DPOTrainer, whose: str = "Reference", only: str | None = None) -> dict[str, PairNumbers]:
+    """The reference's numbers of the pairs of each dataset of a trainer, by the dataset's name; streams are left out,
+    and all but the dataset `only` where it is given. Messages say `whose` numbers they are.
 
     What the store lacks is scored and stored. The trainer must have been made with `precompute_ref_log_probs=True` and
     `reference_window=1`, so that its reference is held and nothing was scored yet. ValueError where a log-prob is not
@@ -77,7 +77,7 @@ def pair_numbers_of(trainer: DPOTrainer, whose: str = "Reference") -> dict[str, 
     """
     reference = trainer.reference
     assert reference is not None and reference.stored is not None  # noqa: PT018
-    datasets = prepared_datasets(trainer)
+    datasets = {name: data for name, data in prepared_datasets(trainer).items() if only in (None, name)}
     completions = trainer.completions_to_score(datasets)
     with untouched(trainer.model):
         reference.fill(completions, whose=whose)

@@ -8,6 +8,7 @@ transformers, peft, safetensors and tokenizers raise errors of every kind over a
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -62,7 +63,10 @@ _CODE = (
 
 def _why_of_folder(folder: str, error: BaseException, noun: str) -> str:
     fault = fault_of(folder) if noun == "model" else None
-    return f"{fault or _reason(error)}. It holds {sorted(os.listdir(folder))[:6]}."
+    inside = sorted(os.listdir(folder))
+    is_of_a_run = any(re.fullmatch(r"checkpoint-\d+", name) for name in inside)
+    advice = " A run has not finished there: name one of its checkpoints." if is_of_a_run else ""
+    return f"{fault or _reason(error)}. It holds {inside[:6]}.{advice}"
 
 
 def _why_of_hub_id(path: str, error: BaseException, advice: str, *, but: str) -> str:

@@ -11,7 +11,7 @@ from holdfast.inspect.pair_numbers import PairNumbers
 from holdfast.inspect.ranking.margins import margins, margins_per_token
 from holdfast.inspect.ranking.shares import Values
 from holdfast.inspect.selection.request import By
-from holdfast.scoring.tolerance import TOLERANCE_NATS
+from holdfast.scoring.tolerance import TOLERANCE_NATS_MEAN
 
 
 def margins_by(
@@ -32,11 +32,12 @@ def margins_by(
 
 
 def are_one_model(reference: PairNumbers, policy: PairNumbers) -> bool:
-    """Whether rounding explains every difference between the log-probs of the two."""
-    return all(
-        bool((np.abs(ours - theirs) <= TOLERANCE_NATS * tokens).all())
-        for ours, theirs, tokens in (
-            (policy.chosen_logps, reference.chosen_logps, reference.chosen_tokens),
-            (policy.rejected_logps, reference.rejected_logps, reference.rejected_tokens),
+    """Whether rounding explains the mean difference per token between the log-probs of the two."""
+    moved = sum(
+        float(np.abs(ours - theirs).sum())
+        for ours, theirs in (
+            (policy.chosen_logps, reference.chosen_logps),
+            (policy.rejected_logps, reference.rejected_logps),
         )
     )
+    return moved <= TOLERANCE_NATS_MEAN * float((reference.chosen_tokens + reference.rejected_tokens).sum())
