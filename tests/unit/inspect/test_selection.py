@@ -10,6 +10,7 @@ With D = log p(chosen) - log p(rejected):
 
 import datetime
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def test_margins_by_hand(by, per_token, expected):
         (IMPLICIT, 0.001, Keep.LARGEST, [5]),
         (TIES, 0.5, Keep.SMALLEST, [0, 3]),
         (TIES, 0.5, Keep.LARGEST, [0, 1]),
+        ([7.0] * 100, 0.3, Keep.SMALLEST, [*range(30)]),
+        ([7.0] * 100, 0.3, Keep.LARGEST, [*range(30)]),
     ],
 )
 def test_choices_by_hand(values, share, keep, expected):
@@ -144,10 +147,21 @@ def test_the_text_of_the_page_is_what_is_said():
 
 
 def test_the_absolute_margin_is_what_is_gone_by():
-    """Absolute values 0.3 1.1 0.3 1.0 0.1 2.5 0.37 0: the largest two are at 1 and 5."""
-    selection = select(*numbers_of(), Request(share=0.25, keep=Keep.LARGEST, is_absolute=True))
-    assert selection.places.tolist() == [1, 5]
+    """Absolute values 0.3 1.1 0.3 1.0 0.1 2.5 0.37 0: the smallest two are at 4 and 7, their median is 0.05."""
+    selection = select(*numbers_of(), Request(share=0.25, keep=Keep.SMALLEST, is_absolute=True))
+    assert selection.places.tolist() == [4, 7]
     assert selection.margins.tolist() == pytest.approx(IMPLICIT)
+    line = "".join(span.text for span in [*selection_lines(selection, (), None)][1])
+    assert line.startswith("  absolute implicit reward margin (beta 0.100): 0 to 2.50, median 0.335;")
+    assert line.endswith("of the chosen ones 0 to 0.100, median 0.0500")
+
+
+def test_margins_in_words():
+    assert (
+        Request(share=1, keep=Keep.LARGEST, by=By.REFERENCE, per_token=True).title
+        == "margin of the reference per token"
+    )
+    assert Request(share=1, keep=Keep.LARGEST, by=By.POLICY).title == "margin of the policy"
 
 
 def test_a_policy_that_is_the_reference_is_refused():
@@ -208,6 +222,8 @@ def test_what_json_has_no_word_for_is_refused(tmp_path):
     dataset = Dataset.from_dict({"when": [datetime.datetime(2026, 1, 1)], "x": [1]})
     with pytest.raises(ValueError, match=r"the column 'when'.*ends in \.parquet"):
         write_rows(dataset, np.array([0]), tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"the column 'x'.*ends in \.parquet"):
+        write_rows(Dataset.from_dict({"x": [1.0, math.nan]}), np.array([0, 1]), tmp_path / "rows.jsonl")
     assert not any(tmp_path.iterdir())
     write_rows(dataset, np.array([0]), tmp_path / "rows.parquet")
     assert load_preferences(tmp_path / "rows.parquet")["when"][0] == datetime.datetime(2026, 1, 1)
