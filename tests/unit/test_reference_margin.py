@@ -256,6 +256,9 @@ def test_moments_of_three_batches() -> None:
     assert moments.record() == pytest.approx({"mean": 2.08, "deviation": 1.11, "num_updates": 3}, abs=1e-6)
     assert moments.standardised(torch.tensor([2.08, 3.19])).tolist() == close(0.0, 1.0)
     assert type(moments.record()["mean"]) is float
+    trained = MarginMoments.of(torch.tensor([1.0, 3.0], requires_grad=True))
+    assert not trained.mean.requires_grad
+    assert not trained.deviation.requires_grad
 
 
 def test_moments_of_another_loss_are_not_read() -> None:
