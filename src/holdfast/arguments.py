@@ -14,7 +14,7 @@ from holdfast.config import DPOConfig
 from holdfast.data.mixing.source_column import sources_with_metrics
 from holdfast.internals.transformers import check_trainer, loaded_from
 from holdfast.losses.options import nearest
-from holdfast.options.combinations import check_evaluation
+from holdfast.options.combinations import check_batches, check_evaluation
 from holdfast.options.metric_names import EVAL_METRICS, LOSS_TERM, METRICS_BY_SOURCE, metric_of_source
 from holdfast.policy.independence import Dependence
 from holdfast.policy.malloc import keep_freed_memory
@@ -59,6 +59,7 @@ def checked_arguments(
         raise ValueError(
             f"{option} was asked for together with a `data_collator`, which lays the rows out itself. Drop one of them."
         )
+    check_batches(args)
     check_evaluation(args, has_eval_data=eval_dataset is not None)
     if not compute_metrics and not callbacks:
         check_best_metric(args, eval_dataset)

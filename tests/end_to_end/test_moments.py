@@ -141,3 +141,15 @@ def test_another_number_of_pairs_in_a_batch_keeps_the_moments(saved: dict[str, P
     two, three = (read_manifest(tmp_path / "run" / f"checkpoint-{step}")["moments"]["beta_dpo"] for step in (2, 3))
     assert three["num_updates"] == two["num_updates"] + 1 == 3
     assert three["deviation"] >= 0.9 * two["deviation"] > 0
+
+
+def test_a_batch_of_one_pair_has_no_others_to_compare_with(tmp_path: Path) -> None:
+    """Its deviation would be 0 in every step. What `gradient_accumulation_steps` adds up is no batch; `beta_dpo` needs
+    no deviation there."""
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    message = (
+        r"alpha_dpo compares the pairs of a batch, of which it needs at least 2; per_device_train_batch_size=1 on 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_model(), config(tmp_path, loss_type=["sigmoid", "alpha_dpo"], **options))
+    trainer(tiny_model(), config(tmp_path, loss_type="beta_dpo", **options))

@@ -602,6 +602,14 @@ def test_a_hint_is_given_where_a_name_is_near(name: str, near: str | None) -> No
     assert ("Did you mean" in str(error.value)) == (near is not None)
 
 
+@pytest.mark.parametrize(("spelling", "name"), [("HyPO", "hypo"), ("alpha-DPO", "alpha_dpo"), ("IPO", "ipo")])
+def test_a_loss_in_other_letters_is_said_how_to_write(spelling: str, name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"loss_type '{spelling}' is unknown\. Write loss_type=\"{name}\"\. There are"
+    ):
+        made(loss_type=spelling)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js_divergence", "forward_kl"])
 def test_a_default_of_other_trainers_may_be_spelled_out(divergence: str) -> None:
     made(f_divergence_type=divergence, f_alpha_divergence_coef=1.0)

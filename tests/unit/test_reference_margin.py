@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.losses import LOSSES, LossOptions, MarginMoments, PairLogps, moments_after, preference_loss
+from holdfast.losses import (
+    LOSSES,
+    LossOptions,
+    MarginMoments,
+    PairLogps,
+    implicit_rewards,
+    moments_after,
+    preference_loss,
+)
 
 LN2 = math.log(2.0)
 INF, NAN = math.inf, math.nan
@@ -256,6 +264,9 @@ def test_moments_of_three_batches() -> None:
     assert moments.record() == pytest.approx({"mean": 2.08, "deviation": 1.11, "num_updates": 3}, abs=1e-6)
     assert moments.standardised(torch.tensor([2.08, 3.19])).tolist() == close(0.0, 1.0)
     assert type(moments.record()["mean"]) is float
+    trained = MarginMoments.of(torch.tensor([1.0, 3.0], requires_grad=True))
+    assert not trained.mean.requires_grad
+    assert not trained.deviation.requires_grad
 
 
 def test_moments_of_another_loss_are_not_read() -> None:
@@ -275,6 +286,30 @@ def test_the_target_and_beta_have_no_gradient(name: str) -> None:
     else:  # alone, beta is 1: -sigma(-gap)
         expected = [-1 / (1 + math.exp(3.0)), -1 / (1 + math.exp(-1.0))]
     assert gradient.tolist() == close(*expected)
+
+
+def test_rewards_have_no_gradient() -> None:
+    policy = replace(
+        POLICY, chosen=POLICY.chosen.clone().requires_grad_(), rejected=POLICY.rejected.clone().requires_grad_()
+    )
+    for reward in implicit_rewards(policy, REFERENCE, NAMES, LossOptions()):
+        assert not reward.requires_grad
+
+
+def test_each_loss_has_one_weight() -> None:
+    for weights in ([1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="zip"):
+            preference_loss(POLICY, REFERENCE, loss_types=["hypo", "dpop"], loss_weights=weights, options=LossOptions())
+
+
+def test_moments_of_several_losses_go_on_each_by_itself() -> None:
+    """A loss that joins later begins with that batch; one that has left is no longer among them."""
+    options = LossOptions()
+    first = moments_after({}, *gaps_of(1.0, 3.0), loss_types=["beta_dpo", "hypo"], options=options)
+    second = moments_after(first, *gaps_of(4.0, 4.0), loss_types=["alpha_dpo", "beta_dpo"], options=options)
+    assert second["beta_dpo"].record() == pytest.approx({"mean": 2.2, "deviation": 0.9, "num_updates": 2})
+    assert second["alpha_dpo"].record() == pytest.approx({"mean": 4.0, "deviation": 0.0, "num_updates": 1})
+    assert moments_after(second, *gaps_of(1.0), loss_types=["alpha_dpo"], options=options).keys() == {"alpha_dpo"}
 
 
 # --- per token or summed ----------------------------------------------------------------------------------------------

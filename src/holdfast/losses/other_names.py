@@ -46,7 +46,7 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "rainbowpo": 'loss_type="rainbow"',
         "alphadpo": 'loss_type="alpha_dpo"',
         "betadpo": 'loss_type="beta_dpo"',
-        "odpo": 'loss_type="sigmoid" with a column `margin`',
+        "odpo": 'loss_type="sigmoid" with margin_column',
         "f_dpo": 'loss_type="sigmoid" with f_divergence_type',
         "reference_free": 'loss_type="cpo" with cpo_alpha=0',
     }
@@ -56,7 +56,10 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
 
 def require_loss(name: str, losses: Collection[str]) -> None:
     """ValueError where `name` is none of the `losses`; the message says what to write instead, or names the nearest."""
-    advice = INSTEAD.get(str(name).lower().replace("-", "_")) if name not in losses else None
+    if name in losses:
+        return
+    key = str(name).lower().replace("-", "_")
+    advice = f'loss_type="{key}"' if key in losses else INSTEAD.get(key)
     if advice is not None:
         write = advice if advice is _UNPAIRED else f"Write {advice}"
         raise ValueError(

@@ -120,7 +120,7 @@ def _gap_per_token(inputs: LossInputs[BetaOptions]) -> Float[Tensor, "P"]:
     return (policy - reference).detach()
 
 
-@loss("Wu et al. 2024, arXiv:2410.10148", AlphaDpoOptions, couples_pairs=True, gap=_gap_per_token)
+@loss("Wu et al. 2024, arXiv:2410.10148", AlphaDpoOptions, couples_pairs=True, least_pairs=2, gap=_gap_per_token)
 def alpha_dpo(inputs: LossInputs[AlphaDpoOptions]) -> Float[Tensor, "P"]:
     """As `sigmoid`, with m = beta Delta_theta - sg[alpha_dpo_gamma + alpha_dpo_alpha M*], per token, sg without
     gradient. M* = (M - mean M) / std M, where M = Delta_theta - Delta_ref, per token; mean and deviation are

@@ -98,6 +98,8 @@ class Loss:
     """Whether a value depends on other pairs of the batch too. Several processes then gather the pairs of all."""
     reads_margins: bool = False
     """Whether it asks the margins of each pair that the data bring along."""
+    least_pairs: int = 1
+    """The fewest pairs of a batch that it can compare."""
     gap: Callable[[LossInputs[Any]], Tensor] | None = None
     """The margin per pair whose `MarginMoments` it reads; None for a loss that knows no other batches."""
     objection: Callable[[Any], str | None] | None = None
@@ -122,6 +124,7 @@ def loss(
     sorts_batch: bool = False,
     couples_pairs: bool = False,
     reads_margins: bool = False,
+    least_pairs: int = 1,
     gap: Callable[[LossInputs[OptionsT]], Tensor] | None = None,
     objection: Callable[[OptionsT], str | None] | None = None,
 ) -> Callable[[LossFunction[OptionsT]], LossFunction[OptionsT]]:
@@ -137,6 +140,7 @@ def loss(
             sorts_batch=sorts_batch,
             couples_pairs=couples_pairs or sorts_batch,
             reads_margins=reads_margins,
+            least_pairs=least_pairs,
             gap=gap,
             objection=objection,
         )

@@ -188,6 +188,19 @@ def check_samples(args: Any, *, has_eval_data: bool, has_judge: bool, lacks_refe
         )
 
 
+def check_batches(args: Any) -> None:
+    """ValueError where the batches of training have fewer pairs than a loss compares."""
+    size = args.per_device_train_batch_size * args.world_size
+    for name in args.loss_types:
+        if size < (least := LOSSES[name].least_pairs):
+            raise ValueError(
+                f"{name} compares the pairs of a batch, of which it needs at least {least}; "
+                f"per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} process has "
+                f"{size}. Raise it; tokens_per_batch limits the memory that a batch takes. Batches of "
+                "gradient_accumulation_steps are not compared with each other."
+            )
+
+
 def check_length(args: Any, train_dataset: Any) -> None:
     """ValueError where a run over `train_dataset` would take no optimizer step, since its only batch is dropped."""
     if not isinstance(train_dataset, Sized) or not args.dataloader_drop_last:
