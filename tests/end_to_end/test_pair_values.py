@@ -179,6 +179,16 @@ def test_a_stream_is_refused_as_it_is_read(tmp_path: Path) -> None:
     assert isinstance(stream, IterableDataset)
 
 
+def test_a_stream_of_arrays_is_one_of_numbers(tmp_path: Path) -> None:
+    """A format of numpy makes scalars of the numbers, and arrays of the token ids."""
+    stream = with_columns(w=WEIGHTS).to_iterable_dataset()
+    plain, formatted = (
+        ran(tmp_path / name, each, max_steps=1, weight_column="w")
+        for name, each in (("plain", stream), ("arrays", stream.with_format("numpy")))
+    )
+    assert logged(formatted) == logged(plain) == [pytest.approx(0.875 * math.log(2), abs=1e-6)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -43,7 +43,7 @@ class StreamReport:
                 for column in (AS_TEXT, AS_TOKEN)
             )
             self._warn(spells_special_tokens(name, as_text, as_token))
-        if row[NOTES]:
+        if len(row[NOTES]) > 0:  # an array, where the stream is formatted
             self._say_notes(rows_by_kind([(index, row[NOTES])]))
         reason = row[REASON]
         if reason is None:
