@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+OLDEST_TESTS := tests
 FAST := -m "not slow and not nightly and not peer"
 BEFORE := HEAD
 # One thread per process: two test workers share two cores, and fp32 sums stay the same from run to run.
@@ -38,8 +39,8 @@ nightly: $(VENV)/test.stamp  ## run every test that needs nothing but this packa
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,deepspeed]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not peer"
 
-test-oldest: $(OLDEST)/test.stamp  ## run the fast tests on the oldest versions that are claimed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(FAST)
+test-oldest: $(OLDEST)/test.stamp  ## run the fast tests (or some: OLDEST_TESTS=...) on the oldest versions that are claimed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(FAST) $(OLDEST_TESTS)
 
 check: lint  ## format check, lint, types, docs build, fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST)
