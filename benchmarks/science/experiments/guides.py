@@ -1,0 +1,176 @@
+"""References that are policies of their own: a guide (Pre-DPO), and rounds that each have a reference.
+
+Whoever trains against a policy that was trained already goes further, as one does with a smaller beta. So each stands
+beside DPO at the same beta and at the same KL, and Pre-DPO beside DPO that is trained for twice as long, since its
+guide costs as much. Claims were written down before any result.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from science.curves import below_at
+from science.drawing import draw_frontier, picture, points
+from science.guiding import guided, in_rounds
+from science.records import Claim, Results, Run
+from science.settings import Scale
+from science.statistics import Mean, paired
+from science.training import trained_and_measured
+
+NAME = "guides"
+ANCHOR = "guides-and-rounds"
+ONCE = (4, 1, 0.5, 0.25, 0.1, 0.05)
+TWICE = (1, 0.5, 0.25)
+GUIDED = (1, 0.25)
+FRESH_BASE = (1, 0.5, 0.25)
+FRESH_BEFORE = (3, 1)
+SIMPO: Mapping[str, Any] = {
+    "loss_type": "simpo", "beta": 1, "reference": "none", "reference_store": None, "precompute_ref_batch_size": None,
+}  # fmt: skip
+PAN: Mapping[str, Any] = {"paper": "Pan et al. 2025", "arxiv": "2504.15843"}
+DONG: Mapping[str, Any] = {"paper": "Dong et al. 2024", "arxiv": "2405.07863"}
+KIM: Mapping[str, Any] = {"paper": "Kim et al. 2024", "arxiv": "2403.19270"}
+
+
+def runs(scale: Scale) -> Sequence[Run]:
+    return [
+        *(Run(name=f"dpo-{beta:g}", perform=trained_and_measured, options=_dpo(beta)) for beta in ONCE),
+        *(
+            Run(name=f"twice-{beta:g}", perform=trained_and_measured, options=_dpo(beta) | {"num_train_epochs": 2})
+            for beta in TWICE
+        ),
+        *(
+            Run(name=f"guided-{beta:g}", perform=guided, options=_dpo(beta) | {"guide": _dpo(beta)})
+            for beta in GUIDED
+        ),
+        Run(name="simpo", perform=trained_and_measured, options=SIMPO),
+        Run(name="guided-by-simpo", perform=guided, options=_dpo(1) | {"guide": dict(SIMPO)}),
+        *(_rounds(f"fresh-base-{beta:g}", "fresh", "base", beta) for beta in FRESH_BASE),
+        *(_rounds(f"fresh-before-{beta:g}", "fresh", "before", beta) for beta in FRESH_BEFORE),
+        _rounds("parts-base-1", "parts", "base", 1),
+        _rounds("parts-before-1", "parts", "before", 1),
+    ]
+
+
+def _dpo(beta: float) -> dict[str, Any]:
+    return {"loss_type": "sigmoid", "beta": beta}
+
+
+def _rounds(name: str, pairs: str, reference: str, beta: float) -> Run:
+    options = _dpo(beta) | {"num_rounds": 3, "pairs": pairs, "reference": reference}
+    return Run(name=name, perform=in_rounds, options=options)
+
+
+def sweep(kind: str, betas: Sequence[float]) -> list[str]:
+    """The runs of this kind, from the strongest anchor to the weakest."""
+    return [f"{kind}-{beta:g}" for beta in betas]
+
+
+def claims(results: Results) -> list[Claim]:
+    once, twice = sweep("dpo", ONCE), sweep("twice", TWICE)
+    base = sweep("fresh-base", FRESH_BASE)
+    return [
+        _more_reward(results, "guided-1", "dpo-1", "Pre-DPO has more reward than DPO at the same beta", PAN),
+        _more_reward(
+            results, "guided-1", "twice-1", "Pre-DPO has more reward than DPO of twice the length at the same beta", PAN
+        ),
+        _more_at_equal_kl(results, "guided-1", once, "Pre-DPO is better than DPO at the same KL", PAN),
+        _more_at_equal_kl(
+            results, "guided-1", twice, "Pre-DPO is better than DPO of twice the length at the same KL", PAN
+        ),
+        _more_reward(results, "guided-by-simpo", "simpo", "Pre-DPO with SimPO's guide has more reward than SimPO", PAN),
+        _like_half_of_beta(results),
+        _more_reward(
+            results, "fresh-base-1", "dpo-1", "Three rounds with fresh pairs have more reward than one run on the first", DONG
+        ),
+        _more_at_equal_kl(
+            results, "fresh-base-0.25", once, "Three rounds with fresh pairs are better than one run at the same KL", DONG
+        ),
+        _more_reward(
+            results, "parts-before-1", "dpo-1",
+            "Steps on parts of the pairs, each against the policy before, have more reward than one run on all", KIM,
+        ),
+        _more_at_equal_kl(
+            results, "parts-before-1", once,
+            "Steps on parts of the pairs, each against the policy before, are better than one run at the same KL", KIM,
+        ),
+        _more_reward(
+            results, "fresh-before-1", "fresh-base-1",
+            "With fresh pairs, the policy of the round before is a better reference than the first at the same beta", KIM,
+        ),
+        _more_at_equal_kl(
+            results, "fresh-before-1", base,
+            "With fresh pairs, the policy of the round before is a better reference than the first at the same KL", KIM,
+        ),
+    ]  # fmt: skip
+
+
+def _more_reward(results: Results, run: str, rival: str, text: str, paper: Mapping[str, Any]) -> Claim:
+    first, second = results.values(run, "reward"), results.values(rival, "reward")
+    return Claim(
+        text=text,
+        **paper,
+        seen=f"reward {Mean.of(first).mean:.2f} and {Mean.of(second).mean:.2f}, at KLs of "
+        f"{results.mean(run, 'kl').mean:.2f} and {results.mean(rival, 'kl').mean:.2f}",
+        difference=paired(first, second),
+    )
+
+
+def _more_at_equal_kl(results: Results, run: str, rivals: Sequence[str], text: str, paper: Mapping[str, Any]) -> Claim:
+    below, of_rivals = results.values(run, "below"), below_at(results, rivals, results.values(run, "kl"))
+    return Claim(
+        text=text,
+        **paper,
+        seen=f"at {results.mean(run, 'kl').mean:.2f} nats {Mean.of(below).mean:.2f} below the ceiling, and "
+        f"{Mean.of(of_rivals).mean:.2f}",
+        difference=paired(of_rivals, below),
+    )
+
+
+def _like_half_of_beta(results: Results) -> Claim:
+    """By Rafailov et al., DPO at beta multiplies the reference by exp(r / beta): after the guide, a second time."""
+    guided, whole, half = (results.values(run, "kl") for run in ("guided-1", "dpo-1", "dpo-0.5"))
+    to_whole = [abs(one - other) for one, other in zip(guided, whole, strict=True)]
+    to_half = [abs(one - other) for one, other in zip(guided, half, strict=True)]
+    return Claim(
+        text="Pre-DPO goes about as far as DPO with half of its beta: optimum over optimum is exp(2 r / beta)",
+        paper="Rafailov et al. 2023",
+        arxiv="2305.18290",
+        seen=f"KL {Mean.of(guided).mean:.2f}; DPO {Mean.of(half).mean:.2f} at half of beta, {Mean.of(whole).mean:.2f} "
+        "at beta",
+        difference=paired(to_whole, to_half),
+    )
+
+
+def table(results: Results) -> list[list[str]]:
+    measures = {
+        "reward": "true reward", "kl": "KL", "below": "below the ceiling", "accuracy": "accuracy", "ranking": "ranking",
+    }  # fmt: skip
+    return [["run", *measures.values()]] + [
+        [f"`{run}`", *(results.shown(run, each) for each in measures)] for run in results.runs
+    ]
+
+
+def draw(results: Results, path: Path) -> None:
+    """Left: reward against KL, under the frontier. Right: how far below the ceiling."""
+    series = {
+        "DPO": sweep("dpo", ONCE),
+        "DPO, twice as long": sweep("twice", TWICE),
+        "Pre-DPO": sweep("guided", GUIDED),
+        "rounds, reference the first": sweep("fresh-base", FRESH_BASE),
+        "rounds, reference the one before": sweep("fresh-before", FRESH_BEFORE),
+        "parts, reference the one before": ["parts-before-1"],
+    }
+    description = "; ".join(
+        f"{run}: KL {results.mean(run, 'kl').mean:.2f}, reward {results.mean(run, 'reward').mean:.2f}"
+        for run in results.runs
+    )
+    with picture(path, title="Guides and rounds", description=description, size=(9, 4.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        draw_frontier(left, results, largest_kl=9)
+        for place, (label, runs_of_it) in enumerate(series.items()):
+            points(left, results, runs_of_it, "reward", place=place, label=label)
+            points(right, results, runs_of_it, "below", place=place, label=label)
+        left.set(title="true reward", xlabel="KL to the start policy (nats)")
+        right.set(title="reward below the ceiling at that KL", xlabel="KL to the start policy (nats)", ylim=(0, None))
+        right.legend(loc="upper left", fontsize=9)
