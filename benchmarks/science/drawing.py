@@ -1,13 +1,16 @@
 """Pictures as SVG that follow the reader's light or dark scheme, the same bytes for the same numbers."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from science.records import Results
 
 # Written in the light colours, which are then exchanged for variables. Series are those of Okabe and Ito, made readable
 # on both backgrounds.
@@ -35,15 +38,27 @@ def picture(path: Path, *, title: str, description: str, size: tuple[float, floa
     path.write_text(_themed(path.read_text(encoding="utf-8"), description), encoding="utf-8")
 
 
-def points(
-    axes: Axes, x: list[float], y: list[float], *, x_errors: list[float], y_errors: list[float], place: int, label: str,
-    is_line: bool = True,
-) -> None:  # fmt: skip
-    """A series with error bars, in the colour and with the marker of its place."""
+def points(axes: Axes, results: Results, runs: Sequence[str], measure: str, *, place: int, label: str) -> None:
+    """`measure` of these runs against their KL, with standard errors over seeds, in the colour of this place."""
+    kls, values = ([results.mean(run, each) for run in runs] for each in ("kl", measure))
     axes.errorbar(
-        x, y, xerr=x_errors, yerr=y_errors, color=SERIES[place], marker=MARKERS[place], markersize=5, label=label,
-        linestyle="-" if is_line else "none", linewidth=1.2, elinewidth=1,
+        [each.mean for each in kls], [each.mean for each in values],
+        xerr=[_drawn(each.error) for each in kls], yerr=[_drawn(each.error) for each in values],
+        color=SERIES[place], marker=MARKERS[place], markersize=5, linewidth=1.2, elinewidth=1, label=label,
     )  # fmt: skip
+
+
+def draw_frontier(axes: Axes, results: Results, *, largest_kl: float) -> None:
+    """The largest reward that a policy of each KL can have, a mean over seeds."""
+    kls = [largest_kl * (step / 100) ** 2 for step in range(1, 101)]
+    frontiers = results.frontiers()
+    ceilings = [sum(each.reward_ceiling(kl).value for each in frontiers) / len(frontiers) for kl in kls]
+    axes.plot(kls, ceilings, color=LIGHT["faint"], linewidth=1.2, linestyle="--", label="largest possible")
+
+
+def _drawn(error: float) -> float:
+    """No bar for one seed, which has no error."""
+    return error if math.isfinite(error) else 0.0
 
 
 def _themed(svg: str, description: str) -> str:

@@ -24,12 +24,13 @@ import torch
 
 import holdfast
 from holdfast.store.files import write_durably
+from science import settings
 from science.records import Run, rounded
 from science.settings import Scale, setting
+from science.training import fill_store
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 HERE = Path(__file__).resolve().parent
-_FRAME = ("settings.py", "training.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class Task:
             "perform": f"{perform.__module__}.{perform.__qualname__}",
             "options": dict(self.run.options),
             "versions": versions(),
-            "sources": _digest_of_sources(perform.__module__),
+            "sources": _digest_of_sources(settings.__name__, "science.training", perform.__module__),
         }
 
     @property
@@ -60,7 +61,7 @@ class Task:
     @property
     def setting_folder(self) -> Path:
         definition = {key: self.definition[key] for key in ("seed", "scale", "versions")}
-        return self.work / "settings" / _digest(definition | {"sources": _digest_of_sources(setting.__module__)})
+        return self.work / "settings" / _digest(definition | {"sources": _digest_of_sources(settings.__name__)})
 
 
 def perform_all(tasks: Sequence[Task], *, num_workers: int) -> None:
@@ -74,10 +75,9 @@ def perform_all(tasks: Sequence[Task], *, num_workers: int) -> None:
     with ProcessPoolExecutor(
         num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tasks[0].work,)
     ) as pool:
-        settings = {task.setting_folder: task for task in missing}
-        for _ in _finished([pool.submit(make_setting, task) for task in settings.values()]):
-            pass
-        print(f"{len(settings)} settings, {time.monotonic() - started:.0f} s", flush=True)
+        of_seeds = list({task.setting_folder: task for task in missing}.values())
+        for count, _ in enumerate(_finished([pool.submit(make_setting, task) for task in of_seeds]), start=1):
+            print(f"setting {count} of {len(of_seeds)}: {time.monotonic() - started:.0f} s", flush=True)
         begun = time.monotonic()
         for count, (task, seconds) in enumerate(_finished([pool.submit(perform, task) for task in missing]), start=1):
             left = (time.monotonic() - begun) / count * (len(missing) - count)
@@ -97,8 +97,8 @@ def cpu_seconds(tasks: Sequence[Task]) -> float:
     """The processor's seconds of these runs and of their settings."""
     runs = {task.path: json.loads(task.path.read_text(encoding="utf-8"))["cpu_seconds"] for task in tasks}
     folders = {task.setting_folder for task in tasks}
-    settings = [json.loads((each / "numbers.json").read_text(encoding="utf-8"))["cpu_seconds"] for each in folders]
-    return round(sum(runs.values()) + sum(settings))
+    of_settings = [json.loads((each / "numbers.json").read_text(encoding="utf-8"))["cpu_seconds"] for each in folders]
+    return round(sum(runs.values()) + sum(of_settings))
 
 
 def perform(task: Task) -> tuple[Task, float]:
@@ -113,8 +113,8 @@ def perform(task: Task) -> tuple[Task, float]:
 
 
 def make_setting(task: Task) -> None:
-    """Makes and keeps the setting of a run."""
-    setting(task.seed, task.scale, task.setting_folder)
+    """Makes and keeps the setting of a run, with the reference's log-probs of its pairs."""
+    fill_store(setting(task.seed, task.scale, task.setting_folder))
 
 
 @functools.cache
@@ -152,14 +152,13 @@ def _digest(definition: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _digest_of_sources(module: str) -> str:
-    """Of holdfast, of the frame, and of the module of `perform`."""
-    package = Path(holdfast.__file__).parent
-    of_module = HERE.parent / f"{module.replace('.', '/')}.py"
-    paths = {*package.rglob("*.py"), *(HERE / name for name in _FRAME), of_module}
+def _digest_of_sources(*modules: str) -> str:
+    """Of holdfast, and of these modules of this folder."""
     found = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted(Path(holdfast.__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
+    for module in sorted({*modules}):
+        found.update(Path(*HERE.parent.parts, *module.split(".")).with_suffix(".py").read_bytes())
     return found.hexdigest()[:16]
 
 

@@ -71,8 +71,16 @@ class Results:
     def mean(self, run: str, measure: str) -> Mean:
         return Mean.of(self.values(run, measure))
 
+    def has(self, run: str, measure: str) -> bool:
+        return measure in self.document["runs"][run]["numbers"]
+
+    def shown(self, run: str, measure: str) -> str:
+        """`3.57 ± 0.02`: mean and standard error over seeds, as the page shows them."""
+        mean = self.mean(run, measure)
+        return f"{mean.mean:.2f} ± {mean.error:.2f}" if len(mean.values) > 1 else f"{mean.mean:.2f}"
+
     def of_settings(self, measure: str) -> list[float]:
-        """A number of each seed's setting: `start_reward` or `best_accuracy`."""
+        """A number of each seed's setting: `start_reward`, `best_accuracy` or `wrong_share`."""
         return [each[measure] for each in self.document["settings"]]
 
     def frontiers(self) -> list[Frontier]:

@@ -23,7 +23,7 @@ from science.experiments import EXPERIMENTS
 from science.page import PAGE, PICTURES, RESULTS, documents, updated
 from science.performing import Task, cpu_seconds, machine, numbers, perform_all
 from science.records import Experiment, Results, claim_entry, document
-from science.settings import FULL, QUICK, Scale, setting
+from science.settings import FULL, QUICK, Scale, published_numbers
 
 
 def main() -> None:
@@ -61,7 +61,8 @@ def run(chosen: list[Experiment], scale: Scale, options: argparse.Namespace) -> 
     perform_all([task for of_experiment in tasks.values() for task in of_experiment], num_workers=options.workers)
     for experiment in chosen:
         of_experiment = tasks[experiment.NAME]
-        settings = [setting(seed, scale, _of_seed(of_experiment, seed)[0].setting_folder).numbers() for seed in seeds]
+        folders = {task.seed: task.setting_folder for task in of_experiment}
+        settings = [published_numbers(folders[seed]) for seed in seeds]
         found = {
             run.name: [numbers(task) for task in of_experiment if task.run.name == run.name]
             for run in experiment.runs(scale)
@@ -86,10 +87,6 @@ def publish(chosen: list[Experiment], results: Path, pictures: Path, page: Path)
             print(f"{experiment.NAME}: {claim['text']}: {claim['verdict']}")
     if page.exists():
         page.write_text(updated(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-
-
-def _of_seed(tasks: list[Task], seed: int) -> list[Task]:
-    return [task for task in tasks if task.seed == seed]
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -51,8 +51,32 @@ FULL = Scale(
     num_pairs_per_step=64,
     num_held_out_pairs=2000,
     num_measured_texts=4000,
-    num_frontier_texts=4000,
-    betas=(8, 4, 2, 1.4, 1, 0.7, 0.5, 0.35, 0.25, 0.18, 0.1, 0.05),
+    num_frontier_texts=2000,
+    betas=(
+        8,
+        5.6,
+        4,
+        2.8,
+        2,
+        1.7,
+        1.4,
+        1.2,
+        1,
+        0.85,
+        0.7,
+        0.6,
+        0.5,
+        0.42,
+        0.35,
+        0.3,
+        0.25,
+        0.21,
+        0.18,
+        0.14,
+        0.1,
+        0.07,
+        0.05,
+    ),
 )
 QUICK = Scale(
     name="quick",
@@ -72,7 +96,8 @@ class Setting:
     """What all runs of a seed have in common.
 
     `reference_margins` are those of the held-out pairs, nats: `log pi_ref(chosen) - log pi_ref(rejected)`.
-    `best_accuracy` is the share of held-out pairs whose chosen text has the larger true reward. `folder` has the store.
+    `best_accuracy` is the share of held-out pairs whose chosen text has the larger true reward, `wrong_share` that of
+    those which the start policy ranks wrongly. `folder` has the store.
     """
 
     seed: int
@@ -85,24 +110,22 @@ class Setting:
     reference_margins: Tensor
     start_reward: float
     best_accuracy: float
+    wrong_share: float
     folder: Path
 
     def optimum(self, beta: float) -> Optimum | None:
         """The optimal policy at this beta, if it is one of the frontier's points."""
         return next((optimum for optimum in self.frontier.optima if optimum.beta == beta), None)
 
-    def numbers(self) -> dict[str, Any]:
-        """What a result file says of the setting."""
-        optima = [
-            {
-                "beta": each.beta,
-                "reward": each.reward.value,
-                "kl": each.kl.value,
-                "log_partition": each.log_partition.value,
-            }
-            for each in self.frontier.optima
-        ]
-        return {"start_reward": self.start_reward, "best_accuracy": self.best_accuracy, "optima": optima}
+
+def published_numbers(folder: Path) -> dict[str, Any]:
+    """What a result file says of the setting in `folder`."""
+    numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+    optima = [
+        {name: each[name]["value"] for name in ("reward", "kl", "log_partition")} | {"beta": each["beta"]}
+        for each in numbers["optima"]
+    ]
+    return {name: numbers[name] for name in ("start_reward", "best_accuracy", "wrong_share")} | {"optima": optima}
 
 
 def margins(policy: PreTrainedModel, pairs: Pairs) -> Tensor:
@@ -149,6 +172,7 @@ def setting(seed: int, scale: Scale, folder: Path) -> Setting:
         reference_margins=margins(policy, held_out),
         start_reward=numbers["start_reward"],
         best_accuracy=numbers["best_accuracy"],
+        wrong_share=numbers["wrong_share"],
         folder=folder,
     )
 
@@ -174,6 +198,7 @@ def _make(seed: int, scale: Scale, folder: Path) -> None:
     numbers = {
         "start_reward": start.reward.value,
         "best_accuracy": float((true_margins > 0).double().mean()),
+        "wrong_share": float((margins(policy, held_out) < 0).double().mean()),
         "optima": [asdict(optimum) for optimum in optima.optima],
         "cpu_seconds": round(time.process_time() - started, 1),
     }

@@ -49,7 +49,7 @@ def train(
     with TemporaryDirectory() as output_dir, _quiet(), one_thread():
         rows = {**pairs.rows(), **{name: list(values) for name, values in (columns or {}).items()}}
         trainer = DPOTrainer(
-            model=copy.deepcopy(start or setting.policy),
+            model=copy.deepcopy(setting.policy if start is None else start),
             ref_model=ref_model,
             args=DPOConfig(**{**_shared_options(setting, len(pairs.chosen), Path(output_dir)), **options}),
             train_dataset=Dataset.from_dict(rows),
@@ -59,6 +59,21 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.model.eval()
+
+
+def fill_store(setting: Setting) -> None:
+    """Scores the setting's pairs under its start policy into its store, all of them in one process.
+
+    Runs at the same time would share this work, and which of them scores which texts would be up to chance: batches of
+    other texts round differently.
+    """
+    with TemporaryDirectory() as output_dir, _quiet(), one_thread():
+        DPOTrainer(
+            model=copy.deepcopy(setting.policy),
+            args=DPOConfig(**_shared_options(setting, len(setting.pairs.chosen), Path(output_dir))),
+            train_dataset=Dataset.from_dict(setting.pairs.rows()),
+            processing_class=make_tokenizer(setting.world.source.vocabulary_size),
+        )
 
 
 def _shared_options(setting: Setting, num_pairs: int, output_dir: Path) -> dict[str, Any]:
