@@ -43,7 +43,7 @@ def points(axes: Axes, results: Results, runs: Sequence[str], measure: str, *, p
     kls, values = ([results.mean(run, each) for run in runs] for each in ("kl", measure))
     axes.errorbar(
         [each.mean for each in kls], [each.mean for each in values],
-        xerr=[_drawn(each.error) for each in kls], yerr=[_drawn(each.error) for each in values],
+        xerr=[drawn(each.error) for each in kls], yerr=[drawn(each.error) for each in values],
         color=SERIES[place], marker=MARKERS[place], markersize=5, linewidth=1.2, elinewidth=1, label=label,
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def draw_frontier(axes: Axes, results: Results, *, largest_kl: float) -> None:
     axes.plot(kls, ceilings, color=LIGHT["faint"], linewidth=1.2, linestyle="--", label="largest possible")
 
 
-def _drawn(error: float) -> float:
+def drawn(error: float) -> float:
     """No bar for one seed, which has no error."""
     return error if math.isfinite(error) else 0.0
 

@@ -39,10 +39,7 @@ def runs(scale: Scale) -> Sequence[Run]:
             Run(name=f"twice-{beta:g}", perform=trained_and_measured, options=_dpo(beta) | {"num_train_epochs": 2})
             for beta in TWICE
         ),
-        *(
-            Run(name=f"guided-{beta:g}", perform=guided, options=_dpo(beta) | {"guide": _dpo(beta)})
-            for beta in GUIDED
-        ),
+        *(Run(name=f"guided-{beta:g}", perform=guided, options=_dpo(beta) | {"guide": _dpo(beta)}) for beta in GUIDED),
         Run(name="simpo", perform=trained_and_measured, options=SIMPO),
         Run(name="guided-by-simpo", perform=guided, options=_dpo(1) | {"guide": dict(SIMPO)}),
         *(_rounds(f"fresh-base-{beta:g}", "fresh", "base", beta) for beta in FRESH_BASE),

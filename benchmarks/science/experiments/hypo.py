@@ -25,11 +25,11 @@ BETA = 0.25
 larger ones of long texts do at a usual beta."""
 BETAS: Mapping[str, tuple[float, ...]] = {
     "sigmoid": (4, 1, 0.5, 0.25, 0.1, 0.05),
-    "hypo": (4, 1, 0.25, 0.1),
+    "hypo": (1, 0.25, 0.1),
     "rainbow": (2.5, 1),
-    "dpop": (1, 0.25, 0.1),
+    "dpop": (0.25, 0.1),
     "alpha_dpo": (2.5, 1),
-    "beta_dpo": (1, 0.25, 0.1),
+    "beta_dpo": (1, 0.25),
     "sigmoid_norm": (TEXT_LENGTH * BETA,),
 }
 """From the strongest anchor to the weakest; the first is the rival of the others at their own KL."""

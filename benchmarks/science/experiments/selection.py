@@ -19,7 +19,7 @@ from science.statistics import Mean, paired
 NAME = "selection"
 ANCHOR = "a-part-of-the-pairs"
 KINDS = {"noisy": "labels that err", "certain": "labels that never err"}
-RANDOM_BETAS = (4, 1, 0.5, 0.25, 0.1)
+RANDOM_BETAS = (1, 0.5, 0.25, 0.1)
 CHOICES: Mapping[str, tuple[str, str]] = {
     "smallest implicit": ("implicit", "smallest"),
     "largest implicit": ("implicit", "largest"),
@@ -47,8 +47,7 @@ def _runs_of(kind: str) -> list[Run]:
 
     chosen = [run(named(kind, words), by, keep) for words, (by, keep) in CHOICES.items()]
     random = [
-        run(name, "random", "smallest", beta=beta)
-        for name, beta in zip(random_sweep(kind), RANDOM_BETAS, strict=True)
+        run(name, "random", "smallest", beta=beta) for name, beta in zip(random_sweep(kind), RANDOM_BETAS, strict=True)
     ]
     # One pass over all pairs takes twice the steps of two passes over a quarter.
     return [*chosen, *random, run(named(kind, ALL), ALL, "smallest", share=1.0, num_train_epochs=1)]
