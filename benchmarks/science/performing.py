@@ -65,8 +65,8 @@ class Task:
 
 
 def perform_all(tasks: Sequence[Task], *, num_workers: int) -> None:
-    """Performs what is not yet kept; each setting is made before the runs that need it. Prints a line for each run."""
-    tasks = list({task.path: task for task in tasks}.values())
+    """Performs what is not yet kept, seed by seed; settings come first. Prints a line for each run."""
+    tasks = sorted({task.path: task for task in tasks}.values(), key=lambda task: task.seed)
     missing = [task for task in tasks if not task.path.exists()]
     print(f"{len(tasks)} runs, {len(tasks) - len(missing)} of them kept from before", flush=True)
     if not missing:

@@ -12,6 +12,7 @@ from typing import Any
 from science.curves import below_at
 from science.drawing import draw_frontier, picture, points
 from science.guiding import guided, in_rounds
+from science.ranking import ranked
 from science.records import Claim, Results, Run
 from science.settings import Scale
 from science.statistics import Mean, paired
@@ -34,7 +35,7 @@ KIM: Mapping[str, Any] = {"paper": "Kim et al. 2024", "arxiv": "2403.19270"}
 
 def runs(scale: Scale) -> Sequence[Run]:
     return [
-        *(Run(name=f"dpo-{beta:g}", perform=trained_and_measured, options=_dpo(beta)) for beta in ONCE),
+        *(Run(name=f"dpo-{beta:g}", perform=ranked, options=_dpo(beta)) for beta in ONCE),  # those of `hypo`
         *(
             Run(name=f"twice-{beta:g}", perform=trained_and_measured, options=_dpo(beta) | {"num_train_epochs": 2})
             for beta in TWICE
