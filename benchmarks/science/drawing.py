@@ -1,4 +1,7 @@
-"""Pictures as SVG that follow the reader's light or dark scheme, the same bytes for the same numbers."""
+"""Pictures as SVG that follow the reader's light or dark scheme, the same bytes for the same numbers.
+
+There are two of each: panels side by side, and one below the other for narrow screens.
+"""
 
 import math
 import re
@@ -19,6 +22,15 @@ DARK = {"back": "#16181b", "ink": "#e8e6e3", "faint": "#a3a7ad", "line": "#3a3d4
 SERIES = ("#0072b2", "#d55e00", "#00835f", "#a8457f", "#7a6400", "#5b5bd6")
 _SERIES_DARK = ("#56b4e9", "#ff8f45", "#3ccf9f", "#e591c2", "#e0c341", "#a9a9ff")
 MARKERS = ("o", "s", "D", "^", "v", "X")
+
+
+def two_panels(path: Path, *, title: str, description: str) -> Iterator[tuple[Axes, Axes]]:
+    """Two panels to draw on, twice: for `NAME.svg` and, one below the other, for `NAME-narrow.svg`."""
+    for suffix, shape, size in (("", (1, 2), (9, 4.4)), ("-narrow", (2, 1), (4.6, 8))):
+        narrow = path.with_name(f"{path.stem}{suffix}.svg")
+        with picture(narrow, title=title, description=description, size=size) as figure:
+            first, second = figure.subplots(*shape)
+            yield first, second
 
 
 @contextmanager

@@ -18,7 +18,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "science"
 PAGE = ROOT / "docs" / "science.md"
 PICTURES = ROOT / "docs" / "science"
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-_HEADINGS = ("claim", "paper", "seen here", "difference", "reproduced?")
 _ANSWERS = {"reproduced": "**yes**", "opposite": "**no, the opposite**", "not seen": "no"}
 
 
@@ -44,7 +43,7 @@ def updated(page: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _claims(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """A row for each claim."""
-    rows = [list(_HEADINGS)]
+    rows = [["claim", "paper", "seen here", "difference", "reproduced?"]]
     for name, content in found.items():
         for claim in content["claims"]:
             paper = f"{claim['paper']}, arXiv:{claim['arxiv']}"

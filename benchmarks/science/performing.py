@@ -102,7 +102,10 @@ def cpu_seconds(tasks: Sequence[Task]) -> float:
 
 
 def perform(task: Task) -> tuple[Task, float]:
-    """Performs a run, keeps its numbers, and returns the processor's seconds that it took."""
+    """Performs a run, keeps its numbers, and returns the processor's seconds that it took. A run that another command
+    has kept in the meantime is not performed again."""
+    if task.path.exists():
+        return task, 0.0
     started = time.process_time()
     found = task.run.perform(setting(task.seed, task.scale, task.setting_folder), task.run.options)
     seconds = round(time.process_time() - started, 1)

@@ -27,7 +27,7 @@ from science.settings import FULL, QUICK, Scale, published_numbers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Runs the experiments and publishes what came of them.")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)} (all)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, the first being 0")
     parser.add_argument("--workers", type=int, default=2, help="processes at work")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from science.curves import below_at, reach
-from science.drawing import draw_frontier, picture, points
+from science.drawing import draw_frontier, points, two_panels
 from science.records import Claim, Results, Run
 from science.settings import Scale
 from science.statistics import Mean, paired
@@ -183,12 +183,13 @@ def draw_reward_and_shortfall(
         for run in runs
     ]
     largest_kl = max(results.mean(run, "kl").mean for runs in series.values() for run in runs)
-    with picture(path, title=title, description="; ".join(sentences), size=(9, 4.4)) as figure:
-        left, right = figure.subplots(1, 2)
-        draw_frontier(left, results, largest_kl=1.05 * largest_kl)
+    for reward, shortfall in two_panels(path, title=title, description="; ".join(sentences)):
+        draw_frontier(reward, results, largest_kl=1.05 * largest_kl)
         for place, (label, runs) in enumerate(series.items()):
-            points(left, results, runs, "reward", place=place, label=label)
-            points(right, results, runs, "below", place=place, label=label)
-        left.set(title="true reward", xlabel="KL to the start policy (nats)")
-        right.set(title="reward below the ceiling at that KL", xlabel="KL to the start policy (nats)", ylim=(0, None))
-        left.legend(loc="lower right")
+            points(reward, results, runs, "reward", place=place, label=label)
+            points(shortfall, results, runs, "below", place=place, label=label)
+        reward.set(title="true reward", xlabel="KL to the start policy (nats)")
+        shortfall.set(
+            title="below the largest reward of that KL", xlabel="KL to the start policy (nats)", ylim=(0, None)
+        )
+        reward.legend(loc="lower right")
