@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from science.curves import below_at
-from science.drawing import draw_frontier, picture, points
+from science.experiments.beta import draw_reward_and_shortfall
 from science.guiding import guided, in_rounds
 from science.ranking import ranked
 from science.records import Claim, Results, Run
@@ -31,6 +31,8 @@ SIMPO: Mapping[str, Any] = {
 PAN: Mapping[str, Any] = {"paper": "Pan et al. 2025", "arxiv": "2504.15843"}
 DONG: Mapping[str, Any] = {"paper": "Dong et al. 2024", "arxiv": "2405.07863"}
 KIM: Mapping[str, Any] = {"paper": "Kim et al. 2024", "arxiv": "2403.19270"}
+PARTS = "Rounds on parts of the pairs, each against the policy before,"
+BEFORE = "With fresh pairs, the policy before is a better reference than the first"
 
 
 def runs(scale: Scale) -> Sequence[Run]:
@@ -65,42 +67,27 @@ def sweep(kind: str, betas: Sequence[float]) -> list[str]:
 
 
 def claims(results: Results) -> list[Claim]:
-    once, twice = sweep("dpo", ONCE), sweep("twice", TWICE)
-    base = sweep("fresh-base", FRESH_BASE)
+    once, twice, base = sweep("dpo", ONCE), sweep("twice", TWICE), sweep("fresh-base", FRESH_BASE)
+    rewards: list[tuple[str, str, str, Mapping[str, Any]]] = [
+        ("guided-1", "dpo-1", "Pre-DPO has more reward than DPO at the same beta", PAN),
+        ("guided-1", "twice-1", "Pre-DPO has more reward than DPO of twice the length at the same beta", PAN),
+        ("guided-by-simpo", "simpo", "Pre-DPO with SimPO's result as the guide has more reward than SimPO", PAN),
+        ("fresh-base-1", "dpo-1", "Three rounds with fresh pairs have more reward than one run at the same beta", DONG),
+        ("parts-before-1", "dpo-1", f"{PARTS} have more reward than one run on all at the same beta", KIM),
+        ("fresh-before-1", "fresh-base-1", f"{BEFORE} at the same beta", KIM),
+    ]
+    at_equal_kl: list[tuple[str, Sequence[str], str, Mapping[str, Any]]] = [
+        ("guided-1", once, "Pre-DPO is better than DPO at the same KL", PAN),
+        ("guided-1", twice, "Pre-DPO is better than DPO of twice the length at the same KL", PAN),
+        ("fresh-base-0.25", once, "Three rounds with fresh pairs are better than one run at the same KL", DONG),
+        ("parts-before-1", once, f"{PARTS} are better than one run on all at the same KL", KIM),
+        ("fresh-before-1", base, f"{BEFORE} at the same KL", KIM),
+    ]
     return [
-        _more_reward(results, "guided-1", "dpo-1", "Pre-DPO has more reward than DPO at the same beta", PAN),
-        _more_reward(
-            results, "guided-1", "twice-1", "Pre-DPO has more reward than DPO of twice the length at the same beta", PAN
-        ),
-        _more_at_equal_kl(results, "guided-1", once, "Pre-DPO is better than DPO at the same KL", PAN),
-        _more_at_equal_kl(
-            results, "guided-1", twice, "Pre-DPO is better than DPO of twice the length at the same KL", PAN
-        ),
-        _more_reward(results, "guided-by-simpo", "simpo", "Pre-DPO with SimPO's guide has more reward than SimPO", PAN),
+        *(_more_reward(results, *each) for each in rewards),
+        *(_more_at_equal_kl(results, *each) for each in at_equal_kl),
         _like_half_of_beta(results),
-        _more_reward(
-            results, "fresh-base-1", "dpo-1", "Three rounds with fresh pairs have more reward than one run on the first", DONG
-        ),
-        _more_at_equal_kl(
-            results, "fresh-base-0.25", once, "Three rounds with fresh pairs are better than one run at the same KL", DONG
-        ),
-        _more_reward(
-            results, "parts-before-1", "dpo-1",
-            "Steps on parts of the pairs, each against the policy before, have more reward than one run on all", KIM,
-        ),
-        _more_at_equal_kl(
-            results, "parts-before-1", once,
-            "Steps on parts of the pairs, each against the policy before, are better than one run at the same KL", KIM,
-        ),
-        _more_reward(
-            results, "fresh-before-1", "fresh-base-1",
-            "With fresh pairs, the policy of the round before is a better reference than the first at the same beta", KIM,
-        ),
-        _more_at_equal_kl(
-            results, "fresh-before-1", base,
-            "With fresh pairs, the policy of the round before is a better reference than the first at the same KL", KIM,
-        ),
-    ]  # fmt: skip
+    ]
 
 
 def _more_reward(results: Results, run: str, rival: str, text: str, paper: Mapping[str, Any]) -> Claim:
@@ -119,8 +106,8 @@ def _more_at_equal_kl(results: Results, run: str, rivals: Sequence[str], text: s
     return Claim(
         text=text,
         **paper,
-        seen=f"at {results.mean(run, 'kl').mean:.2f} nats {Mean.of(below).mean:.2f} below the ceiling, and "
-        f"{Mean.of(of_rivals).mean:.2f}",
+        seen=f"at {results.mean(run, 'kl').mean:.2f} nats {Mean.of(below).mean:.3f} below the ceiling, and "
+        f"{Mean.of(of_rivals).mean:.3f}",
         difference=paired(of_rivals, below),
     )
 
@@ -150,25 +137,12 @@ def table(results: Results) -> list[list[str]]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Left: reward against KL, under the frontier. Right: how far below the ceiling."""
     series = {
         "DPO": sweep("dpo", ONCE),
         "DPO, twice as long": sweep("twice", TWICE),
         "Pre-DPO": sweep("guided", GUIDED),
-        "rounds, reference the first": sweep("fresh-base", FRESH_BASE),
-        "rounds, reference the one before": sweep("fresh-before", FRESH_BEFORE),
-        "parts, reference the one before": ["parts-before-1"],
+        "rounds, the first reference": sweep("fresh-base", FRESH_BASE),
+        "rounds, the policy before": sweep("fresh-before", FRESH_BEFORE),
+        "parts, the policy before": ["parts-before-1"],
     }
-    description = "; ".join(
-        f"{run}: KL {results.mean(run, 'kl').mean:.2f}, reward {results.mean(run, 'reward').mean:.2f}"
-        for run in results.runs
-    )
-    with picture(path, title="Guides and rounds", description=description, size=(9, 4.2)) as figure:
-        left, right = figure.subplots(1, 2)
-        draw_frontier(left, results, largest_kl=9)
-        for place, (label, runs_of_it) in enumerate(series.items()):
-            points(left, results, runs_of_it, "reward", place=place, label=label)
-            points(right, results, runs_of_it, "below", place=place, label=label)
-        left.set(title="true reward", xlabel="KL to the start policy (nats)")
-        right.set(title="reward below the ceiling at that KL", xlabel="KL to the start policy (nats)", ylim=(0, None))
-        right.legend(loc="upper left", fontsize=9)
+    draw_reward_and_shortfall(results, path, title="Guides and rounds", series=series)

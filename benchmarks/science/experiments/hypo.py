@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast.demo.world import TEXT_LENGTH
 from science.curves import below_at
-from science.drawing import draw_frontier, picture, points
+from science.drawing import draw_frontier, points, two_panels
 from science.ranking import formula_and_optimum, ranked
 from science.records import Claim, Results, Run
 from science.settings import Scale
@@ -128,8 +128,8 @@ def _at_equal_kl(results: Results) -> list[Claim]:
                 text=f"{LABELS[loss]} is better than DPO, at the same KL",
                 paper=paper,
                 arxiv=arxiv,
-                seen=f"at {results.mean(run, 'kl').mean:.2f} nats it is {Mean.of(below).mean:.2f} below the ceiling, "
-                f"DPO {Mean.of(of_dpo).mean:.2f}",
+                seen=f"at {results.mean(run, 'kl').mean:.2f} nats it is {Mean.of(below).mean:.3f} below the ceiling, "
+                f"DPO {Mean.of(of_dpo).mean:.3f}",
                 difference=paired(of_dpo, below),
             )
         )
@@ -197,7 +197,7 @@ def _of_ranking(results: Results) -> list[Claim]:
 def table(results: Results) -> list[list[str]]:
     measures = {
         "reward": "true reward", "kl": "KL", "below": "below the ceiling", "ranking": "ranking",
-        "training_flipped": "turned over", "training_unflipped": "turned the wrong way", "to_optimum": "KL to the optimum",
+        "training_flipped": "turned over", "training_unflipped": "turned wrong", "to_optimum": "KL to the optimum",
     }  # fmt: skip
     rows = [["run", *measures.values()]]
     for run in results.runs:
@@ -208,7 +208,7 @@ def table(results: Results) -> list[list[str]]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Left: reward against KL, under the frontier. Right: the wrongly ranked pairs that were turned over."""
+    """Two panels against KL: the true reward under the frontier, and the wrongly ranked pairs that were turned over."""
     description = "; ".join(
         f"{run}: KL {results.mean(run, 'kl').mean:.2f}, reward {results.mean(run, 'reward').mean:.2f}, "
         f"turned over {results.mean(run, 'training_flipped').mean:.2f}"
@@ -216,12 +216,11 @@ def draw(results: Results, path: Path) -> None:
         if run != FORMULA
     )
     title = "Losses that read the reference's margin"
-    with picture(path, title=title, description=description, size=(9, 4.2)) as figure:
-        left, right = figure.subplots(1, 2)
-        draw_frontier(left, results, largest_kl=9)
+    for reward, flipped in two_panels(path, title=title, description=description):
+        draw_frontier(reward, results, largest_kl=9)
         for place, (loss, label) in enumerate(LABELS.items()):
-            points(left, results, sweep(loss), "reward", place=place, label=label)
-            points(right, results, sweep(loss), "training_flipped", place=place, label=label)
-        left.set(title="true reward", xlabel="KL to the start policy (nats)")
-        right.set(title="share of wrongly ranked pairs turned over", xlabel="KL to the start policy (nats)")
-        right.legend(loc="lower right")
+            points(reward, results, sweep(loss), "reward", place=place, label=label)
+            points(flipped, results, sweep(loss), "training_flipped", place=place, label=label)
+        reward.set(title="true reward", xlabel="KL to the start policy (nats)")
+        flipped.set(title="wrongly ranked pairs turned over, share", xlabel="KL to the start policy (nats)")
+        flipped.legend(loc="lower right")

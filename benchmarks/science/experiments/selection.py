@@ -11,7 +11,7 @@ from typing import Any
 
 from science.choosing import ALL, trained_on_chosen
 from science.curves import below_at
-from science.drawing import SERIES, drawn, picture
+from science.drawing import MARKERS, SERIES, drawn, two_panels
 from science.records import Claim, Results, Run
 from science.settings import Scale
 from science.statistics import Mean, paired
@@ -110,8 +110,8 @@ def _at_equal_kl(results: Results, kind: str, words: str, paper: Mapping[str, An
     return Claim(
         text=f"With {KINDS[kind]}, the {words} margins are better than a random quarter at the same KL",
         **paper,
-        seen=f"at {results.mean(run, 'kl').mean:.2f} nats {Mean.of(below).mean:.2f} below the ceiling, the random "
-        f"quarter {Mean.of(of_random).mean:.2f}",
+        seen=f"at {results.mean(run, 'kl').mean:.2f} nats {Mean.of(below).mean:.3f} below the ceiling, the random "
+        f"quarter {Mean.of(of_random).mean:.3f}",
         difference=paired(of_random, below),
     )
 
@@ -119,30 +119,27 @@ def _at_equal_kl(results: Results, kind: str, words: str, paper: Mapping[str, An
 def table(results: Results) -> list[list[str]]:
     measures = {
         "reward": "true reward", "kl": "KL", "below": "below the ceiling", "accuracy": "accuracy",
-        "right_labels": "right labels among them",
+        "right_labels": "right labels",
     }  # fmt: skip
-    rows = [["pairs", *measures.values()]]
-    for run in results.runs:
-        rows.append([run, *(results.shown(run, each) for each in measures)])
-    return rows
+    return [["pairs", *measures.values()]] + [
+        [run, *(results.shown(run, each) for each in measures)] for run in results.runs
+    ]
 
 
 def draw(results: Results, path: Path) -> None:
-    """The reward on each choice, for both kinds of labels."""
+    """A panel for each kind of labels: the reward on each choice, and a line for the random quarter."""
     description = "; ".join(
         f"{run}: reward {results.mean(run, 'reward').mean:.2f}, KL {results.mean(run, 'kl').mean:.2f}"
         for run in results.runs
     )
-    title = "A quarter of the pairs"
-    with picture(path, title=title, description=description, size=(9, 4.2)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
+    words = [ALL, "random, beta 1", *reversed(CHOICES)]
+    for panels in two_panels(path, title="A quarter of the pairs", description=description):
         for place, (kind, panel) in enumerate(zip(KINDS, panels, strict=True)):
-            words = [*CHOICES, "random, beta 1", ALL][::-1]
             means = [results.mean(named(kind, each), "reward") for each in words]
             panel.errorbar(
                 [each.mean for each in means], words, xerr=[drawn(each.error) for each in means],
-                color=SERIES[place], marker="o", linestyle="none",
+                color=SERIES[place], marker=MARKERS[place], linestyle="none",
             )  # fmt: skip
-            panel.axvline(means[1].mean, color=SERIES[place], linewidth=0.8, linestyle=":")
+            panel.axvline(results.mean(random_quarter(kind), "reward").mean, color=SERIES[place], linewidth=0.8)
             panel.set(title=KINDS[kind], xlabel="true reward")
-            panel.grid(axis="x")
+            panel.grid(axis="y")
