@@ -132,7 +132,7 @@ def draw(results: Results, path: Path) -> None:
         f"{run}: reward {results.mean(run, 'reward').mean:.2f}, KL {results.mean(run, 'kl').mean:.2f}"
         for run in results.runs
     )
-    words = [ALL, "random, beta 1", *reversed(CHOICES)]
+    words = [ALL, "random, beta 1", *list(CHOICES)[::-1]]
     for panels in two_panels(path, title="A quarter of the pairs", description=description):
         for place, (kind, panel) in enumerate(zip(KINDS, panels, strict=True)):
             means = [results.mean(named(kind, each), "reward") for each in words]
