@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ def picture(path: Path, *, title: str, description: str, size: tuple[float, floa
         "axes.facecolor": LIGHT["back"], "figure.facecolor": LIGHT["back"], "legend.frameon": False,
         "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
-    with mpl.rc_context(settings):
+    with mpl.rc_context(rc=cast("Any", settings)):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Title": title})

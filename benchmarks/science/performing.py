@@ -7,6 +7,7 @@ share equal runs, and nothing of an older source is taken for new.
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -24,13 +25,11 @@ import torch
 
 import holdfast
 from holdfast.store.files import write_durably
-from science import settings
 from science.records import Run, rounded
 from science.settings import Scale, setting
-from science.training import fill_store
+from science.training import fill_store, train
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Task:
             "perform": f"{perform.__module__}.{perform.__qualname__}",
             "options": dict(self.run.options),
             "versions": versions(),
-            "sources": _digest_of_sources(settings.__name__, "science.training", perform.__module__),
+            "sources": _digest_of_sources(inspect.getfile(Scale), inspect.getfile(train), inspect.getfile(perform)),
         }
 
     @property
@@ -61,7 +60,7 @@ class Task:
     @property
     def setting_folder(self) -> Path:
         definition = {key: self.definition[key] for key in ("seed", "scale", "versions")}
-        return self.work / "settings" / _digest(definition | {"sources": _digest_of_sources(settings.__name__)})
+        return self.work / "settings" / _digest(definition | {"sources": _digest_of_sources(inspect.getfile(Scale))})
 
 
 def perform_all(tasks: Sequence[Task], *, num_workers: int) -> None:
@@ -155,13 +154,13 @@ def _digest(definition: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _digest_of_sources(*modules: str) -> str:
-    """Of holdfast, and of these modules of this folder."""
+def _digest_of_sources(*files: str) -> str:
+    """Of holdfast, and of these files."""
     found = hashlib.sha256()
     for path in sorted(Path(holdfast.__file__).parent.rglob("*.py")):
         found.update(path.read_bytes())
-    for module in sorted({*modules}):
-        found.update(Path(*HERE.parent.parts, *module.split(".")).with_suffix(".py").read_bytes())
+    for file in sorted({*files}):
+        found.update(Path(file).read_bytes())
     return found.hexdigest()[:16]
 
 

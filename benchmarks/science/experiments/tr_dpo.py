@@ -105,7 +105,7 @@ def _which(results: Results) -> Claim:
     best = [gains[run][place] for place, run in enumerate(chosen)]
     average = _mean_of_grid(list(gains.values()))
     return Claim(
-        text="Alpha and tau matter: at its KL, the best choice gains more over DPO than the average one",
+        text="There is a best alpha and tau: at its KL it gains more over DPO than the average choice",
         paper=_PAPER,
         arxiv=_ARXIV,
         seen=f"gain {Mean.of(best).mean:.3f} with the best ({', '.join(sorted({*chosen}))}), "
