@@ -52,11 +52,16 @@ def picture(path: Path, *, title: str, description: str, size: tuple[float, floa
 
 
 def points(axes: Axes, results: Results, runs: Sequence[str], measure: str, *, place: int, label: str) -> None:
-    """`measure` of these runs against their KL, with standard errors over seeds, in the colour of this place."""
-    kls, values = ([results.mean(run, each) for run in runs] for each in ("kl", measure))
+    """`measure` of these runs against their KL, in the colour of this place.
+
+    Bars are standard errors over seeds; a reward has the one of how far it is below the ceiling. Rewards themselves
+    differ between worlds by what all runs have in common.
+    """
+    compared = "below" if measure == "reward" else measure
+    kls, values, spread = ([results.mean(run, each) for run in runs] for each in ("kl", measure, compared))
     axes.errorbar(
         [each.mean for each in kls], [each.mean for each in values],
-        xerr=[drawn(each.error) for each in kls], yerr=[drawn(each.error) for each in values],
+        xerr=[drawn(each.error) for each in kls], yerr=[drawn(each.error) for each in spread],
         color=SERIES[place], marker=MARKERS[place], markersize=5, linewidth=1.2, elinewidth=1, label=label,
     )  # fmt: skip
 

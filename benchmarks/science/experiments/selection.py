@@ -127,7 +127,7 @@ def table(results: Results) -> list[list[str]]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """A panel for each kind of labels: the reward on each choice, and a line for the random quarter."""
+    """A panel for each kind of labels: the reward of each choice, less that of a random quarter."""
     description = "; ".join(
         f"{run}: reward {results.mean(run, 'reward').mean:.2f}, KL {results.mean(run, 'kl').mean:.2f}"
         for run in results.runs
@@ -135,11 +135,12 @@ def draw(results: Results, path: Path) -> None:
     words = [ALL, "random, beta 1", *list(CHOICES)[::-1]]
     for panels in two_panels(path, title="A quarter of the pairs", description=description):
         for place, (kind, panel) in enumerate(zip(KINDS, panels, strict=True)):
-            means = [results.mean(named(kind, each), "reward") for each in words]
+            random = results.values(random_quarter(kind), "reward")
+            means = [paired(results.values(named(kind, each), "reward"), random) for each in words]
             panel.errorbar(
                 [each.mean for each in means], words, xerr=[drawn(each.error) for each in means],
                 color=SERIES[place], marker=MARKERS[place], linestyle="none",
             )  # fmt: skip
-            panel.axvline(results.mean(random_quarter(kind), "reward").mean, color=SERIES[place], linewidth=0.8)
-            panel.set(title=KINDS[kind], xlabel="true reward")
+            panel.axvline(0, color=SERIES[place], linewidth=0.8)
+            panel.set(title=KINDS[kind], xlabel="true reward, less that of a random quarter")
             panel.grid(axis="y")
