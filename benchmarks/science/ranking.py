@@ -36,6 +36,8 @@ def ranked(setting: Setting, options: Mapping[str, Any]) -> Numbers:
       which they turn over; medians.
     - `rule`: the share of the training pairs whose loss is below the needed one if, and only if, the policy ranks them
       rightly. `accuracy_rule`: whose implicit reward is right if, and only if, the policy ranks them rightly.
+
+    `ideal_*` and those of DPO's loss are at the run's own beta, so they say nothing of losses per token.
     """
     policy, beta = train(setting, setting.pairs, options), options["beta"]
     own, reference = margins(policy, setting.pairs), margins(setting.policy, setting.pairs)
