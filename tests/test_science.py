@@ -279,6 +279,8 @@ def test_no_run_lies_above_what_is_possible(name):
     """By no more than 5 standard errors of a run's own reward: a theorem, so a miss means a wrong measurement."""
     for run, each in FOUND[name]["runs"].items():
         numbers = each["numbers"]
+        if "below" not in numbers:
+            continue  # no policy: a formula that was checked
         for below, error in zip(numbers["below"]["values"], numbers["reward_error"]["values"], strict=True):
             assert below > -5 * error, run
 

@@ -133,6 +133,20 @@ def margins(policy: PreTrainedModel, pairs: Pairs) -> Tensor:
     return text_logps(policy, pairs.chosen) - text_logps(policy, pairs.rejected)
 
 
+def true_margins(world: World, pairs: Pairs) -> Tensor:
+    """`r(chosen) - r(rejected)` of each pair, nats, fp64."""
+    return world.reward(pairs.chosen) - world.reward(pairs.rejected)
+
+
+def better_first(world: World, pairs: Pairs) -> Pairs:
+    """The pairs as they are labelled without mistakes: the text of the larger true reward is the chosen one."""
+    is_right = (true_margins(world, pairs) >= 0)[:, None]
+    return Pairs(
+        chosen=torch.where(is_right, pairs.chosen, pairs.rejected),
+        rejected=torch.where(is_right, pairs.rejected, pairs.chosen),
+    )
+
+
 @functools.cache
 def setting(seed: int, scale: Scale, folder: Path) -> Setting:
     """The setting of `seed`: what is kept in `folder`, or made and kept there."""
