@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from science import curves, page, performing, variants  # noqa: E402
 from science.experiments import EXPERIMENTS, beta, tr_dpo  # noqa: E402
 from science.records import Results, Run, claim_entry, mean_entry  # noqa: E402
-from science.settings import FULL, QUICK, setting  # noqa: E402
+from science.settings import FULL, QUICK, better_first, setting  # noqa: E402
 from science.statistics import Mean, paired, student_quantile, verdict  # noqa: E402
 from science.training import measured, train, trained_and_measured  # noqa: E402
 
@@ -161,7 +161,9 @@ def test_runs_of_every_kind(tiny_setting, run):
 
 def test_certain_labels_turn_round_what_people_got_wrong():
     pairs = Pairs(chosen=torch.tensor([[1], [2], [3]]), rejected=torch.tensor([[4], [5], [6]]))
-    turned = variants.certain(pairs, torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0]))
+    rewards = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0, 1.0, 2.0])
+    world = SimpleNamespace(reward=lambda texts: rewards[texts[:, 0]])
+    turned = better_first(world, pairs)
     assert (turned.chosen.flatten().tolist(), turned.rejected.flatten().tolist()) == ([1, 5, 3], [4, 2, 6])
 
 

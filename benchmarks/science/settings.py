@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from holdfast.demo.experiment import sample_pairs
@@ -128,7 +128,7 @@ def published_numbers(folder: Path) -> dict[str, Any]:
     return {name: numbers[name] for name in ("start_reward", "best_accuracy", "wrong_share")} | {"optima": optima}
 
 
-def margins(policy: PreTrainedModel, pairs: Pairs) -> Tensor:
+def margins(policy: nn.Module, pairs: Pairs) -> Tensor:
     """`log pi(chosen) - log pi(rejected)` of each pair, nats, fp64."""
     return text_logps(policy, pairs.chosen) - text_logps(policy, pairs.rejected)
 
@@ -206,7 +206,10 @@ def _make(seed: int, scale: Scale, folder: Path) -> None:
 
 
 def _optimum(numbers: dict[str, Any]) -> Optimum:
-    return Optimum(**{name: Estimate(**each) if isinstance(each, dict) else each for name, each in numbers.items()})
+    read: dict[str, Any] = {
+        name: Estimate(**each) if isinstance(each, dict) else each for name, each in numbers.items()
+    }
+    return Optimum(**read)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from holdfast import DPOConfig, DPOTrainer
@@ -58,7 +58,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval()
+    return cast("PreTrainedModel", trainer.model).eval()
 
 
 def fill_store(setting: Setting) -> None:
@@ -102,7 +102,7 @@ def _shared_options(setting: Setting, num_pairs: int, output_dir: Path) -> dict[
     }
 
 
-def measured(policy: PreTrainedModel, setting: Setting, *, beta: float | None = None) -> Numbers:
+def measured(policy: nn.Module, setting: Setting, *, beta: float | None = None) -> Numbers:
     """What is known of a policy. KL is to the start policy, per text; nats throughout.
 
     - `reward`, `kl`, `fluency`: of texts that the policy writes; `reward_error`, `kl_error` their standard errors;

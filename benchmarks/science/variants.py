@@ -6,12 +6,10 @@ They stand apart from the experiments, so that a run that is kept stays good whi
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
-from holdfast.demo.world import Pairs
-from science.settings import Setting
+from science.settings import Setting, better_first
 from science.training import Numbers, measured, train
 
 
@@ -24,18 +22,8 @@ def watched_halfway(setting: Setting, options: Mapping[str, Any]) -> Numbers:
 
 def with_certain_labels(setting: Setting, options: Mapping[str, Any]) -> Numbers:
     """As `trained_and_measured`, on the same pairs, of which the text with the larger true reward is always chosen."""
-    pairs, reward = setting.pairs, setting.world.reward
-    turned = certain(pairs, reward(pairs.chosen), reward(pairs.rejected))
-    return measured(train(setting, turned, options), setting, beta=options["beta"])
-
-
-def certain(pairs: Pairs, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Pairs:
-    """The pairs, each turned round if its rejected text has the larger reward."""
-    is_right = (chosen_rewards >= rejected_rewards)[:, None]
-    return Pairs(
-        chosen=torch.where(is_right, pairs.chosen, pairs.rejected),
-        rejected=torch.where(is_right, pairs.rejected, pairs.chosen),
-    )
+    pairs = better_first(setting.world, setting.pairs)
+    return measured(train(setting, pairs, options), setting, beta=options["beta"])
 
 
 class _Halfway(TrainerCallback):
