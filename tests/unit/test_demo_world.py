@@ -4,10 +4,12 @@ Every expectation in it is a plain sum over all texts, in fp64. Where an estimat
 is part of what is tested: the truth lies within 4 of them, and they are small enough for that to mean something.
 """
 
+import copy
 import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +218,25 @@ def test_pairs_are_of_different_texts(reference: nn.Module, world: World) -> Non
     pairs = sample_pairs(reference, world, 500, seeded(0))
     assert pairs.chosen.shape == pairs.rejected.shape == (500, 4)
     assert (pairs.chosen != pairs.rejected).any(1).all()
+
+
+@pytest.mark.parametrize(("strength", "is_narrow"), [(6.0, True), (200.0, False)])
+def test_a_narrow_policy_is_asked_until_there_are_enough_pairs(
+    strength: float, is_narrow: bool, reference: nn.Module, world: World
+) -> None:
+    """A policy that hardly writes anything but one word draws most pairs of one text twice, or all of them."""
+    narrow: Any = copy.deepcopy(reference)
+    narrow.lm_head = nn.Linear(narrow.lm_head.in_features, narrow.lm_head.out_features)
+    with torch.no_grad():
+        narrow.lm_head.weight.zero_()
+        narrow.lm_head.bias.zero_()[4] = strength
+    if is_narrow:
+        pairs = sample_pairs(narrow, world, 500, seeded(0))
+        assert pairs.chosen.shape == (500, 4)
+        assert (pairs.chosen != pairs.rejected).any(1).all()
+        return
+    with pytest.raises(ValueError, match="draws gave one text twice each"):
+        sample_pairs(narrow, world, 500, seeded(0))
 
 
 # --- the frontier ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from holdfast import interruption
@@ -169,13 +169,20 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
 
 
 def sample_pairs(policy: nn.Module, world: World, num_pairs: int, generator: torch.Generator) -> Pairs:
-    """Pairs of different texts that the policy wrote, labelled by the world's reward."""
-    num_drawn = num_pairs + num_pairs // 20 + 20  # a few pairs are of one text twice
-    texts = sample_texts(policy, num_texts=2 * num_drawn, length=world.source.length, generator=generator)
-    first, second = texts.chunk(2)
-    differs = (first != second).any(1).nonzero()[:num_pairs, 0]
-    assert len(differs) == num_pairs, f"{num_drawn} draws gave {len(differs)} pairs of different texts"
-    return world.label(first[differs], second[differs], generator)
+    """Pairs of different texts that the policy wrote, labelled by the world's reward. ValueError where it writes one
+    text alone."""
+    num_drawn = num_pairs + num_pairs // 20 + 20  # a few pairs are of one text twice; of a narrow policy many are
+    drawn: list[Tensor] = []
+    while sum(map(len, drawn)) < num_pairs:
+        texts = sample_texts(policy, num_texts=2 * num_drawn, length=world.source.length, generator=generator)
+        pairs = torch.stack(texts.chunk(2), dim=1)
+        drawn.append(pairs[(pairs[:, 0] != pairs[:, 1]).any(1)])
+        if not len(drawn[-1]):
+            raise ValueError(
+                f"pairs of different texts were to be drawn, but {num_drawn} draws gave one text twice each."
+            )
+    first, second = torch.cat(drawn)[:num_pairs].unbind(1)
+    return world.label(first, second, generator)
 
 
 def train_arm(
