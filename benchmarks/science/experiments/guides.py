@@ -2,7 +2,7 @@
 
 Whoever trains against a policy that was trained already goes further, as one does with a smaller beta. So each stands
 beside DPO at the same beta and at the same KL, and Pre-DPO beside DPO that is trained for twice as long, since its
-guide costs as much. Claims were written down before any result.
+guide costs as much.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,8 +2,8 @@
 
 The losses that read the reference's margin stand beside DPO, at the same beta and at the same KL. Texts of this world
 are all of one length, so a loss per token at 11 beta is as strong as one per text at beta, and `sigmoid_norm` is DPO.
-Claims were written down before any result. The betas of the other losses were chosen on a seed that is not among those
-of the results, so that they go about as far as DPO's do.
+What is compared was settled before the results of these seeds. The betas of the other losses were chosen on a seed that
+is not among them, so that they go about as far as DPO's do.
 """
 
 from collections.abc import Mapping, Sequence

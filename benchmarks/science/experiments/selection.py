@@ -2,7 +2,7 @@
 
 Each choice has as many pairs, seen twice in as many steps, at one beta. It stands beside a random quarter: at the same
 beta, and at the same KL, where the random quarter is trained with several betas. All of it is done twice: with labels
-that err as people do, and with labels that never err. Claims were written down before any result.
+that err as people do, and with labels that never err.
 """
 
 from collections.abc import Mapping, Sequence
