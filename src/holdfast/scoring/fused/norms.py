@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from holdfast.internals.deepspeed import is_partitioned, whole_shape
 from holdfast.internals.torch import class_of, own_parameters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,14 +53,16 @@ def kind_of(module: nn.Module) -> Kind | None:
     parameters = own_parameters(module)  # asked first, since it rules out most modules
     if len(parameters) != 1 or (weight := parameters[0]) is not getattr(module, "weight", None):
         return None
-    if weight.dim() != 1 or len(weight) == 0 or next(module.children(), None) is not None:
+    # What ZeRO-3 has spread is whole only now and then, and each pass must answer alike.
+    shape = whole_shape(weight) if is_partitioned(weight) else weight.shape
+    if len(shape) != 1 or shape[0] == 0 or next(module.children(), None) is not None:
         return None
     if class_of(module).__module__.startswith("torch."):
         return None
     attributes = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
     key = (class_of(module), frozenset(attributes.items() - {("training", module.training)}))
     if key not in _KINDS:
-        _KINDS[key] = _read(module, len(weight))
+        _KINDS[key] = _read(module, shape[0])
     return _KINDS[key]
 
 
