@@ -38,7 +38,8 @@ RUNS = [
 RESUMES = [
     *(f"{engine}/full/device/soft/resume" for engine in ("zero1", "zero2", "zero3")),
     "zero3/full/model/hard/resume", "zero3/full/disk/fixed/resume", "zero3/full/chosen/soft/resume",
-    *(f"{engine}/{run}/resume" for engine in ("zero2", "zero3") for run in MARGIN_RUNS if "precomputed" not in run),
+    *(f"{engine}/{run}/resume" for engine in ("zero2", "zero3") for run in MARGIN_RUNS),
+    "zero3/full/precomputed/fixed/resume",
     "zero3/lora_sft/device/soft/resume", "zero3/lora_sft/adapter/fixed/resume", "zero2/lora_sft/adapter/fixed/resume",
 ]  # fmt: skip
 

@@ -101,8 +101,10 @@ def forget_engine(module: nn.Module) -> None:
 
 
 def without_engine(module: nn.Module) -> nn.Module:
-    """`module`, a copy of one that an engine runs, without that engine's hooks."""
+    """`module`, a copy of one that an engine runs, without that engine's hooks, and without what a module was seen to
+    read of others: these are the parameters that the copy began with, and it is about to get its own."""
     for child in module.modules():
+        vars(child).pop("_external_params", None)
         for kind in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = looked_up("torch", child, kind)
             for key in [key for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
