@@ -218,6 +218,7 @@ def draw(results: Results, path: Path) -> None:
     title = "Losses that read the reference's margin"
     for reward, flipped in two_panels(path, title=title, description=description):
         draw_frontier(reward, results, largest_kl=9)
+        reward.legend(loc="lower right")  # of the frontier; the losses are named in the other panel
         for place, (loss, label) in enumerate(LABELS.items()):
             points(reward, results, sweep(loss), "reward", place=place, label=label)
             points(flipped, results, sweep(loss), "training_flipped", place=place, label=label)
