@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from holdfast.demo.experiment import sample_pairs
+from holdfast.demo.experiment import one_thread, sample_pairs
 from holdfast.demo.world import Pairs
-from science.settings import Scale, Setting, one_thread, setting
+from science.settings import Scale, Setting, setting
 from science.training import Numbers, measured, train
 
 

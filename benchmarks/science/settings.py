@@ -8,8 +8,6 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from holdfast.demo.experiment import sample_pairs
+from holdfast.demo.experiment import one_thread, sample_pairs
 from holdfast.demo.frontier import Frontier, Optimum, frontier
 from holdfast.demo.policy import Estimate, make_policy, measure, pretrain, text_logps
 from holdfast.demo.world import Pairs, World, make_world
@@ -210,14 +208,3 @@ def _optimum(numbers: dict[str, Any]) -> Optimum:
         name: Estimate(**each) if isinstance(each, dict) else each for name, each in numbers.items()
     }
     return Optimum(**read)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """A context with one torch thread: sums are the same on any number of processors."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)

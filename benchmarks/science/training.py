@@ -6,22 +6,21 @@ rate of each loss.
 """
 
 import copy
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from holdfast import DPOConfig, DPOTrainer
+from holdfast.demo.experiment import one_thread, quiet
 from holdfast.demo.policy import measure
 from holdfast.demo.world import Pairs, make_tokenizer
-from science.settings import Setting, margins, one_thread
+from science.settings import Setting, margins
 
 Numbers = dict[str, float]
 
@@ -46,7 +45,7 @@ def train(
     `start` is the policy to train, of which a copy is made (default: the setting's own); `ref_model` as in
     `DPOTrainer`; `columns` are further columns of the data.
     """
-    with TemporaryDirectory() as output_dir, _quiet(), one_thread():
+    with TemporaryDirectory() as output_dir, quiet(), one_thread():
         rows = {**pairs.rows(), **{name: list(values) for name, values in (columns or {}).items()}}
         trainer = DPOTrainer(
             model=copy.deepcopy(setting.policy if start is None else start),
@@ -67,7 +66,7 @@ def fill_store(setting: Setting) -> None:
     Runs at the same time would share this work, and which of them scores which texts would be up to chance: batches of
     other texts round differently.
     """
-    with TemporaryDirectory() as output_dir, _quiet(), one_thread():
+    with TemporaryDirectory() as output_dir, quiet(), one_thread():
         DPOTrainer(
             model=copy.deepcopy(setting.policy),
             args=DPOConfig(**_shared_options(setting, len(setting.pairs.chosen), Path(output_dir))),
@@ -141,17 +140,3 @@ def measured(policy: nn.Module, setting: Setting, *, beta: float | None = None) 
 
 def _share(is_so: Tensor) -> float:
     return float(is_so.double().mean())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A context without the progress bars of `datasets`, and without a warning of peft about names of transformers."""
-    was_off = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        if not was_off:
-            enable_progress_bars()

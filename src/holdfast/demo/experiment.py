@@ -129,7 +129,7 @@ def run_demo(output_dir: Path, *, seed: int = 0, quick: bool = False, console: C
     world = make_world(seed=seed)
     all_arms = arms(scale)
     learning, bounding, *training = stages = _stages(scale, all_arms)
-    with _one_thread(), TemporaryDirectory() as checkpoints, StageProgress(console, stages) as progress:
+    with one_thread(), TemporaryDirectory() as checkpoints, StageProgress(console, stages) as progress:
         policy = make_policy(world, seed=seed)
         pretrain(
             policy, world, num_steps=scale.num_pretrain_steps, generator=generator, on_step=progress.advancing(learning)
@@ -200,7 +200,7 @@ def train_arm(
     """The run that trains a fresh LoRA of a copy of `policy` on `pairs`, anchored as `arm` says."""
     observer = _Observer(world, policy, scale, seed, on_step)
     started = time.perf_counter()
-    with _quiet():
+    with quiet():
         trainer = DPOTrainer(
             model=copy.deepcopy(policy),
             args=DPOConfig(**_training_settings(arm, scale, seed, output_dir)),
@@ -281,7 +281,7 @@ def _training_settings(arm: Arm, scale: Scale, seed: int, output_dir: Path) -> d
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """A context with one torch thread. Matrices this small gain nothing from a second one, and wait for it where
     another program has the core."""
     num_threads = torch.get_num_threads()
@@ -293,8 +293,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A context without output that would tear the demo's own progress bars: those of `datasets`, and a warning about
+def quiet() -> Iterator[None]:
+    """A context without output that would tear progress bars of one's own: those of `datasets`, and a warning about
     peft."""
     was_off = are_progress_bars_disabled()
     disable_progress_bars()
